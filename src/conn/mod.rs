@@ -1,0 +1,10 @@
+//! Connections: their names (tuples, coordinates), their values, and the table they live in.
+
+pub mod coordinate;
+pub mod index;
+pub mod slot;
+pub mod tuple;
+
+pub use coordinate::{Coordinate, Generation, MemberId};
+pub use slot::{Connection, Kind, Slot, Stamp, State};
+pub use tuple::{Family, Tuple, shard_of};

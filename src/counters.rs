@@ -1,0 +1,180 @@
+//! The counters: one list with names and meanings, used by the appliance that counts, the
+//! inspector that prints and the documentation.
+//!
+//! A counter is a word in shared memory that one shard writes and anybody reads. Most only
+//! grow; a **gauge** says how things are now. Names are stable: scripts read them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($variant:ident, $name:literal, $meaning:literal;)*) => {
+        /// A counter of a shard.
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(usize)]
+        pub enum Counter { $(#[doc = $meaning] $variant),* }
+
+        /// Every counter, in the order of its word.
+        pub const COUNTERS: &[CounterInfo] = &[
+            $(CounterInfo { counter: Counter::$variant, name: $name, meaning: $meaning }),*
+        ];
+    };
+}
+
+/// What is known of a counter.
+pub struct CounterInfo {
+    /// Which one.
+    pub counter: Counter,
+    /// Its stable name.
+    pub name: &'static str,
+    /// What it counts, for an operator.
+    pub meaning: &'static str,
+}
+
+counters! {
+    // The table and what is exposed right now.
+    SlotsFree, "slots_free", "gauge: slots that nobody uses";
+    SlotsLeased, "slots_leased", "gauge: empty slots leased to peers";
+    ConnectionsHeld, "connections_held", "gauge: connections younger than the hold time, known here only";
+    ConnectionsActive, "connections_active", "gauge: connections whose traffic this member sees, past the hold time";
+    ConnectionsBackup, "connections_backup", "gauge: copies held for other members";
+    Exposure, "exposure", "gauge: connections without an up-to-date acknowledged second copy";
+    ExposureOldestUs, "exposure_oldest_us", "gauge: for how long the oldest of them, microseconds";
+    Unprotected, "unprotected", "gauge: of those exposed, connections that have no backup at all for now";
+
+    // The source.
+    SourceEvents, "source_events", "events taken from the source";
+    SourceShort, "source_short", "connections that closed within the hold time and were never sent";
+    SourceUnknownGone, "source_unknown_gone", "closes of connections that are not in the table";
+    SourceRejected, "source_rejected", "source events refused as malformed or for another shard";
+    SourceLocal, "source_local", "events of this host's own connections, which are never copied";
+    SourceOverruns, "source_overruns", "events that the source lost before they were read";
+    SourceDumps, "source_dumps", "dumps of the kernel's table";
+    TableFull, "table_full", "connections or copies refused because no slot was free";
+    Claims, "claims", "copies claimed here because their traffic showed up";
+    ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";
+    Promotions, "promotions", "copies of a dead member made active and given a new backup";
+    Conflicts, "conflicts", "connections that two members held as active; the older state gave way";
+
+    // Sending.
+    DeltasNew, "deltas_new", "deltas sent that carry a whole connection";
+    DeltasUpdate, "deltas_update", "deltas sent that carry changed groups";
+    DeltasClose, "deltas_close", "closes sent";
+    DeltasRelease, "deltas_release", "releases sent";
+    DatagramsSent, "datagrams_sent", "sequenced datagrams sent for the first time";
+    BytesSent, "bytes_sent", "bytes of those datagrams, from the CPHA header on";
+    DatagramsResent, "datagrams_resent", "datagrams sent again from the history";
+    DatagramsGivenUp, "datagrams_given_up", "datagrams never acknowledged whose connections were marked for sending again";
+    AcksSent, "acks_sent", "acks sent";
+    SendsQueued, "sends_queued", "send operations handed to the kernel";
+    SendErrors, "send_errors", "send operations that failed";
+    ControlFull, "control_full", "control messages postponed because every control buffer was on its way out";
+    ArenaFull, "arena_full", "times that sending waited because the arena was full of datagrams still in the kernel";
+    WindowFull, "window_full", "times that a stream waited for acks";
+    NoLease, "no_lease", "times that a connection waited because no peer had leased a slot";
+    StreamsLost, "streams_lost", "streams declared lost";
+
+    // Receiving.
+    DatagramsReceived, "datagrams_received", "synchronization datagrams accepted";
+    DeltasApplied, "deltas_applied", "deltas applied to the table";
+    DeltasOld, "deltas_old", "deltas older than the copy here, ignored";
+    DeltasClosed, "deltas_closed", "deltas for a copy that was closed before, ignored";
+    AcksReceived, "acks_received", "acks received";
+    LeasesGranted, "leases_granted", "slots leased to peers since the start";
+    Refused, "refused", "new connections refused to their active";
+    RefusedByPeer, "refused_by_peer", "new connections that a backup refused";
+    Strays, "strays", "datagrams that arrived at the wrong shard and were handed over";
+
+    // Datagrams that were ignored, by reason.
+    RejectShort, "reject_short", "datagrams too short for what they claim to be";
+    RejectMagic, "reject_magic", "datagrams that are not CCP";
+    RejectGroup, "reject_group", "datagrams of another group";
+    RejectVersion, "reject_version", "datagrams of another protocol version";
+    RejectOpcode, "reject_opcode", "datagrams with an opcode that is not used here";
+    RejectMember, "reject_member", "datagrams from or to a member number that does not fit";
+    RejectShard, "reject_shard", "datagrams from or to a shard that does not exist";
+    RejectSource, "reject_source", "datagrams from an address that is not the sender's";
+    RejectTable, "reject_table", "datagrams for or from a table that is no more";
+    RejectRepeated, "reject_repeated", "datagrams received before";
+    RejectWindow, "reject_window", "datagrams too far ahead of the floor";
+    RejectMessage, "reject_message", "messages that make no sense; the rest of the datagram was ignored";
+    RejectTarget, "reject_target", "deltas for a slot that is not the sender's";
+    RejectKey, "reject_key", "datagrams whose key id is not configured";
+
+    // The group.
+    HeartbeatsSent, "heartbeats_sent", "heartbeats sent";
+    HeartbeatsReceived, "heartbeats_received", "heartbeats accepted";
+    DuplicateMember, "duplicate_member", "heartbeats of another host with this member's number";
+    MembersDied, "members_died", "members found dead";
+
+    // The kernel.
+    Commits, "commits", "copies written to the kernel";
+    CommitDeletes, "commit_deletes", "entries removed from the kernel";
+    CommitErrors, "commit_errors", "commits that the kernel refused";
+    CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
+    CommitPending, "commit_pending", "gauge: commits waiting";
+
+    // The loop.
+    Passes, "passes", "passes of the loop";
+    PassesLate, "passes_late", "passes that took longer than 10 ms, so that heartbeats could be late";
+    PassLongestUs, "pass_longest_us", "gauge: the longest pass so far, microseconds";
+    DelayUs, "delay_us", "gauge: latest measured time from first send to acknowledgement, microseconds";
+}
+
+/// The words of one shard's counters. One thread writes; relaxed order is enough for numbers
+/// that stand for themselves.
+#[derive(Clone, Copy)]
+pub struct Counters<'m>(&'m [AtomicU64]);
+
+impl<'m> Counters<'m> {
+    /// Counters over their words.
+    pub fn new(words: &'m [AtomicU64]) -> Counters<'m> {
+        assert_eq!(words.len(), COUNTERS.len());
+        Counters(words)
+    }
+
+    /// Adds one.
+    #[inline]
+    pub fn count(&self, counter: Counter) {
+        self.add(counter, 1);
+    }
+
+    /// Adds `n`. A plain load and store: there is one writer.
+    #[inline]
+    pub fn add(&self, counter: Counter, n: u64) {
+        let word = &self.0[counter as usize];
+        word.store(word.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Takes one off a gauge.
+    #[inline]
+    pub fn drop_one(&self, counter: Counter) {
+        let word = &self.0[counter as usize];
+        let value = word.load(Ordering::Relaxed);
+        assert!(value > 0, "gauge {counter:?} fell below zero");
+        word.store(value - 1, Ordering::Relaxed);
+    }
+
+    /// Sets a gauge.
+    #[inline]
+    pub fn set(&self, counter: Counter, value: u64) {
+        self.0[counter as usize].store(value, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize].load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_is_in_order_and_names_are_unique() {
+        for (i, info) in COUNTERS.iter().enumerate() {
+            assert_eq!(info.counter as usize, i);
+            assert!(COUNTERS.iter().filter(|other| other.name == info.name).count() == 1, "{}", info.name);
+        }
+    }
+}

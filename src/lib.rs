@@ -1,0 +1,13 @@
+//! hypersync keeps every connection of a group of stateful gateways on exactly two of them.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod conn;
+pub mod counters;
+pub mod limits;
+pub mod memory;
+pub mod prefetch;
+pub mod seq;
+pub mod source;
+pub mod time;

@@ -1,0 +1,169 @@
+//! The memory of one shard: what it consists of, and how long each part is.
+//!
+//! Everything that must survive the process lies here, as slices of atomics. The appliance
+//! gets the slices from shared memory (`shm::region`), tests and the simulator from a `Vec`
+//! ([`OwnedMemory`]); the code that works on them is the same and is safe either way.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::conn::index::buckets_for;
+use crate::conn::slot::Slot;
+use crate::counters::COUNTERS;
+use crate::limits::{ARENA_MAX, ARENA_MIN, HISTORY_BYTES_PER_ENTRY, SLOTS_MAX, SLOTS_MIN, STREAMS_MAX};
+
+/// Words of a stream's durable state; the names are in `sync::stream`.
+#[repr(C, align(128))]
+pub struct StreamWords(pub [AtomicU64; 48]);
+
+/// A history entry's durable state; the names are in `sync::history`.
+#[repr(C, align(32))]
+pub struct HistoryWords(pub [AtomicU64; 4]);
+
+/// One slot leased to this shard, chained into the list of its stream; see `sync::lease`.
+#[repr(C, align(16))]
+pub struct LeaseWords(pub [AtomicU64; 2]);
+
+impl Default for StreamWords {
+    fn default() -> Self {
+        StreamWords(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+/// How large a shard's memory is; every part's length follows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemorySize {
+    /// Slots of the table slice.
+    pub capacity: usize,
+    /// Bytes of the send arena, control buffers included; a multiple of 4096.
+    pub arena: usize,
+}
+
+impl MemorySize {
+    /// Whether the sizes lie within the limits.
+    pub fn is_valid(&self) -> bool {
+        (SLOTS_MIN..=SLOTS_MAX).contains(&self.capacity)
+            && (ARENA_MIN..=ARENA_MAX).contains(&self.arena)
+            && self.arena % 4096 == 0
+    }
+
+    /// Buckets of the index.
+    pub fn index(&self) -> usize {
+        buckets_for(self.capacity)
+    }
+
+    /// Entries of the lease pool: as many slots at peers as there can be connections here, and a reserve.
+    pub fn leases(&self) -> usize {
+        self.capacity + self.capacity / 4 + 1024
+    }
+
+    /// Entries of the history.
+    pub fn history(&self) -> usize {
+        self.arena / HISTORY_BYTES_PER_ENTRY
+    }
+
+    /// Words of the arena.
+    pub fn arena_words(&self) -> usize {
+        self.arena / 8
+    }
+}
+
+/// The parts of one shard's memory.
+#[derive(Clone, Copy)]
+pub struct Memory<'m> {
+    /// The table slice.
+    pub slots: &'m [Slot],
+    /// Beside each slot a coordinate: an active's previous backup until that is released, a promoted
+    /// copy's former active, or the previous backup that an active named to its new one. 0: none.
+    pub former: &'m [AtomicU64],
+    /// Buckets of the index.
+    pub index: &'m [AtomicU64],
+    /// The streams, by `stream_index(member, shard)`.
+    pub streams: &'m [StreamWords],
+    /// The lease pool.
+    pub leases: &'m [LeaseWords],
+    /// What was sent lately.
+    pub history: &'m [HistoryWords],
+    /// The send arena: the bytes of the history's datagrams, then the control buffers.
+    pub arena: &'m [AtomicU64],
+    /// One word a counter, in the order of [`COUNTERS`].
+    pub counters: &'m [AtomicU64],
+}
+
+impl Memory<'_> {
+    /// Panics unless the parts are as long as `size` says: a guard for whoever put them together.
+    pub fn assert_size(&self, size: &MemorySize) {
+        assert!(size.is_valid());
+        assert_eq!(self.slots.len(), size.capacity);
+        assert_eq!(self.former.len(), size.capacity);
+        assert_eq!(self.index.len(), size.index());
+        assert_eq!(self.streams.len(), STREAMS_MAX);
+        assert_eq!(self.leases.len(), size.leases());
+        assert_eq!(self.history.len(), size.history());
+        assert_eq!(self.arena.len(), size.arena_words());
+        assert_eq!(self.counters.len(), COUNTERS.len());
+    }
+}
+
+/// A shard's memory on the heap, for tests and the simulator.
+pub struct OwnedMemory {
+    slots: Vec<Slot>,
+    former: Vec<AtomicU64>,
+    index: Vec<AtomicU64>,
+    streams: Vec<StreamWords>,
+    leases: Vec<LeaseWords>,
+    history: Vec<HistoryWords>,
+    arena: Vec<AtomicU64>,
+    counters: Vec<AtomicU64>,
+}
+
+impl OwnedMemory {
+    /// Zeroed memory of this size.
+    pub fn new(size: &MemorySize) -> OwnedMemory {
+        assert!(size.is_valid());
+        fn words(n: usize) -> Vec<AtomicU64> {
+            (0..n).map(|_| AtomicU64::new(0)).collect()
+        }
+        OwnedMemory {
+            slots: (0..size.capacity).map(|_| Slot::default()).collect(),
+            former: words(size.capacity),
+            index: words(size.index()),
+            streams: (0..STREAMS_MAX).map(|_| StreamWords::default()).collect(),
+            leases: (0..size.leases()).map(|_| LeaseWords(Default::default())).collect(),
+            history: (0..size.history()).map(|_| HistoryWords(Default::default())).collect(),
+            arena: words(size.arena_words()),
+            counters: words(COUNTERS.len()),
+        }
+    }
+
+    /// The parts.
+    pub fn parts(&self) -> Memory<'_> {
+        Memory {
+            slots: &self.slots,
+            former: &self.former,
+            index: &self.index,
+            streams: &self.streams,
+            leases: &self.leases,
+            history: &self.history,
+            arena: &self.arena,
+            counters: &self.counters,
+        }
+    }
+}
+
+/// Copies bytes out of the arena; for tests and tools (the appliance's kernel reads it by itself).
+pub fn read_arena(arena: &[AtomicU64], offset: usize, into: &mut [u8]) {
+    assert!(offset % 8 == 0);
+    for (word, chunk) in arena[offset / 8..].iter().zip(into.chunks_mut(8)) {
+        chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes()[..chunk.len()]);
+    }
+}
+
+/// Copies bytes into the arena; `offset` is a multiple of 8.
+pub fn write_arena(arena: &[AtomicU64], offset: usize, bytes: &[u8]) {
+    assert!(offset % 8 == 0 && offset + bytes.len() <= arena.len() * 8);
+    for (word, chunk) in arena[offset / 8..].iter().zip(bytes.chunks(8)) {
+        let mut whole = [0; 8];
+        whole[..chunk.len()].copy_from_slice(chunk);
+        word.store(u64::from_ne_bytes(whole), Ordering::Relaxed);
+    }
+}

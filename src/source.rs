@@ -1,0 +1,50 @@
+//! What a source tells the protocol, and what the protocol asks of the kernel in return.
+//!
+//! A source (kernel conntrack, or the ingest ring) reports what it sees of this member's own
+//! traffic; it knows nothing of roles. A commit is the way back: write this copy into the
+//! kernel, or remove it there.
+
+use crate::conn::slot::groups;
+use crate::conn::{Connection, Generation, Tuple};
+
+/// Something a source saw.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SourceEvent {
+    /// A connection that is new or has changed.
+    Seen {
+        /// Its tuples and what is known of its state.
+        connection: Connection,
+        /// Which groups of `connection.state` the source knew (see [`groups`]); the others keep their
+        /// last known value.
+        known: u8,
+    },
+    /// A connection that is gone, by its original tuple.
+    Gone {
+        /// The original tuple.
+        original: Tuple,
+    },
+}
+
+impl SourceEvent {
+    /// An event that knows everything.
+    pub fn seen(connection: Connection) -> SourceEvent {
+        SourceEvent::Seen { connection, known: groups::ALL }
+    }
+}
+
+/// Something to be written to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Commit {
+    /// Write the copy in this slot, if it still has this generation when its turn comes.
+    Write {
+        /// The slot.
+        slot: u32,
+        /// Its life when the commit was asked for.
+        generation: Generation,
+    },
+    /// Remove the entry with this original tuple.
+    Delete {
+        /// The original tuple.
+        original: Tuple,
+    },
+}
