@@ -120,6 +120,25 @@ counters! {
     DelayUs, "delay_us", "gauge: latest measured time from first send to acknowledgement, microseconds";
 }
 
+/// Buckets of the delay histogram: four to an octave of microseconds, up to 2^24 us.
+pub const DELAY_BUCKETS: usize = 96;
+
+/// Words of one shard's counters: those of [`COUNTERS`], then the delay histogram.
+pub const COUNTER_WORDS: usize = COUNTERS.len() + DELAY_BUCKETS;
+
+/// The bucket of a delay, microseconds.
+pub fn delay_bucket(us: u64) -> usize {
+    let us = us.max(4);
+    let octave = us.ilog2() as usize;
+    let quarter = (us >> (octave - 2)) as usize & 3;
+    ((octave - 2) * 4 + quarter).min(DELAY_BUCKETS - 1)
+}
+
+/// The smallest delay of a bucket, microseconds (of the first: 0 to 4).
+pub fn delay_bucket_floor(bucket: usize) -> u64 {
+    (4 + bucket as u64 % 4) << (bucket / 4)
+}
+
 /// The words of one shard's counters. One thread writes; relaxed order is enough for numbers
 /// that stand for themselves.
 #[derive(Clone, Copy)]
@@ -128,7 +147,7 @@ pub struct Counters<'m>(&'m [AtomicU64]);
 impl<'m> Counters<'m> {
     /// Counters over their words.
     pub fn new(words: &'m [AtomicU64]) -> Counters<'m> {
-        assert_eq!(words.len(), COUNTERS.len());
+        assert_eq!(words.len(), COUNTER_WORDS);
         Counters(words)
     }
 
@@ -160,15 +179,57 @@ impl<'m> Counters<'m> {
         self.0[counter as usize].store(value, Ordering::Relaxed);
     }
 
+    /// Enters `n` measurements of a delay, microseconds, into the histogram.
+    pub fn delay(&self, us: u64, n: u64) {
+        let word = &self.0[COUNTERS.len() + delay_bucket(us)];
+        word.store(word.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// The delay histogram: measurements by bucket.
+    pub fn delays(&self) -> [u64; DELAY_BUCKETS] {
+        std::array::from_fn(|i| self.0[COUNTERS.len() + i].load(Ordering::Relaxed))
+    }
+
     /// The value now.
     pub fn get(&self, counter: Counter) -> u64 {
         self.0[counter as usize].load(Ordering::Relaxed)
     }
 }
 
+/// The delay below which a share (0 to 1) of the measurements lies, microseconds; the upper
+/// edge of its bucket, so at most a quarter too high. `None` without measurements.
+pub fn delay_percentile(delays: &[u64; DELAY_BUCKETS], share: f64) -> Option<u64> {
+    let total: u64 = delays.iter().sum();
+    if total == 0 {
+        return None;
+    }
+    let rank = ((total as f64 * share).ceil() as u64).clamp(1, total);
+    let mut seen = 0;
+    for (bucket, n) in delays.iter().enumerate() {
+        seen += n;
+        if seen >= rank {
+            return Some(delay_bucket_floor(bucket + 1));
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_delay_lies_within_its_bucket() {
+        for us in [4, 5, 7, 8, 9, 100, 1000, 12_345, 1_000_000] {
+            let bucket = delay_bucket(us);
+            assert!(delay_bucket_floor(bucket) <= us && us < delay_bucket_floor(bucket + 1), "{us}");
+        }
+        let mut delays = [0; DELAY_BUCKETS];
+        delays[delay_bucket(100)] = 99;
+        delays[delay_bucket(5000)] = 1;
+        assert_eq!(delay_percentile(&delays, 0.99), Some(112));
+        assert!(delay_percentile(&delays, 0.999).unwrap() >= 5000);
+    }
 
     #[test]
     fn the_list_is_in_order_and_names_are_unique() {

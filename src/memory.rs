@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::conn::index::buckets_for;
 use crate::conn::slot::Slot;
-use crate::counters::COUNTERS;
+use crate::counters::COUNTER_WORDS;
 use crate::limits::{ARENA_MAX, ARENA_MIN, HISTORY_BYTES_PER_ENTRY, SLOTS_MAX, SLOTS_MIN, STREAMS_MAX};
 
 /// Words of a stream's durable state; the names are in `sync::stream`.
@@ -61,6 +61,12 @@ impl MemorySize {
         self.arena / HISTORY_BYTES_PER_ENTRY
     }
 
+    /// Entries of the manifest: one a delta of the history. Deltas are 18 bytes and more, so the
+    /// arena is full before the manifest is.
+    pub fn manifest(&self) -> usize {
+        self.arena / 16
+    }
+
     /// Words of the arena.
     pub fn arena_words(&self) -> usize {
         self.arena / 8
@@ -83,9 +89,11 @@ pub struct Memory<'m> {
     pub leases: &'m [LeaseWords],
     /// What was sent lately.
     pub history: &'m [HistoryWords],
+    /// Which slots the deltas of the history's datagrams belong to; see `sync::history`.
+    pub manifest: &'m [AtomicU64],
     /// The send arena: the bytes of the history's datagrams, then the control buffers.
     pub arena: &'m [AtomicU64],
-    /// One word a counter, in the order of [`COUNTERS`].
+    /// One word a counter, in the order of [`crate::counters::COUNTERS`], then the delay histogram.
     pub counters: &'m [AtomicU64],
 }
 
@@ -99,8 +107,9 @@ impl Memory<'_> {
         assert_eq!(self.streams.len(), STREAMS_MAX);
         assert_eq!(self.leases.len(), size.leases());
         assert_eq!(self.history.len(), size.history());
+        assert_eq!(self.manifest.len(), size.manifest());
         assert_eq!(self.arena.len(), size.arena_words());
-        assert_eq!(self.counters.len(), COUNTERS.len());
+        assert_eq!(self.counters.len(), COUNTER_WORDS);
     }
 }
 
@@ -112,6 +121,7 @@ pub struct OwnedMemory {
     streams: Vec<StreamWords>,
     leases: Vec<LeaseWords>,
     history: Vec<HistoryWords>,
+    manifest: Vec<AtomicU64>,
     arena: Vec<AtomicU64>,
     counters: Vec<AtomicU64>,
 }
@@ -130,8 +140,9 @@ impl OwnedMemory {
             streams: (0..STREAMS_MAX).map(|_| StreamWords::default()).collect(),
             leases: (0..size.leases()).map(|_| LeaseWords(Default::default())).collect(),
             history: (0..size.history()).map(|_| HistoryWords(Default::default())).collect(),
+            manifest: words(size.manifest()),
             arena: words(size.arena_words()),
-            counters: words(COUNTERS.len()),
+            counters: words(COUNTER_WORDS),
         }
     }
 
@@ -144,6 +155,7 @@ impl OwnedMemory {
             streams: &self.streams,
             leases: &self.leases,
             history: &self.history,
+            manifest: &self.manifest,
             arena: &self.arena,
             counters: &self.counters,
         }

@@ -3,6 +3,7 @@
 pub mod coordinate;
 pub mod index;
 pub mod slot;
+pub mod table;
 pub mod tuple;
 
 pub use coordinate::{Coordinate, Generation, MemberId};

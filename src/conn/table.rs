@@ -1,0 +1,337 @@
+//! The table slice of one shard: slots, the index over them, and the lists they stand in.
+//!
+//! Each slot stands in at most one list at a time, so two links a slot are enough: the free
+//! slots, the held connections in order of age, the connections that wait for a backup, and
+//! per stream what is dirty and what is closing. The lists are private and can be built again
+//! from the slots; everything else lies in the shard's memory.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::coordinate::Coordinate;
+use super::index::Index;
+use super::slot::{Addresses, Connection, Kind, Line, Slot};
+use super::tuple::Tuple;
+use crate::counters::{Counter, Counters};
+use crate::memory::Memory;
+use crate::time::Time;
+
+const NIL: u32 = u32::MAX;
+
+/// Which list a slot stands in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum On {
+    /// In none.
+    #[default]
+    None,
+    /// Free slots, oldest first.
+    Free,
+    /// Connections younger than the hold time, oldest first.
+    Held,
+    /// Connections that have no backup, longest waiting first.
+    Waiting,
+    /// Connections and closes that a stream must send.
+    Dirty,
+    /// Closes sent on a stream and not yet acknowledged, in the order of sending.
+    Closing,
+}
+
+/// A list of slots; its links are in the table.
+#[derive(Clone, Copy, Debug)]
+pub struct List {
+    head: u32,
+    tail: u32,
+    len: u32,
+}
+
+impl Default for List {
+    fn default() -> Self {
+        List { head: NIL, tail: NIL, len: 0 }
+    }
+}
+
+impl List {
+    /// The first slot.
+    pub fn first(&self) -> Option<u32> {
+        (self.head != NIL).then_some(self.head)
+    }
+
+    /// How many slots stand in it.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether none does.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Side {
+    next: u32,
+    prev: u32,
+    on: On,
+    moving: bool,
+    since: Time,
+}
+
+/// One shard's slots.
+pub struct Table<'m> {
+    slots: &'m [Slot],
+    former: &'m [AtomicU64],
+    /// From tuples to slots.
+    pub index: Index<'m>,
+    counters: Counters<'m>,
+    side: Vec<Side>,
+    free: List,
+}
+
+impl<'m> Table<'m> {
+    /// A table over zeroed memory: every slot is free.
+    pub fn new(memory: &Memory<'m>, index_key: u64) -> Table<'m> {
+        let side = Side { next: NIL, prev: NIL, on: On::None, moving: false, since: Time(0) };
+        let mut table = Table {
+            slots: memory.slots,
+            former: memory.former,
+            index: Index::new(memory.index, index_key),
+            counters: Counters::new(memory.counters),
+            side: vec![side; memory.slots.len()],
+            free: List::default(),
+        };
+        let mut free = List::default();
+        for slot in 0..table.slots.len() as u32 {
+            assert!(table.kind(slot) == Kind::Free, "a new table starts in zeroed memory");
+            table.push(&mut free, On::Free, slot, Time(0));
+        }
+        table.free = free;
+        table.counters.set(Counter::SlotsFree, table.slots.len() as u64);
+        table
+    }
+
+    /// Slots of the slice.
+    pub fn capacity(&self) -> u32 {
+        self.slots.len() as u32
+    }
+
+    /// Slots that nobody uses.
+    pub fn room(&self) -> u32 {
+        self.free.len
+    }
+
+    /// The first line of a slot.
+    pub fn line(&self, slot: u32) -> Line {
+        self.slots[slot as usize].line()
+    }
+
+    /// What a slot holds.
+    pub fn kind(&self, slot: u32) -> Kind {
+        self.line(slot).kind()
+    }
+
+    /// Both tuples of a slot.
+    pub fn tuples(&self, slot: u32) -> (Tuple, Tuple) {
+        self.slots[slot as usize].tuples()
+    }
+
+    /// The connection in a slot.
+    pub fn connection(&self, slot: u32) -> Connection {
+        self.slots[slot as usize].connection()
+    }
+
+    /// Asks the processor to fetch a slot's first line.
+    pub fn prefetch(&self, slot: u32) {
+        if let Some(slot) = self.slots.get(slot as usize) {
+            crate::prefetch::prefetch(slot);
+        }
+    }
+
+    /// Replaces the first line and keeps the gauges of kinds true.
+    pub fn store(&mut self, slot: u32, line: &Line) {
+        self.recount(self.kind(slot), line.kind());
+        self.slots[slot as usize].store(line);
+    }
+
+    /// Changes the first line in place.
+    pub fn update(&mut self, slot: u32, change: impl FnOnce(&mut Line)) {
+        let mut line = self.line(slot);
+        change(&mut line);
+        self.store(slot, &line);
+    }
+
+    /// Fills a slot with a connection and enters it into the index. The line brings everything
+    /// but the tuples.
+    pub fn fill(&mut self, slot: u32, mut line: Line, connection: &Connection) {
+        let addresses: Addresses = line.set_tuples(&connection.original, &connection.reply);
+        line.set_state(&connection.state);
+        self.recount(self.kind(slot), line.kind());
+        self.slots[slot as usize].store_with(&line, &addresses);
+        self.index.insert(&connection.original, slot);
+        self.index.insert(&connection.reply, slot);
+    }
+
+    /// Takes a slot out of the index: nobody finds its connection any more.
+    pub fn forget(&mut self, slot: u32) {
+        let (original, reply) = self.tuples(slot);
+        self.index.remove(&original, slot);
+        self.index.remove(&reply, slot);
+    }
+
+    /// The connection with this original tuple, one of our own before a copy for another member.
+    pub fn find_original(&self, original: &Tuple) -> Option<u32> {
+        let own = |slot| self.line(slot).kind() != Kind::Backup && self.tuples(slot).0 == *original;
+        self.index
+            .find(original, own)
+            .or_else(|| self.index.find(original, |slot| self.tuples(slot).0 == *original))
+    }
+
+    /// A connection with this original tuple in another slot than this one.
+    pub fn find_other(&self, original: &Tuple, than: u32) -> Option<u32> {
+        self.index.find(original, |slot| slot != than && self.tuples(slot).0 == *original)
+    }
+
+    /// Takes the slot that was free longest; it stays `Free` until it is filled or leased.
+    pub fn allocate(&mut self) -> Option<u32> {
+        let mut free = self.free;
+        let slot = self.pop(&mut free);
+        self.free = free;
+        slot
+    }
+
+    /// Gives a slot back after `lives` of its lives; it must be in no list and not in the index.
+    pub fn recycle(&mut self, slot: u32, lives: u32) {
+        let mut line = self.line(slot);
+        for _ in 0..lives {
+            line.set_generation(line.generation().next());
+        }
+        line.set_kind(Kind::Free);
+        line.set_peer(Coordinate::NOWHERE);
+        line.set_groups(0);
+        line.set_last(crate::seq::Seq::NONE);
+        self.set_former(slot, Coordinate::NOWHERE);
+        self.store(slot, &line);
+        let mut free = self.free;
+        self.push(&mut free, On::Free, slot, Time(0));
+        self.free = free;
+    }
+
+    /// The coordinate beside a slot; see [`Memory::former`].
+    pub fn former(&self, slot: u32) -> Coordinate {
+        Coordinate::from_raw(self.former[slot as usize].load(Ordering::Relaxed))
+    }
+
+    /// Sets the coordinate beside a slot.
+    pub fn set_former(&mut self, slot: u32, former: Coordinate) {
+        self.former[slot as usize].store(former.raw(), Ordering::Relaxed);
+    }
+
+    /// Whether the connection is changing its backup, so that `former` is its previous one.
+    pub fn is_moving(&self, slot: u32) -> bool {
+        self.side[slot as usize].moving
+    }
+
+    /// Marks the connection as changing its backup, or not.
+    pub fn set_moving(&mut self, slot: u32, moving: bool) {
+        self.side[slot as usize].moving = moving;
+    }
+
+    /// The list that a slot stands in.
+    pub fn on(&self, slot: u32) -> On {
+        self.side[slot as usize].on
+    }
+
+    /// Since when it has stood there.
+    pub fn since(&self, slot: u32) -> Time {
+        self.side[slot as usize].since
+    }
+
+    /// Appends a slot that is in no list.
+    pub fn push(&mut self, list: &mut List, on: On, slot: u32, now: Time) {
+        let side = &mut self.side[slot as usize];
+        assert!(side.on == On::None && on != On::None, "slot {slot} stands in {:?} already", side.on);
+        (side.on, side.since, side.next, side.prev) = (on, now, NIL, list.tail);
+        match list.tail {
+            NIL => list.head = slot,
+            tail => self.side[tail as usize].next = slot,
+        }
+        list.tail = slot;
+        list.len += 1;
+    }
+
+    /// Takes a slot out of the list that it stands in.
+    pub fn unlink(&mut self, list: &mut List, slot: u32) {
+        let Side { next, prev, on, .. } = self.side[slot as usize];
+        assert!(on != On::None && list.len > 0, "slot {slot} stands in no list");
+        match prev {
+            NIL => list.head = next,
+            prev => self.side[prev as usize].next = next,
+        }
+        match next {
+            NIL => list.tail = prev,
+            next => self.side[next as usize].prev = prev,
+        }
+        list.len -= 1;
+        self.side[slot as usize].on = On::None;
+    }
+
+    /// Takes the first slot out of a list.
+    pub fn pop(&mut self, list: &mut List) -> Option<u32> {
+        let slot = list.first()?;
+        self.unlink(list, slot);
+        Some(slot)
+    }
+
+    fn recount(&self, old: Kind, new: Kind) {
+        if old == new {
+            return;
+        }
+        if let Some(gauge) = gauge_of(old) {
+            self.counters.drop_one(gauge);
+        }
+        if let Some(gauge) = gauge_of(new) {
+            self.counters.count(gauge);
+        }
+    }
+}
+
+fn gauge_of(kind: Kind) -> Option<Counter> {
+    match kind {
+        Kind::Free => Some(Counter::SlotsFree),
+        Kind::Leased => Some(Counter::SlotsLeased),
+        Kind::Held => Some(Counter::ConnectionsHeld),
+        Kind::Active => Some(Counter::ConnectionsActive),
+        Kind::Backup => Some(Counter::ConnectionsBackup),
+        Kind::Closing => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{MemorySize, OwnedMemory};
+    use std::net::Ipv4Addr;
+
+    #[test]
+    fn slots_are_used_oldest_first_and_gauges_stay_true() {
+        let memory = OwnedMemory::new(&MemorySize { capacity: 64, arena: crate::limits::ARENA_MIN });
+        let mut table = Table::new(&memory.parts(), 7);
+        let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1), (Ipv4Addr::new(10, 0, 0, 2), 2));
+        let connection = Connection { original, reply: original.mirrored(), state: Default::default() };
+        let first = table.allocate().unwrap();
+        let mut line = table.line(first);
+        line.set_kind(Kind::Active);
+        table.fill(first, line, &connection);
+        assert_eq!(table.find_original(&original), Some(first));
+        table.forget(first);
+        table.recycle(first, 1);
+        assert_eq!(table.find_original(&original), None);
+        for _ in 0..63 {
+            assert_ne!(table.allocate(), Some(first), "the slot freed last comes last");
+        }
+        assert_eq!(table.allocate(), Some(first));
+        assert_eq!(table.line(first).generation().raw(), 1);
+        assert_eq!(table.allocate(), None);
+        let counters = Counters::new(memory.parts().counters);
+        assert_eq!(counters.get(Counter::SlotsFree), 64);
+        assert_eq!(counters.get(Counter::ConnectionsActive), 0);
+    }
+}
