@@ -3,8 +3,10 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod ccp;
 pub mod conn;
 pub mod counters;
+pub mod group;
 pub mod limits;
 pub mod memory;
 pub mod prefetch;

@@ -1,0 +1,54 @@
+//! Finding out that a member is dead, from nothing but its silence.
+//!
+//! A member promises a heartbeat every interval. After `dead_after` intervals without one it is
+//! taken for dead: at once, so that its connections go on, and at the risk of being wrong, which
+//! the protocol is made to survive. Full-size heartbeats are watched apart: a path that loses
+//! large datagrams and passes small ones (an MTU trap) must not become a backup.
+
+use std::time::Duration;
+
+use crate::time::Time;
+
+/// What was heard of one member.
+#[derive(Clone, Copy, Debug)]
+pub struct Detector {
+    silence: Duration,
+    full_size_silence: Duration,
+    last: Time,
+    last_full_size: Option<Time>,
+}
+
+impl Detector {
+    /// A member is dead after `silence`, and no backup after `full_size_silence` without a full-size heartbeat.
+    pub fn new(silence: Duration, full_size_silence: Duration) -> Detector {
+        Detector { silence, full_size_silence, last: Time(0), last_full_size: None }
+    }
+
+    /// A heartbeat arrived.
+    pub fn heard(&mut self, now: Time, full_size: bool) {
+        self.last = now;
+        if full_size {
+            self.last_full_size = Some(now);
+        }
+    }
+
+    /// When the last one arrived.
+    pub fn last_heard(&self) -> Time {
+        self.last
+    }
+
+    /// When the member is dead unless it is heard before.
+    pub fn silent_at(&self) -> Time {
+        self.last.after(self.silence)
+    }
+
+    /// Whether full-size heartbeats arrive.
+    pub fn hears_full_size(&self, now: Time) -> bool {
+        self.last_full_size.is_some_and(|last| now.since(last) <= self.full_size_silence)
+    }
+
+    /// The member is gone: what it said before counts no more.
+    pub fn forget(&mut self) {
+        self.last_full_size = None;
+    }
+}

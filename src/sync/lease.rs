@@ -1,0 +1,154 @@
+//! The lease pool: slots at peers that this member may fill.
+//!
+//! A peer grants slots to a stream, with their generations; the active takes one whenever it
+//! needs a backup there and gets it back, one life later, once the close of that connection was
+//! acknowledged. In steady state nothing about leases travels. All streams share one pool of
+//! entries; each has its chain, oldest first.
+//!
+//! An entry is two words: `slot << 32 | generation`, and the next entry's number plus one.
+
+use std::sync::atomic::Ordering;
+
+use crate::ccp::message::Place;
+use crate::conn::Generation;
+use crate::memory::LeaseWords;
+
+const NIL: u32 = u32::MAX;
+
+/// One stream's chain in the pool.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaseList {
+    head: u32,
+    tail: u32,
+    len: u32,
+}
+
+impl Default for LeaseList {
+    fn default() -> Self {
+        LeaseList { head: NIL, tail: NIL, len: 0 }
+    }
+}
+
+impl LeaseList {
+    /// Slots in it.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// All entries, used and free.
+pub struct LeasePool<'m> {
+    entries: &'m [LeaseWords],
+    free: LeaseList,
+}
+
+impl<'m> LeasePool<'m> {
+    /// A pool in which every entry is free.
+    pub fn new(entries: &'m [LeaseWords]) -> LeasePool<'m> {
+        let mut pool = LeasePool { entries, free: LeaseList::default() };
+        let mut free = LeaseList::default();
+        for entry in 0..entries.len() as u32 {
+            pool.append(&mut free, entry);
+        }
+        pool.free = free;
+        pool
+    }
+
+    /// Entries that no stream uses.
+    pub fn room(&self) -> u32 {
+        self.free.len
+    }
+
+    /// Adds a slot to a stream's lease: the last to be used. `false` if the pool is full.
+    pub fn put(&mut self, list: &mut LeaseList, place: Place) -> bool {
+        let mut free = self.free;
+        let Some(entry) = self.detach(&mut free) else { return false };
+        self.free = free;
+        let word = (place.slot as u64) << 32 | place.generation.raw() as u64;
+        self.entries[entry as usize].0[0].store(word, Ordering::Relaxed);
+        self.append(list, entry);
+        true
+    }
+
+    /// Takes the slot that has been in a stream's lease longest.
+    pub fn take(&mut self, list: &mut LeaseList) -> Option<Place> {
+        let entry = self.detach(list)?;
+        let word = self.entries[entry as usize].0[0].load(Ordering::Relaxed);
+        let mut free = self.free;
+        self.append(&mut free, entry);
+        self.free = free;
+        Some(Place { slot: (word >> 32) as u32, generation: Generation::from_low_bits(word as u32) })
+    }
+
+    /// Drops a stream's whole lease at once.
+    pub fn drop_all(&mut self, list: &mut LeaseList) {
+        if list.is_empty() {
+            return;
+        }
+        match self.free.tail {
+            NIL => self.free.head = list.head,
+            tail => self.link(tail, list.head),
+        }
+        self.free.tail = list.tail;
+        self.free.len += list.len;
+        *list = LeaseList::default();
+    }
+
+    fn link(&self, entry: u32, next: u32) {
+        self.entries[entry as usize].0[1].store(next.wrapping_add(1) as u64, Ordering::Relaxed);
+    }
+
+    fn append(&mut self, list: &mut LeaseList, entry: u32) {
+        self.link(entry, NIL);
+        match list.tail {
+            NIL => list.head = entry,
+            tail => self.link(tail, entry),
+        }
+        list.tail = entry;
+        list.len += 1;
+    }
+
+    fn detach(&mut self, list: &mut LeaseList) -> Option<u32> {
+        if list.head == NIL {
+            return None;
+        }
+        let entry = list.head;
+        list.head = (self.entries[entry as usize].0[1].load(Ordering::Relaxed) as u32).wrapping_sub(1);
+        list.len -= 1;
+        if list.head == NIL {
+            list.tail = NIL;
+        }
+        Some(entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_used_oldest_first_and_dropped_at_once() {
+        let words: Vec<LeaseWords> = (0..4).map(|_| LeaseWords(Default::default())).collect();
+        let mut pool = LeasePool::new(&words);
+        let place = |n| Place { slot: n, generation: Generation::from_low_bits(n * 7) };
+        let (mut a, mut b) = (LeaseList::default(), LeaseList::default());
+        for n in 0..3 {
+            assert!(pool.put(&mut a, place(n)));
+        }
+        assert!(pool.put(&mut b, place(9)));
+        assert!(!pool.put(&mut b, place(10)), "the pool is full");
+        assert_eq!(pool.take(&mut a), Some(place(0)));
+        pool.drop_all(&mut a);
+        assert_eq!((pool.room(), a.len(), pool.take(&mut a)), (3, 0, None));
+        for n in 0..3 {
+            assert!(pool.put(&mut a, place(n)));
+        }
+        assert_eq!(pool.take(&mut b), Some(place(9)));
+        assert_eq!(pool.take(&mut b), None);
+    }
+}

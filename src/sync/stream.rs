@@ -1,0 +1,425 @@
+//! A stream: one shard of this member to one shard of a peer, and back.
+//!
+//! The durable half of a stream lies in shared memory: where sending and receiving stand. The
+//! private half is what can be built again: lists, timers, the window.
+//!
+//! A stream has **lives**. Numbers start from 1 in each; when a peer stays away so long that
+//! what waits for it must be let go, the life ends, and with it everything that the pair had
+//! agreed on: numbers, floor and leases. Every datagram names its life.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::lease::LeaseList;
+use crate::conn::MemberId;
+use crate::conn::table::List;
+use crate::limits::{SHARDS_MAX, WINDOW, WINDOW_MIN};
+use crate::memory::StreamWords;
+use crate::seq::Seq;
+use crate::time::Time;
+
+/// The stream to (and from) this shard of this member.
+pub fn stream_index(member: MemberId, shard: u8) -> usize {
+    (member as usize - 1) * SHARDS_MAX + shard as usize
+}
+
+/// The member of a stream.
+pub fn stream_member(index: usize) -> MemberId {
+    (index / SHARDS_MAX) as MemberId + 1
+}
+
+/// The peer's shard of a stream.
+pub fn stream_shard(index: usize) -> u8 {
+    (index % SHARDS_MAX) as u8
+}
+
+/// Word: this life of the sending half in the low 16 bits, of the receiving half above.
+pub const WORD_LIVES: usize = 0;
+/// Word: the number of the datagram sent last.
+pub const WORD_SENT: usize = 1;
+/// Word: the send floor: everything up to here is acknowledged.
+pub const WORD_SEND_FLOOR: usize = 2;
+/// Word: everything up to here that is not acknowledged was given up.
+pub const WORD_GIVEN_UP: usize = 3;
+/// Word: slots granted to this member in this life of the sending half.
+pub const WORD_GRANTED_TO_US: usize = 4;
+/// Word: the peer's table id.
+pub const WORD_PEER_TABLE: usize = 5;
+/// Word: the receive floor: everything up to here is received and applied, or was skipped.
+pub const WORD_RECEIVE_FLOOR: usize = 8;
+/// Word: slots granted to the peer in this life of the receiving half.
+pub const WORD_GRANTED_BY_US: usize = 9;
+/// Words: one bit for each number beyond the receive floor, in a ring of `WINDOW` bits.
+pub const WORD_RECEIVED: usize = 16;
+
+const _: () = assert!(WORD_RECEIVED + (WINDOW / 64) as usize <= 48);
+
+/// Accessors of a stream's durable half. One thread writes; an inspector reads words that stand
+/// for themselves.
+#[derive(Clone, Copy)]
+pub struct Durable<'m>(pub &'m StreamWords);
+
+impl Durable<'_> {
+    fn get(&self, word: usize) -> u64 {
+        self.0.0[word].load(Ordering::Relaxed)
+    }
+
+    fn set(&self, word: usize, value: u64) {
+        self.0.0[word].store(value, Ordering::Relaxed);
+    }
+
+    /// The number sent last.
+    pub fn sent(&self) -> Seq {
+        Seq::from_low_bits(self.get(WORD_SENT))
+    }
+
+    /// Sets the number sent last.
+    pub fn set_sent(&self, seq: Seq) {
+        self.set(WORD_SENT, seq.raw());
+    }
+
+    /// The send floor.
+    pub fn floor(&self) -> Seq {
+        Seq::from_low_bits(self.get(WORD_SEND_FLOOR))
+    }
+
+    /// Moves the send floor.
+    pub fn set_floor(&self, seq: Seq) {
+        self.set(WORD_SEND_FLOOR, seq.raw());
+    }
+
+    /// What was given up.
+    pub fn given_up(&self) -> Seq {
+        Seq::from_low_bits(self.get(WORD_GIVEN_UP))
+    }
+
+    /// Notes what was given up.
+    pub fn set_given_up(&self, seq: Seq) {
+        self.set(WORD_GIVEN_UP, seq.raw());
+    }
+
+    /// Slots granted to this member.
+    pub fn granted_to_us(&self) -> u64 {
+        self.get(WORD_GRANTED_TO_US)
+    }
+
+    /// Counts slots granted to this member.
+    pub fn add_granted_to_us(&self, n: u64) {
+        self.set(WORD_GRANTED_TO_US, self.granted_to_us() + n);
+    }
+
+    /// Slots granted to the peer.
+    pub fn granted_by_us(&self) -> u64 {
+        self.get(WORD_GRANTED_BY_US)
+    }
+
+    /// Counts slots granted to the peer.
+    pub fn add_granted_by_us(&self, n: u64) {
+        self.set(WORD_GRANTED_BY_US, self.granted_by_us() + n);
+    }
+
+    /// The life of the sending half; 0 before the first.
+    pub fn life(&self) -> u16 {
+        self.get(WORD_LIVES) as u16
+    }
+
+    /// The life of the receiving half, as the peer named it; 0 before the first datagram.
+    pub fn peer_life(&self) -> u16 {
+        (self.get(WORD_LIVES) >> 16) as u16
+    }
+
+    /// Begins the next life of the sending half.
+    pub fn begin_life(&self, peer_table: u32) {
+        let life = self.life().wrapping_add(1).max(1);
+        self.set(WORD_LIVES, self.get(WORD_LIVES) & !0xffff | life as u64);
+        self.set(WORD_PEER_TABLE, peer_table as u64);
+        for word in [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US] {
+            self.set(word, 0);
+        }
+    }
+
+    /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
+    pub fn begin_peer_life(&self, life: u16) {
+        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
+        self.set(WORD_RECEIVE_FLOOR, 0);
+        self.set(WORD_GRANTED_BY_US, 0);
+        for word in 0..(WINDOW / 64) as usize {
+            self.set(WORD_RECEIVED + word, 0);
+        }
+    }
+
+    /// The receive floor.
+    pub fn receive_floor(&self) -> Seq {
+        Seq::from_low_bits(self.get(WORD_RECEIVE_FLOOR))
+    }
+
+    fn bit(seq: Seq) -> (usize, u64) {
+        let at = seq.raw() % WINDOW;
+        (WORD_RECEIVED + (at / 64) as usize, 1 << (at % 64))
+    }
+
+    /// Whether a number was received or skipped.
+    pub fn is_received(&self, seq: Seq) -> bool {
+        if !seq.is_after(self.receive_floor()) {
+            return true;
+        }
+        let (word, bit) = Self::bit(seq);
+        seq.beyond(self.receive_floor()) <= WINDOW && self.get(word) & bit != 0
+    }
+
+    /// Notes a number as received and moves the floor over all that now follow it without a gap.
+    /// The number must lie within the window.
+    pub fn receive(&self, seq: Seq) {
+        let floor = self.receive_floor();
+        assert!(seq.is_after(floor) && seq.beyond(floor) <= WINDOW);
+        let (word, bit) = Self::bit(seq);
+        self.set(word, self.get(word) | bit);
+        self.advance(floor);
+    }
+
+    /// Moves the floor to at least `to`: the sender does not wait for what is missing below.
+    pub fn skip(&self, to: Seq) {
+        let mut floor = self.receive_floor();
+        while to.is_after(floor) && floor.raw() < to.raw() {
+            if to.beyond(floor) > WINDOW {
+                // Nothing received lies this far ahead: forget the ring in one go.
+                for word in 0..(WINDOW / 64) as usize {
+                    self.set(WORD_RECEIVED + word, 0);
+                }
+                floor = to;
+                break;
+            }
+            floor = floor.next();
+            let (word, bit) = Self::bit(floor);
+            self.set(word, self.get(word) & !bit);
+        }
+        self.advance(floor);
+    }
+
+    fn advance(&self, mut floor: Seq) {
+        loop {
+            let (word, bit) = Self::bit(floor.next());
+            if self.get(word) & bit == 0 {
+                break;
+            }
+            self.set(word, self.get(word) & !bit);
+            floor = floor.next();
+        }
+        self.set(WORD_RECEIVE_FLOOR, floor.raw());
+    }
+
+    /// The numbers received beyond the floor, as an ack carries them: 64 from floor + 1 on in each
+    /// word, without empty words at the end. Returns how many words were filled.
+    pub fn beyond(&self, into: &mut [u64; (WINDOW / 64) as usize]) -> usize {
+        let any = (0..(WINDOW / 64) as usize).any(|w| self.get(WORD_RECEIVED + w) != 0);
+        if !any {
+            return 0;
+        }
+        let first = self.receive_floor().next();
+        let mut used = 0;
+        for (i, out) in into.iter_mut().enumerate() {
+            // A word of the ack is 64 bits of the ring from any bit on: two words, shifted.
+            let at = (first.raw() + 64 * i as u64) % WINDOW;
+            let (low, shift) = ((at / 64) as usize, at % 64);
+            let high = (low + 1) % (WINDOW / 64) as usize;
+            let low = self.get(WORD_RECEIVED + low) >> shift;
+            let high = if shift == 0 { 0 } else { self.get(WORD_RECEIVED + high) << (64 - shift) };
+            *out = low | high;
+            if *out != 0 {
+                used = i + 1;
+            }
+        }
+        used
+    }
+}
+
+/// A refusal that waits to be told to the active.
+#[derive(Clone, Copy, Debug)]
+pub struct Refusal {
+    /// The datagram that brought the delta.
+    pub seq: Seq,
+    /// The target that it named.
+    pub target: crate::ccp::message::Place,
+    /// Why.
+    pub reason: crate::ccp::message::Reason,
+}
+
+/// Refusals told in one control datagram; further ones are found again when the datagram is repeated.
+pub const REFUSALS_MAX: usize = 16;
+
+/// The private half of a stream.
+pub struct Stream {
+    /// Connections (and closes) that wait to be sent.
+    pub dirty: List,
+    /// Closes sent and not yet acknowledged, in order.
+    pub closing: List,
+    /// Slots leased to this member.
+    pub lease: LeaseList,
+    /// Oldest history entry that is not acknowledged.
+    pub oldest: Option<u32>,
+    /// Newest history entry of this stream.
+    pub newest: Option<u32>,
+    /// Datagrams that may be on their way.
+    pub window: u64,
+    /// From here on the window grows slowly.
+    pub slow_from: u64,
+    /// Acknowledged datagrams that did not yet add up to a larger window.
+    pub grown: u64,
+    /// The number up to which a loss was already answered with a smaller window.
+    pub shrunk_at: Seq,
+    /// Smoothed round trip, ns; 0 before the first sample.
+    pub round_trip: u64,
+    /// When to repeat what was not acknowledged.
+    pub repeat_at: Time,
+    /// How often that was done without any progress.
+    pub repeats: u32,
+    /// When to send what is dirty.
+    pub flush_at: Time,
+    /// Whether an ack is due.
+    pub ack_due: bool,
+    /// Refusals that wait for the next control datagram.
+    pub refusals: Vec<Refusal>,
+    /// Slots that this member wants to have been granted in this life.
+    pub want: u64,
+    /// When to ask (again).
+    pub want_at: Time,
+    /// When this member first found no leased slot here and got none since.
+    pub starved_since: Option<Time>,
+    /// Slots taken from the lease since `rate_since`.
+    pub taken: u64,
+    /// Slots taken in the interval before.
+    pub taken_before: u64,
+    /// When `taken` began to count.
+    pub rate_since: Time,
+    /// Slots that the peer asked for and that were not granted yet.
+    pub grant_due: u64,
+    /// Own connections whose backup lies here, and copies here for the peer.
+    pub actives: u64,
+    /// Copies held here for the peer.
+    pub copies: u64,
+    /// Whether the stream stands in the shard's list of busy ones.
+    pub busy: bool,
+}
+
+impl Stream {
+    /// A stream on which nothing happened yet.
+    pub fn new() -> Stream {
+        Stream {
+            dirty: List::default(),
+            closing: List::default(),
+            lease: LeaseList::default(),
+            oldest: None,
+            newest: None,
+            window: 128,
+            slow_from: WINDOW,
+            grown: 0,
+            shrunk_at: Seq::NONE,
+            round_trip: 0,
+            repeat_at: Time::NEVER,
+            repeats: 0,
+            flush_at: Time::NEVER,
+            ack_due: false,
+            refusals: Vec::with_capacity(REFUSALS_MAX),
+            want: 0,
+            want_at: Time::NEVER,
+            starved_since: None,
+            taken: 0,
+            taken_before: 0,
+            rate_since: Time(0),
+            grant_due: 0,
+            actives: 0,
+            copies: 0,
+            busy: false,
+        }
+    }
+
+    /// A sample of the round trip.
+    pub fn sample(&mut self, round_trip: Duration) {
+        let ns = round_trip.as_nanos() as u64;
+        self.round_trip = if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
+    }
+
+    /// How long to wait for an ack before repeating: four round trips, at least 10 ms (a peer may be
+    /// in the middle of a long pass), doubled at each try without progress, at most 400 ms.
+    pub fn patience(&self) -> Duration {
+        let base = (4 * self.round_trip).clamp(10_000_000, 100_000_000);
+        Duration::from_nanos((base << self.repeats.min(5)).min(400_000_000))
+    }
+
+    /// Progress of the floor by `n` datagrams widens the window: by as many up to `slow_from`, then by
+    /// one a window.
+    pub fn widen(&mut self, n: u64) {
+        if self.window < self.slow_from {
+            self.window += n;
+        } else {
+            self.grown += n;
+            if self.grown >= self.window {
+                self.grown -= self.window;
+                self.window += 1;
+            }
+        }
+        self.window = self.window.min(WINDOW);
+    }
+
+    /// Loss among what was sent up to `seq` halves the window, once for all that was on its way
+    /// when it was noticed (`sent` is the newest number then).
+    pub fn shrink(&mut self, seq: Seq, sent: Seq) {
+        if seq.is_after(self.shrunk_at) {
+            self.window = (self.window / 2).max(WINDOW_MIN);
+            self.slow_from = self.window;
+            self.shrunk_at = sent;
+        }
+    }
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Stream::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_floor_moves_over_what_arrived_early_and_over_what_was_skipped() {
+        let words = StreamWords::default();
+        let d = Durable(&words);
+        let seq = |n| Seq::NONE.plus(n);
+        for n in [1, 3, 4, 7] {
+            d.receive(seq(n));
+        }
+        assert_eq!(d.receive_floor(), seq(1));
+        assert!(d.is_received(seq(4)) && !d.is_received(seq(2)) && !d.is_received(seq(5)));
+        let mut beyond = [0; (WINDOW / 64) as usize];
+        assert_eq!(d.beyond(&mut beyond), 1);
+        assert_eq!(beyond[0], 0b100110, "3, 4 and 7, counted from 2");
+        d.receive(seq(2));
+        assert_eq!(d.receive_floor(), seq(4));
+        d.skip(seq(6));
+        assert_eq!(d.receive_floor(), seq(7));
+        d.skip(seq(5));
+        assert_eq!(d.receive_floor(), seq(7), "a late skip changes nothing");
+        assert_eq!(d.beyond(&mut beyond), 0);
+    }
+
+    #[test]
+    fn the_ring_of_received_bits_wraps() {
+        let words = StreamWords::default();
+        let d = Durable(&words);
+        let seq = |n| Seq::NONE.plus(n);
+        for n in 1..=5 * WINDOW {
+            // Every pair in the wrong order.
+            d.receive(seq(if n % 2 == 1 { n + 1 } else { n - 1 }));
+        }
+        assert_eq!(d.receive_floor(), seq(5 * WINDOW));
+        d.receive(seq(6 * WINDOW));
+        let mut beyond = [0; (WINDOW / 64) as usize];
+        assert_eq!(d.beyond(&mut beyond), (WINDOW / 64) as usize);
+        assert_eq!(beyond[31], 1 << 63);
+        d.skip(seq(9 * WINDOW));
+        assert_eq!(d.receive_floor(), seq(9 * WINDOW));
+        assert_eq!(d.beyond(&mut beyond), 0);
+    }
+}
