@@ -12,4 +12,5 @@ pub mod memory;
 pub mod prefetch;
 pub mod seq;
 pub mod source;
+pub mod sync;
 pub mod time;
