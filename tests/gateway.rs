@@ -111,15 +111,16 @@ fn a_gateway_dies(discovery: Discovery, shards: [u8; 2]) {
     let topology = Topology::build();
     let mut appliances = Appliances::start(&topology, discovery, shards);
     let traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
-    let backup = topology.gateway(2);
-    appliances.wait_for("gateway 2's kernel has every connection", Duration::from_secs(30), || {
-        are_replicated(&backup.tcp_entries(), &traffic, SHARED)
+    appliances.wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
+        topology.gateways.iter().all(|gateway| are_replicated(&gateway.tcp_entries(), &traffic, SHARED))
     });
     traffic.wait_for_more(20, Duration::from_secs(10), "traffic flows with two copies of each connection");
 
+    assert!(!appliances.is_told_dead(2, 1), "gateway 1 is alive and carries the traffic");
+
     appliances.power_off(1);
     wait_for("gateway 2 tells of the death, its copies ready", Duration::from_secs(10), || {
-        appliances.events(2).iter().any(|event| event == "member-dead 1")
+        appliances.is_told_dead(2, 1)
     });
     traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
     traffic.finish(Duration::from_secs(10));
@@ -150,9 +151,11 @@ fn connections_of_the_gateways_themselves_are_never_copied() {
     let silent = Traffic::start(client, server, (SERVER, PORT + 2), 10);
     silent.finish(Duration::from_secs(1));
     appliances.wait_for("the connections through gateway 1 are copied", Duration::from_secs(30), || {
-        let entries = topology.gateway(2).tcp_entries();
-        are_replicated(&entries, &talking, SHARED) && are_replicated(&entries, &silent, SHARED)
+        topology.gateways.iter().map(|gateway| gateway.tcp_entries()).all(|entries| {
+            are_replicated(&entries, &talking, SHARED) && are_replicated(&entries, &silent, SHARED)
+        })
     });
+    assert!(!appliances.is_told_dead(2, 1), "gateway 1 is alive and carries the traffic");
     let entries = topology.gateway(2).tcp_entries();
     for own in &own {
         own.wait_for_more(5, Duration::from_secs(10), "the gateway's own connections are alive");

@@ -86,9 +86,14 @@ impl<'a> Appliances<'a> {
     }
 
     /// The events that a gateway's notify script was called with, such as `member-dead 1`.
-    pub fn events(&self, member: u8) -> Vec<String> {
+    fn events(&self, member: u8) -> Vec<String> {
         let events = std::fs::read_to_string(events_of(&self.directory, member)).unwrap_or_default();
         events.lines().map(str::to_owned).collect()
+    }
+
+    /// Whether a gateway's notify script was told that the other member is dead.
+    pub fn is_told_dead(&self, member: u8, dead: u8) -> bool {
+        self.events(member).iter().any(|event| *event == format!("member-dead {dead}"))
     }
 
     fn tell_what_they_saw(&self) {
@@ -99,8 +104,11 @@ impl<'a> Appliances<'a> {
             println!("{}", lines[lines.len().saturating_sub(40)..].join("\n"));
             println!("--- its events: {:?}", self.events(member));
             let entries = self.topology.gateway(member).command("conntrack").arg("-L").output();
-            let entries = entries.map(|o| String::from_utf8_lossy(&o.stdout).into_owned());
-            println!("--- conntrack -L at gateway {member}:\n{}", entries.unwrap_or_default());
+            let entries =
+                entries.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+            let some: Vec<&str> = entries.lines().take(20).collect();
+            println!("--- {} of {} entries of gateway {member}:", some.len(), entries.lines().count());
+            println!("{}", some.join("\n"));
         }
     }
 }
