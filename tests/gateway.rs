@@ -109,8 +109,10 @@ fn every_connection_survives_when_the_other_gateway_has_more_shards_and_there_is
 
 fn a_gateway_dies(discovery: Discovery, shards: [u8; 2]) {
     let topology = Topology::build();
+    // Declared first, so that it is alive when the appliances of a failing test tell what they saw.
+    let traffic;
     let mut appliances = Appliances::start(&topology, discovery, shards);
-    let traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
+    traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
     appliances.wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
         topology.gateways.iter().all(|gateway| are_replicated(&gateway.tcp_entries(), &traffic, SHARED))
     });
@@ -124,6 +126,7 @@ fn a_gateway_dies(discovery: Discovery, shards: [u8; 2]) {
     });
     traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
     traffic.finish(Duration::from_secs(10));
+    assert!(appliances.is_running(2), "the survivor survives");
 
     let gap = traffic.client().iter().map(|side| side.longest_gap).max().unwrap_or_default();
     println!("{discovery:?}, shards {shards:?}: the client heard nothing for {} ms at most", gap.as_millis());
@@ -137,18 +140,19 @@ fn connections_of_the_gateways_themselves_are_never_copied() {
     }
     let _turn = one_at_a_time();
     let topology = Topology::build();
+    let (own, talking, silent);
     let mut appliances = Appliances::start(&topology, Discovery::Multicast, [2, 2]);
     let (client, server, gateway) = (&topology.client, &topology.server, topology.gateway(1));
     // An operator's login to the gateway, and the gateway asking the server something.
-    let own = [
+    own = [
         Traffic::start(client, gateway, ("10.1.0.1", 22), 3),
         Traffic::start(gateway, server, (SERVER, PORT + 1), 3),
     ];
     // Connections through the gateway, younger than those, show when copying is due: some that talk on,
     // so that events announce them, and some that fall silent at once, so that only a search of
     // the whole kernel table finds them.
-    let talking = Traffic::start(client, server, (SERVER, PORT), 10);
-    let silent = Traffic::start(client, server, (SERVER, PORT + 2), 10);
+    talking = Traffic::start(client, server, (SERVER, PORT), 10);
+    silent = Traffic::start(client, server, (SERVER, PORT + 2), 10);
     silent.finish(Duration::from_secs(1));
     appliances.wait_for("the connections through gateway 1 are copied", Duration::from_secs(30), || {
         topology.gateways.iter().map(|gateway| gateway.tcp_entries()).all(|entries| {

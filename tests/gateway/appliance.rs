@@ -69,12 +69,20 @@ impl<'a> Appliances<'a> {
     /// Waits for a condition, and fails early if an appliance ends meanwhile.
     pub fn wait_for(&mut self, what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
         wait_for(what, limit, || {
-            for (member, child) in (1..).zip(&mut self.children) {
-                let status = child.try_wait().expect("a child can be asked for its status");
-                assert_eq!(status, None, "appliance {member} ended while this was waited for: {what}");
+            for member in [1, 2] {
+                assert!(
+                    self.is_running(member),
+                    "appliance {member} ended while this was waited for: {what}"
+                );
             }
             condition()
         });
+    }
+
+    /// Whether an appliance's process has not ended.
+    pub fn is_running(&mut self, member: u8) -> bool {
+        let child = &mut self.children[usize::from(member) - 1];
+        child.try_wait().expect("a child can be asked for its status").is_none()
     }
 
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.
