@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod conn;
+pub mod conntrack;
 pub mod counters;
 pub mod limits;
 pub mod memory;
