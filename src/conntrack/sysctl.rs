@@ -146,7 +146,7 @@ impl Timeouts {
         let seconds = |name, default| match read(name) {
             Ok(seconds) => seconds.min(u32::MAX as u64) as u32,
             Err(e) => {
-                log::warn!("{e} (taking {default} s)");
+                log::debug!("{e} (taking {default} s)");
                 default
             }
         };
