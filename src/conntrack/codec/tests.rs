@@ -198,7 +198,7 @@ fn snat() -> Connection {
 
 #[test]
 fn a_restored_connection_has_a_mirrored_reply_and_its_translation_apart() {
-    // Entries made from these bytes were seen to translate real traffic (tests/conntrack.rs).
+    // Entries made from these bytes were seen to translate real traffic (tests/conntrack/traffic.rs).
     let mut buffer = [0xa5; MESSAGE_MAX];
     let length = encode_create(&mut buffer, 0x0403_0201, &snat(), 600);
     assert_eq!(hex(&buffer[..length]), RESTORED);

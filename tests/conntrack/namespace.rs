@@ -14,7 +14,8 @@ pub const DEADLINE: Duration = Duration::from_secs(20);
 pub fn in_namespace(what: &str, test: impl FnOnce() + Send) {
     // SAFETY: no arguments, no memory.
     if unsafe { libc::geteuid() } != 0 {
-        eprintln!("left out, for it needs root: {what}");
+        let line = format!("left out, for it needs root: {what}\n"); // in one piece
+        eprint!("{line}");
         return;
     }
     std::thread::scope(|scope| {
