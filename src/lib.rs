@@ -5,6 +5,7 @@
 
 pub mod ccp;
 pub mod conn;
+pub mod conntrack;
 pub mod counters;
 pub mod group;
 pub mod limits;
