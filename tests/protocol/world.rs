@@ -1,0 +1,480 @@
+//! A world of a few members in one process: the shipped protocol over memory of its own, a
+//! network that loses, repeats and delays, and simulated time. Everything follows from a seed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::Duration;
+
+use hypersync::ccp::bytes::{Reader, Writer};
+use hypersync::ccp::header::{Header, OPCODE_HEARTBEAT};
+use hypersync::ccp::heartbeat::Heartbeat;
+use hypersync::conn::{Connection, Kind, MemberId, Stamp, State, Tuple, shard_of};
+use hypersync::counters::{Counter, Counters};
+use hypersync::group::{Event, Group, Identity, Tables};
+use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
+use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
+use hypersync::source::SourceEvent;
+use hypersync::sync::stream::{stream_index, stream_member, stream_shard};
+use hypersync::sync::{Replica, ReplicaConfig};
+use hypersync::time::Time;
+
+/// One step of simulated time.
+pub const STEP: Duration = Duration::from_micros(250);
+pub const HOLD: Duration = Duration::from_millis(50);
+pub const HEARTBEAT: Duration = Duration::from_millis(20);
+pub const REPROTECT: Duration = Duration::from_millis(200);
+
+/// A small generator (splitmix64) whose stream never changes between versions.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// What the network does to a datagram, in percent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Network {
+    pub loss: u64,
+    pub repeats: u64,
+    pub late: u64,
+}
+
+/// A member that is running, or was.
+pub struct Host<'m> {
+    pub member: MemberId,
+    pub group: Group,
+    pub shards: Vec<Replica<'m>>,
+    pub memory: Vec<Memory<'m>>,
+    pub running: bool,
+    pub leaving: bool,
+    view_version: u64,
+}
+
+struct Packet {
+    from: MemberId,
+    to: MemberId,
+    bytes: Vec<u8>,
+}
+
+/// A connection as its user knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    pub owner: MemberId,
+    pub opened: Time,
+    pub mark: u32,
+}
+
+pub struct World<'m> {
+    pub now: Time,
+    pub rng: Rng,
+    pub network: Network,
+    pub hosts: BTreeMap<MemberId, Host<'m>>,
+    pub open: HashMap<Tuple, Known>,
+    pub closed: Vec<Tuple>,
+    pub cut: Vec<(MemberId, MemberId)>,
+    pub events: Vec<(MemberId, Event)>,
+    pub fresh: u32,
+    packets: BTreeMap<(Time, u64), Packet>,
+    sequence: u64,
+    memories: std::slice::Iter<'m, OwnedMemory>,
+}
+
+pub fn size() -> MemorySize {
+    MemorySize { capacity: 2048, arena: ARENA_MIN }
+}
+
+pub fn memories(n: usize) -> Vec<OwnedMemory> {
+    (0..n).map(|_| OwnedMemory::new(&size())).collect()
+}
+
+fn address(member: MemberId) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::new(10, 9, 0, member))
+}
+
+impl<'m> World<'m> {
+    pub fn new(seed: u64, memories: &'m [OwnedMemory]) -> World<'m> {
+        World {
+            now: Time(1_000_000_000),
+            rng: Rng(seed),
+            network: Network::default(),
+            hosts: BTreeMap::new(),
+            open: HashMap::new(),
+            closed: Vec::new(),
+            cut: Vec::new(),
+            events: Vec::new(),
+            fresh: 0,
+            packets: BTreeMap::new(),
+            sequence: 0,
+            memories: memories.iter(),
+        }
+    }
+
+    /// Starts a member with an empty table.
+    pub fn start(&mut self, member: MemberId, shards: u8, priority: u8) {
+        let incarnation = self.rng.next() | 1;
+        let table_id = incarnation as u32;
+        let identity = Identity {
+            member,
+            shards,
+            priority,
+            site: 0,
+            table_id,
+            incarnation,
+            heartbeat: HEARTBEAT,
+            dead_after: 3,
+        };
+        let memory: Vec<Memory<'m>> =
+            (0..shards).map(|_| self.memories.next().expect("enough memories").parts()).collect();
+        let replicas = memory.iter().enumerate().map(|(shard, memory)| {
+            let config = ReplicaConfig {
+                group: 7,
+                member,
+                shard: shard as u8,
+                shards,
+                site: 0,
+                table_id,
+                index_key: incarnation,
+                hold: HOLD,
+                reprotect_after: REPROTECT,
+                flush: Duration::from_millis(1),
+                commit_eager: true,
+            };
+            Replica::new(config, *memory)
+        });
+        let host = Host {
+            member,
+            group: Group::new(identity, self.now),
+            shards: replicas.collect(),
+            memory,
+            running: true,
+            leaving: false,
+            view_version: 0,
+        };
+        self.hosts.insert(member, host);
+    }
+
+    /// The member dies with its table. What its users had there moves to the others by `move_to`.
+    pub fn kill(&mut self, member: MemberId) {
+        self.host(member).running = false;
+        self.packets.retain(|_, p| p.to != member);
+    }
+
+    pub fn host(&mut self, member: MemberId) -> &mut Host<'m> {
+        self.hosts.get_mut(&member).expect("the member was started")
+    }
+
+    pub fn counter(&self, member: MemberId, counter: Counter) -> u64 {
+        self.hosts[&member].memory.iter().map(|m| Counters::new(m.counters).get(counter)).sum()
+    }
+
+    /// A tuple that no connection ever had.
+    pub fn fresh_tuple(&mut self) -> Tuple {
+        self.fresh += 1;
+        let client = Ipv4Addr::from(0x0a00_0000 + self.fresh);
+        Tuple::v4(6, (client, 1024 + self.fresh as u16 % 50_000), (Ipv4Addr::new(192, 0, 2, 1), 443))
+    }
+
+    fn connection(tuple: Tuple, mark: u32) -> Connection {
+        let state = State { status: 0xe, tcp_state: 3, timeout_s: 432_000, mark, ..State::default() };
+        Connection { original: tuple, reply: Tuple { dport: 9, ..tuple.mirrored() }, state }
+    }
+
+    pub fn tell(&mut self, member: MemberId, event: &SourceEvent) {
+        let now = self.now;
+        let host = self.host(member);
+        let original = match event {
+            SourceEvent::Seen { connection, .. } => connection.original,
+            SourceEvent::Gone { original } => *original,
+        };
+        let shard = shard_of(&original, host.shards.len() as u8);
+        host.shards[shard as usize].handle_source(now, event);
+    }
+
+    pub fn open_at(&mut self, member: MemberId) -> Tuple {
+        let tuple = self.fresh_tuple();
+        self.reopen_at(member, tuple);
+        tuple
+    }
+
+    pub fn reopen_at(&mut self, member: MemberId, tuple: Tuple) {
+        let mark = self.rng.next() as u32;
+        self.tell(member, &SourceEvent::seen(Self::connection(tuple, mark)));
+        self.open.insert(tuple, Known { owner: member, opened: self.now, mark });
+    }
+
+    pub fn change(&mut self, tuple: Tuple) {
+        let mark = self.rng.next() as u32;
+        let known = self.open.get_mut(&tuple).expect("it is open");
+        known.mark = mark;
+        let owner = known.owner;
+        self.tell(owner, &SourceEvent::seen(Self::connection(tuple, mark)));
+    }
+
+    pub fn close(&mut self, tuple: Tuple) {
+        let known = self.open.remove(&tuple).expect("it is open");
+        self.tell(known.owner, &SourceEvent::Gone { original: tuple });
+        self.closed.push(tuple);
+    }
+
+    /// A random one of the open connections.
+    pub fn any_open(&mut self) -> Option<Tuple> {
+        // Sorted: a map's order is not part of the seed.
+        let mut tuples: Vec<&Tuple> = self.open.keys().collect();
+        if tuples.is_empty() {
+            return None;
+        }
+        tuples.sort();
+        let n = self.rng.below(tuples.len() as u64) as usize;
+        Some(*tuples[n])
+    }
+
+    fn post(&mut self, from: MemberId, to: MemberId, bytes: Vec<u8>) {
+        let copies = 1 + self.rng.chance(self.network.repeats) as u32;
+        for _ in 0..copies {
+            if self.rng.chance(self.network.loss) || self.cut.contains(&(from, to)) {
+                continue;
+            }
+            let mut delay = 50 + self.rng.below(100);
+            if self.rng.chance(self.network.late) {
+                delay += self.rng.below(20_000);
+            }
+            self.sequence += 1;
+            let at = self.now.after(Duration::from_micros(delay));
+            self.packets.insert((at, self.sequence), Packet { from, to, bytes: bytes.clone() });
+        }
+    }
+
+    /// One step of time for everybody.
+    pub fn step(&mut self) {
+        self.now = self.now.after(STEP);
+        while let Some(entry) = self.packets.first_entry() {
+            if !entry.key().0.reached(self.now) {
+                break;
+            }
+            let packet = entry.remove();
+            self.deliver(packet);
+        }
+        for member in self.hosts.keys().copied().collect::<Vec<_>>() {
+            if self.hosts[&member].running {
+                self.run(member);
+            }
+        }
+    }
+
+    fn deliver(&mut self, packet: Packet) {
+        let now = self.now;
+        let Some(host) = self.hosts.get_mut(&packet.to).filter(|h| h.running) else { return };
+        let mut r = Reader::new(&packet.bytes);
+        let Ok(header) = Header::decode(&mut r, 7) else { return };
+        if header.opcode == OPCODE_HEARTBEAT {
+            if let Ok(heartbeat) = Heartbeat::decode(&header, &mut r, packet.bytes.len()) {
+                host.group.handle_heartbeat(now, address(packet.from), &heartbeat);
+            }
+        } else if (header.to_shard as usize) < host.shards.len() {
+            let shard = &mut host.shards[header.to_shard as usize];
+            shard.handle_datagram(now, Some(address(packet.from)), &packet.bytes);
+        }
+    }
+
+    fn run(&mut self, member: MemberId) {
+        let now = self.now;
+        let host = self.hosts.get_mut(&member).expect("it exists");
+        let mut out: Vec<(MemberId, Vec<u8>)> = Vec::new();
+        for shard in &mut host.shards {
+            let goodbyes = shard.take_goodbyes();
+            for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
+                host.group.handle_goodbye(now, gone);
+            }
+        }
+        host.group.tick(now);
+        while let Some(event) = host.group.poll_event() {
+            self.events.push((member, event));
+        }
+        if host.group.view().version != host.view_version {
+            host.view_version = host.group.view().version;
+            for shard in &mut host.shards {
+                shard.handle_view(now, host.group.view());
+            }
+        }
+        let room = host.shards.iter().map(|s| s.room() as u64).sum();
+        let capacity = (host.shards.len() * size().capacity) as u64;
+        let tables = Tables { capacity, room, ready: true, leaving: host.leaving };
+        if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
+            let mut bytes = vec![0; DATAGRAM_MAX];
+            let mut w = Writer::new(&mut bytes);
+            heartbeat.encode(7, &shown, &mut w);
+            let len = w.len();
+            bytes.truncate(len);
+            out.extend((1..=8).filter(|to| *to != member).map(|to| (to, bytes.clone())));
+        }
+        for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
+            shard.tick(now);
+            while shard.poll_commit().is_some() {}
+            let mut landed = Vec::new();
+            shard.transmit(now, &mut |transmit| {
+                let mut bytes = vec![0; transmit.len as usize];
+                read_arena(memory.arena, transmit.offset as usize, &mut bytes);
+                let to = stream_member(transmit.stream);
+                out.extend(bytes.chunks(DATAGRAM_MAX).map(|datagram| (to, datagram.to_vec())));
+                landed.push(transmit.token);
+                true
+            });
+            for token in landed {
+                shard.landed(token, false);
+            }
+        }
+        for (to, bytes) in out {
+            self.post(member, to, bytes);
+        }
+    }
+
+    /// Says goodbye at once; the member is gone afterwards.
+    pub fn goodbye(&mut self, member: MemberId) {
+        let host = self.host(member);
+        let memory = host.memory[0];
+        let mut out = Vec::new();
+        host.shards[0].send_goodbyes(&mut |transmit| {
+            let mut bytes = vec![0; transmit.len as usize];
+            read_arena(memory.arena, transmit.offset as usize, &mut bytes);
+            out.push((stream_member(transmit.stream), bytes));
+            true
+        });
+        for (to, bytes) in out {
+            self.post(member, to, bytes);
+        }
+        self.host(member).running = false;
+    }
+
+    pub fn run_for(&mut self, span: Duration) {
+        let end = self.now.after(span);
+        while !end.reached(self.now) {
+            self.step();
+        }
+    }
+
+    /// Runs until the condition holds; panics after `limit`.
+    pub fn run_until(&mut self, limit: Duration, what: &str, mut holds: impl FnMut(&World<'m>) -> bool) {
+        let end = self.now.after(limit);
+        while !holds(self) {
+            assert!(!end.reached(self.now), "after {limit:?} still not: {what}\n{}", self.describe());
+            self.step();
+        }
+    }
+
+    pub fn live(&self) -> Vec<MemberId> {
+        self.hosts.values().filter(|h| h.running).map(|h| h.member).collect()
+    }
+
+    /// Whether nobody has anything left to send.
+    pub fn is_quiet(&self) -> bool {
+        self.hosts.values().filter(|h| h.running).all(|h| h.shards.iter().all(|s| s.exposure() == 0))
+    }
+
+    /// Everything that live members hold, by original tuple.
+    pub fn copies(&self) -> HashMap<Tuple, Vec<Copy>> {
+        let mut copies: HashMap<Tuple, Vec<Copy>> = HashMap::new();
+        for host in self.hosts.values().filter(|h| h.running) {
+            for (shard, replica) in host.shards.iter().enumerate() {
+                for slot in 0..replica.table().capacity() {
+                    let line = replica.table().line(slot);
+                    if !line.kind().is_connection() {
+                        continue;
+                    }
+                    let connection = replica.table().connection(slot);
+                    let place = replica.coordinate(slot);
+                    assert_eq!(shard_of(&connection.original, host.shards.len() as u8) as usize, shard);
+                    copies.entry(connection.original).or_default().push(Copy {
+                        member: host.member,
+                        kind: line.kind(),
+                        stamp: line.stamp(),
+                        place: place.raw(),
+                        peer: line.peer().raw(),
+                        connection,
+                    });
+                }
+            }
+        }
+        copies
+    }
+
+    /// Each open connection past its hold time is on exactly two members (or on one, if only one
+    /// lives), these agree and name each other; nothing else is anywhere.
+    pub fn check(&self) {
+        let copies = self.copies();
+        let expected = self.live().len().min(2);
+        for (tuple, known) in &self.open {
+            let empty = Vec::new();
+            let found = copies.get(tuple).unwrap_or(&empty);
+            let held = found.len() == 1 && found[0].kind == Kind::Held;
+            if held {
+                continue;
+            }
+            assert_eq!(found.len(), expected, "{tuple}: {known:?}, copies {found:?}");
+            let actives = found.iter().filter(|c| c.kind == Kind::Active).count();
+            assert_eq!(actives, 1, "{tuple}: {found:?}");
+            for copy in found {
+                assert_eq!(copy.connection, Self::connection(*tuple, known.mark), "{tuple}: {found:?}");
+                assert_eq!(copy.stamp, found[0].stamp, "{tuple}: {found:?}");
+                if expected == 2 {
+                    let other = found.iter().find(|c| c.member != copy.member).expect("two members");
+                    assert_eq!(copy.peer, other.place, "{tuple}: {found:?}");
+                }
+            }
+        }
+        for (tuple, found) in &copies {
+            assert!(self.open.contains_key(tuple), "{tuple} is closed and still at {found:?}");
+        }
+    }
+
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        for host in self.hosts.values() {
+            text += &format!(
+                "member {} {} exposure {:?} unprotected {} busy since {} us\n",
+                host.member,
+                if host.running { "running" } else { "gone" },
+                host.shards.iter().map(|s| s.exposure()).collect::<Vec<_>>(),
+                self.counter(host.member, Counter::Unprotected),
+                self.counter(host.member, Counter::ExposureOldestUs),
+            );
+            for info in hypersync::counters::COUNTERS {
+                let value = self.counter(host.member, info.counter);
+                if value > 0 {
+                    text += &format!("    {} {value}\n", info.name);
+                }
+            }
+        }
+        text
+    }
+}
+
+/// One copy of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Copy {
+    pub member: MemberId,
+    pub kind: Kind,
+    pub stamp: Stamp,
+    pub place: u64,
+    pub peer: u64,
+    pub connection: Connection,
+}
+
+/// The streams between two hosts that exist, for tests that look at words in memory.
+pub fn stream_between(to: MemberId, shard: u8) -> usize {
+    assert_eq!(stream_shard(stream_index(to, shard)), shard);
+    stream_index(to, shard)
+}
