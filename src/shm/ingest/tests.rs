@@ -232,12 +232,8 @@ fn no_wake_up_is_ever_lost() {
 
 const CHILD: &str = "HYPERSYNC_TEST_PRODUCER_DIR";
 
-/// Not a test by itself: the body of the process that the next test kills.
-#[test]
-#[ignore = "run by a_killed_producer_is_succeeded"]
-fn producer_process() {
-    let Ok(dir) = std::env::var(CHILD) else { return };
-    let mut producer = Producer::open(Path::new(&dir), 0).unwrap();
+fn produce_until_killed(dir: &Path) {
+    let mut producer = Producer::open(dir, 0).unwrap();
     for n in 0..10 {
         producer.push(&event(n)).unwrap();
     }
@@ -250,11 +246,15 @@ fn producer_process() {
 
 #[test]
 fn a_killed_producer_is_succeeded() {
+    // This test runs itself once more, as the process that it kills.
+    if let Ok(dir) = std::env::var(CHILD) {
+        produce_until_killed(Path::new(&dir));
+    }
     let dir = TestDir::new("killed");
     let region = region(&dir, 1, 64);
     let mut consumer = Consumer::new(region.ring(0));
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "shm::ingest::tests::producer_process"])
+        .args(["--exact", "shm::ingest::tests::a_killed_producer_is_succeeded"])
         .env(CHILD, &dir.0)
         .stdout(std::process::Stdio::null())
         .spawn()
