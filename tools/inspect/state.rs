@@ -97,7 +97,7 @@ impl Shard {
         )
     }
 
-    fn to_json(&self, now: Time) -> Value {
+    fn to_json(self, now: Time) -> Value {
         let kinds: serde_json::Map<String, Value> =
             KINDS.iter().map(|kind| (kind.name().into(), self.kinds[*kind as usize].into())).collect();
         json!({
@@ -177,7 +177,7 @@ fn print_text(
     }
     writeln!(
         out,
-        "{:>6} {:<8} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} {}",
+        "{:>6} {:<8} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} table",
         "member",
         "status",
         "address",
@@ -188,8 +188,7 @@ fn print_text(
         "capacity",
         "last heard",
         "since",
-        "hears me",
-        "table"
+        "hears me"
     )?;
     for (id, m) in members {
         writeln!(
