@@ -6,6 +6,7 @@
 pub mod ccp;
 pub mod clock;
 pub mod conn;
+pub mod conntrack;
 pub mod counters;
 pub mod group;
 pub mod limits;
@@ -14,4 +15,5 @@ pub mod prefetch;
 pub mod seq;
 pub mod shm;
 pub mod source;
+pub mod sync;
 pub mod time;

@@ -108,9 +108,9 @@ pub const PEERS_MAX: usize = MEMBERS_MAX - 1;
 
 const _: () = assert!(MEMBERS_MAX < 64 && SHARDS_MAX <= 64);
 const _: () = assert!(SLOTS_MAX <= 1 << 26 && GENERATIONS as usize == 1 << 26);
-const _: () = assert!(DATAGRAM_MAX % 8 == 0 && DATAGRAM_MAX <= MTU_MIN - 48);
+const _: () = assert!(DATAGRAM_MAX.is_multiple_of(8) && DATAGRAM_MAX <= MTU_MIN - 48);
 const _: () = assert!(SEGMENTS_MAX <= 64 && SEGMENTS_MAX * DATAGRAM_MAX <= TRAIN_MAX);
-const _: () = assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE % 64 == 0);
+const _: () = assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE.is_multiple_of(64));
 const _: () = assert!(CONTROL_BUFFERS * CONTROL_BUFFER_SIZE <= ARENA_MIN / 2);
-const _: () = assert!(WINDOW % 64 == 0 && WINDOW_MIN < WINDOW);
 const _: () = assert!(INGEST_RECORDS_MIN.is_power_of_two() && INGEST_RECORDS_MAX.is_power_of_two());
+const _: () = assert!(WINDOW.is_multiple_of(64) && WINDOW_MIN < WINDOW);

@@ -43,7 +43,7 @@ impl MemorySize {
     pub fn is_valid(&self) -> bool {
         (SLOTS_MIN..=SLOTS_MAX).contains(&self.capacity)
             && (ARENA_MIN..=ARENA_MAX).contains(&self.arena)
-            && self.arena % 4096 == 0
+            && self.arena.is_multiple_of(4096)
     }
 
     /// Buckets of the index.
@@ -164,7 +164,7 @@ impl OwnedMemory {
 
 /// Copies bytes out of the arena; for tests and tools (the appliance's kernel reads it by itself).
 pub fn read_arena(arena: &[AtomicU64], offset: usize, into: &mut [u8]) {
-    assert!(offset % 8 == 0);
+    assert!(offset.is_multiple_of(8));
     for (word, chunk) in arena[offset / 8..].iter().zip(into.chunks_mut(8)) {
         chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes()[..chunk.len()]);
     }
@@ -172,7 +172,7 @@ pub fn read_arena(arena: &[AtomicU64], offset: usize, into: &mut [u8]) {
 
 /// Copies bytes into the arena; `offset` is a multiple of 8.
 pub fn write_arena(arena: &[AtomicU64], offset: usize, bytes: &[u8]) {
-    assert!(offset % 8 == 0 && offset + bytes.len() <= arena.len() * 8);
+    assert!(offset.is_multiple_of(8) && offset + bytes.len() <= arena.len() * 8);
     for (word, chunk) in arena[offset / 8..].iter().zip(bytes.chunks(8)) {
         let mut whole = [0; 8];
         whole[..chunk.len()].copy_from_slice(chunk);

@@ -42,6 +42,13 @@ pub enum Commit {
         /// Its life when the commit was asked for.
         generation: Generation,
     },
+    /// The connection in this slot is ours now: its entry gets the protocol's normal timeout again.
+    Refresh {
+        /// The slot.
+        slot: u32,
+        /// Its life when the commit was asked for.
+        generation: Generation,
+    },
     /// Remove the entry with this original tuple.
     Delete {
         /// The original tuple.

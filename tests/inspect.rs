@@ -17,6 +17,7 @@ use hypersync::memory::MemorySize;
 use hypersync::seq::Seq;
 use hypersync::shm::layout::shard_layout;
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes};
+use hypersync::sync::stream::{WORD_SEND_FLOOR, stream_index};
 use hypersync::time::Time;
 use serde_json::Value;
 
@@ -119,7 +120,7 @@ fn a_connection_is_found_by_either_tuple_with_its_other_copy() {
     }
 
     // The backup acknowledges: the floor of the stream to 9/1 passes datagram 12.
-    a.region.shard(shard).streams[(9 - 1) * 64 + 1].0[2].store(12, Ordering::Relaxed);
+    a.region.shard(shard).streams[stream_index(9, 1)].0[WORD_SEND_FLOOR].store(12, Ordering::Relaxed);
     for words in [
         vec!["find", "--json", "tcp", "10.0.0.1:1000", ">", "10.0.0.200:80"],
         vec!["find", "tcp", "10.0.0.200:80", "192.0.2.1:1000", "--json"],

@@ -111,6 +111,17 @@ pub enum Message<'b> {
         /// Epoch and version.
         stamp: Stamp,
     },
+    /// After a stream was lost: "I hold this copy of yours; does it still stand?"
+    Offer {
+        /// Where the former active had the connection.
+        target: Place,
+        /// Where the sender has it.
+        own: Place,
+        /// Epoch and version of the sender's copy.
+        stamp: Stamp,
+        /// Whether the sender saw traffic of it since.
+        claimed: bool,
+    },
     /// Slots that the receiver may fill from now on.
     Lease(Places<'b>),
     /// What the sender has received and applied of the stream in the other direction.
@@ -157,6 +168,7 @@ const WANT: u64 = 7;
 const REFUSE: u64 = 8;
 const SKIP: u64 = 9;
 const GOODBYE: u64 = 10;
+const OFFER: u64 = 11;
 
 /// A row of places in a datagram, eight bytes each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -307,6 +319,11 @@ impl<'b> Message<'b> {
                 w.u64(head(RELEASE, 0, target.raw()));
                 put_stamp(w, *stamp);
             }
+            Message::Offer { target, own, stamp, claimed } => {
+                w.u64(head(OFFER, *claimed as u8, target.raw()));
+                put_stamp(w, *stamp);
+                w.u64(own.raw());
+            }
             Message::Lease(_) => unreachable!("leases are written place by place, see `encode_lease`"),
             Message::Ack { .. } => unreachable!("acks are written from the receive window, see `encode_ack`"),
             Message::Want { total } => {
@@ -359,6 +376,10 @@ impl<'b> Message<'b> {
             }
             CLOSE => Message::Close { target, stamp: get_stamp(r)? },
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
+            OFFER => {
+                let stamp = get_stamp(r)?;
+                Message::Offer { target, own: Place::from_raw(r.u64()?), stamp, claimed: bits & 1 == 1 }
+            }
             LEASE => {
                 if low == 0 || low > LEASE_GRANT_MAX as u64 {
                     return Err(Reject::Message);
@@ -453,6 +474,7 @@ mod tests {
             Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state },
             Message::Close { target, stamp: high },
             Message::Release { target, stamp },
+            Message::Offer { target, own, stamp: high, claimed: true },
             Message::Want { total: 64 },
             Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded },
             Message::Skip { to: Seq::LAST },

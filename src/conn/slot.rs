@@ -11,7 +11,7 @@
 //!   3   | orig. sport  | orig. dport      |  reply sport  |   reply dport   |
 //!   4   |             mark                |      timeout, seconds           |
 //!   5   |    conntrack status             | tcp: state | scale | fl.o | fl.r|
-//!   6   | orig. zone   | reply zone       | protocol | family | groups | -  |
+//!   6   | orig. zone   | reply zone       | protocol | family | groups | claimed |
 //!   7   | life of the stream 16 |  last: sequence number of the last delta  |
 //!   8,9   original source          10,11  original destination
 //!  12,13  reply source             14,15  reply destination                    (low word first)
@@ -234,6 +234,16 @@ impl Line {
     /// Sets the groups changed since the last acknowledged delta.
     pub fn set_groups(&mut self, groups: u8) {
         self.0[6] = self.0[6] & !0xff00 | (groups as u64) << 8;
+    }
+
+    /// Whether this member's claim to the connection rests on traffic seen here, not on presumption.
+    pub fn is_claimed(&self) -> bool {
+        self.0[6] & 1 == 1
+    }
+
+    /// Notes whether the claim rests on traffic.
+    pub fn set_claimed(&mut self, claimed: bool) {
+        self.0[6] = self.0[6] & !1 | claimed as u64;
     }
 
     /// The datagram that carries the newest delta; `Seq::NONE` if the newest state is in none.

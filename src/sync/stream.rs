@@ -118,6 +118,11 @@ impl Durable<'_> {
         self.set(WORD_GRANTED_BY_US, self.granted_by_us() + n);
     }
 
+    /// A slot granted to the peer was taken back before it could know.
+    pub fn sub_granted_by_us(&self) {
+        self.set(WORD_GRANTED_BY_US, self.granted_by_us() - 1);
+    }
+
     /// The life of the sending half; 0 before the first.
     pub fn life(&self) -> u16 {
         self.get(WORD_LIVES) as u16
@@ -336,7 +341,8 @@ impl Stream {
     /// A sample of the round trip.
     pub fn sample(&mut self, round_trip: Duration) {
         let ns = round_trip.as_nanos() as u64;
-        self.round_trip = if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
+        self.round_trip =
+            if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
     }
 
     /// How long to wait for an ack before repeating: four round trips, at least 10 ms (a peer may be

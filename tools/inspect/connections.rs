@@ -4,18 +4,16 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 
 use hypersync::conn::index::Index;
 use hypersync::conn::slot::{Addresses, Line};
 use hypersync::conn::{Coordinate, Kind, Slot, State, Tuple, shard_of};
-use hypersync::limits::SHARDS_MAX;
 use hypersync::memory::Memory;
 use hypersync::seq::Seq;
 use hypersync::shm::RegionView;
+use hypersync::sync::stream::{Durable, stream_index};
 use serde_json::{Value, json};
-
-/// The word of a stream that holds its send floor (`sync::stream` names them all).
-const WORD_SEND_FLOOR: usize = 2;
 
 /// How often a slot that is being written is read again before it counts as torn: a write takes
 /// well under a microsecond, so only a slot that a killed appliance left half-written stays so.
@@ -61,12 +59,9 @@ impl Shown {
         let (original, reply) = line.tuples(&addresses);
         let other = line.peer();
         let has_backup = matches!(line.kind(), Kind::Active | Kind::Closing) && other.is_plausible();
-        let floor = has_backup.then(|| {
-            let stream = (other.member() as usize - 1) * SHARDS_MAX + other.shard() as usize;
-            let floor = &memory.streams[stream].0[WORD_SEND_FLOOR];
-            Seq::from_low_bits(floor.load(std::sync::atomic::Ordering::Relaxed))
-        });
-        let former = memory.former[slot as usize].load(std::sync::atomic::Ordering::Relaxed);
+        let floor =
+            has_backup.then(|| Durable(&memory.streams[stream_index(other.member(), other.shard())]).floor());
+        let former = memory.former[slot as usize].load(Ordering::Relaxed);
         Some(Shown {
             kind: line.kind(),
             original,

@@ -1,0 +1,119 @@
+//! ctnetlink messages: bytes to meaning and back, nothing else.
+//!
+//! Pure: no socket, no clock, no allocation. [`decode()`] reads one message that the kernel sent,
+//! the `encode_*` functions write the requests that a commit or a dump needs. Which messages
+//! are sent, and what an answer means for a commit, is decided in `commit` and `dump`.
+//!
+//! The layout of a message, counted from its first byte (all of ctnetlink's own fields are
+//! big-endian, the netlink header is in the host's order):
+//!
+//! ```text
+//!  0 length u32 | 4 type u16 | 6 flags u16 | 8 sequence u32 | 12 port id u32     nlmsghdr
+//! 16 family u8 | 17 version u8 | 18 resource u16                                 nfgenmsg
+//! 20 attributes: length u16 (with this header) | type u16 | payload | padding to 4
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod decode;
+mod encode;
+#[cfg(test)]
+mod tests;
+
+pub use decode::{Answer, Attributes, Malformed, answer, decode};
+pub use encode::{
+    MESSAGE_MAX, encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update,
+    request_ack,
+};
+
+/// Bytes of a netlink header.
+pub const HEADER: usize = 16;
+/// Bytes of a netlink header and nfnetlink's own behind it.
+pub const HEADERS: usize = HEADER + 4;
+
+/// `NLMSG_ERROR`: an error, or with code 0 an acknowledgement.
+pub const TYPE_ERROR: u16 = 2;
+/// `NLMSG_DONE`: the end of a dump.
+pub const TYPE_DONE: u16 = 3;
+
+const SUBSYSTEM: u16 = 1 << 8; // NFNL_SUBSYS_CTNETLINK
+const TYPE_NEW: u16 = SUBSYSTEM;
+const TYPE_GET: u16 = SUBSYSTEM | 1;
+const TYPE_DELETE: u16 = SUBSYSTEM | 2;
+const TYPE_GET_STATS: u16 = SUBSYSTEM | 5;
+
+/// Attribute and flag numbers of `linux/netfilter/nfnetlink_conntrack.h`, without the prefixes.
+mod number {
+    pub const TUPLE_ORIG: u16 = 1;
+    pub const TUPLE_REPLY: u16 = 2;
+    pub const STATUS: u16 = 3;
+    pub const PROTOINFO: u16 = 4;
+    pub const NAT_SRC: u16 = 6;
+    pub const TIMEOUT: u16 = 7;
+    pub const MARK: u16 = 8;
+    pub const NAT_DST: u16 = 13;
+    pub const ZONE: u16 = 18;
+
+    pub const TUPLE_IP: u16 = 1;
+    pub const TUPLE_PROTO: u16 = 2;
+    pub const TUPLE_ZONE: u16 = 3;
+
+    pub const IP_V4_SRC: u16 = 1;
+    pub const IP_V4_DST: u16 = 2;
+    pub const IP_V6_SRC: u16 = 3;
+    pub const IP_V6_DST: u16 = 4;
+
+    pub const PROTO_NUM: u16 = 1;
+    pub const PROTO_SRC_PORT: u16 = 2;
+    pub const PROTO_DST_PORT: u16 = 3;
+    pub const PROTO_ICMP_ID: u16 = 4;
+    pub const PROTO_ICMP_TYPE: u16 = 5;
+    pub const PROTO_ICMP_CODE: u16 = 6;
+    pub const PROTO_ICMPV6_ID: u16 = 7;
+    pub const PROTO_ICMPV6_TYPE: u16 = 8;
+    pub const PROTO_ICMPV6_CODE: u16 = 9;
+
+    pub const PROTOINFO_TCP: u16 = 1;
+    pub const TCP_STATE: u16 = 1;
+    pub const TCP_WSCALE_ORIGINAL: u16 = 2;
+    pub const TCP_WSCALE_REPLY: u16 = 3;
+    pub const TCP_FLAGS_ORIGINAL: u16 = 4;
+    pub const TCP_FLAGS_REPLY: u16 = 5;
+
+    pub const NAT_V4_MINIP: u16 = 1;
+    pub const NAT_PROTO: u16 = 3;
+    pub const NAT_V6_MINIP: u16 = 4;
+    pub const PROTONAT_PORT_MIN: u16 = 1;
+    pub const PROTONAT_PORT_MAX: u16 = 2;
+
+    /// Set on the type of an attribute that holds attributes.
+    pub const NESTED: u16 = 0x8000;
+    /// What remains of a type without NESTED and NET_BYTEORDER.
+    pub const TYPE_MASK: u16 = 0x3fff;
+}
+
+/// Bits of conntrack's status (`IPS_*`).
+pub mod status {
+    /// Packets have been seen both ways.
+    pub const SEEN_REPLY: u32 = 1 << 1;
+    /// Not to be dropped early when the table is full.
+    pub const ASSURED: u32 = 1 << 2;
+    /// In the table.
+    pub const CONFIRMED: u32 = 1 << 3;
+    /// The source is translated.
+    pub const SRC_NAT: u32 = 1 << 4;
+    /// The destination is translated.
+    pub const DST_NAT: u32 = 1 << 5;
+    /// On its way out.
+    pub const DYING: u32 = 1 << 9;
+}
+
+/// `TCP_CONNTRACK_ESTABLISHED`.
+pub const TCP_ESTABLISHED: u8 = 3;
+
+fn family_number(family: crate::conn::Family) -> u8 {
+    match family {
+        crate::conn::Family::V4 => libc::AF_INET as u8,
+        crate::conn::Family::V6 => libc::AF_INET6 as u8,
+    }
+}

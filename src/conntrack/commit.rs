@@ -1,0 +1,352 @@
+//! Committing: writing copies into the kernel's table, and removing them.
+//!
+//! Requests are gathered in a small batch and sent together; the kernel acts on all of them
+//! before the call returns, and its answers are waiting by then, so nothing here blocks. A
+//! batch is not a transaction: each request succeeds or fails alone, and only failures are
+//! answered (and the last request, which shows that the answers are complete).
+//!
+//! What may happen to one entry, round after round:
+//!
+//! ```text
+//!  write --> CREATE --ok--------------------------------> Written
+//!               | EEXIST                     same reply
+//!               +--> GET --found----> compare --------> UPDATE --ok--> Written
+//!               |     | ENOENT           | other reply
+//!               |     v                  v
+//!               |   Clash            DELETE, CREATE --ok--> Written, EEXIST --> Clash
+//!               + no room: GET; what is not there is refused (NoRoom)
+//!  delete -> DELETE --ok, ENOENT--> Removed
+//! ```
+//!
+//! A **clash**: the kernel has no entry with this original tuple, and still refuses it,
+//! because another connection holds the translated tuple (two gateways behind one address
+//! that hand out the same ports). Comparing the reply tuples matters since an update by
+//! original tuple succeeds on an entry with another translation, and a translation cannot be changed.
+
+use super::KernelError;
+use super::codec::{
+    self, MESSAGE_MAX, TYPE_ERROR, decode, encode_create, encode_delete, encode_get, encode_statistics,
+    encode_update, request_ack,
+};
+use super::netlink::{Mailbox, Socket};
+use super::sysctl::{TableFill, Timeouts};
+use crate::conn::{Connection, Tuple};
+use crate::limits::COMMIT_PER_PASS;
+use crate::source::SourceEvent;
+
+/// The timeout of an entry whose active lives: it must outlast any silence, because refreshes
+/// raise no events and only the active's close may end it. Longer than the kernel's longest
+/// default (5 days for an established TCP connection); short enough that what a crash leaves
+/// behind goes away by itself.
+pub const KEPT_TIMEOUT_S: u32 = 7 * 24 * 3600;
+
+/// Rounds that one entry may take; more means that somebody else keeps changing it.
+const ROUNDS_MAX: usize = 6;
+
+/// How long an entry lives without traffic.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lifetime {
+    /// Until the active closes it.
+    Kept,
+    /// As long as the kernel gives a connection in this state: the active is dead.
+    Normal,
+}
+
+/// What became of one entry of the batch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// It is in the kernel as it should be.
+    Written,
+    /// It is not in the kernel any more.
+    Removed,
+    /// Another connection holds the translated tuple.
+    Clash,
+    /// The kernel's table is as full as we may make it, or full.
+    NoRoom,
+    /// The kernel refused, for this reason.
+    Failed(i32),
+}
+
+/// The result for one entry of the batch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CommitResult {
+    /// Its place in the batch, from 0.
+    pub index: usize,
+    /// Its original tuple.
+    pub original: Tuple,
+    /// What became of it.
+    pub outcome: Outcome,
+}
+
+/// The batch takes no more, or has an entry with this original tuple: flush first. (Entries
+/// take rounds of different lengths, so two of one name would not stay in order.)
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlushFirst;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step {
+    Create,
+    Look,
+    Update { present: u32 },
+    Replace,
+    Delete,
+    Done(Outcome),
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    connection: Connection, // of a delete, only the original tuple means anything
+    timeout_s: u32,
+    may_create: bool,
+    step: Step,
+}
+
+/// A shard's pen: one socket, one batch.
+pub struct Committer {
+    socket: Socket,
+    mailbox: Mailbox,
+    requests: Vec<u8>,
+    entries: Vec<Entry>,
+    sequence: u32,
+    timeouts: Timeouts,
+    fill: TableFill,
+}
+
+impl Committer {
+    /// Entries in a batch.
+    pub const BATCH: usize = COMMIT_PER_PASS;
+
+    /// Opens a socket in the network namespace of the calling thread, and asks the kernel
+    /// whether it will answer.
+    pub fn open() -> Result<Committer, KernelError> {
+        let socket = Socket::open()?;
+        // An answer without the request in it: 36 bytes whatever we sent.
+        socket.set_netlink_option(libc::NETLINK_CAP_ACK, 1, "set up a netlink socket")?;
+        // Every answer of a batch waits at once: 32 entries asked for take less than 8 KB each.
+        socket.set_receive_buffer(1 << 20)?;
+        let mut committer = Committer {
+            socket,
+            mailbox: Mailbox::new(Mailbox::BATCH, 4096),
+            requests: vec![0; (2 * Committer::BATCH + 1) * MESSAGE_MAX],
+            entries: Vec::with_capacity(Committer::BATCH),
+            sequence: 1,
+            timeouts: Timeouts::read(),
+            fill: TableFill::open()
+                .map_err(|_| KernelError::NoConntrack { doing: "read conntrack's limits" })?,
+        };
+        committer.probe()?;
+        Ok(committer)
+    }
+
+    /// Asks something harmless: says at the start what every commit would say later.
+    fn probe(&mut self) -> Result<(), KernelError> {
+        const DOING: &str = "ask the kernel about its connection table";
+        let length = encode_statistics(&mut self.requests, self.sequence);
+        request_ack(&mut self.requests);
+        self.socket.send(&self.requests[..length]).map_err(|e| KernelError::new(DOING, &e))?;
+        let mut errno = libc::ENODATA;
+        while self.mailbox.receive(&self.socket, Mailbox::BATCH).map_err(|e| KernelError::new(DOING, &e))? > 0
+        {
+            for answer in self.mailbox.messages().filter_map(codec::answer) {
+                if answer.kind == TYPE_ERROR {
+                    errno = answer.errno;
+                }
+            }
+        }
+        match errno {
+            0 => Ok(()),
+            // What nfnetlink says about a subsystem that nobody has registered.
+            libc::EINVAL | libc::EOPNOTSUPP => Err(KernelError::NoConntrack { doing: DOING }),
+            errno => Err(KernelError::from_errno(DOING, errno)),
+        }
+    }
+
+    /// The port id in the events that this committer's writes cause.
+    pub fn port_id(&self) -> u32 {
+        self.socket.port_id()
+    }
+
+    /// Entries in the batch.
+    pub fn pending(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Adds an entry to be written, created or brought up to date.
+    pub fn write(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+        let timeout_s = match lifetime {
+            Lifetime::Kept => KEPT_TIMEOUT_S,
+            Lifetime::Normal => self.timeouts.of(connection),
+        };
+        self.add(Entry { connection: *connection, timeout_s, may_create: true, step: Step::Create })
+    }
+
+    /// Adds an entry to be removed.
+    pub fn delete(&mut self, original: &Tuple) -> Result<(), FlushFirst> {
+        let connection =
+            Connection { original: *original, reply: original.mirrored(), state: Default::default() };
+        self.add(Entry { connection, timeout_s: 0, may_create: false, step: Step::Delete })
+    }
+
+    fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
+        let name = &entry.connection.original;
+        let is_there = self.entries.iter().any(|e| e.connection.original == *name);
+        if is_there || self.entries.len() == Committer::BATCH {
+            return Err(FlushFirst);
+        }
+        self.entries.push(entry);
+        Ok(())
+    }
+
+    /// Hands the batch to the kernel and tells what became of each entry, in their order.
+    pub fn flush(&mut self, results: &mut dyn FnMut(CommitResult)) {
+        if self.entries.is_empty() {
+            return;
+        }
+        self.respect_the_limit();
+        for _ in 0..ROUNDS_MAX {
+            if self.entries.iter().all(|e| matches!(e.step, Step::Done(_))) {
+                break;
+            }
+            self.round();
+        }
+        for (index, entry) in self.entries.drain(..).enumerate() {
+            let outcome = match entry.step {
+                Step::Done(outcome) => outcome,
+                _ => Outcome::Failed(libc::EAGAIN),
+            };
+            results(CommitResult { index, original: entry.connection.original, outcome });
+        }
+    }
+
+    /// Entries beyond the room in the kernel's table are only brought up to date.
+    fn respect_the_limit(&mut self) {
+        if !self.entries.iter().any(|e| e.step == Step::Create) {
+            return;
+        }
+        let room = self.fill.room().min(Committer::BATCH as u64) as usize;
+        for entry in self.entries.iter_mut().filter(|e| e.step == Step::Create).skip(room) {
+            entry.may_create = false;
+            entry.step = Step::Look;
+        }
+    }
+
+    /// Sends what every unfinished entry needs next, and takes the answers.
+    fn round(&mut self) {
+        // Two requests an entry at most: sequence base + 2 * index, and one more for the second.
+        let base = self.sequence;
+        self.sequence = base.wrapping_add(2 * Committer::BATCH as u32);
+        let (mut end, mut last, mut last_sequence) = (0, 0, base);
+        for (index, entry) in self.entries.iter_mut().enumerate() {
+            let Entry { connection, timeout_s, .. } = entry;
+            let sequence = base.wrapping_add(2 * index as u32);
+            let mut put = |sequence: u32, encode: &dyn Fn(&mut [u8], u32) -> usize| {
+                (last, last_sequence) = (end, sequence);
+                end += encode(&mut self.requests[end..], sequence);
+            };
+            let name = &connection.original;
+            match entry.step {
+                Step::Create => put(sequence, &|b, s| encode_create(b, s, connection, *timeout_s)),
+                Step::Look => put(sequence, &|b, s| encode_get(b, s, name)),
+                Step::Update { present } => {
+                    put(sequence, &|b, s| encode_update(b, s, connection, *timeout_s, present))
+                }
+                Step::Replace => {
+                    put(sequence, &|b, s| encode_delete(b, s, name));
+                    put(sequence.wrapping_add(1), &|b, s| encode_create(b, s, connection, *timeout_s));
+                }
+                Step::Delete => put(sequence, &|b, s| encode_delete(b, s, name)),
+                Step::Done(_) => {}
+            }
+        }
+        request_ack(&mut self.requests[last..]);
+        let answers = match self.socket.send(&self.requests[..end]) {
+            Ok(()) => self.read_answers(base, last_sequence),
+            Err(e) => Err(e.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        match answers {
+            Ok(answers) => {
+                for (entry, answer) in self.entries.iter_mut().zip(answers) {
+                    entry.step = entry.next_step(answer);
+                }
+            }
+            Err(errno) => {
+                for entry in &mut self.entries {
+                    if !matches!(entry.step, Step::Done(_)) {
+                        entry.step = Step::Done(Outcome::Failed(errno));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The answers, by entry. All of them wait already: an empty queue before the last one
+    /// means that answers were lost.
+    fn read_answers(&mut self, base: u32, last: u32) -> Result<[Answers; Committer::BATCH], i32> {
+        let mut answers = [Answers::default(); Committer::BATCH];
+        loop {
+            let taken = self
+                .mailbox
+                .receive(&self.socket, Mailbox::BATCH)
+                .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
+            if taken == 0 {
+                return Err(libc::ENODATA);
+            }
+            let mut is_complete = false;
+            for message in self.mailbox.messages() {
+                let Some(answer) = codec::answer(message) else { continue };
+                let offset = answer.sequence.wrapping_sub(base) as usize;
+                let Some(of_entry) = answers.get_mut(offset / 2) else { continue };
+                if answer.kind == TYPE_ERROR {
+                    of_entry.errno[offset % 2] = answer.errno;
+                    is_complete |= answer.sequence == last;
+                } else if let Ok(SourceEvent::Seen { connection, .. }) = decode(message) {
+                    of_entry.found = Some(connection);
+                }
+            }
+            if is_complete {
+                return Ok(answers);
+            }
+        }
+    }
+}
+
+/// What the kernel said to the one or two requests of an entry; silence is success.
+#[derive(Clone, Copy, Default)]
+struct Answers {
+    errno: [i32; 2],
+    found: Option<Connection>,
+}
+
+impl Entry {
+    fn next_step(&self, answers: Answers) -> Step {
+        let refused = |errno| {
+            Step::Done(match errno {
+                libc::ENOMEM | libc::ENOSPC => Outcome::NoRoom,
+                errno => Outcome::Failed(errno),
+            })
+        };
+        match (self.step, answers.errno) {
+            (Step::Done(outcome), _) => Step::Done(outcome),
+            (Step::Create, [0, _])
+            | (Step::Update { .. }, [0, _])
+            | (Step::Replace, [0 | libc::ENOENT, 0]) => Step::Done(Outcome::Written),
+            (Step::Create, [libc::EEXIST, _]) => Step::Look,
+            (Step::Look, [0, _]) => match answers.found {
+                Some(there) if there.reply == self.connection.reply => {
+                    Step::Update { present: there.state.status }
+                }
+                Some(_) => Step::Replace,
+                None => refused(libc::EBADMSG),
+            },
+            (Step::Look, [libc::ENOENT, _]) if self.may_create => Step::Done(Outcome::Clash),
+            (Step::Look, [libc::ENOENT, _]) => Step::Done(Outcome::NoRoom),
+            // It went away, or changed its status, between two rounds.
+            (Step::Update { .. }, [libc::ENOENT, _]) if self.may_create => Step::Create,
+            (Step::Update { .. }, [libc::EBUSY, _]) => Step::Look,
+            (Step::Replace, [0 | libc::ENOENT, libc::EEXIST]) => Step::Done(Outcome::Clash),
+            (Step::Replace, [0 | libc::ENOENT, errno]) => refused(errno),
+            (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Removed),
+            (_, [errno, _]) => refused(errno),
+        }
+    }
+}

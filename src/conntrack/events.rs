@@ -1,0 +1,191 @@
+//! Listening: the kernel's conntrack events of one shard.
+//!
+//! The kernel drops what is not ours ([`filter`]); what passes is checked again
+//! here, so that the caller sees connections of its shard only, whatever the filter let
+//! through. Waking up per event is what costs, so events are drained in batches.
+//!
+//! If the queue overflows, the kernel goes on delivering what comes later (NETLINK_NO_ENOBUFS;
+//! without it everything is discarded until the queue is empty) and [`Source::overruns`]
+//! grows: a dump repairs what was missed.
+//!
+//! **A dump can be older than an event.** The kernel prepares the next piece of a dump while
+//! the previous one is read, so an entry in it may have closed since, and its DESTROY may have
+//! been drained already: taken as it is, the closed connection would come back for ever. So
+//! while a dump is under way the tuples of drained events are remembered until its next piece
+//! has been read, and entries among them are skipped. The memory is bounded: when it is full,
+//! `drain` pauses until [`Source::drain_dump`] has run, which a caller does in every pass.
+
+use std::collections::HashSet;
+use std::os::fd::BorrowedFd;
+
+use super::codec::{decode, status};
+use super::dump::{Dump, DumpProgress};
+use super::netlink::{Mailbox, Socket};
+use super::{KernelError, filter, is_copied};
+use crate::conn::slot::groups;
+use crate::conn::{Tuple, shard_of};
+use crate::source::SourceEvent;
+
+/// Groups of conntrack events: `NFNLGRP_CONNTRACK_NEW`, `_UPDATE`, `_DESTROY`.
+const GROUPS: [i32; 3] = [1, 2, 3];
+
+/// Bytes of the largest event: tuples, NAT, helper, labels and a security context stay far below.
+const EVENT_MAX: usize = 4096;
+
+/// Tuples remembered while a dump is under way: several passes' worth of events.
+const RECENT_MAX: usize = 4 * crate::limits::INGEST_PER_PASS;
+
+/// What a drain did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Drained {
+    /// Events handed to the caller.
+    pub events: usize,
+    /// Messages that made no sense.
+    pub malformed: usize,
+    /// Whether more may be waiting.
+    pub more: bool,
+}
+
+/// One shard's ear to the kernel.
+pub struct Source {
+    socket: Socket,
+    mailbox: Mailbox,
+    share: Share,
+    dump: Dump,
+    recent: HashSet<Tuple>,
+}
+
+/// Which connections are this shard's.
+#[derive(Clone, Copy)]
+pub(super) struct Share {
+    shard: u8,
+    shards: u8,
+}
+
+impl Share {
+    /// Whether the caller wants to hear of this: its shard, a kind that is copied, and an entry
+    /// that is in the table and stays there.
+    pub(super) fn wants(&self, event: &SourceEvent) -> bool {
+        let original = match event {
+            SourceEvent::Seen { connection, known } => {
+                let bits = connection.state.status;
+                let lives = bits & status::CONFIRMED != 0 && bits & status::DYING == 0;
+                if known & groups::STATE != 0 && !lives {
+                    return false;
+                }
+                &connection.original
+            }
+            SourceEvent::Gone { original } => original,
+        };
+        is_copied(original) && shard_of(original, self.shards) == self.shard
+    }
+}
+
+impl Source {
+    /// Listens, in the network namespace of the calling thread, to shard `shard` of `shards`.
+    /// `own_port_ids` are the commit sockets of all shards, whose echo is not to be heard;
+    /// `receive_buffer` is how many bytes of events may wait (an event takes about 1300).
+    pub fn open(
+        shard: u8,
+        shards: u8,
+        own_port_ids: &[u32],
+        receive_buffer: usize,
+    ) -> Result<Source, KernelError> {
+        let socket = Socket::open()?;
+        socket.set_receive_buffer(receive_buffer)?;
+        socket.set_netlink_option(libc::NETLINK_NO_ENOBUFS, 1, "set up a netlink socket")?;
+        // The filter before the groups: nothing of other shards is ever queued.
+        socket.attach_filter(&filter::program(own_port_ids, shard, shards))?;
+        for group in GROUPS {
+            socket.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen to conntrack events")?;
+        }
+        Ok(Source {
+            socket,
+            mailbox: Mailbox::new(Mailbox::BATCH, EVENT_MAX),
+            share: Share { shard, shards },
+            dump: Dump::open()?,
+            recent: HashSet::with_capacity(RECENT_MAX),
+        })
+    }
+
+    /// The descriptor that is readable when events wait.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
+    }
+
+    /// Takes up to `cap` waiting messages from the kernel.
+    pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> Drained {
+        let mut drained = Drained::default();
+        let mut left = cap;
+        if self.dump.is_running() {
+            left = left.min(RECENT_MAX.saturating_sub(self.recent.len()));
+        }
+        while left > 0 {
+            // An error here is an overrun, which `overruns` tells, or a passing shortage of memory.
+            let batch = left.min(Mailbox::BATCH);
+            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or(0);
+            for message in self.mailbox.messages() {
+                match decode(message) {
+                    Ok(event) if self.share.wants(&event) => {
+                        if self.dump.is_running() && self.recent.len() < RECENT_MAX {
+                            self.recent.extend(newer_than_a_dump(&event));
+                        }
+                        drained.events += 1;
+                        f(event);
+                    }
+                    Ok(_) => {}
+                    Err(_) => drained.malformed += 1,
+                }
+            }
+            left -= taken;
+            if taken < batch {
+                return drained;
+            }
+        }
+        drained.more = true;
+        drained
+    }
+
+    /// Messages that were lost because too many waited, since the socket was opened. One
+    /// system call.
+    pub fn overruns(&self) -> u32 {
+        self.socket.drops()
+    }
+
+    /// Asks the kernel for its whole table. Returns false if a dump is under way already; what
+    /// it has passed by then is not repeated, so ask again when it is done.
+    pub fn start_dump(&mut self) -> Result<bool, KernelError> {
+        if self.dump.is_running() {
+            return Ok(false);
+        }
+        self.recent.clear();
+        self.dump.start().map(|()| true)
+    }
+
+    /// Takes the next pieces of the dump, until at least `cap` entries have been looked at or the dump
+    /// is done; a piece has up to 200. While a dump runs, call this in every pass.
+    pub fn drain_dump(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> DumpProgress {
+        let Source { dump, share, recent, .. } = self;
+        let progress = dump.drain(cap, &mut |event| {
+            let SourceEvent::Seen { connection, .. } = &event else { return false };
+            let is_news = share.wants(&event) && !recent.contains(&connection.original);
+            if is_news {
+                f(event);
+            }
+            is_news
+        });
+        // What the kernel has prepared by now is newer than every event drained so far.
+        recent.clear();
+        progress
+    }
+}
+
+/// The tuple of an event after which an older dump has nothing to add.
+fn newer_than_a_dump(event: &SourceEvent) -> Option<Tuple> {
+    match event {
+        SourceEvent::Gone { original } => Some(*original),
+        SourceEvent::Seen { connection, known } => {
+            (known & groups::STATE != 0).then_some(connection.original)
+        }
+    }
+}

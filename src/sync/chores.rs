@@ -1,0 +1,228 @@
+//! Chores: releases and offers, the messages that belong to no single connection's delta.
+//!
+//! A **release** tells a previous backup to let its copy go, once the new backup has
+//! acknowledged its own (make before break), or tells a member that its copy was superseded. An
+//! **offer** asks a former active, after a stream was lost, whether a copy still stands. Both
+//! must arrive, so they travel in sequenced datagrams and are sent again if a datagram is
+//! given up. There is a fixed number of them; who finds none free waits, which paces walks.
+
+use super::history::Content;
+use super::replica::Replica;
+use crate::ccp::message::{Message, Place};
+use crate::conn::table::On;
+use crate::conn::{Coordinate, Kind, Stamp};
+use crate::limits::MOVES_MAX;
+use crate::seq::Seq;
+use crate::time::Time;
+
+/// What is to be done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Task {
+    /// Make the copy at `target` go. With `of`, it is the previous backup of the connection there.
+    Release { of: Option<Place>, stamp: Stamp },
+    /// Ask whether the copy in this slot still stands.
+    Offer { own: Place },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// A release waits until the new backup has acknowledged its copy.
+    AwaitBackup,
+    /// To be sent.
+    Send,
+    /// Sent in this datagram.
+    Sent(Seq),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Chore {
+    task: Task,
+    target: Coordinate,
+    phase: Phase,
+}
+
+/// The chores under way.
+pub(super) struct Chores {
+    chores: Vec<Option<Chore>>,
+    free: Vec<u32>,
+}
+
+impl Chores {
+    pub(super) fn new() -> Chores {
+        Chores { chores: vec![None; MOVES_MAX], free: (0..MOVES_MAX as u32).rev().collect() }
+    }
+
+    pub(super) fn room(&self) -> usize {
+        self.free.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.free.len() == self.chores.len()
+    }
+
+    fn ids(&self) -> impl Iterator<Item = u32> + use<> {
+        0..if self.is_empty() { 0 } else { self.chores.len() as u32 }
+    }
+
+    fn remove(&mut self, id: u32) {
+        assert!(self.chores[id as usize].take().is_some(), "chore {id} was done before");
+        self.free.push(id);
+    }
+}
+
+impl Replica<'_> {
+    fn add_chore(&mut self, task: Task, target: Coordinate, phase: Phase) -> bool {
+        let Some(id) = self.chores.free.pop() else { return false };
+        self.chores.chores[id as usize] = Some(Chore { task, target, phase });
+        let stream = self.stream_of(target);
+        self.wake(stream);
+        true
+    }
+
+    /// Tells a member to let its copy go. `false` if there is no room for another chore.
+    pub(super) fn release(&mut self, target: Coordinate, stamp: Stamp) -> bool {
+        if !self.may_return(target.member()) {
+            return true; // Its table is gone, or asks by itself when it returns.
+        }
+        self.add_chore(Task::Release { of: None, stamp }, target, Phase::Send)
+    }
+
+    /// Asks a former active whether our copy still stands. `false` if there is no room.
+    pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
+        self.add_chore(Task::Offer { own }, target, Phase::Send)
+    }
+
+    /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
+    pub(super) fn move_backup(&mut self, now: Time, slot: u32, backup: Coordinate) -> bool {
+        let line = self.table.line(slot);
+        let (previous, generation) = (line.peer(), line.generation());
+        assert!(previous.is_somewhere() && !self.table.is_moving(slot));
+        let of = Some(Place { slot, generation });
+        let task = Task::Release { of, stamp: line.stamp() };
+        if !self.add_chore(task, previous, Phase::AwaitBackup) {
+            return false;
+        }
+        self.unassign(slot);
+        self.table.set_former(slot, previous);
+        self.table.set_moving(slot, true);
+        self.assign(now, slot, backup);
+        true
+    }
+
+    /// The connection is closed while it changes its backup: the previous copy goes at once.
+    pub(super) fn release_previous_now(&mut self, slot: u32, stamp: Stamp) {
+        let own = Place { slot, generation: self.table.line(slot).generation() };
+        for id in self.chores.ids() {
+            let Some(chore) = &mut self.chores.chores[id as usize] else { continue };
+            if matches!(chore.task, Task::Release { of: Some(of), .. } if of == own) {
+                chore.task = Task::Release { of: None, stamp };
+                if chore.phase == Phase::AwaitBackup {
+                    chore.phase = Phase::Send;
+                }
+            }
+        }
+        self.table.set_moving(slot, false);
+        self.table.set_former(slot, Coordinate::NOWHERE);
+    }
+
+    /// Moves on what can move on.
+    pub(super) fn tick_chores(&mut self, now: Time) {
+        for id in self.chores.ids() {
+            let Some(chore) = self.chores.chores[id as usize] else { continue };
+            if !self.may_return(chore.target.member()) {
+                self.finish(now, id, false);
+                continue;
+            }
+            let stream = self.stream_of(chore.target);
+            match (chore.phase, chore.task) {
+                (Phase::AwaitBackup, Task::Release { of: Some(of), .. }) => {
+                    let line = self.table.line(of.slot);
+                    let acknowledged = line.kind() == Kind::Active
+                        && self.table.on(of.slot) == On::None
+                        && line.last().is_passed_by(self.durable(self.stream_of(line.peer())).floor());
+                    if acknowledged {
+                        let task = Task::Release { of: Some(of), stamp: line.stamp() };
+                        self.chores.chores[id as usize] = Some(Chore { task, phase: Phase::Send, ..chore });
+                        self.wake(stream);
+                    }
+                }
+                (Phase::AwaitBackup, _) => {
+                    unreachable!("only a release of a previous backup waits for a new one")
+                }
+                (Phase::Sent(seq), _) if seq.is_passed_by(self.durable(stream).floor()) => {
+                    self.finish(now, id, true);
+                }
+                (Phase::Send | Phase::Sent(_), _) => {}
+            }
+        }
+    }
+
+    fn finish(&mut self, _now: Time, id: u32, arrived: bool) {
+        let chore = self.chores.chores[id as usize].expect("the caller saw it");
+        self.chores.remove(id);
+        let Task::Release { of, .. } = chore.task else { return };
+        if let Some(of) = of {
+            let line = self.table.line(of.slot);
+            if line.generation() == of.generation && self.table.is_moving(of.slot) {
+                self.table.set_moving(of.slot, false);
+                self.table.set_former(of.slot, Coordinate::NOWHERE);
+            }
+            if arrived {
+                // The slot there is ours again, one life later.
+                let stream = self.stream_of(chore.target);
+                self.leases.put(&mut self.streams[stream].lease, Place::of(chore.target.next_life()));
+            }
+        }
+    }
+
+    /// The chores that this stream must send.
+    pub(super) fn chores_due(&self, stream: usize) -> impl Iterator<Item = u32> + '_ {
+        self.chores.ids().filter(move |id| {
+            self.chores.chores[*id as usize]
+                .is_some_and(|c| c.phase == Phase::Send && self.stream_of(c.target) == stream)
+        })
+    }
+
+    /// Whether any chore waits to be sent on this stream.
+    pub(super) fn has_chores(&self, stream: usize) -> bool {
+        self.chores_due(stream).next().is_some()
+    }
+
+    /// The message of a chore that is being sent in datagram `seq`; `None` if it lost its object.
+    pub(super) fn send_chore(&mut self, id: u32, seq: Seq) -> Option<Message<'static>> {
+        let chore = self.chores.chores[id as usize].expect("the caller saw it");
+        let target = Place::of(chore.target);
+        let message = match chore.task {
+            Task::Release { stamp, .. } => Message::Release { target, stamp },
+            Task::Offer { own } => {
+                let line = self.table.line(own.slot);
+                if line.generation() != own.generation || !line.kind().is_connection() {
+                    self.chores.remove(id);
+                    return None;
+                }
+                Message::Offer { target, own, stamp: line.stamp(), claimed: line.is_claimed() }
+            }
+        };
+        self.chores.chores[id as usize] = Some(Chore { phase: Phase::Sent(seq), ..chore });
+        Some(message)
+    }
+
+    /// The datagram that carried a chore was given up.
+    pub(super) fn chore_given_up(&mut self, id: u32, seq: Seq) {
+        if let Some(chore) = &mut self.chores.chores[id as usize]
+            && chore.phase == Phase::Sent(seq)
+        {
+            chore.phase = Phase::Send;
+        }
+    }
+
+    /// What a release chore is, for the manifest.
+    pub(super) fn chore_content(id: u32) -> Content {
+        Content::Release(id)
+    }
+
+    /// Chores wait for acknowledgements, which wake the shard by themselves.
+    pub(super) fn chores_at(&self) -> Time {
+        Time::NEVER
+    }
+}

@@ -1,0 +1,217 @@
+//! Ingest: what the source saw becomes a change of the table.
+//!
+//! A new connection is held: it stays here until it has outlived the hold time, so that
+//! short-lived connections are never sent. Any event for a connection that this member holds
+//! as a backup is a claim: its traffic is here now.
+
+use super::replica::Replica;
+use crate::conn::slot::groups;
+use crate::conn::table::On;
+use crate::conn::{Connection, Coordinate, Kind, Stamp, State, Tuple, shard_of};
+use crate::counters::Counter;
+use crate::seq::Seq;
+use crate::source::SourceEvent;
+use crate::time::Time;
+
+impl Replica<'_> {
+    /// The source saw something.
+    pub fn handle_source(&mut self, now: Time, event: &SourceEvent) {
+        self.counters.count(Counter::SourceEvents);
+        let original = match event {
+            SourceEvent::Seen { connection, .. } => &connection.original,
+            SourceEvent::Gone { original } => original,
+        };
+        if shard_of(original, self.config.shards) != self.config.shard {
+            self.counters.count(Counter::SourceRejected);
+            return;
+        }
+        let found = self.table.find_original(original);
+        match (event, found) {
+            (SourceEvent::Seen { connection, .. }, None) => self.open(now, connection),
+            (SourceEvent::Seen { connection, known }, Some(slot)) => {
+                self.change(now, slot, connection, *known)
+            }
+            (SourceEvent::Gone { .. }, None) => self.counters.count(Counter::SourceUnknownGone),
+            (SourceEvent::Gone { .. }, Some(slot)) => self.gone(now, slot),
+        }
+    }
+
+    /// Whether this original tuple is a copy here whose active lives: its kernel entry is ours to
+    /// keep, and its disappearance is no close.
+    pub fn is_living_copy(&self, original: &Tuple) -> Option<u32> {
+        let slot = self.table.find_original(original)?;
+        let line = self.table.line(slot);
+        (line.kind() == Kind::Backup && self.is_up(line.peer().member())).then_some(slot)
+    }
+
+    fn open(&mut self, now: Time, connection: &Connection) {
+        let Some(slot) = self.table.allocate() else {
+            self.counters.count(Counter::TableFull);
+            return;
+        };
+        let mut line = self.table.line(slot);
+        line.set_kind(Kind::Held);
+        line.set_stamp(Stamp { epoch: 0, version: 1 });
+        line.set_peer(Coordinate::NOWHERE);
+        line.set_groups(groups::ALL);
+        line.set_last(Seq::NONE);
+        self.table.fill(slot, line, connection);
+        self.table.push(&mut self.held, On::Held, slot, now);
+    }
+
+    fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
+        let mut line = self.table.line(slot);
+        let (original, reply) = self.table.tuples(slot);
+        if reply != seen.reply && known & groups::TUPLES != 0 {
+            // The same original tuple with another translation is another connection.
+            self.gone(now, slot);
+            return self.open(now, &Connection { original, reply: seen.reply, state: seen.state });
+        }
+        let old = line.state();
+        let mut new = old;
+        let mut changed = 0;
+        if known & groups::STATE != 0 {
+            new = State { timeout_s: old.timeout_s, mark: old.mark, ..seen.state };
+            if new != old {
+                changed |= groups::STATE;
+            }
+        }
+        // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
+        if known & groups::TIMEOUT != 0 && seen.state.timeout_s != old.timeout_s {
+            new.timeout_s = seen.state.timeout_s;
+            if changed != 0 || seen.state.timeout_s > old.timeout_s {
+                changed |= groups::TIMEOUT;
+            }
+        }
+        if known & groups::MARK != 0 && seen.state.mark != old.mark {
+            new.mark = seen.state.mark;
+            changed |= groups::MARK;
+        }
+        line.set_state(&new);
+        match line.kind() {
+            Kind::Held => self.table.store(slot, &line),
+            Kind::Active => {
+                if changed != 0 {
+                    line.set_stamp(line.stamp().changed());
+                }
+                self.table.store(slot, &line);
+                if changed != 0 {
+                    self.send_change(now, slot, changed);
+                }
+            }
+            Kind::Backup => {
+                self.table.store(slot, &line);
+                self.claim(now, slot);
+            }
+            kind => panic!("a {kind:?} slot is not in the index"),
+        }
+    }
+
+    /// An active connection changed.
+    fn send_change(&mut self, now: Time, slot: u32, changed: u8) {
+        let peer = self.table.line(slot).peer();
+        if !peer.is_somewhere() {
+            self.table.update(slot, |line| line.set_groups(groups::ALL));
+        } else if self.is_up(peer.member()) {
+            self.mark_dirty(now, slot, changed);
+        } else {
+            // Traffic does not wait for the walk.
+            self.leave_behind(peer.member());
+            self.unassign(slot);
+            self.protect(now, slot);
+        }
+    }
+
+    /// Traffic of a copy showed up here: this member is its active from now on.
+    fn claim(&mut self, now: Time, slot: u32) {
+        self.counters.count(Counter::Claims);
+        let mut line = self.table.line(slot);
+        let peer = line.peer();
+        let stream = self.stream_of(peer);
+        self.streams[stream].copies -= 1;
+        line.set_kind(Kind::Active);
+        line.set_stamp(line.stamp().claimed());
+        line.set_last(Seq::NONE);
+        line.set_groups(groups::ALL);
+        line.set_claimed(true);
+        if self.is_up(peer.member()) {
+            // The former active is the backup now: the pair stays, only its direction turns.
+            self.table.set_former(slot, Coordinate::NOWHERE);
+            self.table.store(slot, &line);
+            self.streams[stream].actives += 1;
+            self.mark_dirty(now, slot, groups::ALL);
+        } else {
+            line.set_peer(Coordinate::NOWHERE);
+            self.table.store(slot, &line);
+            self.leave_behind(peer.member());
+            self.protect_promoted(now, slot, peer);
+        }
+    }
+
+    fn gone(&mut self, now: Time, slot: u32) {
+        let line = self.table.line(slot);
+        match line.kind() {
+            Kind::Held => {
+                self.counters.count(Counter::SourceShort);
+                self.unlist(slot);
+                self.table.forget(slot);
+                self.table.recycle(slot, 1);
+            }
+            Kind::Active => self.close(now, slot),
+            Kind::Backup if self.is_up(line.peer().member()) => {
+                self.claim(now, slot);
+                self.close(now, slot);
+            }
+            Kind::Backup => {
+                // Presumed: no living member but the previous backup, if any, knows it.
+                self.leave_behind(line.peer().member());
+                let stream = self.stream_of(line.peer());
+                self.streams[stream].copies -= 1;
+                self.table.forget(slot);
+                self.table.recycle(slot, 1);
+            }
+            kind => panic!("a {kind:?} slot is not in the index"),
+        }
+    }
+
+    fn close(&mut self, now: Time, slot: u32) {
+        self.table.forget(slot);
+        let line = self.table.line(slot);
+        if self.table.is_moving(slot) {
+            self.release_previous_now(slot, line.stamp().changed());
+        }
+        let peer = line.peer();
+        if !peer.is_somewhere() || !self.may_return(peer.member()) {
+            // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.
+            self.unassign(slot);
+            self.table.recycle(slot, 1);
+            return;
+        }
+        self.unlist(slot);
+        let stream = self.stream_of(peer);
+        self.streams[stream].actives -= 1;
+        self.table.update(slot, |line| {
+            line.set_kind(Kind::Closing);
+            line.set_stamp(line.stamp().changed());
+            line.set_last(Seq::NONE);
+        });
+        self.mark_dirty(now, slot, 0);
+    }
+
+    /// Connections that outlived the hold time get a backup.
+    pub(super) fn tick_holds(&mut self, now: Time) {
+        while let Some(slot) = self.held.first() {
+            if !self.table.since(slot).after(self.config.hold).reached(now) {
+                break;
+            }
+            self.table.unlink(&mut self.held, slot);
+            self.table.update(slot, |line| line.set_kind(Kind::Active));
+            self.protect(now, slot);
+        }
+    }
+
+    /// When the oldest held connection outlives the hold time.
+    pub(super) fn hold_at(&self) -> Time {
+        self.held.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(self.config.hold))
+    }
+}

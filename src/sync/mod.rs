@@ -1,0 +1,25 @@
+//! Synchronization: keeping every connection on exactly two members.
+//!
+//! [`Replica`] is the protocol of one shard, without clock, socket or thread: source events,
+//! datagrams, views and the time go in; datagrams and commits come out. Its parts, in the order
+//! in which data flows:
+//!
+//! - `ingest`: what the source saw becomes a change of the table; the hold time;
+//! - `replica`: which backup a connection gets, what is dirty, what is exposed;
+//! - `transmit`: dirty connections become deltas in datagrams; repeats, acks, skips;
+//! - `receive`: datagrams become copies; what is refused, what moves the floor;
+//! - `takeover`: a member dies, leaves, comes: walks over the table;
+//! - `chores`: releases and offers, which belong to no single delta; make before break.
+
+mod chores;
+pub mod history;
+mod ingest;
+pub mod lease;
+mod receive;
+mod replica;
+pub mod stream;
+mod takeover;
+mod transmit;
+
+pub use replica::{Replica, ReplicaConfig};
+pub use transmit::{Token, Transmit};

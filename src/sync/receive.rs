@@ -1,0 +1,677 @@
+//! Receive: datagrams become copies. An ack means applied.
+//!
+//! A datagram is checked as a whole before any of it is applied. One that brings something that
+//! cannot be applied (no lease, an older state, no room for a chore) is not acknowledged: the
+//! sender is told which delta was refused, finds another backup for that connection, sends the
+//! rest again otherwise, and says skip. So nothing is ever acknowledged that is not held.
+
+use std::net::IpAddr;
+
+use super::history::Content;
+use super::replica::Replica;
+use super::stream::{Refusal, stream_index, stream_member, stream_shard};
+use super::takeover::Job;
+use crate::ccp::Reject;
+use crate::ccp::bytes::Reader;
+use crate::ccp::header::{Header, OPCODE_SYNC};
+use crate::ccp::message::{Bitmap, Message, Place, Places, Reason};
+use crate::ccp::sync::SyncHeader;
+use crate::conn::slot::{Line, groups};
+use crate::conn::tuple::shards_can_meet;
+use crate::conn::{Connection, Coordinate, Kind, Stamp, State};
+use crate::counters::Counter;
+use crate::limits::{LEASE_WANT_MAX, WINDOW};
+use crate::seq::Seq;
+use crate::source::Commit;
+use crate::time::Time;
+
+/// A datagram that this many later ones overtook is taken for lost.
+const OVERTAKEN: u64 = 3;
+
+/// What became of a delta.
+enum Verdict {
+    Applied,
+    Refused(Reason),
+    /// Not now: the datagram will come again.
+    Busy,
+}
+
+use Verdict::{Applied, Busy, Refused};
+
+impl Replica<'_> {
+    /// A synchronization datagram arrived, from this address if known.
+    pub fn handle_datagram(&mut self, now: Time, source: Option<IpAddr>, bytes: &[u8]) {
+        if let Err(reject) = self.receive(now, source, bytes) {
+            self.counters.count(reject.counter());
+        }
+    }
+
+    fn receive(&mut self, now: Time, source: Option<IpAddr>, bytes: &[u8]) -> Result<(), Reject> {
+        let mut r = Reader::new(bytes);
+        let header = Header::decode(&mut r, self.config.group)?;
+        if header.opcode != OPCODE_SYNC {
+            return Err(Reject::Opcode);
+        }
+        if header.from == self.config.member || header.to != Some(self.config.member) {
+            return Err(Reject::Member);
+        }
+        if header.to_shard != self.config.shard {
+            return Err(Reject::Shard);
+        }
+        let sync = SyncHeader::decode(&mut r)?;
+        let member = &self.view.members[header.from as usize];
+        if !self.is_up(header.from) {
+            return Err(Reject::Table);
+        }
+        if source.is_some() && member.address != source {
+            return Err(Reject::Source);
+        }
+        if sync.from_shard >= member.shards
+            || !shards_can_meet(self.config.shard, self.config.shards, sync.from_shard, member.shards)
+        {
+            return Err(Reject::Shard);
+        }
+        if sync.from_table != member.table_id || sync.to_table != self.config.table_id {
+            return Err(Reject::Table);
+        }
+        let mut check = r;
+        while let Some(message) = Message::decode(&mut check)? {
+            let unsequenced = matches!(
+                message,
+                Message::Ack { .. }
+                    | Message::Want { .. }
+                    | Message::Refuse { .. }
+                    | Message::Skip { .. }
+                    | Message::Goodbye
+            );
+            if unsequenced != (sync.seq == Seq::NONE) {
+                return Err(Reject::Message);
+            }
+        }
+        let stream = stream_index(header.from, sync.from_shard);
+        self.accept_life(stream, sync.life)?;
+        match sync.seq {
+            Seq::NONE => self.control(now, stream, r),
+            seq => self.sequenced(now, stream, seq, r),
+        }
+    }
+
+    /// The sender's half of the stream is in this life. A new one ends what was agreed on before.
+    fn accept_life(&mut self, stream: usize, life: u16) -> Result<(), Reject> {
+        let durable = self.durable(stream);
+        let known = durable.peer_life();
+        if life == known && life != 0 {
+            return Ok(());
+        }
+        if life == 0 || (known != 0 && life.wrapping_sub(known) > u16::MAX / 2) {
+            return Err(Reject::Table);
+        }
+        durable.begin_peer_life(life);
+        self.streams[stream].grant_due = 0;
+        self.streams[stream].refusals.clear();
+        if known != 0 {
+            self.jobs.push_back(Job::Verify { stream });
+        }
+        Ok(())
+    }
+
+    fn sequenced(&mut self, now: Time, stream: usize, seq: Seq, mut r: Reader<'_>) -> Result<(), Reject> {
+        let durable = self.durable(stream);
+        self.streams[stream].ack_due = true; // Also for repeated ones: the ack may have been lost.
+        self.wake(stream);
+        if durable.is_received(seq) {
+            return Err(Reject::Repeated);
+        }
+        if seq.beyond(durable.receive_floor()) > WINDOW {
+            return Err(Reject::Window);
+        }
+        self.counters.count(Counter::DatagramsReceived);
+        let mut complete = true;
+        let mut again = r;
+        while let Some(message) = Message::decode(&mut r)? {
+            let verdict = match message {
+                Message::New { target, stamp, own, previous, connection } => {
+                    let own = self.sender(stream, own);
+                    self.apply_new(now, stream, target, stamp, own, previous, &connection)
+                }
+                Message::Update { target, stamp, groups, previous, state } => {
+                    self.apply_update(stream, target, stamp, groups, previous, &state)
+                }
+                Message::Close { target, stamp } => self.apply_close(stream, target, stamp),
+                Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
+                Message::Offer { target, own, stamp, claimed } => {
+                    let own = self.sender(stream, own);
+                    self.apply_offer(now, target, stamp, own, claimed)
+                }
+                _ => Applied,
+            };
+            match (verdict, message) {
+                (Applied, _) => {}
+                (Busy, _) => complete = false,
+                (Refused(reason), Message::New { target, .. } | Message::Update { target, .. }) => {
+                    complete = false;
+                    self.counters.count(Counter::Refused);
+                    if !self.refusals_full(stream) {
+                        self.streams[stream].refusals.push(Refusal { seq, target, reason });
+                    }
+                }
+                (Refused(_), _) => unreachable!("only new and update are refused"),
+            }
+        }
+        if complete {
+            // Leases come last: a datagram that comes again must not grant twice.
+            while let Some(message) = Message::decode(&mut again)? {
+                if let Message::Lease(places) = message {
+                    self.take_grant(now, stream, places);
+                }
+            }
+            durable.receive(seq);
+        }
+        Ok(())
+    }
+
+    fn sender(&self, stream: usize, own: Place) -> Coordinate {
+        Coordinate::new(stream_member(stream), stream_shard(stream), own.slot, own.generation)
+    }
+
+    fn target(&self, target: Place) -> Option<Line> {
+        (target.slot < self.table.capacity()).then(|| self.table.line(target.slot))
+    }
+
+    fn is_leased_to(&self, line: &Line, stream: usize) -> bool {
+        line.kind() == Kind::Leased
+            && self.stream_of(line.peer()) == stream
+            && line.life() == self.durable(stream).peer_life()
+    }
+
+    /// Whether the target was closed here one life ago by the same sender: what comes late is done with.
+    fn was_closed(&self, line: &Line, target: Place, stream: usize) -> bool {
+        let closed = target.generation.next() == line.generation() && self.is_leased_to(line, stream);
+        if closed {
+            self.counters.count(Counter::DeltasClosed);
+        }
+        closed
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn apply_new(
+        &mut self,
+        now: Time,
+        stream: usize,
+        target: Place,
+        stamp: Stamp,
+        own: Coordinate,
+        previous: Option<Coordinate>,
+        connection: &Connection,
+    ) -> Verdict {
+        let Some(mut line) = self.target(target) else { return Refused(Reason::NotLeased) };
+        if target.generation != line.generation() {
+            let closed = self.was_closed(&line, target, stream);
+            return if closed { Applied } else { Refused(Reason::NotLeased) };
+        }
+        let slot = target.slot;
+        let here =
+            line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
+        match line.kind() {
+            Kind::Leased if self.is_leased_to(&line, stream) => {
+                match self.give_way(now, connection, stamp, own) {
+                    Applied => {}
+                    other => return other,
+                }
+                line.set_life(0);
+                line.set_kind(Kind::Backup);
+                line.set_peer(own);
+                line.set_stamp(stamp);
+                line.set_claimed(false);
+                line.set_groups(0);
+                line.set_last(Seq::NONE);
+                self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
+                self.table.fill(slot, line, connection);
+                self.streams[stream].copies += 1;
+            }
+            Kind::Backup if here && line.peer() == own => {
+                if stamp <= line.stamp() {
+                    self.counters.count(Counter::DeltasOld);
+                    return Applied;
+                }
+                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+            }
+            Kind::Backup if here && stamp >= line.stamp() => {
+                // Another member is the active now: the one that took over, or that claimed.
+                let old = self.stream_of(line.peer());
+                self.streams[old].copies -= 1;
+                self.streams[stream].copies += 1;
+                self.table.update(slot, |line| line.set_peer(own));
+                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+            }
+            Kind::Active if here => {
+                let presumed_from = !line.is_claimed() && self.table.former(slot) == own;
+                let outranks = stamp > line.stamp()
+                    || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
+                if !outranks {
+                    return Refused(Reason::Superseded);
+                }
+                if self.chores.room() == 0 {
+                    return Busy;
+                }
+                self.step_down(slot, own, stamp);
+                self.table.update(slot, |line| {
+                    line.set_kind(Kind::Backup);
+                    line.set_peer(own);
+                    line.set_claimed(false);
+                    line.set_groups(0);
+                });
+                self.streams[stream].copies += 1;
+                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+            }
+            Kind::Backup | Kind::Active | Kind::Closing => return Refused(Reason::Superseded),
+            Kind::Free | Kind::Leased | Kind::Held => return Refused(Reason::NotLeased),
+        }
+        self.counters.count(Counter::DeltasApplied);
+        self.commit(Commit::Write { slot, generation: line.generation() });
+        Applied
+    }
+
+    /// A copy is about to come in. If this member holds the same connection as its own, the newer
+    /// state stays: (epoch, version, member).
+    fn give_way(&mut self, _now: Time, connection: &Connection, stamp: Stamp, own: Coordinate) -> Verdict {
+        let Some(slot) = self.table.find_original(&connection.original) else { return Applied };
+        let line = self.table.line(slot);
+        if line.kind() == Kind::Backup {
+            return Applied; // The close of the older one is on its way.
+        }
+        if (stamp, own.member()) < (line.stamp(), self.config.member) {
+            self.counters.count(Counter::Conflicts);
+            return Refused(Reason::Superseded);
+        }
+        if self.chores.room() == 0 {
+            return Busy;
+        }
+        self.counters.count(Counter::Conflicts);
+        self.step_down(slot, own, stamp);
+        self.table.forget(slot);
+        self.table.recycle(slot, 1);
+        Applied
+    }
+
+    /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
+    fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
+        self.counters.count(Counter::ClaimsLost);
+        if self.table.is_moving(slot) {
+            self.release_previous_now(slot, stamp);
+        }
+        let peer = self.table.line(slot).peer();
+        self.unassign(slot);
+        self.table.set_former(slot, Coordinate::NOWHERE);
+        if peer.is_somewhere() && peer != winner {
+            let taken = self.release(peer, stamp);
+            assert!(taken, "the caller made sure of a chore");
+        }
+    }
+
+    fn overwrite(&mut self, slot: u32, stamp: Stamp, previous: Option<Coordinate>, state: &State, mask: u8) {
+        self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
+        self.table.update(slot, |line| {
+            let old = line.state();
+            let mut new = if mask & groups::STATE != 0 { *state } else { old };
+            new.timeout_s = if mask & groups::TIMEOUT != 0 { state.timeout_s } else { old.timeout_s };
+            new.mark = if mask & groups::MARK != 0 { state.mark } else { old.mark };
+            line.set_state(&new);
+            line.set_stamp(stamp);
+        });
+    }
+
+    fn apply_update(
+        &mut self,
+        stream: usize,
+        target: Place,
+        stamp: Stamp,
+        mask: u8,
+        previous: Option<Coordinate>,
+        state: &State,
+    ) -> Verdict {
+        let Some(line) = self.target(target) else { return Refused(Reason::NotHere) };
+        if target.generation != line.generation() {
+            let closed = self.was_closed(&line, target, stream);
+            return if closed { Applied } else { Refused(Reason::NotHere) };
+        }
+        match line.kind() {
+            Kind::Backup if self.stream_of(line.peer()) == stream => {
+                if stamp <= line.stamp() {
+                    self.counters.count(Counter::DeltasOld);
+                    return Applied;
+                }
+                self.overwrite(target.slot, stamp, previous, state, mask);
+                self.counters.count(Counter::DeltasApplied);
+                self.commit(Commit::Write { slot: target.slot, generation: target.generation });
+                Applied
+            }
+            Kind::Active if stamp < line.stamp() => {
+                // The sender does not know yet that its connection was claimed here.
+                self.counters.count(Counter::DeltasOld);
+                Applied
+            }
+            _ => Refused(Reason::NotHere),
+        }
+    }
+
+    fn apply_close(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+        let Some(line) = self.target(target) else {
+            self.counters.count(Counter::RejectTarget);
+            return Applied;
+        };
+        if target.generation != line.generation() {
+            self.counters.count(Counter::DeltasClosed);
+            return Applied;
+        }
+        let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        match line.kind() {
+            // The new never came and never will: its place remembers that.
+            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
+                line.set_generation(target.generation.next());
+            }),
+            Kind::Backup if from_pair => self.drop_copy(target.slot, stream),
+            Kind::Active if from_pair && stamp.epoch > line.stamp().epoch => {
+                // Claimed and closed by the pair's other side.
+                self.counters.count(Counter::ClaimsLost);
+                if self.table.is_moving(target.slot) {
+                    self.release_previous_now(target.slot, stamp);
+                }
+                self.unassign(target.slot);
+                self.drop_to_lease(target.slot, stream);
+            }
+            Kind::Backup | Kind::Active => {
+                self.counters.count(Counter::DeltasOld);
+                return Applied;
+            }
+            Kind::Closing => return Applied,
+            Kind::Free | Kind::Leased | Kind::Held => {
+                self.counters.count(Counter::RejectTarget);
+                return Applied;
+            }
+        }
+        self.counters.count(Counter::DeltasApplied);
+        Applied
+    }
+
+    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+        let Some(line) = self.target(target) else {
+            self.counters.count(Counter::RejectTarget);
+            return Applied;
+        };
+        if target.generation != line.generation() {
+            self.counters.count(Counter::DeltasClosed);
+            return Applied;
+        }
+        let member = stream_member(stream);
+        match line.kind() {
+            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
+                line.set_generation(target.generation.next());
+            }),
+            Kind::Backup if line.peer().member() == member && stamp >= line.stamp() => {
+                self.drop_copy(target.slot, stream);
+            }
+            Kind::Active
+                if !line.is_claimed()
+                    && self.table.former(target.slot).member() == member
+                    && !self.table.is_moving(target.slot)
+                    && stamp.epoch >= line.stamp().epoch =>
+            {
+                // Presumed while the former active lived: its answer wins.
+                if self.chores.room() == 0 {
+                    return Busy;
+                }
+                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
+                self.drop_to_lease(target.slot, stream);
+            }
+            _ => {
+                self.counters.count(Counter::DeltasOld);
+                return Applied;
+            }
+        }
+        self.counters.count(Counter::DeltasApplied);
+        Applied
+    }
+
+    fn drop_copy(&mut self, slot: u32, stream: usize) {
+        let active = self.stream_of(self.table.line(slot).peer());
+        self.streams[active].copies -= 1;
+        self.drop_to_lease(slot, stream);
+    }
+
+    /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
+    fn drop_to_lease(&mut self, slot: u32, stream: usize) {
+        let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
+        self.table.set_former(slot, Coordinate::NOWHERE);
+        let life = self.durable(stream).peer_life();
+        let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
+        self.table.update(slot, |line| {
+            line.set_generation(line.generation().next());
+            line.set_kind(Kind::Leased);
+            line.set_peer(lessee);
+            line.set_last(Seq::NONE);
+            line.set_life(life);
+            line.set_claimed(false);
+        });
+        // Another connection may have the same tuple by now: then its entry stays.
+        match self.table.find_original(&original) {
+            None => self.commit(Commit::Delete { original }),
+            Some(other) if self.table.kind(other) == Kind::Backup => {
+                let generation = self.table.line(other).generation();
+                self.commit(Commit::Write { slot: other, generation });
+            }
+            Some(_) => {}
+        }
+    }
+
+    fn apply_offer(
+        &mut self,
+        now: Time,
+        target: Place,
+        stamp: Stamp,
+        own: Coordinate,
+        claimed: bool,
+    ) -> Verdict {
+        if self.chores.room() == 0 {
+            return Busy;
+        }
+        let line = self.target(target).filter(|line| line.generation() == target.generation);
+        match line {
+            Some(line) if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch => {
+                self.step_down(target.slot, own, stamp);
+                self.table.forget(target.slot);
+                self.table.recycle(target.slot, 1);
+            }
+            Some(line) if line.kind() == Kind::Active && line.peer() == own => {
+                self.mark_dirty(now, target.slot, groups::ALL);
+            }
+            Some(line) if line.kind().is_connection() => {
+                let _ = self.release(own, stamp.max(line.stamp()));
+            }
+            _ if claimed => {} // Closed here, but traffic went on there.
+            _ => {
+                let _ = self.release(own, stamp);
+            }
+        }
+        Applied
+    }
+
+    fn take_grant(&mut self, now: Time, stream: usize, places: Places<'_>) {
+        let mut count = 0;
+        for place in places.iter() {
+            // A grant never exceeds what was asked for, so only a wrong peer overfills the pool.
+            self.leases.put(&mut self.streams[stream].lease, place);
+            count += 1;
+        }
+        self.durable(stream).add_granted_to_us(count);
+        self.streams[stream].starved_since = None;
+        self.retry_at = now;
+    }
+
+    /// Messages of an unsequenced datagram.
+    fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
+        let life = self.durable(stream).life();
+        while let Some(message) = Message::decode(&mut r)? {
+            match message {
+                // Before anything was received there is nothing to acknowledge: life 0.
+                Message::Ack { life: 0, .. } => {}
+                Message::Ack { life: of, floor, beyond } if of == life => {
+                    self.handle_ack(now, stream, floor, beyond)?
+                }
+                Message::Refuse { life: of, seq, target, .. } if of == life => {
+                    self.handle_refusal(now, stream, seq, target);
+                }
+                Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
+                Message::Want { total } => {
+                    let due = total.saturating_sub(self.durable(stream).granted_by_us());
+                    self.streams[stream].grant_due = due.min(LEASE_WANT_MAX);
+                    self.wake(stream);
+                }
+                Message::Skip { to } => {
+                    if to.beyond(self.durable(stream).receive_floor()) > WINDOW {
+                        return Err(Reject::Window);
+                    }
+                    self.durable(stream).skip(to);
+                    self.streams[stream].ack_due = true;
+                    self.wake(stream);
+                }
+                Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
+                _ => return Err(Reject::Message),
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_ack(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) -> Result<(), Reject> {
+        let durable = self.durable(stream);
+        let sent = durable.sent();
+        if floor.is_after(sent) {
+            return Err(Reject::Message);
+        }
+        self.counters.count(Counter::AcksReceived);
+        if floor.is_after(durable.floor()) {
+            let progress = floor.beyond(durable.floor());
+            durable.set_floor(floor);
+            self.settle_below(now, stream, floor);
+            let s = &mut self.streams[stream];
+            s.widen(progress);
+            s.repeats = 0;
+            if s.oldest.is_some() {
+                s.repeat_at = now.after(s.patience());
+            }
+            self.free_closed(stream, floor);
+        }
+        self.note_beyond(now, stream, durable.floor(), beyond);
+        Ok(())
+    }
+
+    fn settle_below(&mut self, now: Time, stream: usize, floor: Seq) {
+        while let Some(id) = self.streams[stream].oldest {
+            let entry = self.history.entry(id);
+            if entry.seq.is_after(floor) {
+                break;
+            }
+            let delay = now.since(self.history.oldest_change(id)).as_micros() as u64;
+            let connections = self.history.connections(id) as u64;
+            if connections > 0 {
+                self.counters.delay(delay, connections);
+                self.counters.set(Counter::DelayUs, delay);
+            }
+            if self.history.sends(id) == 1 {
+                self.streams[stream].sample(now.since(entry.first_sent));
+            }
+            self.settle_oldest(stream, id);
+        }
+    }
+
+    /// Closes that are acknowledged: both slots are free again, theirs for this stream's lease.
+    fn free_closed(&mut self, stream: usize, floor: Seq) {
+        while let Some(slot) = self.streams[stream].closing.first() {
+            let line = self.table.line(slot);
+            if !line.last().is_passed_by(floor) {
+                break;
+            }
+            self.table.unlink(&mut self.streams[stream].closing, slot);
+            let place = Place::of(line.peer().next_life());
+            self.leases.put(&mut self.streams[stream].lease, place);
+            self.table.recycle(slot, 1);
+        }
+    }
+
+    /// What arrived beyond the floor need not be repeated; what several later ones overtook is
+    /// repeated at once.
+    fn note_beyond(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) {
+        let mut words = [0u64; (WINDOW / 64) as usize];
+        let mut highest = 0;
+        for (i, word) in beyond.words().enumerate() {
+            words[i] = word;
+            if word != 0 {
+                highest = 64 * i as u64 + 64 - word.leading_zeros() as u64;
+            }
+        }
+        let mut next = self.streams[stream].oldest;
+        let patience = self.streams[stream].round_trip.max(500_000);
+        while let Some(id) = next
+            && highest > 0
+        {
+            let seq = self.history.entry(id).seq;
+            let at = seq.beyond(floor);
+            if at == 0 || at > highest {
+                break;
+            }
+            let bit = at - 1;
+            if words[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
+                self.history.set_arrived(id);
+            } else if highest - at >= OVERTAKEN
+                && now.since(self.history.last_sent(id)).as_nanos() as u64 >= patience
+                && self.again.len() < self.again.capacity()
+                && !self.again.contains(&(id, seq))
+            {
+                self.again.push((id, seq));
+                let sent = self.durable(stream).sent();
+                self.streams[stream].shrink(seq, sent);
+            }
+            next = self.history.next(id);
+        }
+    }
+
+    /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
+    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place) {
+        let mut next = self.streams[stream].oldest;
+        let entry = loop {
+            match next {
+                Some(id) if self.history.entry(id).seq == seq => break id,
+                Some(id) => next = self.history.next(id),
+                None => return, // Settled before.
+            }
+        };
+        let member = stream_member(stream);
+        let backup = Coordinate::new(member, stream_shard(stream), target.slot, target.generation);
+        for content in self.history.contents(entry) {
+            let Content::Delta(place) = content else { continue };
+            let line = self.table.line(place.slot);
+            if line.generation() != place.generation || line.peer() != backup {
+                continue;
+            }
+            match line.kind() {
+                Kind::Active => {
+                    self.counters.count(Counter::RefusedByPeer);
+                    self.unassign(place.slot);
+                    self.table.update(place.slot, |line| line.set_groups(groups::ALL));
+                    match self.lease_for(now, place.slot, 0) {
+                        Some(backup) => self.assign(now, place.slot, backup),
+                        None => self.wait(now, place.slot),
+                    }
+                }
+                Kind::Closing => {
+                    // Nothing of it is there: it is as good as acknowledged.
+                    self.unlist(place.slot);
+                    self.table.recycle(place.slot, 1);
+                }
+                _ => {}
+            }
+        }
+        self.give_up(now, stream, seq);
+    }
+}

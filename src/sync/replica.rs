@@ -1,0 +1,465 @@
+//! The state of one shard's protocol, and the verbs that its parts share: mark dirty, give a
+//! connection a backup, count what is exposed.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::chores::Chores;
+use super::history::History;
+use super::lease::LeasePool;
+use super::stream::{Durable, Stream, stream_index};
+use super::takeover::{Job, PeerState};
+use crate::ccp::message::Place;
+use crate::conn::slot::groups;
+use crate::conn::table::{List, On, Table};
+use crate::conn::{Coordinate, Kind, MemberId, shard_of};
+use crate::counters::{Counter, Counters};
+use crate::group::view::View;
+use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
+use crate::memory::Memory;
+use crate::seq::Seq;
+use crate::source::Commit;
+use crate::time::Time;
+
+/// How long a member without a leased slot is waited for before the next best is asked.
+const STARVED: Duration = Duration::from_millis(100);
+
+/// How often a member that did not grant what was wanted is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// What a shard's protocol is told at its start.
+#[derive(Clone, Debug)]
+pub struct ReplicaConfig {
+    /// The group's number.
+    pub group: u16,
+    /// This member.
+    pub member: MemberId,
+    /// This shard.
+    pub shard: u8,
+    /// Shards of this member.
+    pub shards: u8,
+    /// Its site, 0 if unused.
+    pub site: u8,
+    /// This life of its table.
+    pub table_id: u32,
+    /// Key of the index.
+    pub index_key: u64,
+    /// Connections younger than this are never sent.
+    pub hold: Duration,
+    /// How long after a member's death its connections get new backups.
+    pub reprotect_after: Duration,
+    /// How long a change may wait for others to travel with.
+    pub flush: Duration,
+    /// Whether copies are written to the kernel at once.
+    pub commit_eager: bool,
+}
+
+/// One shard's protocol.
+pub struct Replica<'m> {
+    pub(super) config: ReplicaConfig,
+    pub(super) memory: Memory<'m>,
+    pub(super) counters: Counters<'m>,
+    pub(super) table: Table<'m>,
+    pub(super) streams: Vec<Stream>,
+    pub(super) busy: VecDeque<u16>,
+    pub(super) leases: LeasePool<'m>,
+    pub(super) history: History<'m>,
+    pub(super) chores: Chores,
+    pub(super) view: View,
+    pub(super) peers: Vec<PeerState>,
+    pub(super) ranked: Vec<MemberId>,
+    /// Tables that peers had when they were last here.
+    pub(super) tables: Vec<u32>,
+    /// Walks over the table: the first is under way, from slot `walk_at` on.
+    pub(super) jobs: VecDeque<Job>,
+    pub(super) walk_slot: u32,
+    /// Datagrams that a later one overtook: to be repeated without waiting.
+    pub(super) again: Vec<(u32, Seq)>,
+    pub(super) held: List,
+    pub(super) waiting: List,
+    pub(super) retry_at: Time,
+    /// Active connections that stand in a dirty list.
+    pub(super) dirty_actives: u64,
+    /// Connections in datagrams that are not acknowledged.
+    pub(super) unacknowledged: u64,
+    pub(super) commits: VecDeque<Commit>,
+    pub(super) goodbyes: u64,
+}
+
+impl<'m> Replica<'m> {
+    /// A shard with an empty table over zeroed memory.
+    pub fn new(config: ReplicaConfig, memory: Memory<'m>) -> Replica<'m> {
+        assert!(config.table_id != 0 && config.shard < config.shards);
+        Replica {
+            counters: Counters::new(memory.counters),
+            table: Table::new(&memory, config.index_key),
+            streams: (0..STREAMS_MAX).map(|_| Stream::new()).collect(),
+            busy: VecDeque::with_capacity(STREAMS_MAX),
+            leases: LeasePool::new(memory.leases),
+            history: History::new(&memory),
+            chores: Chores::new(),
+            view: View::new(config.member),
+            peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
+            ranked: Vec::with_capacity(MEMBERS_MAX),
+            tables: vec![0; MEMBERS_MAX + 1],
+            jobs: VecDeque::with_capacity(STREAMS_MAX),
+            walk_slot: 0,
+            again: Vec::with_capacity(WINDOW as usize),
+            held: List::default(),
+            waiting: List::default(),
+            retry_at: Time(0),
+            dirty_actives: 0,
+            unacknowledged: 0,
+            commits: VecDeque::with_capacity(COMMIT_QUEUE),
+            goodbyes: 0,
+            memory,
+            config,
+        }
+    }
+
+    /// The durable half of a stream.
+    pub(super) fn durable(&self, stream: usize) -> Durable<'m> {
+        Durable(&self.memory.streams[stream])
+    }
+
+    /// The stream to the place that a coordinate names.
+    pub(super) fn stream_of(&self, peer: Coordinate) -> usize {
+        stream_index(peer.member(), peer.shard())
+    }
+
+    /// Whether the member's table, as far as this shard knows it, still lives.
+    pub(super) fn is_up(&self, member: MemberId) -> bool {
+        matches!(self.peers[member as usize], PeerState::Up)
+    }
+
+    /// Whether the member may come back with the table that this shard knows, and nothing that was
+    /// agreed with it has been let go.
+    pub(super) fn may_return(&self, member: MemberId) -> bool {
+        matches!(self.peers[member as usize], PeerState::Up | PeerState::Down { .. })
+    }
+
+    /// The coordinate of one of our own slots.
+    pub fn coordinate(&self, slot: u32) -> Coordinate {
+        Coordinate::new(self.config.member, self.config.shard, slot, self.table.line(slot).generation())
+    }
+
+    /// Read access to the table, for commits, tests and tools.
+    pub fn table(&self) -> &Table<'m> {
+        &self.table
+    }
+
+    /// Free slots.
+    pub fn room(&self) -> u32 {
+        self.table.room()
+    }
+
+    /// The next commit that the kernel is owed.
+    pub fn poll_commit(&mut self) -> Option<Commit> {
+        self.commits.pop_front()
+    }
+
+    /// Commits waiting.
+    pub fn commits_waiting(&self) -> usize {
+        self.commits.len()
+    }
+
+    /// Whether datagrams can be taken now: each may ask for as many commits as it has deltas.
+    pub fn can_receive(&self) -> bool {
+        self.commits.len() + super::history::MANIFEST_PER_DATAGRAM <= COMMIT_QUEUE
+    }
+
+    /// Members that said goodbye since the last call, as bits.
+    pub fn take_goodbyes(&mut self) -> u64 {
+        std::mem::take(&mut self.goodbyes)
+    }
+
+    /// Whether every copy is written to the kernel that should be, so that this shard's connections
+    /// can carry traffic here.
+    pub fn is_settled(&self) -> bool {
+        self.commits.is_empty()
+    }
+
+    /// Queues a stream for the transmit stage.
+    pub(super) fn wake(&mut self, stream: usize) {
+        if !self.streams[stream].busy {
+            self.streams[stream].busy = true;
+            self.busy.push_back(stream as u16);
+        }
+    }
+
+    /// A connection (or its close) must be sent: `changed` groups are new since the last delta.
+    pub(super) fn mark_dirty(&mut self, now: Time, slot: u32, changed: u8) {
+        let mut line = self.table.line(slot);
+        let stream = self.stream_of(line.peer());
+        let on = self.table.on(slot);
+        assert!(matches!(on, On::None | On::Dirty | On::Closing), "slot {slot} stands in {on:?}");
+        if on != On::Dirty {
+            // The lazy clearing: what the acknowledged delta carried is known to the peer.
+            let known = line.last().is_passed_by(self.durable(stream).floor());
+            line.set_groups(if known { changed } else { line.groups() | changed });
+        } else {
+            line.set_groups(line.groups() | changed);
+        }
+        self.table.store(slot, &line);
+        if on == On::Closing {
+            self.table.unlink(&mut self.streams[stream].closing, slot);
+        }
+        if on != On::Dirty {
+            self.push_dirty(now, stream, slot, line.kind());
+        }
+    }
+
+    fn push_dirty(&mut self, now: Time, stream: usize, slot: u32, kind: Kind) {
+        let s = &mut self.streams[stream];
+        if s.dirty.is_empty() {
+            s.flush_at = now.after(self.config.flush);
+        }
+        self.table.push(&mut s.dirty, On::Dirty, slot, now);
+        self.dirty_actives += (kind == Kind::Active) as u64;
+        self.wake(stream);
+    }
+
+    /// Takes a slot out of whichever list it stands in.
+    pub(super) fn unlist(&mut self, slot: u32) {
+        let line = self.table.line(slot);
+        match self.table.on(slot) {
+            On::None => {}
+            On::Held => self.table.unlink(&mut self.held, slot),
+            On::Waiting => self.table.unlink(&mut self.waiting, slot),
+            On::Dirty => {
+                let stream = self.stream_of(line.peer());
+                self.table.unlink(&mut self.streams[stream].dirty, slot);
+                self.dirty_actives -= (line.kind() == Kind::Active) as u64;
+            }
+            On::Closing => {
+                let stream = self.stream_of(line.peer());
+                self.table.unlink(&mut self.streams[stream].closing, slot);
+            }
+            On::Free => panic!("slot {slot} is free"),
+        }
+    }
+
+    /// An active connection without a backup gets one, or waits for one.
+    pub(super) fn protect(&mut self, now: Time, slot: u32) {
+        let line = self.table.line(slot);
+        assert!(
+            line.kind() == Kind::Active && !line.peer().is_somewhere() && self.table.on(slot) == On::None
+        );
+        match self.lease_for(now, slot, 0) {
+            Some(backup) => self.assign(now, slot, backup),
+            None => self.wait(now, slot),
+        }
+    }
+
+    /// The connection waits for a backup.
+    pub(super) fn wait(&mut self, now: Time, slot: u32) {
+        self.table.push(&mut self.waiting, On::Waiting, slot, now);
+    }
+
+    /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
+    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Option<Coordinate> {
+        let original = self.table.tuples(slot).0;
+        for i in 0..self.ranked.len() {
+            let member = self.ranked[i];
+            if except >> member & 1 == 1 || !self.is_up(member) {
+                continue;
+            }
+            let shard = shard_of(&original, self.view.members[member as usize].shards);
+            let stream = stream_index(member, shard);
+            if let Some(place) = self.take_lease(now, stream) {
+                return Some(Coordinate::new(member, shard, place.slot, place.generation));
+            }
+            self.counters.count(Counter::NoLease);
+            let since = *self.streams[stream].starved_since.get_or_insert(now);
+            if now.since(since) < STARVED {
+                return None; // It was asked just now: the best backup is worth a short wait.
+            }
+        }
+        None
+    }
+
+    fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
+        let s = &mut self.streams[stream];
+        let place = self.leases.take(&mut s.lease);
+        if place.is_some() {
+            s.starved_since = None;
+            s.taken += 1;
+        }
+        self.replenish(now, stream);
+        place
+    }
+
+    /// Asks for more slots before the lease runs out: twice what was taken in a tenth of a second.
+    fn replenish(&mut self, now: Time, stream: usize) {
+        let waiting = self.waiting.len() as u64;
+        let room = self.leases.room() as u64;
+        let durable = self.durable(stream);
+        let s = &mut self.streams[stream];
+        if now.since(s.rate_since) >= Duration::from_millis(100) {
+            (s.taken_before, s.taken, s.rate_since) = (s.taken, 0, now);
+        }
+        let rate = 2 * s.taken.max(s.taken_before);
+        let target =
+            (rate + if s.lease.is_empty() { waiting } else { 0 }).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX);
+        let have = s.lease.len() as u64;
+        if have < target / 2 && target - have <= room {
+            let want = durable.granted_to_us() + target - have;
+            if want > s.want {
+                s.want = want;
+                s.want_at = s.want_at.min(now);
+                self.wake(stream);
+            }
+        }
+    }
+
+    /// Whether the stream must ask for slots now; moves the time of the next asking.
+    pub(super) fn want_due(&mut self, now: Time, stream: usize) -> Option<u64> {
+        let granted = self.durable(stream).granted_to_us();
+        let s = &mut self.streams[stream];
+        if granted >= s.want {
+            s.want_at = Time::NEVER;
+            return None;
+        }
+        if !s.want_at.reached(now) {
+            return None;
+        }
+        s.want_at = now.after(ASK_AGAIN);
+        Some(s.want)
+    }
+
+    /// The connection's backup is there from now on; everything must be sent to it.
+    pub(super) fn assign(&mut self, now: Time, slot: u32, backup: Coordinate) {
+        assert!(self.table.on(slot) == On::None);
+        self.table.update(slot, |line| {
+            line.set_peer(backup);
+            line.set_last(Seq::NONE);
+        });
+        let stream = self.stream_of(backup);
+        self.streams[stream].actives += 1;
+        self.mark_dirty(now, slot, groups::ALL);
+    }
+
+    /// The connection has no backup from now on; it stands in no list afterwards.
+    pub(super) fn unassign(&mut self, slot: u32) {
+        self.unlist(slot);
+        let peer = self.table.line(slot).peer();
+        if peer.is_somewhere() {
+            let stream = self.stream_of(peer);
+            self.streams[stream].actives -= 1;
+            self.table.update(slot, |line| {
+                line.set_peer(Coordinate::NOWHERE);
+                line.set_last(Seq::NONE);
+            });
+        }
+    }
+
+    /// Asks for a commit if copies are written to the kernel at once.
+    pub(super) fn commit(&mut self, commit: Commit) {
+        if self.config.commit_eager {
+            // `can_receive` keeps room for what one datagram can ask for.
+            self.commits.push_back(commit);
+        }
+    }
+
+    /// Every timer that has come.
+    pub fn tick(&mut self, now: Time) {
+        self.tick_holds(now);
+        self.tick_waiting(now);
+        self.tick_chores(now);
+        self.tick_walk(now);
+        self.publish_gauges(now);
+    }
+
+    fn tick_waiting(&mut self, now: Time) {
+        if self.waiting.is_empty() || !self.retry_at.reached(now) {
+            return;
+        }
+        // A bounded number a tick; who finds no backup goes to the end of the queue.
+        let mut failed = 0;
+        for _ in 0..self.waiting.len().min(4096) {
+            let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
+            let Some(slot) = self.table.pop(&mut self.waiting) else { break };
+            match self.lease_for(now, slot, 0) {
+                Some(backup) => self.assign(now, slot, backup),
+                None => {
+                    self.table.push(&mut self.waiting, On::Waiting, slot, since);
+                    failed += 1;
+                    if failed > 64 {
+                        break;
+                    }
+                }
+            }
+        }
+        self.retry_at = now.after(Duration::from_millis(1));
+    }
+
+    /// Connections past the hold time that have no up-to-date acknowledged second copy.
+    pub fn exposure(&self) -> u64 {
+        let orphaned: u64 = self
+            .view
+            .others()
+            .filter(|(member, _)| {
+                matches!(self.peers[*member as usize], PeerState::Down { .. } | PeerState::Purge { .. })
+            })
+            .map(|(member, _)| self.of_member(member))
+            .sum();
+        self.dirty_actives + self.unacknowledged + self.waiting.len() as u64 + orphaned
+    }
+
+    /// Connections whose other copy is at this member.
+    fn of_member(&self, member: MemberId) -> u64 {
+        let first = stream_index(member, 0);
+        let shards = self.streams[first..].iter().take(crate::limits::SHARDS_MAX);
+        shards.map(|s| s.actives + s.copies - (s.dirty.len() as u64).min(s.actives)).sum()
+    }
+
+    fn publish_gauges(&mut self, now: Time) {
+        let exposure = self.exposure();
+        self.counters.set(Counter::Exposure, exposure);
+        self.counters.set(Counter::Unprotected, self.waiting.len() as u64);
+        self.counters.set(Counter::CommitPending, self.commits.len() as u64);
+        let mut oldest = now;
+        if exposure > 0 {
+            if let Some(slot) = self.waiting.first() {
+                oldest = oldest.min(self.table.since(slot));
+            }
+            for i in 0..self.busy.len() {
+                let s = &self.streams[self.busy[i] as usize];
+                if let Some(slot) = s.dirty.first() {
+                    oldest = oldest.min(self.table.since(slot));
+                }
+                if let Some(entry) = s.oldest {
+                    oldest = oldest.min(self.history.oldest_change(entry));
+                }
+            }
+            for peer in &self.peers {
+                if let PeerState::Down { since, .. } = peer {
+                    oldest = oldest.min(*since);
+                }
+            }
+        }
+        self.counters.set(Counter::ExposureOldestUs, now.since(oldest).as_micros() as u64);
+    }
+
+    /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives before.
+    pub fn poll_at(&self) -> Time {
+        let mut at = self.hold_at().min(self.walk_at()).min(self.chores_at());
+        if !self.waiting.is_empty() {
+            at = at.min(self.retry_at);
+        }
+        for stream in &self.busy {
+            let s = &self.streams[*stream as usize];
+            at = at.min(s.repeat_at).min(s.want_at);
+            if !s.dirty.is_empty() && self.unsent_room(*stream as usize) {
+                at = at.min(s.flush_at);
+            }
+        }
+        at
+    }
+
+    /// Whether the stream may send another datagram now.
+    pub(super) fn unsent_room(&self, stream: usize) -> bool {
+        let durable = self.durable(stream);
+        durable.sent().beyond(durable.floor()) < self.streams[stream].window.min(WINDOW)
+    }
+}

@@ -1,0 +1,373 @@
+//! Takeover: what a change of the view means for the table.
+//!
+//! A death costs nothing at first: copies of a dead member are presumed active because the view
+//! says so. Work begins `reprotect_after` later, or with traffic: a walk over the table, a few
+//! thousand slots a tick, gives every connection of that member a new backup. Walks also move
+//! backups away from a member that leaves, and compare with a member that was away.
+//!
+//! ```text
+//!            heard                 silent                  reprotect_after, goodbye,
+//!  Vacant ----------> Up <------------------> Down ------> or another table ----> Purge
+//!    ^                        heard again                                           |
+//!    +--------------------------- the walk is done --------------------------------+
+//! ```
+//!
+//! What happens in `Down` can be taken back: streams stand still, nothing agreed on is let go. As
+//! soon as anything is (a connection that found another backup), the member is `left_behind`:
+//! when it returns, streams begin a new life, and both sides ask by coordinate what still stands.
+
+use super::replica::Replica;
+use super::stream::{stream_index, stream_member};
+use crate::ccp::message::Place;
+use crate::conn::table::On;
+use crate::conn::tuple::shards_can_meet;
+use crate::conn::{Coordinate, Kind, MemberId};
+use crate::counters::Counter;
+use crate::group::selection::ranked;
+use crate::group::view::{Status, View};
+use crate::limits::{SHARDS_MAX, WALK_PER_TICK};
+use crate::seq::Seq;
+use crate::source::Commit;
+use crate::time::Time;
+
+/// Connections that may wait to be sent before a walk pauses, so that live deltas do not queue
+/// behind it for long.
+const WALK_AHEAD: u64 = 8192;
+
+/// What this shard makes of a member.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum PeerState {
+    /// Nothing here refers to it.
+    Vacant,
+    /// Alive, with the table that this shard knows.
+    Up,
+    /// Silent.
+    Down {
+        /// Since when.
+        since: Time,
+        /// Whether something agreed on with it was let go.
+        left_behind: bool,
+    },
+    /// A walk lets go of everything agreed on with it.
+    Purge {
+        /// Since when it was silent.
+        since: Time,
+    },
+}
+
+/// A walk over the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Job {
+    /// Every connection whose other copy was at this member finds a new one.
+    Purge { member: MemberId },
+    /// Backups at these members (bits) move to better ones.
+    Rehome { away_from: u64 },
+    /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
+    Verify { stream: usize },
+    /// This member is back with the table that connections here were taken over from.
+    Offer { member: MemberId },
+}
+
+impl Replica<'_> {
+    /// The view changed.
+    pub fn handle_view(&mut self, now: Time, view: &View) {
+        assert_eq!(view.me, self.config.member);
+        let old_best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
+        self.view.clone_from(view);
+        self.ranked = ranked(view, self.config.site);
+        for member in 1..self.peers.len() as MemberId {
+            if member != self.config.member {
+                self.review(now, member);
+            }
+        }
+        let leaving = self.bits(|m| m.status == Status::Leaving);
+        if leaving != 0 {
+            self.rehome(leaving);
+        }
+        let best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
+        if let Some((_, priority)) = best
+            && best != old_best
+        {
+            self.retry_at = now;
+            let lower = self.bits(|m| m.status.is_alive() && m.priority < priority);
+            if lower != 0 {
+                self.rehome(lower);
+            }
+        }
+    }
+
+    fn bits(&self, is_it: impl Fn(&crate::group::view::Member) -> bool) -> u64 {
+        self.view.others().filter(|(_, m)| is_it(m)).fold(0, |bits, (id, _)| bits | 1 << id)
+    }
+
+    fn rehome(&mut self, away_from: u64) {
+        if away_from != 0 && !self.jobs.contains(&Job::Rehome { away_from }) {
+            self.jobs.push_back(Job::Rehome { away_from });
+        }
+    }
+
+    /// What this shard makes of a member, now that the view changed.
+    fn review(&mut self, now: Time, member: MemberId) {
+        let seen = self.view.members[member as usize];
+        let same_table = seen.table_id == self.tables[member as usize];
+        match self.peers[member as usize] {
+            PeerState::Vacant if seen.status.is_alive() => self.come_up(now, member),
+            PeerState::Up if seen.status.is_alive() && same_table => {}
+            PeerState::Up => {
+                self.peers[member as usize] = PeerState::Down { since: now, left_behind: false };
+                for shard in 0..SHARDS_MAX as u8 {
+                    let stream = stream_index(member, shard);
+                    let sent = self.durable(stream).sent();
+                    self.give_up(now, stream, sent);
+                    self.streams[stream].refusals.clear();
+                    self.streams[stream].ack_due = false;
+                }
+                self.review_down(now, member, now, false);
+            }
+            PeerState::Down { since, left_behind } => self.review_down(now, member, since, left_behind),
+            PeerState::Vacant | PeerState::Purge { .. } => {}
+        }
+    }
+
+    fn review_down(&mut self, now: Time, member: MemberId, since: Time, left_behind: bool) {
+        let seen = self.view.members[member as usize];
+        let same_table = seen.table_id == self.tables[member as usize];
+        if seen.status.is_alive() && same_table && !left_behind {
+            self.peers[member as usize] = PeerState::Up;
+            for shard in 0..SHARDS_MAX as u8 {
+                let s = &mut self.streams[stream_index(member, shard)];
+                s.repeats = 0;
+                s.repeat_at = now;
+                s.flush_at = now;
+                self.wake(stream_index(member, shard));
+            }
+        } else if seen.status.is_alive()
+            || seen.status == Status::Left
+            || since.after(self.config.reprotect_after).reached(now)
+        {
+            self.purge(member, since);
+        }
+    }
+
+    fn come_up(&mut self, now: Time, member: MemberId) {
+        let seen = self.view.members[member as usize];
+        let returned = self.tables[member as usize] == seen.table_id;
+        self.tables[member as usize] = seen.table_id;
+        self.peers[member as usize] = PeerState::Up;
+        for shard in 0..seen.shards {
+            let stream = stream_index(member, shard);
+            if !shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards) {
+                continue;
+            }
+            self.durable(stream).begin_life(seen.table_id);
+            if !returned {
+                self.durable(stream).begin_peer_life(0);
+            }
+            // An ack at once tells the peer of the new life.
+            self.streams[stream].ack_due = true;
+            self.wake(stream);
+        }
+        self.retry_at = now;
+        if returned {
+            self.jobs.push_back(Job::Offer { member });
+        }
+    }
+
+    /// Something agreed on with a silent member was let go.
+    pub(super) fn leave_behind(&mut self, member: MemberId) {
+        if let PeerState::Down { left_behind, .. } = &mut self.peers[member as usize] {
+            *left_behind = true;
+        }
+    }
+
+    fn purge(&mut self, member: MemberId, since: Time) {
+        self.peers[member as usize] = PeerState::Purge { since };
+        self.counters.count(Counter::StreamsLost);
+        for shard in 0..SHARDS_MAX as u8 {
+            let s = &mut self.streams[stream_index(member, shard)];
+            self.leases.drop_all(&mut s.lease);
+            (s.want, s.want_at, s.grant_due, s.starved_since) = (0, Time::NEVER, 0, None);
+        }
+        self.jobs.push_back(Job::Purge { member });
+    }
+
+    /// Silent members whose time has come, and a stretch of the walk that is under way.
+    pub(super) fn tick_walk(&mut self, now: Time) {
+        for member in 1..self.peers.len() as MemberId {
+            if let PeerState::Down { since, left_behind } = self.peers[member as usize] {
+                self.review_down(now, member, since, left_behind);
+            }
+        }
+        let Some(job) = self.jobs.front().copied() else { return };
+        let mut slot = self.walk_slot;
+        let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
+        while slot < end && !self.is_walk_ahead() {
+            if slot + 8 < end {
+                self.table.prefetch(slot + 8);
+            }
+            if !self.step(now, job, slot) {
+                break; // No chore or lease is free: go on here at the next tick.
+            }
+            slot += 1;
+        }
+        self.walk_slot = slot;
+        if slot == self.table.capacity() {
+            self.walk_slot = 0;
+            self.jobs.pop_front();
+            self.walk_done(now, job);
+        }
+    }
+
+    fn is_walk_ahead(&self) -> bool {
+        self.dirty_actives + self.waiting.len() as u64 > WALK_AHEAD || !self.can_receive()
+    }
+
+    /// When the next silent member's time has come; at once while a walk is under way.
+    pub(super) fn walk_at(&self) -> Time {
+        if !self.jobs.is_empty() {
+            // Every pass walks a stretch; a walk that has to wait looks again soon.
+            return Time(0);
+        }
+        let downs = self.peers.iter().filter_map(|peer| match peer {
+            PeerState::Down { since, .. } => Some(since.after(self.config.reprotect_after)),
+            _ => None,
+        });
+        downs.fold(Time::NEVER, Time::min)
+    }
+
+    fn walk_done(&mut self, now: Time, job: Job) {
+        match job {
+            Job::Purge { member } => {
+                for shard in 0..SHARDS_MAX as u8 {
+                    let s = &self.streams[stream_index(member, shard)];
+                    assert!(
+                        s.actives == 0 && s.copies == 0 && s.dirty.is_empty() && s.closing.is_empty(),
+                        "something still refers to member {member}"
+                    );
+                }
+                self.peers[member as usize] = PeerState::Vacant;
+                self.review(now, member);
+            }
+            Job::Rehome { away_from } => {
+                let leaving = self.bits(|m| m.status == Status::Leaving) & away_from;
+                let left =
+                    (1..self.peers.len()).any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
+                if left {
+                    self.jobs.push_back(job);
+                }
+            }
+            Job::Verify { .. } | Job::Offer { .. } => {}
+        }
+    }
+
+    fn has_actives(&self, member: MemberId) -> bool {
+        let first = stream_index(member, 0);
+        self.streams[first..first + SHARDS_MAX].iter().any(|s| s.actives > 0)
+    }
+
+    /// One slot of a walk; `false` if it must be looked at again.
+    fn step(&mut self, now: Time, job: Job, slot: u32) -> bool {
+        match job {
+            Job::Purge { member } => self.purge_slot(now, member, slot),
+            Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
+            Job::Verify { stream } => self.verify_slot(stream, slot),
+            Job::Offer { member } => self.offer_slot(member, slot),
+        }
+    }
+
+    fn purge_slot(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let peer = line.peer();
+        if peer.member() != member {
+            return true;
+        }
+        match line.kind() {
+            Kind::Active => {
+                self.unassign(slot);
+                self.protect(now, slot);
+            }
+            Kind::Backup => {
+                self.counters.count(Counter::Promotions);
+                let stream = self.stream_of(peer);
+                self.streams[stream].copies -= 1;
+                self.table.update(slot, |line| {
+                    line.set_kind(Kind::Active);
+                    line.set_peer(Coordinate::NOWHERE);
+                    line.set_claimed(false);
+                });
+                self.protect_promoted(now, slot, peer);
+                self.commit(Commit::Refresh { slot, generation: line.generation() });
+            }
+            Kind::Closing => {
+                self.unlist(slot);
+                self.table.recycle(slot, 1);
+            }
+            Kind::Leased => self.table.recycle(slot, 2),
+            Kind::Held | Kind::Free => {}
+        }
+        true
+    }
+
+    /// A copy became active here, and its former active at `former` is gone. If that had named a previous
+    /// backup, the pair with it is the one that is left, so that only one of the two carries on.
+    pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, former: Coordinate) {
+        let previous = self.table.former(slot);
+        self.table.set_former(slot, former);
+        assert!(self.table.on(slot) == On::None);
+        if previous.is_somewhere() && previous.member() != self.config.member && self.is_up(previous.member())
+        {
+            self.assign(now, slot, previous);
+        } else {
+            self.table.update(slot, |line| {
+                line.set_groups(crate::conn::slot::groups::ALL);
+                line.set_last(Seq::NONE);
+            });
+            self.protect(now, slot);
+        }
+    }
+
+    fn rehome_slot(&mut self, now: Time, away_from: u64, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let member = line.peer().member();
+        let concerned = line.kind() == Kind::Active
+            && away_from >> member & 1 == 1
+            && self.is_up(member)
+            && !self.table.is_moving(slot)
+            && !self.table.former(slot).is_somewhere();
+        if !concerned {
+            return true;
+        }
+        if self.chores.room() == 0 {
+            return false;
+        }
+        if let Some(backup) = self.lease_for(now, slot, away_from) {
+            let taken = self.move_backup(now, slot, backup);
+            assert!(taken, "a chore was free");
+        }
+        true
+    }
+
+    fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let peer = line.peer();
+        if !peer.is_somewhere() || self.stream_of(peer) != stream || !self.is_up(stream_member(stream)) {
+            return true;
+        }
+        match line.kind() {
+            Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot, 2),
+            Kind::Backup => return self.offer(peer, Place { slot, generation: line.generation() }),
+            _ => {}
+        }
+        true
+    }
+
+    fn offer_slot(&mut self, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let former = self.table.former(slot);
+        let concerned = line.kind() == Kind::Active
+            && former.member() == member
+            && !self.table.is_moving(slot)
+            && self.is_up(member);
+        !concerned || self.offer(former, Place { slot, generation: line.generation() })
+    }
+}

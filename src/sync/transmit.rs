@@ -1,0 +1,551 @@
+//! Transmit: dirty connections become deltas, deltas fill datagrams, datagrams leave as trains.
+//!
+//! A delta carries the newest value of every group that changed since the last acknowledged
+//! one, so it makes up for any that was lost. Datagrams are written to the arena once and stay
+//! there as the history: a gap is repaired by sending the same bytes again. When the arena needs
+//! the room of a datagram that was never acknowledged, its connections become dirty first, and
+//! only then is the peer told to skip it.
+
+use std::time::Duration;
+
+use super::history::{Content, Entry, MANIFEST_PER_DATAGRAM, NoRoom};
+use super::replica::Replica;
+use super::stream::{REFUSALS_MAX, stream_member, stream_shard};
+use crate::ccp::bytes::Writer;
+use crate::ccp::header::{Header, OPCODE_SYNC};
+use crate::ccp::message::{DELTA_MAX, Message, Place, encode_ack, encode_lease};
+use crate::ccp::sync::SyncHeader;
+use crate::conn::slot::groups;
+use crate::conn::table::On;
+use crate::conn::{Coordinate, Kind};
+use crate::counters::Counter;
+use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW};
+use crate::seq::Seq;
+use crate::time::Time;
+
+/// Bytes of an update at most: head, stamp, previous backup, every group but the tuples.
+const UPDATE_MAX: usize = 8 + 10 + 8 + 16;
+/// Bytes of a close, release or offer at most.
+const SMALL_MAX: usize = 8 + 10 + 8;
+
+/// How long a datagram may stay unacknowledged before the arena takes its room back.
+const PRESSURE: Duration = Duration::from_millis(200);
+
+/// A send for the loop: `len` bytes at `offset` of the arena, to a stream, cut into datagrams of
+/// `DATAGRAM_MAX` bytes of which the last may be shorter.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Transmit {
+    /// The stream.
+    pub stream: usize,
+    /// Bytes from the arena's begin.
+    pub offset: u32,
+    /// Bytes.
+    pub len: u32,
+    /// To be given back by [`Replica::landed`], exactly once.
+    pub token: Token,
+}
+
+/// Names the buffers of a send: history entries, or a control buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Token(pub u64);
+
+impl Token {
+    fn entries(first: u32, count: u32) -> Token {
+        Token((count as u64) << 32 | first as u64)
+    }
+
+    /// A control buffer's token.
+    pub fn control(buffer: u16) -> Token {
+        Token(1 << 63 | buffer as u64)
+    }
+}
+
+impl Replica<'_> {
+    /// Hands everything that is due to `send`, which says whether it took it: acks and the like
+    /// first, then repeats, then what is dirty.
+    pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) {
+        let mut budget = TRANSMIT_PER_PASS;
+        while let Some((id, seq)) = self.again.pop() {
+            if self.history.is_outstanding(id)
+                && self.history.entry(id).seq == seq
+                && !self.repeat(now, id, send)
+            {
+                break;
+            }
+        }
+        for _ in 0..self.busy.len() {
+            let Some(stream) = self.busy.pop_front() else { break };
+            let stream = stream as usize;
+            self.streams[stream].busy = false;
+            if self.is_up(stream_member(stream)) {
+                self.send_control(now, stream, send);
+                self.send_repeats(now, stream, send);
+                self.send_data(now, stream, &mut budget, send);
+            }
+            if self.is_stream_busy(stream) {
+                self.wake(stream);
+            }
+        }
+    }
+
+    fn is_stream_busy(&self, stream: usize) -> bool {
+        let s = &self.streams[stream];
+        !s.dirty.is_empty()
+            || s.oldest.is_some()
+            || s.ack_due
+            || !s.refusals.is_empty()
+            || s.want_at != Time::NEVER
+            || s.grant_due > 0
+            || self.skip_due(stream).is_some()
+            || self.has_chores(stream)
+    }
+
+    /// The kernel is done with a send.
+    pub fn landed(&mut self, token: Token, error: bool) {
+        if error {
+            self.counters.count(Counter::SendErrors);
+        }
+        if token.0 >> 63 == 1 {
+            return self.history.give_control(token.0 as u16);
+        }
+        let (first, count) = (token.0 as u32, (token.0 >> 32) as u32);
+        let entries = self.memory.history.len() as u32;
+        for i in 0..count {
+            self.history.landed((first + i) % entries);
+        }
+    }
+
+    fn headers(&self, stream: usize, seq: Seq) -> (Header, SyncHeader) {
+        let member = stream_member(stream);
+        let durable = self.durable(stream);
+        (
+            Header {
+                group: self.config.group,
+                opcode: OPCODE_SYNC,
+                from: self.config.member,
+                to: Some(member),
+                to_shard: stream_shard(stream),
+            },
+            SyncHeader {
+                from_shard: self.config.shard,
+                from_table: self.config.table_id,
+                to_table: self.view.members[member as usize].table_id,
+                life: durable.life(),
+                seq,
+            },
+        )
+    }
+
+    /// What was given up and is still waited for by the peer.
+    fn skip_due(&self, stream: usize) -> Option<Seq> {
+        let durable = self.durable(stream);
+        durable.given_up().is_after(durable.floor()).then(|| durable.given_up())
+    }
+
+    /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
+    fn send_control(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+        let want = self.want_due(now, stream);
+        let skip = self.skip_due(stream).filter(|_| self.streams[stream].repeat_at.reached(now));
+        let s = &self.streams[stream];
+        if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() {
+            return;
+        }
+        let (header, sync) = self.headers(stream, Seq::NONE);
+        let mut scratch = [0; DATAGRAM_MAX];
+        let mut w = Writer::new(&mut scratch);
+        sync.encode(&header, &mut w);
+        let durable = self.durable(stream);
+        let mut beyond = [0; (WINDOW / 64) as usize];
+        let words = durable.beyond(&mut beyond);
+        encode_ack(durable.peer_life(), durable.receive_floor(), &beyond[..words], &mut w);
+        self.counters.count(Counter::AcksSent);
+        for refusal in self.streams[stream].refusals.drain(..) {
+            let (life, seq) = (durable.peer_life(), refusal.seq);
+            Message::Refuse { life, seq, target: refusal.target, reason: refusal.reason }.encode(&mut w);
+        }
+        if let Some(total) = want {
+            Message::Want { total }.encode(&mut w);
+        }
+        if let Some(to) = skip {
+            Message::Skip { to }.encode(&mut w);
+        }
+        let len = w.len();
+        let sent = self.send_control_bytes(stream, &scratch[..len], send);
+        let s = &mut self.streams[stream];
+        if sent {
+            s.ack_due = false;
+            if skip.is_some() {
+                s.repeats += 1;
+                s.repeat_at = now.after(s.patience());
+            }
+        }
+    }
+
+    /// Puts bytes into a control buffer and sends them. `false` if there was no buffer or no room
+    /// in the queue: what is due stays due.
+    fn send_control_bytes(
+        &mut self,
+        stream: usize,
+        bytes: &[u8],
+        send: &mut dyn FnMut(Transmit) -> bool,
+    ) -> bool {
+        let Some(buffer) = self.history.take_control() else {
+            self.counters.count(Counter::ControlFull);
+            return false;
+        };
+        let offset = self.history.write_control(buffer, bytes);
+        let token = Token::control(buffer);
+        let taken = send(Transmit { stream, offset, len: bytes.len() as u32, token });
+        if !taken {
+            self.history.give_control(buffer);
+            self.counters.count(Counter::ControlFull);
+        }
+        taken
+    }
+
+    /// A control buffer with these bytes for the loop to send by itself (heartbeats); its token comes back
+    /// through [`landed`](Self::landed).
+    pub fn control_datagram(&mut self, bytes: &[u8]) -> Option<(u32, Token)> {
+        let Some(buffer) = self.history.take_control() else {
+            self.counters.count(Counter::ControlFull);
+            return None;
+        };
+        Some((self.history.write_control(buffer, bytes), Token::control(buffer)))
+    }
+
+    /// Says goodbye to every member that is there.
+    pub fn send_goodbyes(&mut self, send: &mut dyn FnMut(Transmit) -> bool) {
+        for member in 1..self.peers.len() as u8 {
+            if !self.is_up(member) {
+                continue;
+            }
+            let stream = super::stream::stream_index(member, 0);
+            let (header, sync) = self.headers(stream, Seq::NONE);
+            let mut bytes = [0; 64];
+            let mut w = Writer::new(&mut bytes);
+            sync.encode(&header, &mut w);
+            Message::Goodbye.encode(&mut w);
+            let len = w.len();
+            self.send_control_bytes(stream, &bytes[..len], send);
+        }
+    }
+
+    /// Nothing was acknowledged for too long: the oldest datagrams go again.
+    fn send_repeats(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+        let s = &self.streams[stream];
+        if !s.repeat_at.reached(now) {
+            return;
+        }
+        let Some(oldest) = s.oldest else {
+            self.streams[stream].repeat_at = Time::NEVER;
+            return;
+        };
+        let mut next = Some(oldest);
+        let mut repeated = 0;
+        while let Some(id) = next
+            && repeated < 4
+        {
+            if !self.history.has_arrived(id) {
+                if !self.repeat(now, id, send) {
+                    return;
+                }
+                repeated += 1;
+            }
+            next = self.history.next(id);
+        }
+        let sent = self.durable(stream).sent();
+        let seq = self.history.entry(oldest).seq;
+        let s = &mut self.streams[stream];
+        s.shrink(seq, sent);
+        s.repeats += 1;
+        s.repeat_at = now.after(s.patience());
+    }
+
+    /// Sends a datagram of the history again.
+    pub(super) fn repeat(&mut self, now: Time, id: u32, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
+        let entry = self.history.entry(id);
+        let token = Token::entries(id, 1);
+        let taken = send(Transmit { stream: entry.stream, offset: entry.offset, len: entry.len, token });
+        if taken {
+            self.history.repeat(id, now);
+            self.counters.count(Counter::DatagramsResent);
+        }
+        taken
+    }
+
+    fn has_data(&self, now: Time, stream: usize, started: bool) -> bool {
+        let s = &self.streams[stream];
+        let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
+        (!s.dirty.is_empty() && flush) || s.grant_due > 0 || self.has_chores(stream)
+    }
+
+    /// Dirty connections, grants and chores, in trains of datagrams.
+    fn send_data(
+        &mut self,
+        now: Time,
+        stream: usize,
+        budget: &mut usize,
+        send: &mut dyn FnMut(Transmit) -> bool,
+    ) {
+        let mut started = false;
+        while *budget > 0 && self.has_data(now, stream, started) {
+            started = true;
+            let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
+            let mut count = 0;
+            while (count as usize) < SEGMENTS_MAX && *budget > 0 && self.has_data(now, stream, true) {
+                if !self.unsent_room(stream) {
+                    self.counters.count(Counter::WindowFull);
+                    *budget = 0;
+                    break;
+                }
+                let Some(offset) = self.arena_room(now) else {
+                    *budget = 0;
+                    break;
+                };
+                if train.is_some_and(|(_, at, len)| at + len != offset) {
+                    break; // The ring wrapped: a train lies in one piece.
+                }
+                let Some((id, len, deltas)) = self.build(now, stream, offset) else { break };
+                *budget = budget.saturating_sub(deltas.max(1));
+                count += 1;
+                let (first, at, bytes) = train.unwrap_or((id, offset, 0));
+                train = Some((first, at, bytes + len));
+                if (len as usize) < DATAGRAM_MAX {
+                    break; // Only the last datagram of a train may be short.
+                }
+            }
+            let Some((first, offset, len)) = train else { break };
+            let token = Token::entries(first, count);
+            if !send(Transmit { stream, offset, len, token }) {
+                // The queue is full: they count as sent and lost, and are repeated in time.
+                self.landed(token, false);
+                *budget = 0;
+            }
+        }
+        if started && !self.streams[stream].dirty.is_empty() {
+            self.streams[stream].flush_at = now;
+        }
+    }
+
+    /// Room for a datagram in the arena, if need be by giving up the oldest one.
+    fn arena_room(&mut self, now: Time) -> Option<u32> {
+        loop {
+            match self.history.make_room() {
+                Ok(offset) => return Some(offset),
+                Err(NoRoom::Unacknowledged(id))
+                    if now.since(self.history.entry(id).first_sent) >= PRESSURE =>
+                {
+                    let entry = self.history.entry(id);
+                    self.give_up(now, entry.stream, entry.seq);
+                }
+                Err(_) => {
+                    self.counters.count(Counter::ArenaFull);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Builds one datagram at `offset` of the arena. Returns its entry, the bytes it takes up and its deltas.
+    fn build(&mut self, now: Time, stream: usize, offset: u32) -> Option<(u32, u32, usize)> {
+        let seq = self.durable(stream).sent().next();
+        let (header, sync) = self.headers(stream, seq);
+        let mut scratch = [0; DATAGRAM_MAX];
+        let mut w = Writer::new(&mut scratch);
+        sync.encode(&header, &mut w);
+        let empty = w.len();
+        let mut noted = 0;
+        noted += self.build_grants(stream, &mut w);
+        noted += self.build_chores(stream, seq, &mut w, MANIFEST_PER_DATAGRAM - noted);
+        let mut oldest_change = now;
+        let mut connections = 0;
+        let mut deltas = 0;
+        while noted < MANIFEST_PER_DATAGRAM
+            && let Some(slot) = self.streams[stream].dirty.first()
+            && w.room() >= self.delta_room(slot)
+        {
+            oldest_change = oldest_change.min(self.table.since(slot));
+            connections += self.build_delta(now, stream, slot, seq, &mut w);
+            noted += 1;
+            deltas += 1;
+        }
+        let len = w.len();
+        if len == empty {
+            return None;
+        }
+        // If more follows, this datagram is not the last of its train: it takes up its full size.
+        let more = !self.streams[stream].dirty.is_empty() || self.streams[stream].grant_due > 0;
+        let stride = if more { DATAGRAM_MAX } else { len };
+        let entry = Entry { stream, seq, offset, len: len as u32, first_sent: now };
+        let id = self.history.append(&entry, &scratch[..len], stride, oldest_change, connections);
+        self.unacknowledged += connections as u64;
+        self.durable(stream).set_sent(seq);
+        let s = &mut self.streams[stream];
+        match s.newest {
+            Some(newest) => self.history.set_next(newest, id),
+            None => {
+                s.oldest = Some(id);
+                s.repeat_at = now.after(s.patience());
+            }
+        }
+        s.newest = Some(id);
+        self.counters.count(Counter::DatagramsSent);
+        self.counters.add(Counter::BytesSent, len as u64);
+        Some((id, stride as u32, deltas))
+    }
+
+    fn delta_room(&self, slot: u32) -> usize {
+        let line = self.table.line(slot);
+        match (line.kind(), line.groups() & groups::TUPLES != 0) {
+            (Kind::Active, true) => DELTA_MAX,
+            (Kind::Active, false) => UPDATE_MAX,
+            _ => SMALL_MAX,
+        }
+    }
+
+    /// One delta; returns how many connections it exposes until it is acknowledged (a close: none).
+    fn build_delta(&mut self, now: Time, stream: usize, slot: u32, seq: Seq, w: &mut Writer<'_>) -> u32 {
+        let line = self.table.line(slot);
+        let own = Place { slot, generation: line.generation() };
+        let (target, stamp) = (Place::of(line.peer()), line.stamp());
+        let previous: Option<Coordinate> = self.table.is_moving(slot).then(|| self.table.former(slot));
+        self.history.note(Content::Delta(own));
+        self.unlist(slot);
+        self.table.update(slot, |line| line.set_last(seq));
+        match line.kind() {
+            Kind::Active if line.groups() & groups::TUPLES != 0 => {
+                let connection = self.table.connection(slot);
+                Message::New { target, stamp, own, previous, connection }.encode(w);
+                self.counters.count(Counter::DeltasNew);
+                1
+            }
+            Kind::Active => {
+                Message::Update { target, stamp, groups: line.groups(), previous, state: line.state() }
+                    .encode(w);
+                self.counters.count(Counter::DeltasUpdate);
+                1
+            }
+            Kind::Closing => {
+                Message::Close { target, stamp }.encode(w);
+                self.counters.count(Counter::DeltasClose);
+                self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);
+                0
+            }
+            kind => panic!("a {kind:?} slot is never dirty"),
+        }
+    }
+
+    /// Slots that the peer asked for.
+    fn build_grants(&mut self, stream: usize, w: &mut Writer<'_>) -> usize {
+        let due = self.streams[stream].grant_due.min(LEASE_GRANT_MAX as u64) as usize;
+        if due == 0 {
+            return 0;
+        }
+        // An eighth of the table stays for connections that open here.
+        let spare = self.table.room().saturating_sub(self.table.capacity() / 8) as usize;
+        let count = due.min(spare);
+        if count == 0 {
+            self.streams[stream].grant_due = 0; // The peer asks again.
+            self.counters.count(Counter::TableFull);
+            return 0;
+        }
+        let durable = self.durable(stream);
+        let lessee = (stream_member(stream), stream_shard(stream));
+        let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
+        for place in &mut places[..count] {
+            let slot = self.table.allocate().expect("room was counted");
+            let mut line = self.table.line(slot);
+            line.set_kind(Kind::Leased);
+            line.set_peer(Coordinate::new(lessee.0, lessee.1, 0, Default::default()));
+            line.set_life(durable.peer_life());
+            self.table.store(slot, &line);
+            *place = Place { slot, generation: line.generation() };
+            self.history.note(Content::Granted(*place));
+        }
+        encode_lease(&places[..count], w);
+        durable.add_granted_by_us(count as u64);
+        self.streams[stream].grant_due -= count as u64;
+        self.counters.add(Counter::LeasesGranted, count as u64);
+        count
+    }
+
+    fn build_chores(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
+        let mut built = 0;
+        while built < most && w.room() >= SMALL_MAX {
+            let Some(id) = self.chores_due(stream).next() else { break };
+            if let Some(message) = self.send_chore(id, seq) {
+                message.encode(w);
+                self.history.note(Self::chore_content(id));
+                built += 1;
+                if matches!(message, Message::Release { .. }) {
+                    self.counters.count(Counter::DeltasRelease);
+                }
+            }
+        }
+        built
+    }
+
+    /// Everything up to `to` on this stream that is not acknowledged is given up: what it carried
+    /// becomes dirty, then the peer may skip it.
+    pub(super) fn give_up(&mut self, now: Time, stream: usize, to: Seq) {
+        while let Some(id) = self.streams[stream].oldest {
+            let entry = self.history.entry(id);
+            if entry.seq.is_after(to) {
+                break;
+            }
+            self.counters.count(Counter::DatagramsGivenUp);
+            for content in self.history.contents(id) {
+                match content {
+                    Content::Delta(place) => self.delta_given_up(now, stream, place, entry.seq),
+                    Content::Granted(place) => {
+                        self.durable(stream).sub_granted_by_us();
+                        self.revoke(place);
+                    }
+                    Content::Release(chore) => self.chore_given_up(chore, entry.seq),
+                }
+            }
+            self.settle_oldest(stream, id);
+            self.durable(stream).set_given_up(entry.seq);
+            self.streams[stream].repeat_at = now;
+            self.wake(stream);
+        }
+    }
+
+    fn delta_given_up(&mut self, now: Time, stream: usize, place: Place, seq: Seq) {
+        let line = self.table.line(place.slot);
+        let ours = line.generation() == place.generation
+            && matches!(line.kind(), Kind::Active | Kind::Closing)
+            && line.peer().is_somewhere()
+            && self.stream_of(line.peer()) == stream
+            && line.last() == seq;
+        if ours {
+            self.table.update(place.slot, |line| line.set_last(Seq::NONE));
+            self.mark_dirty(now, place.slot, 0);
+        }
+    }
+
+    /// A slot that was granted in a datagram which may or may not arrive: two lives later, so that
+    /// nobody takes the old grant for a copy that was closed.
+    pub(super) fn revoke(&mut self, place: Place) {
+        let line = self.table.line(place.slot);
+        if line.kind() == Kind::Leased && line.generation() == place.generation {
+            self.table.recycle(place.slot, 2);
+        }
+    }
+
+    /// Takes the oldest outstanding datagram off its stream.
+    pub(super) fn settle_oldest(&mut self, stream: usize, id: u32) {
+        self.unacknowledged -= self.history.settle(id) as u64;
+        let s = &mut self.streams[stream];
+        s.oldest = self.history.next(id);
+        if s.oldest.is_none() {
+            s.newest = None;
+            s.repeat_at = Time::NEVER;
+        }
+    }
+
+    /// Room for refusals in the next control datagram.
+    pub(super) fn refusals_full(&self, stream: usize) -> bool {
+        self.streams[stream].refusals.len() >= REFUSALS_MAX
+    }
+}

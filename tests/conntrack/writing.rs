@@ -1,0 +1,151 @@
+//! Entries in the kernel: created, brought up to date, replaced, refused, removed.
+
+use std::collections::HashSet;
+
+use hypersync::conntrack::commit::KEPT_TIMEOUT_S;
+use hypersync::conntrack::sysctl;
+
+use super::*;
+
+#[test]
+fn a_restored_entry_is_what_the_active_had() {
+    in_namespace("entries written to conntrack", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+        let snat = numbered(0);
+        assert_eq!(write(&mut committer, &snat), Outcome::Written);
+        let list = run("conntrack -L 2>/dev/null");
+        for part in [
+            "ESTABLISHED src=10.0.1.0 dst=198.51.100.7 sport=1000 dport=443",
+            "src=198.51.100.7 dst=203.0.113.1 sport=443 dport=20000 [ASSURED] mark=7",
+        ] {
+            assert!(list.contains(part), "{part} in {list}");
+        }
+        // Status 0x19e: SRC_NAT is set, so the entry translates; flags got BE_LIBERAL, as windows are not copied.
+        let found = dump(&mut source);
+        let [there] = found[..] else { panic!("one entry: {found:?}") };
+        assert_eq!((there.original, there.reply, there.state.status), (snat.original, snat.reply, 0x19e));
+        assert!((KEPT_TIMEOUT_S - 30..=KEPT_TIMEOUT_S).contains(&there.state.timeout_s));
+        let State { tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, mark, .. } = there.state;
+        assert_eq!((tcp_state, tcp_scale, mark), (3, 0x7a, 7));
+        assert_eq!((tcp_flags_original, tcp_flags_reply), (0x0b, 0x0b));
+
+        // Its active dies: the timeout that the kernel would have given it.
+        committer.write(&snat, Lifetime::Normal).expect("an empty batch");
+        assert_eq!(outcomes(&mut committer), [Outcome::Written]);
+        let normal = sysctl::read("net.netfilter.nf_conntrack_tcp_timeout_established").expect("a setting");
+        assert!((normal as u32 - 30..=normal as u32).contains(&dump(&mut source)[0].state.timeout_s));
+    });
+}
+
+#[test]
+fn an_entry_that_is_there_is_brought_up_to_date_or_replaced() {
+    in_namespace("updates, replacements, clashes and deletes in conntrack", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+        let mut c = numbered(0);
+        c.state.status = 0x18a; // not assured yet
+        c.state.tcp_state = 2;
+        assert_eq!(write(&mut committer, &c), Outcome::Written);
+        assert_eq!(dump(&mut source)[0].state.status, 0x19a, "no more than the active had");
+        c.state = State { status: 0x19e, tcp_state: 4, mark: 0, ..c.state };
+        assert_eq!(write(&mut committer, &c), Outcome::Written);
+        let now = dump(&mut source)[0];
+        assert_eq!((now.state.status, now.state.tcp_state, now.state.mark), (0x19e, 4, 0));
+        c.state = State { status: 0x18a, mark: 9, ..c.state }; // bits that cannot be taken back
+        assert_eq!(write(&mut committer, &c), Outcome::Written);
+        let now = dump(&mut source)[0];
+        assert_eq!((now.state.status, now.state.mark), (0x19e, 9));
+
+        // The same connection with another translation: an update would keep the old one.
+        c.reply.dport += 1000;
+        assert_eq!(write(&mut committer, &c), Outcome::Written);
+        let now = dump(&mut source);
+        assert_eq!((now.len(), now[0].reply), (1, c.reply));
+
+        // Another connection that claims the same translated tuple.
+        let clash = Connection { reply: c.reply, ..numbered(1) };
+        assert_eq!(write(&mut committer, &clash), Outcome::Clash);
+        let unchanged = dump(&mut source);
+        assert_eq!((unchanged.len(), unchanged[0].reply), (1, c.reply), "nothing has changed");
+        // One that is there, with its own translation, and now wants that one.
+        assert_eq!(write(&mut committer, &numbered(1)), Outcome::Written);
+        assert_eq!(write(&mut committer, &clash), Outcome::Clash);
+
+        // Everything at once, and one of a name at a time.
+        committer.delete(&c.original).expect("an empty batch");
+        assert_eq!(committer.write(&c, Lifetime::Kept), Err(FlushFirst));
+        committer.write(&clash, Lifetime::Kept).expect("room");
+        committer.delete(&numbered(2).original).expect("room");
+        let bad = Connection { state: State { tcp_state: 200, ..c.state }, ..numbered(3) };
+        committer.write(&bad, Lifetime::Kept).expect("room");
+        committer.write(&numbered(4), Lifetime::Kept).expect("room");
+        let expected = [
+            Outcome::Removed,
+            Outcome::Written,              // now that the tuple is free
+            Outcome::Removed,              // was never there
+            Outcome::Failed(libc::ERANGE), // no such TCP state
+            Outcome::Written,
+        ];
+        assert_eq!(outcomes(&mut committer), expected);
+        assert_eq!(outcomes(&mut committer), []);
+        let there: HashSet<Tuple> = dump(&mut source).iter().map(|c| c.original).collect();
+        assert_eq!(there, HashSet::from([clash.original, numbered(4).original]));
+        assert_eq!(events(&mut source), [], "all of this was our own");
+    });
+}
+
+#[test]
+fn zones_keep_equal_tuples_apart() {
+    in_namespace("conntrack zones", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
+        let plain = numbered(0);
+        let (mut both, mut original_only) = (plain, plain);
+        (both.original.zone, both.reply.zone) = (5, 5);
+        original_only.original.zone = 6;
+        original_only.reply.dport += 1; // its replies come back to zone 0, where `plain` holds the other port
+        for c in [plain, both, original_only] {
+            assert_eq!(write(&mut committer, &c), Outcome::Written, "{}", c.original);
+            assert_eq!(write(&mut committer, &c), Outcome::Written, "{} again", c.original);
+        }
+        let there: HashSet<_> = dump(&mut source).iter().map(|c| (c.original, c.reply)).collect();
+        assert_eq!(there, [plain, both, original_only].iter().map(|c| (c.original, c.reply)).collect());
+        for c in [original_only, both, plain] {
+            assert_eq!(delete(&mut committer, &c.original), Outcome::Removed);
+        }
+        assert_eq!(dump(&mut source), []);
+    });
+}
+
+#[test]
+fn inserts_stop_before_the_kernels_table_is_full() {
+    in_namespace("the limit of the conntrack table", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let fill = sysctl::TableFill::open().expect("figures");
+        let (limit, _) = fill.limit_and_count();
+        if limit > 300_000 {
+            eprintln!("left out, for nf_conntrack_max is {limit}: the limit of the conntrack table");
+            return;
+        }
+        let nth = |n: u64| {
+            let mut c = numbered(0);
+            c.original.src = n as u128;
+            c.reply.dst = 0x0100_0000 + n as u128;
+            c
+        };
+        let mut refused = 0;
+        for n in 0..limit {
+            if committer.write(&nth(n), Lifetime::Kept) == Err(FlushFirst) {
+                refused += outcomes(&mut committer).iter().filter(|o| **o == Outcome::NoRoom).count();
+                if refused > 0 {
+                    break;
+                }
+                committer.write(&nth(n), Lifetime::Kept).expect("an empty batch");
+            }
+        }
+        assert_eq!(fill.limit_and_count().1, limit * sysctl::FILL_MAX_PERCENT / 100);
+        assert_eq!(write(&mut committer, &nth(limit)), Outcome::NoRoom);
+        assert_eq!(write(&mut committer, &nth(5)), Outcome::Written, "what is there is kept up to date");
+    });
+}
