@@ -4,6 +4,7 @@
 #![warn(missing_docs)]
 
 pub mod ccp;
+pub mod clock;
 pub mod conn;
 pub mod conntrack;
 pub mod counters;
@@ -12,6 +13,7 @@ pub mod limits;
 pub mod memory;
 pub mod prefetch;
 pub mod seq;
+pub mod shm;
 pub mod source;
 pub mod sync;
 pub mod time;

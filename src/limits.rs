@@ -96,6 +96,13 @@ pub const COMMIT_PER_PASS: usize = 32;
 /// Deltas encoded in one pass of a shard.
 pub const TRANSMIT_PER_PASS: usize = 8192;
 
+/// Smallest ingest ring of a shard, records of 128 bytes; a power of two. A full ring refuses
+/// further records (`Full`) until the shard has read some: the producer decides what to do.
+pub const INGEST_RECORDS_MIN: usize = 32;
+
+/// Largest ingest ring of a shard, records; a power of two: 128 MB.
+pub const INGEST_RECORDS_MAX: usize = 1 << 20;
+
 /// Unicast peers on the command line: every other member.
 pub const PEERS_MAX: usize = MEMBERS_MAX - 1;
 
@@ -105,4 +112,5 @@ const _: () = assert!(DATAGRAM_MAX.is_multiple_of(8) && DATAGRAM_MAX <= MTU_MIN 
 const _: () = assert!(SEGMENTS_MAX <= 64 && SEGMENTS_MAX * DATAGRAM_MAX <= TRAIN_MAX);
 const _: () = assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE.is_multiple_of(64));
 const _: () = assert!(CONTROL_BUFFERS * CONTROL_BUFFER_SIZE <= ARENA_MIN / 2);
+const _: () = assert!(INGEST_RECORDS_MIN.is_power_of_two() && INGEST_RECORDS_MAX.is_power_of_two());
 const _: () = assert!(WINDOW.is_multiple_of(64) && WINDOW_MIN < WINDOW);

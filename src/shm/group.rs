@@ -1,0 +1,282 @@
+//! The group table: what shard 0 knows of the members, for every shard and every inspector;
+//! and one line a shard in which it says how far it is.
+//!
+//! ```text
+//!  byte     0  version: raised by every change of a member (a new "last heard" alone is none)
+//!         128  members: 53 records of 128 bytes by member id, the first unused
+//!        6912  shards: 64 lines of 128 bytes
+//!       15104  unused, to 16384
+//!
+//!  member  word 0  seqlock (odd: torn)
+//!               1  status 8 | hears me 8 | shards 8 | priority 8 | site 8 | family 8 | 0   (from bit 0)
+//!               2  table id            6, 7  address, low word first; IPv4 in the low 32 bits
+//!               3  incarnation            8  last heard, ns       10.. zero
+//!               4  capacity, slots        9  status since, ns
+//!               5  room, slots
+//!
+//!  shard   word 0  last pass, ns
+//!               1  version of the group that the shard has acted on
+//!               2  version of the group for which its kernel commits have settled
+//! ```
+//!
+//! One thread writes a record (shard 0) or a line (its shard); anybody reads, without locks. The
+//! seqlock is that of `conn::slot`. What the fields mean is said in
+//! [`crate::group::view`].
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use crate::conn::MemberId;
+use crate::group::view::{Member, Status};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
+use crate::time::Time;
+
+const V4: u64 = 4;
+const V6: u64 = 6;
+const MEMBER_WORDS: usize = 10;
+
+fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
+    let (family, address) = match m.address {
+        None => (0, 0),
+        Some(IpAddr::V4(a)) => (V4, u32::from(a) as u128),
+        Some(IpAddr::V6(a)) => (V6, u128::from(a)),
+    };
+    let small = m.status as u64
+        | (m.hears_me as u64) << 8
+        | (m.shards as u64) << 16
+        | (m.priority as u64) << 24
+        | (m.site as u64) << 32
+        | family << 40;
+    [
+        0,
+        small,
+        m.table_id as u64,
+        m.incarnation,
+        m.capacity,
+        m.room,
+        address as u64,
+        (address >> 64) as u64,
+        m.last_heard.0,
+        m.since.0,
+    ]
+}
+
+fn from_words(w: &[u64; MEMBER_WORDS]) -> Member {
+    let byte = |shift: u32| (w[1] >> shift) as u8;
+    Member {
+        status: Status::from_raw(byte(0)).unwrap_or_default(),
+        hears_me: byte(8) != 0,
+        shards: byte(16),
+        priority: byte(24),
+        site: byte(32),
+        table_id: w[2] as u32,
+        incarnation: w[3],
+        capacity: w[4],
+        room: w[5],
+        address: match byte(40) as u64 {
+            V4 => Some(Ipv4Addr::from(w[6] as u32).into()),
+            V6 => Some(Ipv6Addr::from((w[7] as u128) << 64 | w[6] as u128).into()),
+            _ => None,
+        },
+        last_heard: Time(w[8]),
+        since: Time(w[9]),
+    }
+}
+
+/// 128 bytes of atomics.
+#[repr(C, align(128))]
+#[derive(Default)]
+struct LineWords([AtomicU64; 16]);
+
+/// The group table in memory.
+#[repr(C, align(4096))]
+pub struct GroupWords {
+    version: LineWords,
+    members: [LineWords; MEMBERS_MAX + 1],
+    shards: [LineWords; SHARDS_MAX],
+}
+
+impl Default for GroupWords {
+    /// An empty table, for tests and the simulator.
+    fn default() -> GroupWords {
+        GroupWords {
+            version: LineWords::default(),
+            members: std::array::from_fn(|_| LineWords::default()),
+            shards: std::array::from_fn(|_| LineWords::default()),
+        }
+    }
+}
+
+impl GroupWords {
+    /// Raised by every change; whoever reads a version and then the records sees at least that change.
+    pub fn version(&self) -> u64 {
+        let version = self.version.0[0].load(Ordering::Relaxed);
+        // Pairs with the release in `write`.
+        fence(Ordering::Acquire);
+        version
+    }
+
+    /// Replaces a member's record (1 to 52). Only shard 0 writes.
+    pub fn write(&self, member: MemberId, record: &Member) {
+        assert!((1..=MEMBERS_MAX).contains(&(member as usize)));
+        let words = &self.members[member as usize].0;
+        let before = words[0].load(Ordering::Relaxed);
+        let old: [u64; MEMBER_WORDS] = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
+        let new = to_words(record);
+        let odd = before | 1;
+        words[0].store(odd, Ordering::Relaxed);
+        // Pairs with the second fence in `read`: whoever sees a word written below also sees the odd count.
+        fence(Ordering::Release);
+        for i in 1..MEMBER_WORDS {
+            words[i].store(new[i], Ordering::Relaxed);
+        }
+        // Pairs with the first load and fence in `read`.
+        words[0].store(odd.wrapping_add(1), Ordering::Release);
+        // Heartbeats come all the time: what only they move must not make every shard look again.
+        if (1..MEMBER_WORDS).any(|i| i != 8 && old[i] != new[i]) {
+            let version = self.version.0[0].load(Ordering::Relaxed);
+            self.version.0[0].store(version.wrapping_add(1), Ordering::Release);
+        }
+    }
+
+    /// A member's record; `None` while (or since) a write is unfinished, and for numbers that no
+    /// member has. A reader that needs it tries again; a crashed writer's record stays torn.
+    pub fn read(&self, member: MemberId) -> Option<Member> {
+        let words = &self.members.get(member as usize).filter(|_| member > 0)?.0;
+        let before = words[0].load(Ordering::Relaxed);
+        if before & 1 == 1 {
+            return None;
+        }
+        fence(Ordering::Acquire);
+        let copy = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        (words[0].load(Ordering::Relaxed) == before).then(|| from_words(&copy))
+    }
+
+    /// A shard's line; `shard` is below 64.
+    pub fn shard(&self, shard: u8) -> ShardStatus<'_> {
+        ShardStatus(&self.shards[shard as usize])
+    }
+}
+
+/// How far a shard is. Its shard writes, anybody reads.
+#[derive(Clone, Copy)]
+pub struct ShardStatus<'m>(&'m LineWords);
+
+impl ShardStatus<'_> {
+    /// When the shard's loop began its last pass; 0 before the first.
+    pub fn last_pass(&self) -> Time {
+        Time(self.0.0[0].load(Ordering::Relaxed))
+    }
+
+    /// Says that a pass begins.
+    pub fn set_last_pass(&self, now: Time) {
+        self.0.0[0].store(now.0, Ordering::Relaxed);
+    }
+
+    /// The version of the group that the shard has acted on: its effects are visible.
+    pub fn view_version(&self) -> u64 {
+        self.load(1)
+    }
+
+    /// Says that this version of the group was acted on.
+    pub fn set_view_version(&self, version: u64) {
+        self.0.0[1].store(version, Ordering::Release);
+    }
+
+    /// The version of the group for which everything that had to be committed to the kernel was.
+    pub fn settled_version(&self) -> u64 {
+        self.load(2)
+    }
+
+    /// Says that the kernel commits of this version of the group are done.
+    pub fn set_settled_version(&self, version: u64) {
+        self.0.0[2].store(version, Ordering::Release);
+    }
+
+    fn load(&self, word: usize) -> u64 {
+        let value = self.0.0[word].load(Ordering::Relaxed);
+        // Pairs with the release in the setter.
+        fence(Ordering::Acquire);
+        value
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record() -> Member {
+        Member {
+            status: Status::Ready,
+            hears_me: true,
+            shards: 64,
+            priority: 200,
+            site: 3,
+            table_id: u32::MAX,
+            incarnation: 1 << 63,
+            capacity: 1 << 32,
+            room: 12,
+            address: Some("2001:db8::7".parse().unwrap()),
+            last_heard: Time(5),
+            since: Time(4),
+        }
+    }
+
+    #[test]
+    fn a_record_reads_back_and_raises_the_version_only_if_it_changed() {
+        let group = Box::<GroupWords>::default();
+        assert_eq!(group.read(52), Some(Member::default()));
+        group.write(52, &record());
+        assert_eq!((group.read(52), group.version()), (Some(record()), 1));
+        let later = Member { last_heard: Time(9), ..record() };
+        group.write(52, &later);
+        assert_eq!((group.read(52), group.version()), (Some(later), 1), "a heartbeat changes nothing else");
+        let v4 = Member { address: Some("192.0.2.1".parse().unwrap()), ..record() };
+        group.write(52, &v4);
+        assert_eq!((group.read(52), group.version()), (Some(v4), 2));
+        assert_eq!((group.read(0), group.read(53), group.read(255)), (None, None, None));
+    }
+
+    #[test]
+    fn a_crash_in_mid_write_leaves_a_record_that_nobody_reads() {
+        let group = Box::<GroupWords>::default();
+        group.members[3].0[0].store(7, Ordering::Relaxed);
+        assert_eq!(group.read(3), None);
+        group.write(3, &record());
+        assert_eq!(group.read(3), Some(record()), "the next write heals it");
+    }
+
+    #[test]
+    fn readers_see_whole_records() {
+        let group = Box::<GroupWords>::default();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 1..=100_000u64 {
+                    let r = Member { incarnation: n, capacity: n, since: Time(n), ..record() };
+                    group.write(1, &r);
+                }
+            });
+            let mut seen = 0;
+            while seen < 100_000 {
+                let version = group.version();
+                let Some(r) = group.read(1) else { continue };
+                assert!(r.capacity >= version, "a version promises its change");
+                assert_eq!((r.incarnation, r.since), (r.capacity, Time(r.capacity)));
+                seen = r.capacity;
+            }
+        });
+    }
+
+    #[test]
+    fn a_shard_says_how_far_it_is() {
+        let group = Box::<GroupWords>::default();
+        let line = group.shard(63);
+        line.set_last_pass(Time(1));
+        line.set_view_version(2);
+        line.set_settled_version(3);
+        let seen = group.shard(63);
+        assert_eq!((seen.last_pass(), seen.view_version(), seen.settled_version()), (Time(1), 2, 3));
+        assert_eq!(group.shard(0).last_pass(), Time(0));
+    }
+}

@@ -1,0 +1,94 @@
+//! The ring source: how a user-space data plane on this host tells a shard what it sees.
+//!
+//! One ring a shard, one producer a ring, in the shared region:
+//!
+//! ```text
+//!  byte    0  magic "hsring01"        written by the appliance before the region is ready
+//!          8  records, a power of two
+//!        128  tail: records read so far                          written by the consumer
+//!        256  head: records written so far                       written by the producer
+//!        384  bell (u32): 1 while the consumer sleeps on it      written by both
+//!        512  pid of the producer, for people (0: none so far)   written by the producer
+//!       4096  records, 128 bytes each; number n lies at n modulo records (see `record`)
+//! ```
+//!
+//! Positions count records for ever (u64) and are never reduced. Records behind `head` are
+//! the producer's until it publishes a batch by moving `head`. Who may produce is decided by a
+//! file lock on the ring's first byte, which the kernel takes back when the process dies.
+//!
+//! **Waking up**, without a lost wake-up and without a system call while the consumer is busy:
+//!
+//! ```text
+//!   consumer                          producer
+//!   bell = 1                          head = n
+//!   fence                             fence
+//!   head moved? then bell = 0, work   bell == 1? then bell = 0, FUTEX_WAKE
+//!   else FUTEX_WAIT(bell, 1)
+//! ```
+//!
+//! Of the two fences one comes first, so one side sees what the other wrote. If the producer
+//! rings between the consumer's check and its wait, the bell is 0 and the wait returns at once.
+//!
+//! **Producers are not trusted.** A record is copied out once and checked then; `head` is only
+//! a claim. The consumer's own position is private, the word in memory is a copy for the
+//! producer. The first two words are for programs that are not built with this crate: nothing here
+//! relies on them. Whatever the pages hold, a drain ends after at most `cap` calls.
+
+mod consumer;
+mod producer;
+pub mod record;
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+pub use consumer::Consumer;
+pub use producer::{Full, Producer, Producers};
+pub use record::BadRecord;
+
+const MAGIC: u64 = u64::from_be_bytes(*b"hsring01");
+
+const AWAKE: u32 = 0;
+const ASLEEP: u32 = 1;
+
+/// A cache line pair of its own, so that consumer and producer do not push lines to and fro.
+#[repr(C, align(128))]
+struct Alone<T>(T);
+
+/// The ring's first page.
+#[repr(C, align(4096))]
+pub struct RingWords {
+    magic: AtomicU64,
+    records: AtomicU64,
+    tail: Alone<AtomicU64>,
+    head: Alone<AtomicU64>,
+    bell: Alone<AtomicU32>,
+    pid: Alone<AtomicU32>,
+}
+
+const _: () = assert!(std::mem::offset_of!(RingWords, tail) == 128);
+const _: () = assert!(std::mem::offset_of!(RingWords, head) == 256);
+const _: () = assert!(std::mem::offset_of!(RingWords, bell) == 384);
+const _: () = assert!(std::mem::offset_of!(RingWords, pid) == 512);
+
+impl RingWords {
+    /// Writes what never changes; the rest begins as zero.
+    pub(super) fn set_up(&self, records: u64) {
+        self.magic.store(MAGIC, Ordering::Relaxed);
+        self.records.store(records, Ordering::Relaxed);
+    }
+}
+
+/// A record in memory.
+#[repr(C, align(128))]
+pub struct RecordWords([AtomicU64; 16]);
+
+/// A shard's ring in the region, handed to its consumer.
+#[derive(Clone, Copy)]
+pub struct Ring<'m> {
+    pub(super) words: &'m RingWords,
+    pub(super) records: &'m [RecordWords],
+    pub(super) shard: u8,
+    pub(super) shards: u8,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,177 @@
+//! Stories of two processes that meet at one directory.
+
+use super::*;
+use crate::limits::ARENA_MIN;
+use crate::memory::MemorySize;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+
+/// A directory that goes away with the test.
+pub(in crate::shm) struct TestDir(pub PathBuf);
+
+impl TestDir {
+    pub(in crate::shm) fn new(name: &str) -> TestDir {
+        let dir = PathBuf::from(format!("/dev/shm/hypersync-test-{}-{name}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        TestDir(dir)
+    }
+}
+
+impl Drop for TestDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+pub(in crate::shm) fn config() -> RegionConfig {
+    let memory = MemorySize { capacity: 64, arena: ARENA_MIN };
+    RegionConfig {
+        sizes: Sizes { shards: 2, memory, ring_records: 64 },
+        group: 7,
+        member: 52,
+        incarnation: 3,
+        started: Time(99),
+        huge_pages: true,
+    }
+}
+
+fn refused(dir: &TestDir) -> String {
+    let error = Region::create(&dir.0, &config()).err().expect("it is refused").to_string();
+    assert!(!error.contains('\n'));
+    error
+}
+
+fn unreadable(dir: &Path) -> ShmError {
+    RegionView::open(dir).err().expect("it is refused")
+}
+
+#[test]
+fn an_inspector_reads_what_the_appliance_wrote() {
+    let dir = TestDir::new("round-trip");
+    let region = Region::create(&dir.0, &config()).unwrap();
+    assert_eq!(fs::metadata(&dir.0).unwrap().permissions().mode() & 0o777, 0o700);
+    assert!(matches!(unreadable(&dir.0), ShmError::NotReady(_)));
+    region.shard(1).slots[63].update(|line| line.set_kind(crate::conn::Kind::Held));
+    region.shard(1).counters[0].store(5, Ordering::Relaxed);
+    region.group().shard(1).set_last_pass(Time(6));
+    region.publish_ready();
+
+    let view = RegionView::open(&dir.0).unwrap();
+    assert_eq!(view.header(), region.header());
+    let h = view.header();
+    assert_eq!((h.pid, h.group, h.member, h.incarnation), (std::process::id(), 7, 52, 3));
+    assert_eq!((h.started, h.sizes), (Time(99), config().sizes));
+    assert!(h.table_id != 0 && h.boot_id != [0; 16] && view.is_running());
+    let memory = view.shard(1);
+    assert_eq!(memory.slots[63].snapshot().unwrap().0.kind(), crate::conn::Kind::Held);
+    assert_eq!(memory.counters[0].load(Ordering::Relaxed), 5);
+    assert_eq!(view.shard(0).counters[0].load(Ordering::Relaxed), 0);
+    assert_eq!(view.group().shard(1).last_pass(), Time(6));
+    let (arena, bytes) = region.arena_ptr(1);
+    assert_eq!((arena, bytes), (region.shard(1).arena.as_ptr().cast(), ARENA_MIN));
+    assert_eq!(arena as usize % 4096, 0);
+}
+
+#[test]
+fn a_second_appliance_is_refused_by_the_first_ones_pid() {
+    let dir = TestDir::new("second");
+    let region = Region::create(&dir.0, &config()).unwrap();
+    // flock belongs to the open file, so a second open in this process is a second process to it.
+    assert!(refused(&dir).contains(&format!("in use by process {}", std::process::id())));
+    drop(region);
+    Region::create(&dir.0, &config()).unwrap();
+}
+
+#[test]
+fn a_restart_makes_a_new_table_and_old_readers_keep_the_old_one() {
+    let dir = TestDir::new("restart");
+    let region = Region::create(&dir.0, &config()).unwrap();
+    region.shard(0).counters[1].store(77, Ordering::Relaxed);
+    region.publish_ready();
+    let old = RegionView::open(&dir.0).unwrap();
+    drop(region);
+    // A start that was killed half-way leaves this behind.
+    fs::write(dir.0.join("hypersync.shm.new"), "half").unwrap();
+    let mut larger = config();
+    larger.sizes.memory.capacity = 1000;
+    let region = Region::create(&dir.0, &larger).unwrap();
+    region.publish_ready();
+    assert_eq!(old.shard(0).counters[1].load(Ordering::Relaxed), 77);
+    let new = RegionView::open(&dir.0).unwrap();
+    assert_eq!(new.shard(0).counters[1].load(Ordering::Relaxed), 0);
+    assert_ne!(new.header().table_id, old.header().table_id);
+    assert!(!dir.0.join("hypersync.shm.new").exists());
+}
+
+/// Changes the file at `at`, expects both sides to refuse it in these words, and the file untouched.
+fn refused_and_untouched(name: &str, spoil: impl FnOnce(&File), words: &str) {
+    let dir = TestDir::new(name);
+    Region::create(&dir.0, &config()).unwrap().publish_ready();
+    let path = dir.0.join(FILE);
+    spoil(&OpenOptions::new().write(true).open(&path).unwrap());
+    let before = fs::read(&path).unwrap();
+    for said in [refused(&dir), unreadable(&dir.0).to_string()] {
+        assert!(said.contains(words), "{said}");
+    }
+    assert!(fs::read(&path).unwrap() == before);
+}
+
+#[test]
+fn another_layout_version_is_refused_and_left_alone() {
+    refused_and_untouched("version", |f| f.write_all_at(&[9], 8).unwrap(), "layout version 9");
+}
+
+#[test]
+fn a_foreign_file_is_refused_and_left_alone() {
+    let spoil = |f: &File| f.write_all_at(b"notes of mine", 0).unwrap();
+    refused_and_untouched("foreign", spoil, "not shared memory of hypersync");
+    refused_and_untouched("short", |f| f.set_len(9).unwrap(), "not shared memory of hypersync");
+}
+
+#[test]
+fn a_file_of_the_wrong_size_is_refused_and_left_alone() {
+    refused_and_untouched("size", |f| f.set_len(8192).unwrap(), "it is damaged");
+}
+
+#[test]
+fn headers_that_make_no_sense_are_refused_by_readers() {
+    for word in [3, 4, 5, 6, 7, 8, 16] {
+        let dir = TestDir::new("nonsense");
+        Region::create(&dir.0, &config()).unwrap().publish_ready();
+        let file = OpenOptions::new().write(true).open(dir.0.join(FILE)).unwrap();
+        file.write_all_at(&u64::MAX.to_ne_bytes(), 8 * word).unwrap();
+        assert!(matches!(unreadable(&dir.0), ShmError::OtherBuild(_)), "word {word}");
+    }
+}
+
+#[test]
+fn places_where_no_region_can_be_say_why() {
+    let dir = TestDir::new("places");
+    assert!(unreadable(&dir.0).to_string().contains("is hypersync running"));
+    fs::write(&dir.0, "a file").unwrap();
+    assert!(refused(&dir).contains("use as a directory"));
+    fs::remove_file(&dir.0).unwrap();
+    fs::create_dir(&dir.0).unwrap();
+    fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o777)).unwrap();
+    assert!(refused(&dir).contains("everybody may write"));
+    fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o000)).unwrap();
+    // SAFETY: no arguments, cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        assert!(refused(&dir).contains("Permission denied"));
+        assert!(unreadable(&dir.0).to_string().contains("Permission denied"));
+    }
+    fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o700)).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", dir.0.join(FILE)).unwrap();
+    assert!(refused(&dir).contains("cannot open"));
+}
+
+#[test]
+fn a_region_larger_than_memory_is_refused_with_the_bytes_it_needs() {
+    let dir = TestDir::new("large");
+    let mut large = config();
+    large.sizes.shards = 64;
+    large.sizes.memory.capacity = crate::limits::SLOTS_MAX;
+    let error = Region::create(&dir.0, &large).err().expect("half a terabyte is not there");
+    assert!(matches!(error, ShmError::NoSpace { needed, .. } if needed == total_bytes(&large.sizes) as u64));
+    assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 1, "only the lock file stays");
+}

@@ -1,0 +1,260 @@
+//! The inspector over a region that this test fills by hand: what it says, and how it fails.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::{Command, Output};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use hypersync::clock;
+use hypersync::conn::index::Index;
+use hypersync::conn::{Connection, Coordinate, Generation, Kind, Stamp, State, Tuple, shard_of};
+use hypersync::counters::{COUNTERS, Counter, Counters};
+use hypersync::group::view::{Member, Status};
+use hypersync::limits::ARENA_MIN;
+use hypersync::memory::MemorySize;
+use hypersync::seq::Seq;
+use hypersync::shm::layout::shard_layout;
+use hypersync::shm::{FILE, Region, RegionConfig, Sizes};
+use hypersync::sync::stream::{WORD_SEND_FLOOR, stream_index};
+use hypersync::time::Time;
+use serde_json::Value;
+
+struct Appliance {
+    dir: PathBuf,
+    region: Region,
+}
+
+impl Drop for Appliance {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}
+
+fn appliance(name: &str) -> Appliance {
+    let dir = PathBuf::from(format!("/dev/shm/hypersync-inspect-test-{}-{name}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    let memory = MemorySize { capacity: 64, arena: ARENA_MIN };
+    let config = RegionConfig {
+        sizes: Sizes { shards: 2, memory, ring_records: 64 },
+        group: 7,
+        member: 3,
+        incarnation: 1,
+        started: Time(clock::now().0 - 5_000_000_000),
+        huge_pages: false,
+    };
+    let region = Region::create(&dir, &config).unwrap();
+    region.publish_ready();
+    Appliance { dir, region }
+}
+
+/// A translated TCP connection.
+fn connection(n: u8) -> Connection {
+    let original = Tuple::v4(6, ([10, 0, 0, n].into(), 1000), ([10, 0, 0, 200].into(), 80));
+    let reply = Tuple { dst: u32::from_be_bytes([192, 0, 2, n]) as u128, ..original.mirrored() };
+    let state = State { tcp_state: 3, timeout_s: 432_000, mark: 5, status: 0x19e, ..State::default() };
+    Connection { original, reply, state }
+}
+
+impl Appliance {
+    /// Puts a connection where it belongs; its newest state is in datagram 12.
+    fn put(&self, slot: u32, c: &Connection, kind: Kind, peer: Coordinate) -> u8 {
+        let shard = shard_of(&c.original, 2);
+        let memory = self.region.shard(shard);
+        let slot_words = &memory.slots[slot as usize];
+        let mut line = slot_words.line();
+        line.set_kind(kind);
+        line.set_generation(Generation::from_low_bits(4));
+        line.set_stamp(Stamp { epoch: 1, version: 9 });
+        line.set_peer(peer);
+        line.set_last(Seq::from_raw(12).unwrap());
+        line.set_state(&c.state);
+        let addresses = line.set_tuples(&c.original, &c.reply);
+        slot_words.store_with(&line, &addresses);
+        let index = Index::new(memory.index, self.region.header().index_key);
+        index.insert(&c.original, slot);
+        index.insert(&c.reply, slot);
+        shard
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        inspect(self.dir.to_str().unwrap(), words)
+    }
+
+    fn json(&self, words: &[&str]) -> Value {
+        let output = self.run(words);
+        assert!(output.status.success(), "{output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+fn inspect(dir: &str, words: &[&str]) -> Output {
+    let inspector = env!("CARGO_BIN_EXE_hypersync-inspect");
+    Command::new(inspector).args(["--shm", dir]).args(words).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn a_connection_is_found_by_either_tuple_with_its_other_copy() {
+    let a = appliance("find");
+    let c = connection(1);
+    let backup = Coordinate::new(9, 1, 33, Generation::from_low_bits(2));
+    let shard = a.put(5, &c, Kind::Active, backup);
+
+    let said = text(&a.run(&["find", &c.original.to_string()]));
+    assert!(said.starts_with("tcp 10.0.0.1:1000 > 10.0.0.200:80\n"), "{said}");
+    for line in [
+        "  reply         tcp 10.0.0.200:80 > 192.0.2.1:1000",
+        "  kind          active",
+        &format!("  coordinate    3/{shard}/5.4 "),
+        "  other copy    9/1/33.2",
+        "  stamp         epoch 1, version 9",
+        "  acknowledged  no   (newest state in datagram 12, floor 0)",
+        "  state         established, status 0x19e, mark 0x5, timeout 432000 s",
+    ] {
+        assert!(said.contains(line), "{line} is not in\n{said}");
+    }
+
+    // The backup acknowledges: the floor of the stream to 9/1 passes datagram 12.
+    a.region.shard(shard).streams[stream_index(9, 1)].0[WORD_SEND_FLOOR].store(12, Ordering::Relaxed);
+    for words in [
+        vec!["find", "--json", "tcp", "10.0.0.1:1000", ">", "10.0.0.200:80"],
+        vec!["find", "tcp", "10.0.0.200:80", "192.0.2.1:1000", "--json"],
+    ] {
+        let found = a.json(&words);
+        assert_eq!(found.as_array().unwrap().len(), 1);
+        let found = &found[0];
+        assert_eq!((&found["acknowledged"], &found["translated"]), (&true.into(), &true.into()));
+        assert_eq!((&found["last"], &found["floor"]), (&12.into(), &12.into()));
+        assert_eq!(found["coordinate"]["text"], format!("3/{shard}/5.4"));
+        assert_eq!(found["other"]["member"], 9);
+        assert_eq!(found["former"], Value::Null);
+        assert_eq!(found["state"]["mark"], 5);
+    }
+
+    let missing = a.run(&["find", "tcp 10.0.0.2:1000 > 10.0.0.200:80"]);
+    assert_eq!(missing.status.code(), Some(1));
+    let missing = a.run(&["find", "--json", "tcp 10.0.0.2:1000 > 10.0.0.200:80"]);
+    assert_eq!((missing.status.code(), text(&missing).as_str()), (Some(1), "[]\n"));
+}
+
+#[test]
+fn every_connection_is_listed_once_and_a_torn_slot_never() {
+    let a = appliance("connections");
+    for n in 1..=20 {
+        let kind = if n % 2 == 0 { Kind::Backup } else { Kind::Active };
+        a.put(n as u32, &connection(n), kind, Coordinate::new(1, 0, n as u32, Generation::default()));
+    }
+    // A crash in the middle of a write leaves an odd count in the slot's first word.
+    let shard = shard_of(&connection(3).original, 2);
+    let at = shard_layout(&a.region.header().sizes, shard).slots.offset + 3 * size_of::<[u64; 16]>();
+    let file = fs::OpenOptions::new().write(true).open(a.dir.join(FILE)).unwrap();
+    file.write_all_at(&3u32.to_ne_bytes(), at as u64).unwrap();
+    assert!(a.region.shard(shard).slots[3].is_torn());
+
+    let said = text(&a.run(&["connections"]));
+    assert_eq!(said.lines().count(), 1 + 19, "{said}");
+    assert!(!said.contains("10.0.0.3:1000 >"));
+    let wanted =
+        |line: &str| line.starts_with("backup ") && line.contains(" 10.0.0.4:1000 > 10.0.0.200:80  reply");
+    assert!(said.lines().any(wanted), "{said}");
+    let lines = text(&a.run(&["connections", "--json"]));
+    let kinds: Vec<Value> =
+        lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["kind"].clone()).collect();
+    assert_eq!(kinds.iter().filter(|kind| *kind == "backup").count(), 10);
+    assert_eq!(kinds.len(), 19);
+}
+
+#[test]
+fn the_state_tells_slots_exposure_and_group() {
+    let a = appliance("state");
+    let shard = a.put(1, &connection(1), Kind::Active, Coordinate::NOWHERE);
+    let counters = Counters::new(a.region.shard(shard).counters);
+    counters.set(Counter::Exposure, 1);
+    counters.set(Counter::ExposureOldestUs, 2500);
+    counters.delay(100, 9);
+    let line = a.region.group().shard(shard);
+    line.set_last_pass(clock::now());
+    line.set_view_version(1);
+    let member = Member {
+        status: Status::Ready,
+        table_id: 0xabcd,
+        shards: 4,
+        priority: 200,
+        room: 77,
+        address: Some("2001:db8::9".parse().unwrap()),
+        hears_me: true,
+        last_heard: clock::now(),
+        ..Member::default()
+    };
+    a.region.group().write(9, &member);
+
+    let said = text(&a.run(&["state"]));
+    println!("{said}");
+    let first = format!("member 3 of group 7, pid {}, table", std::process::id());
+    assert!(said.starts_with(&first) && said.contains(", up "), "{said}");
+    assert!(said.contains("half within 112 us") && said.contains("2500us"), "{said}");
+    let member = said.lines().find(|line| line.starts_with("     9 ready    2001:db8::9")).unwrap();
+    assert!(member.ends_with("yes      0000abcd"), "{member}");
+
+    let state = a.json(&["state", "--json"]);
+    assert_eq!((&state["running"], &state["member"], &state["group"]), (&true.into(), &3.into(), &7.into()));
+    let uptime = Duration::from_nanos(state["uptime_ns"].as_u64().unwrap());
+    assert!(uptime >= Duration::from_secs(5) && uptime < Duration::from_secs(600));
+    let here = &state["shards"][shard as usize];
+    assert_eq!((&here["slots"]["active"], &here["slots"]["free"]), (&1.into(), &63.into()));
+    assert_eq!((&here["exposure"], &here["exposure_oldest_us"]), (&1.into(), &2500.into()));
+    assert_eq!(here["view_version"], 1);
+    assert!(here["last_pass_age_ns"].as_u64().unwrap() < 600_000_000_000);
+    assert_eq!(state["shards"][1 - shard as usize]["last_pass_age_ns"], Value::Null);
+    assert_eq!((&state["group_version"], state["members"].as_array().unwrap().len()), (&1.into(), 1));
+    assert_eq!((&state["members"][0]["member"], &state["members"][0]["room"]), (&9.into(), &77.into()));
+}
+
+#[test]
+fn counters_are_summed_where_a_sum_means_something() {
+    let a = appliance("counters");
+    for (shard, n) in [(0, 5), (1, 7)] {
+        let counters = Counters::new(a.region.shard(shard).counters);
+        counters.add(Counter::DeltasNew, n);
+        counters.set(Counter::ExposureOldestUs, n);
+    }
+    let all = a.json(&["counters", "--json"]);
+    let list = all["counters"].as_array().unwrap();
+    assert_eq!(list.len(), COUNTERS.len());
+    let of = |name: &str| list.iter().find(|c| c["name"] == name).unwrap();
+    assert_eq!(of("deltas_new")["all"], 12);
+    assert_eq!(of("deltas_new")["shards"], serde_json::json!([5, 7]));
+    assert_eq!(of("exposure_oldest_us")["all"], 7);
+    let said = text(&a.run(&["counters"]));
+    assert_eq!(said.lines().count(), 1 + COUNTERS.len());
+    let wanted =
+        |l: &str| l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection");
+    assert!(said.lines().any(wanted), "{said}");
+}
+
+#[test]
+fn a_wrong_call_and_a_missing_appliance_are_one_line_and_status_2() {
+    let a = appliance("wrong");
+    let refused = |output: Output, words: &str| {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(words), "{said}");
+        said.lines().count()
+    };
+    refused(a.run(&[]), "Try hypersync-inspect --help");
+    refused(a.run(&["states"]), "states");
+    assert_eq!(refused(a.run(&["find", "tcp", "10.0.0.1"]), "not a tuple"), 1);
+    assert_eq!(refused(a.run(&["find"]), "not a tuple"), 1);
+    assert_eq!(refused(inspect("/nonexistent", &["state"]), "is hypersync running"), 1);
+    // Another file in its place: the appliance's own goes on under its mapping.
+    fs::remove_file(a.dir.join(FILE)).unwrap();
+    fs::write(a.dir.join(FILE), "something else").unwrap();
+    assert_eq!(refused(a.run(&["state"]), "not shared memory of hypersync"), 1);
+    let help = a.run(&["--help"]);
+    assert!(help.status.success() && text(&help).contains("connections"));
+}

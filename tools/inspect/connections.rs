@@ -1,0 +1,289 @@
+//! Connections, one by one: `connections` and `find`.
+//!
+//! Each record is a consistent copy of its slot; two records may be of different moments.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+use hypersync::conn::index::Index;
+use hypersync::conn::slot::{Addresses, Line};
+use hypersync::conn::{Coordinate, Kind, Slot, State, Tuple, shard_of};
+use hypersync::memory::Memory;
+use hypersync::seq::Seq;
+use hypersync::shm::RegionView;
+use hypersync::sync::stream::{Durable, stream_index};
+use serde_json::{Value, json};
+
+/// How often a slot that is being written is read again before it counts as torn: a write takes
+/// well under a microsecond, so only a slot that a killed appliance left half-written stays so.
+const TRIES: u32 = 100_000;
+
+/// How often a look-up that found nothing is repeated: an entry that is just being moved in the
+/// index can be missed.
+const LOOKUPS: u32 = 4;
+
+/// A whole copy of a slot; `None` if it is torn for good.
+pub fn snapshot(slot: &Slot) -> Option<(Line, Addresses)> {
+    (0..TRIES).find_map(|_| {
+        let copy = slot.snapshot();
+        if copy.is_none() {
+            std::hint::spin_loop();
+        }
+        copy
+    })
+}
+
+/// A connection as it is shown.
+struct Shown {
+    kind: Kind,
+    original: Tuple,
+    reply: Tuple,
+    state: State,
+    here: Coordinate,
+    other: Coordinate,
+    former: Coordinate,
+    epoch: u32,
+    version: u32,
+    last: Seq,
+    /// The floor of the stream to the backup; for connections that have one.
+    floor: Option<Seq>,
+}
+
+impl Shown {
+    fn read(view: &RegionView, memory: &Memory, shard: u8, slot: u32) -> Option<Shown> {
+        let (line, addresses) = snapshot(&memory.slots[slot as usize])?;
+        if !line.kind().is_connection() && line.kind() != Kind::Closing {
+            return None;
+        }
+        let (original, reply) = line.tuples(&addresses);
+        let other = line.peer();
+        let has_backup = matches!(line.kind(), Kind::Active | Kind::Closing) && other.is_plausible();
+        let floor =
+            has_backup.then(|| Durable(&memory.streams[stream_index(other.member(), other.shard())]).floor());
+        let former = memory.former[slot as usize].load(Ordering::Relaxed);
+        Some(Shown {
+            kind: line.kind(),
+            original,
+            reply,
+            state: line.state(),
+            here: Coordinate::new(view.header().member, shard, slot, line.generation()),
+            other,
+            former: Coordinate::from_raw(former),
+            epoch: line.stamp().epoch,
+            version: line.stamp().version,
+            last: line.last(),
+            floor,
+        })
+    }
+
+    /// Whether the backup has acknowledged the newest state. A copy held for another member has
+    /// nothing to acknowledge; a connection that no backup knows was not.
+    fn acknowledged(&self) -> Option<bool> {
+        match self.kind {
+            Kind::Backup => None,
+            _ => Some(self.floor.is_some_and(|floor| self.last.is_passed_by(floor))),
+        }
+    }
+
+    fn acknowledged_word(&self) -> &'static str {
+        match self.acknowledged() {
+            None => "-",
+            Some(true) => "yes",
+            Some(false) => "no",
+        }
+    }
+
+    /// One line; columns grow with what is unusually long.
+    fn write_line(&self, out: &mut dyn Write) -> io::Result<()> {
+        let stamp = format!("{}.{}", self.epoch, self.version);
+        write!(
+            out,
+            "{:<7}  {:<16} {:<16} {stamp:<8} {:<5} {:<11} {:>7}  {}",
+            self.kind.name(),
+            self.here.to_string(),
+            self.other.to_string(),
+            self.acknowledged_word(),
+            state_word(&self.original, &self.state),
+            self.state.timeout_s,
+            self.original
+        )?;
+        if self.reply != self.original.mirrored() {
+            write!(out, "  reply {}", self.reply)?;
+        }
+        writeln!(out)
+    }
+
+    fn write_page(&self, out: &mut dyn Write) -> io::Result<()> {
+        let s = &self.state;
+        writeln!(out, "{}", self.original)?;
+        writeln!(out, "  reply         {}", self.reply)?;
+        writeln!(out, "  kind          {}", self.kind.name())?;
+        writeln!(out, "  coordinate    {}   (member/shard/slot.generation)", self.here)?;
+        writeln!(out, "  other copy    {}", self.other)?;
+        writeln!(out, "  former copy   {}", self.former)?;
+        writeln!(out, "  stamp         epoch {}, version {}", self.epoch, self.version)?;
+        write!(out, "  acknowledged  {}", self.acknowledged_word())?;
+        match self.floor {
+            Some(floor) if self.last != Seq::NONE => {
+                writeln!(out, "   (newest state in datagram {}, floor {})", self.last.raw(), floor.raw())?
+            }
+            Some(floor) => writeln!(out, "   (newest state in no datagram yet, floor {})", floor.raw())?,
+            None => writeln!(out)?,
+        }
+        writeln!(
+            out,
+            "  state         {}, status {:#x}, mark {:#x}, timeout {} s",
+            state_word(&self.original, s),
+            s.status,
+            s.mark,
+            s.timeout_s
+        )
+    }
+
+    fn to_json(&self) -> Value {
+        let s = &self.state;
+        json!({
+            "kind": self.kind.name(),
+            "original": tuple_json(&self.original),
+            "reply": tuple_json(&self.reply),
+            "translated": self.reply != Tuple { zone: self.reply.zone, ..self.original.mirrored() },
+            "coordinate": coordinate_json(self.here),
+            "other": coordinate_json(self.other),
+            "former": coordinate_json(self.former),
+            "epoch": self.epoch,
+            "version": self.version,
+            "acknowledged": self.acknowledged(),
+            "last": (self.last != Seq::NONE).then_some(self.last.raw()),
+            "floor": self.floor.map(Seq::raw),
+            "state": {
+                "status": s.status,
+                "tcp_state": s.tcp_state,
+                "tcp_scale": s.tcp_scale,
+                "tcp_flags_original": s.tcp_flags_original,
+                "tcp_flags_reply": s.tcp_flags_reply,
+                "timeout_s": s.timeout_s,
+                "mark": s.mark,
+            },
+        })
+    }
+}
+
+/// `TCP_CONNTRACK_*` by number.
+const TCP_STATES: [&str; 10] = [
+    "none",
+    "syn_sent",
+    "syn_recv",
+    "established",
+    "fin_wait",
+    "close_wait",
+    "last_ack",
+    "time_wait",
+    "close",
+    "syn_sent2",
+];
+
+fn state_word(original: &Tuple, state: &State) -> &'static str {
+    match original.protocol {
+        hypersync::conn::tuple::TCP => TCP_STATES.get(state.tcp_state as usize).unwrap_or(&"unknown"),
+        _ => "-",
+    }
+}
+
+fn tuple_json(t: &Tuple) -> Value {
+    json!({
+        "text": t.to_string(),
+        "protocol": t.protocol,
+        "source": t.src_ip().to_string(),
+        "source_port": t.sport,
+        "destination": t.dst_ip().to_string(),
+        "destination_port": t.dport,
+        "zone": t.zone,
+    })
+}
+
+fn coordinate_json(c: Coordinate) -> Value {
+    if !c.is_somewhere() {
+        return Value::Null;
+    }
+    json!({
+        "text": c.to_string(),
+        "member": c.member(),
+        "shard": c.shard(),
+        "slot": c.slot(),
+        "generation": c.generation().raw(),
+    })
+}
+
+/// Every connection of every shard.
+pub fn print_all(view: &RegionView, json: bool, out: &mut dyn Write) -> io::Result<()> {
+    if !json {
+        writeln!(
+            out,
+            "{:<7}  {:<16} {:<16} {:<8} {:<5} {:<11} {:>7}  connection",
+            "kind", "coordinate", "other copy", "stamp", "acked", "state", "timeout"
+        )?;
+    }
+    for shard in 0..view.header().sizes.shards {
+        let memory = view.shard(shard);
+        for slot in 0..memory.slots.len() as u32 {
+            let Some(shown) = Shown::read(view, &memory, shard, slot) else { continue };
+            match json {
+                true => writeln!(out, "{}", shown.to_json())?,
+                false => shown.write_line(out)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The connection with this original or reply tuple; status 1 if there is none.
+pub fn print_found(
+    view: &RegionView,
+    tuple: &Tuple,
+    json: bool,
+    out: &mut dyn Write,
+) -> io::Result<ExitCode> {
+    let found = (0..LOOKUPS).map(|_| find(view, tuple)).find(|found| !found.is_empty());
+    let Some(found) = found else {
+        match json {
+            true => writeln!(out, "[]")?,
+            false => eprintln!("hypersync-inspect: {tuple} is not in the table"),
+        }
+        return Ok(ExitCode::from(1));
+    };
+    if json {
+        writeln!(out, "{}", Value::Array(found.iter().map(Shown::to_json).collect()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for shown in found {
+        shown.write_page(out)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What the index knows under a tuple. An original tuple is in the shard that `shard_of` names; a
+/// reply tuple can be in any. More than one: a new connection that overtook the close of an old one.
+fn find(view: &RegionView, tuple: &Tuple) -> Vec<Shown> {
+    let shards = view.header().sizes.shards;
+    let home = shard_of(tuple, shards);
+    let original = find_in(view, home, tuple, |shown| shown.original == *tuple);
+    if !original.is_empty() {
+        return original;
+    }
+    (0..shards).flat_map(|shard| find_in(view, shard, tuple, |shown| shown.reply == *tuple)).collect()
+}
+
+fn find_in(view: &RegionView, shard: u8, tuple: &Tuple, is_it: impl Fn(&Shown) -> bool) -> Vec<Shown> {
+    let memory = view.shard(shard);
+    let mut found = Vec::new();
+    Index::new(memory.index, view.header().index_key).find(tuple, |slot| {
+        if (slot as usize) < memory.slots.len() {
+            found.extend(Shown::read(view, &memory, shard, slot).filter(|shown| is_it(shown)));
+        }
+        false
+    });
+    // A connection whose reply equals its original is in the index twice.
+    found.dedup_by_key(|shown| shown.here);
+    found
+}
