@@ -3,11 +3,14 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod clock;
 pub mod conn;
 pub mod counters;
 pub mod limits;
 pub mod memory;
+pub mod net;
 pub mod prefetch;
+pub mod ring;
 pub mod seq;
 pub mod source;
 pub mod time;
