@@ -108,11 +108,17 @@ impl fmt::Display for RingError {
                     libc::EPERM if sysctl != "0" => {
                         "run `sysctl kernel.io_uring_disabled=0`, or with =1 run as root or in the group of kernel.io_uring_group"
                     }
-                    libc::EPERM => "a seccomp profile forbids it: allow io_uring_setup, io_uring_enter and io_uring_register in the container",
-                    libc::ENOSYS => "the kernel is built without it, or a seccomp profile hides it: allow the io_uring calls in the container",
-                    libc::EMFILE | libc::ENFILE => "raise the limit of open files (ulimit -n, or LimitNOFILE= in the unit)",
+                    libc::EPERM => {
+                        "a seccomp profile forbids it: allow io_uring_setup, io_uring_enter and io_uring_register in the container"
+                    }
+                    libc::ENOSYS => {
+                        "the kernel is built without it, or a seccomp profile hides it: allow the io_uring calls in the container"
+                    }
+                    libc::EMFILE | libc::ENFILE => {
+                        "raise the limit of open files (ulimit -n, or LimitNOFILE= in the unit)"
+                    }
                     _ => "hypersync needs Linux 6.1 or later with io_uring",
-                }; 
+                };
                 write!(
                     f,
                     "io_uring was refused: {} (kernel.io_uring_disabled={sysctl}, Linux {kernel}); {advice}",
@@ -132,7 +138,9 @@ impl fmt::Display for RingError {
             }
             RingError::Register { what, errno, kernel } => {
                 let advice = match *errno {
-                    libc::EFAULT | libc::EOPNOTSUPP => "its memory must be anonymous or on tmpfs or hugetlbfs: use a directory in /dev/shm",
+                    libc::EFAULT | libc::EOPNOTSUPP => {
+                        "its memory must be anonymous or on tmpfs or hugetlbfs: use a directory in /dev/shm"
+                    }
                     _ => "hypersync needs Linux 6.1 or later",
                 };
                 write!(
@@ -165,8 +173,17 @@ mod tests {
         assert!(refused.contains("os error 1") && refused.contains("kernel.io_uring_disabled="), "{refused}");
         let memory = RingError::register("the arena", 16 << 20, &io::Error::from_raw_os_error(libc::ENOMEM));
         let memory = memory.to_string();
-        assert!(memory.contains("16777216") && memory.contains("RLIMIT_MEMLOCK") && memory.contains("CAP_IPC_LOCK"));
-        for line in [refused, memory, RingError::missing("SEND").to_string(), RingError::Enter { errno: 5 }.to_string()] {
+        assert!(
+            memory.contains("16777216")
+                && memory.contains("RLIMIT_MEMLOCK")
+                && memory.contains("CAP_IPC_LOCK")
+        );
+        for line in [
+            refused,
+            memory,
+            RingError::missing("SEND").to_string(),
+            RingError::Enter { errno: 5 }.to_string(),
+        ] {
             assert!(!line.contains('\n'));
         }
     }

@@ -124,7 +124,8 @@ impl Ring {
         let mut flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
         flags.set(EnterFlags::NO_IOWAIT, self.features.no_iowait);
         flags.set(EnterFlags::ABS_TIMER, self.features.abs_timer);
-        let until = if self.features.abs_timer { Duration::from_nanos(deadline.0) } else { deadline.since(now) };
+        let until =
+            if self.features.abs_timer { Duration::from_nanos(deadline.0) } else { deadline.since(now) };
         let timespec = Timespec::from(until);
         let mut arguments = SubmitArgs::new().timespec(&timespec);
         let mut want = 1;
@@ -215,7 +216,10 @@ mod tests {
             assert!(deadline.reached(clock::now()), "{features:?}");
             let deadline = clock::now().after(Duration::from_millis(5));
             ring.wait(deadline, Duration::from_millis(50)).unwrap();
-            assert!(clock::now().since(deadline) < Duration::from_millis(40), "gathering outlasts no deadline");
+            assert!(
+                clock::now().since(deadline) < Duration::from_millis(40),
+                "gathering outlasts no deadline"
+            );
         }
     }
 
