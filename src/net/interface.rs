@@ -118,8 +118,9 @@ fn mtu_of(name: &CStr) -> Option<u32> {
     // SAFETY: SIOCGIFMTU reads the name and writes the MTU into the ifreq, both within it.
     let result =
         unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCGIFMTU, &mut request) };
-    // SAFETY: after success the union holds the MTU.
-    (result == 0).then(|| unsafe { request.ifr_ifru.ifru_mtu } as u32)
+    // SAFETY: after success the union holds the MTU, before it zeroes, and an integer takes any bits.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu } as u32;
+    (result == 0).then_some(mtu)
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ const BUFFER_SIZE: usize = HEADER + NAME_ROOM + CONTROL_ROOM + 16 + (64 << 10);
 /// Most buffers that a ring of the kernel can hold.
 const BUFFERS_MAX: usize = 1 << 15;
 
-const _: () = assert!(BUFFER_SIZE % 64 == 0);
+const _: () = assert!(BUFFER_SIZE.is_multiple_of(64));
 
 /// An entry of the ring as the kernel defines it (struct io_uring_buf). The tail of the ring
 /// lies in the last field of the first entry.

@@ -56,7 +56,7 @@ impl RingError {
     pub(super) fn refused(error: &io::Error) -> RingError {
         let errno = errno_of(error);
         if errno == libc::ENOMEM {
-            return RingError::memory_lock("the ring's queues", 256 << 10);
+            return RingError::memory_lock("the ring's queues", 128 << 10);
         }
         let sysctl = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok();
         RingError::Refused { errno, sysctl: sysctl.map(|s| s.trim().to_owned()), kernel: kernel_release() }
@@ -91,12 +91,11 @@ pub(super) fn errno_of(error: &io::Error) -> i32 {
 fn kernel_release() -> String {
     // SAFETY: utsname is plain bytes, for which zero is valid; the kernel fills it with
     // strings that end in a zero byte within their arrays.
-    let release = unsafe {
+    unsafe {
         let mut name: libc::utsname = std::mem::zeroed();
         libc::uname(&mut name);
         CStr::from_ptr(name.release.as_ptr()).to_string_lossy().into_owned()
-    };
-    release
+    }
 }
 
 impl fmt::Display for RingError {
