@@ -27,6 +27,16 @@ const STARVED: Duration = Duration::from_millis(100);
 /// How often a member that did not grant what was wanted is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
+/// Whether a connection can have a backup.
+pub(super) enum Found {
+    /// In this slot.
+    At(Coordinate),
+    /// The best member was asked for slots a moment ago.
+    Soon,
+    /// Not now.
+    Nobody,
+}
+
 /// What a shard's protocol is told at its start.
 #[derive(Clone, Debug)]
 pub struct ReplicaConfig {
@@ -197,6 +207,8 @@ impl<'m> Replica<'m> {
             // The lazy clearing: what the acknowledged delta carried is known to the peer.
             let known = line.last().is_passed_by(self.durable(stream).floor());
             line.set_groups(if known { changed } else { line.groups() | changed });
+            // In memory, too, it shows that the newest state is in no datagram.
+            line.set_last(Seq::NONE);
         } else {
             line.set_groups(line.groups() | changed);
         }
@@ -246,8 +258,8 @@ impl<'m> Replica<'m> {
             line.kind() == Kind::Active && !line.peer().is_somewhere() && self.table.on(slot) == On::None
         );
         match self.lease_for(now, slot, 0) {
-            Some(backup) => self.assign(now, slot, backup),
-            None => self.wait(now, slot),
+            Found::At(backup) => self.assign(now, slot, backup),
+            Found::Soon | Found::Nobody => self.wait(now, slot),
         }
     }
 
@@ -257,7 +269,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
-    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Option<Coordinate> {
+    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
@@ -267,15 +279,15 @@ impl<'m> Replica<'m> {
             let shard = shard_of(&original, self.view.members[member as usize].shards);
             let stream = stream_index(member, shard);
             if let Some(place) = self.take_lease(now, stream) {
-                return Some(Coordinate::new(member, shard, place.slot, place.generation));
+                return Found::At(Coordinate::new(member, shard, place.slot, place.generation));
             }
             self.counters.count(Counter::NoLease);
             let since = *self.streams[stream].starved_since.get_or_insert(now);
             if now.since(since) < STARVED {
-                return None; // It was asked just now: the best backup is worth a short wait.
+                return Found::Soon; // It was asked just now: the best backup is worth a short wait.
             }
         }
-        None
+        Found::Nobody
     }
 
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
@@ -380,8 +392,8 @@ impl<'m> Replica<'m> {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
             match self.lease_for(now, slot, 0) {
-                Some(backup) => self.assign(now, slot, backup),
-                None => {
+                Found::At(backup) => self.assign(now, slot, backup),
+                Found::Soon | Found::Nobody => {
                     self.table.push(&mut self.waiting, On::Waiting, slot, since);
                     failed += 1;
                     if failed > 64 {
@@ -461,5 +473,40 @@ impl<'m> Replica<'m> {
     pub(super) fn unsent_room(&self, stream: usize) -> bool {
         let durable = self.durable(stream);
         durable.sent().beyond(durable.floor()) < self.streams[stream].window.min(WINDOW)
+    }
+}
+
+impl Replica<'_> {
+    /// TEMP
+    pub fn debug(&self, now: Time) -> String {
+        let mut t = String::new();
+        for (i, s) in self.streams.iter().enumerate() {
+            if s.oldest.is_some() || !s.dirty.is_empty() || !s.greeted || s.busy {
+                let d = self.durable(i);
+                t += &format!(
+                    "  stream {}/{} dirty {} oldest {:?} repeat_at {}us repeats {} sent {:?} floor {:?} given {:?} greeted {} window {} flush {} busy {} life {} peer_life {} rfloor {:?} grant_due {} want {} of {}\n",
+                    i / 64 + 1,
+                    i % 64,
+                    s.dirty.len(),
+                    s.oldest,
+                    s.repeat_at.0 as i64 / 1000 - now.0 as i64 / 1000,
+                    s.repeats,
+                    d.sent(),
+                    d.floor(),
+                    d.given_up(),
+                    s.greeted,
+                    s.window,
+                    s.flush_at.0 as i64 / 1000 - now.0 as i64 / 1000,
+                    s.busy,
+                    d.life(),
+                    d.peer_life(),
+                    d.receive_floor(),
+                    s.grant_due,
+                    s.want,
+                    d.granted_to_us()
+                );
+            }
+        }
+        t + &format!("  peers {:?}\n jobs {:?}\n", self.peers.iter().take(6).collect::<Vec<_>>(), self.jobs)
     }
 }

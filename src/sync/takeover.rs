@@ -16,7 +16,7 @@
 //! soon as anything is (a connection that found another backup), the member is `left_behind`:
 //! when it returns, streams begin a new life, and both sides ask by coordinate what still stands.
 
-use super::replica::Replica;
+use super::replica::{Found, Replica};
 use super::stream::{stream_index, stream_member};
 use crate::ccp::message::Place;
 use crate::conn::table::On;
@@ -163,8 +163,8 @@ impl Replica<'_> {
             if !returned {
                 self.durable(stream).begin_peer_life(0);
             }
-            // An ack at once tells the peer of the new life.
-            self.streams[stream].ack_due = true;
+            let s = &mut self.streams[stream];
+            (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
             self.wake(stream);
         }
         self.retry_at = now;
@@ -340,11 +340,15 @@ impl Replica<'_> {
         if self.chores.room() == 0 {
             return false;
         }
-        if let Some(backup) = self.lease_for(now, slot, away_from) {
-            let taken = self.move_backup(now, slot, backup);
-            assert!(taken, "a chore was free");
+        match self.lease_for(now, slot, away_from) {
+            Found::At(backup) => {
+                let taken = self.move_backup(now, slot, backup);
+                assert!(taken, "a chore was free");
+                true
+            }
+            Found::Soon => false,
+            Found::Nobody => true,
         }
-        true
     }
 
     fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {
