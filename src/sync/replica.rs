@@ -83,6 +83,7 @@ pub struct Replica<'m> {
     /// Walks over the table: the first is under way, from slot `walk_at` on.
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
+    pub(super) walk_next: Time,
     /// Datagrams that a later one overtook: to be repeated without waiting.
     pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
@@ -114,6 +115,7 @@ impl<'m> Replica<'m> {
             tables: vec![0; MEMBERS_MAX + 1],
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
+            walk_next: Time(0),
             again: Vec::with_capacity(WINDOW as usize),
             held: List::default(),
             waiting: List::default(),
@@ -173,9 +175,14 @@ impl<'m> Replica<'m> {
         self.commits.len()
     }
 
-    /// Whether datagrams can be taken now: each may ask for as many commits as it has deltas.
-    pub fn can_receive(&self) -> bool {
-        self.commits.len() + super::history::MANIFEST_PER_DATAGRAM <= COMMIT_QUEUE
+    /// How many datagrams can be taken now: each may ask for as many commits as it has deltas.
+    pub fn receive_room(&self) -> usize {
+        (COMMIT_QUEUE - self.commits.len()) / super::history::MANIFEST_PER_DATAGRAM
+    }
+
+    /// Whether a datagram can be taken now.
+    pub(super) fn can_receive(&self) -> bool {
+        self.receive_room() > 0
     }
 
     /// Members that said goodbye since the last call, as bits.
@@ -473,40 +480,5 @@ impl<'m> Replica<'m> {
     pub(super) fn unsent_room(&self, stream: usize) -> bool {
         let durable = self.durable(stream);
         durable.sent().beyond(durable.floor()) < self.streams[stream].window.min(WINDOW)
-    }
-}
-
-impl Replica<'_> {
-    /// TEMP
-    pub fn debug(&self, now: Time) -> String {
-        let mut t = String::new();
-        for (i, s) in self.streams.iter().enumerate() {
-            if s.oldest.is_some() || !s.dirty.is_empty() || !s.greeted || s.busy {
-                let d = self.durable(i);
-                t += &format!(
-                    "  stream {}/{} dirty {} oldest {:?} repeat_at {}us repeats {} sent {:?} floor {:?} given {:?} greeted {} window {} flush {} busy {} life {} peer_life {} rfloor {:?} grant_due {} want {} of {}\n",
-                    i / 64 + 1,
-                    i % 64,
-                    s.dirty.len(),
-                    s.oldest,
-                    s.repeat_at.0 as i64 / 1000 - now.0 as i64 / 1000,
-                    s.repeats,
-                    d.sent(),
-                    d.floor(),
-                    d.given_up(),
-                    s.greeted,
-                    s.window,
-                    s.flush_at.0 as i64 / 1000 - now.0 as i64 / 1000,
-                    s.busy,
-                    d.life(),
-                    d.peer_life(),
-                    d.receive_floor(),
-                    s.grant_due,
-                    s.want,
-                    d.granted_to_us()
-                );
-            }
-        }
-        t + &format!("  peers {:?}\n jobs {:?}\n", self.peers.iter().take(6).collect::<Vec<_>>(), self.jobs)
     }
 }

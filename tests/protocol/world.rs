@@ -454,9 +454,6 @@ impl<'m> World<'m> {
                 self.counter(host.member, Counter::Unprotected),
                 self.counter(host.member, Counter::ExposureOldestUs),
             );
-            for s in &host.shards {
-                text += &s.debug(self.now);
-            }
             for info in hypersync::counters::COUNTERS {
                 let value = self.counter(host.member, info.counter);
                 if value > 0 {
