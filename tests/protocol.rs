@@ -294,6 +294,7 @@ fn churn(seed: u64) {
                     (8, Some(tuple)) => world.close(tuple),
                     (9, Some(tuple)) => {
                         // The same tuple again, at once.
+                        let owner = world.open[&tuple].owner;
                         world.close(tuple);
                         world.closed.pop();
                         world.reopen_at(owner, tuple);

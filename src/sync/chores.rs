@@ -38,6 +38,8 @@ enum Phase {
 struct Chore {
     task: Task,
     target: Coordinate,
+    /// The life in which the slot at `target` was leased to us.
+    life: u16,
     phase: Phase,
 }
 
@@ -71,25 +73,25 @@ impl Chores {
 }
 
 impl Replica<'_> {
-    fn add_chore(&mut self, task: Task, target: Coordinate, phase: Phase) -> bool {
+    fn add_chore(&mut self, task: Task, target: Coordinate, life: u16, phase: Phase) -> bool {
         let Some(id) = self.chores.free.pop() else { return false };
-        self.chores.chores[id as usize] = Some(Chore { task, target, phase });
+        self.chores.chores[id as usize] = Some(Chore { task, target, life, phase });
         let stream = self.stream_of(target);
         self.wake(stream);
         true
     }
 
-    /// Tells a member to let its copy go. `false` if there is no room for another chore.
-    pub(super) fn release(&mut self, target: Coordinate, stamp: Stamp) -> bool {
+    /// Tells a member to let its copy go; `life` is the one in which the slot there was leased. `false` if there is no room for another chore.
+    pub(super) fn release(&mut self, target: Coordinate, life: u16, stamp: Stamp) -> bool {
         if !self.may_return(target.member()) {
             return true; // Its table is gone, or asks by itself when it returns.
         }
-        self.add_chore(Task::Release { of: None, stamp }, target, Phase::Send)
+        self.add_chore(Task::Release { of: None, stamp }, target, life, Phase::Send)
     }
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        self.add_chore(Task::Offer { own }, target, Phase::Send)
+        self.add_chore(Task::Offer { own }, target, 0, Phase::Send)
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -99,7 +101,7 @@ impl Replica<'_> {
         assert!(previous.is_somewhere() && !self.table.is_moving(slot));
         let of = Some(Place { slot, generation });
         let task = Task::Release { of, stamp: line.stamp() };
-        if !self.add_chore(task, previous, Phase::AwaitBackup) {
+        if !self.add_chore(task, previous, line.life(), Phase::AwaitBackup) {
             return false;
         }
         self.unassign(slot);
@@ -160,7 +162,21 @@ impl Replica<'_> {
     fn finish(&mut self, _now: Time, id: u32, arrived: bool) {
         let chore = self.chores.chores[id as usize].expect("the caller saw it");
         self.chores.remove(id);
-        let Task::Release { of, .. } = chore.task else { return };
+        let of = match chore.task {
+            Task::Release { of, .. } => of,
+            Task::Offer { own } => {
+                let line = self.table.line(own.slot);
+                if arrived
+                    && line.generation() == own.generation
+                    && line.is_claimed()
+                    && !self.table.is_moving(own.slot)
+                {
+                    // Outranked, and it knows.
+                    self.table.set_former(own.slot, Coordinate::NOWHERE);
+                }
+                return;
+            }
+        };
         if let Some(of) = of {
             let line = self.table.line(of.slot);
             if line.generation() == of.generation && self.table.is_moving(of.slot) {
@@ -170,8 +186,7 @@ impl Replica<'_> {
         }
         if arrived {
             // The slot there is ours again, one life later.
-            let stream = self.stream_of(chore.target);
-            self.leases.put(&mut self.streams[stream].lease, Place::of(chore.target.next_life()));
+            self.return_lease(chore.target, chore.life);
         }
     }
 

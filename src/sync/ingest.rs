@@ -59,7 +59,7 @@ impl Replica<'_> {
         }
     }
 
-    fn open(&mut self, now: Time, connection: &Connection) {
+    pub(super) fn open(&mut self, now: Time, connection: &Connection) {
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
             return;
@@ -149,6 +149,7 @@ impl Replica<'_> {
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);
+        line.set_life(self.durable(stream).peer_life());
         if self.is_up(peer.member()) {
             // The former active is the backup now: the pair stays, only its direction turns.
             self.table.set_former(slot, Coordinate::NOWHERE);

@@ -278,6 +278,11 @@ impl<'m> Replica<'m> {
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
     pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
+        let former = self.table.former(slot);
+        let presumed =
+            former.is_somewhere() && !self.table.is_moving(slot) && !self.table.line(slot).is_claimed();
+        // What is only presumed is offered to its former active, never sent there as if it were ours.
+        let except = if presumed { except | 1 << former.member() } else { except };
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
             if except >> member & 1 == 1 || !self.is_up(member) {
@@ -295,6 +300,15 @@ impl<'m> Replica<'m> {
             }
         }
         Found::Nobody
+    }
+
+    /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it was
+    /// leased in the life that the peer's half of the stream is in now. In an earlier one it was taken back.
+    pub(super) fn return_lease(&mut self, slot: Coordinate, life: u16) {
+        let stream = self.stream_of(slot);
+        if life == self.durable(stream).peer_life() {
+            self.leases.put(&mut self.streams[stream].lease, Place::of(slot.next_life()));
+        }
     }
 
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
@@ -349,11 +363,13 @@ impl<'m> Replica<'m> {
     /// The connection's backup is there from now on; everything must be sent to it.
     pub(super) fn assign(&mut self, now: Time, slot: u32, backup: Coordinate) {
         assert!(self.table.on(slot) == On::None);
+        let stream = self.stream_of(backup);
+        let life = self.durable(stream).peer_life();
         self.table.update(slot, |line| {
             line.set_peer(backup);
             line.set_last(Seq::NONE);
+            line.set_life(life);
         });
-        let stream = self.stream_of(backup);
         self.streams[stream].actives += 1;
         self.mark_dirty(now, slot, groups::ALL);
     }

@@ -69,6 +69,8 @@ pub(super) enum Job {
     Rehome { away_from: u64 },
     /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
     Verify { stream: usize },
+    /// This member came with another table than it had: what was taken over from that is simply ours.
+    Forget { member: MemberId },
     /// This member is back with the table that connections here were taken over from.
     Offer { member: MemberId },
 }
@@ -156,7 +158,8 @@ impl Replica<'_> {
 
     fn come_up(&mut self, now: Time, member: MemberId) {
         let seen = self.view.members[member as usize];
-        let returned = self.tables[member as usize] == seen.table_id;
+        let known = self.tables[member as usize];
+        let returned = known == seen.table_id;
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
         for shard in 0..seen.shards {
@@ -175,6 +178,8 @@ impl Replica<'_> {
         self.retry_at = now;
         if returned {
             self.jobs.push_back(Job::Offer { member });
+        } else if known != 0 {
+            self.jobs.push_back(Job::Forget { member });
         }
     }
 
@@ -262,6 +267,7 @@ impl Replica<'_> {
                     self.jobs.push_back(job);
                 }
             }
+            Job::Forget { .. } => self.retry_at = now,
             Job::Verify { .. } | Job::Offer { .. } => {}
         }
     }
@@ -278,6 +284,12 @@ impl Replica<'_> {
             Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
             Job::Verify { stream } => self.verify_slot(stream, slot),
             Job::Offer { member } => self.offer_slot(member, slot),
+            Job::Forget { member } => {
+                if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
+                    self.table.set_former(slot, Coordinate::NOWHERE);
+                }
+                true
+            }
         }
     }
 
@@ -358,14 +370,21 @@ impl Replica<'_> {
     }
 
     fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {
-        let line = self.table.line(slot);
-        let peer = line.peer();
-        if !peer.is_somewhere() || self.stream_of(peer) != stream || !self.is_up(stream_member(stream)) {
+        if !self.is_up(stream_member(stream)) {
             return true;
         }
+        let line = self.table.line(slot);
+        let (peer, former) = (line.peer(), self.table.former(slot));
+        let own = Place { slot, generation: line.generation() };
+        let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
-            Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot, 2),
-            Kind::Backup => return self.offer(peer, Place { slot, generation: line.generation() }),
+            Kind::Leased if on_stream(peer) && line.life() != self.durable(stream).peer_life() => {
+                self.table.recycle(slot, 2);
+            }
+            Kind::Backup if on_stream(peer) => return self.offer(peer, own),
+            Kind::Active if on_stream(former) && !self.table.is_moving(slot) => {
+                return self.offer(former, own);
+            }
             _ => {}
         }
         true

@@ -249,7 +249,8 @@ impl Replica<'_> {
         while let Some(id) = next
             && repeated < 4
         {
-            if !self.history.has_arrived(id) {
+            // The oldest goes even if it arrived: it asks for the ack that was lost.
+            if id == oldest || !self.history.has_arrived(id) {
                 if !self.repeat(now, id, send) {
                     return;
                 }
