@@ -22,7 +22,7 @@ impl Rng {
 
     /// A number below `n`, which is not 0. (The bias of the multiplication is below n / 2^32.)
     pub fn below(&mut self, n: u32) -> u32 {
-        ((self.next_u64() >> 32) * n as u64 >> 32) as u32
+        (((self.next_u64() >> 32) * n as u64) >> 32) as u32
     }
 
     /// True `percent` times in a hundred.
