@@ -1,2 +1,49 @@
-//! The appliance.
-fn main() {}
+//! The appliance's command line: `hypersync run` and `hypersync demo`.
+
+use std::process::ExitCode;
+
+use argh::FromArgs;
+use hypersync::appliance::{self, EXIT_USAGE};
+use hypersync::config::{Config, RunOptions};
+
+/// keeps every connection of a group of stateful gateways on exactly two of them
+#[derive(FromArgs)]
+struct Options {
+    #[argh(subcommand)]
+    command: Command,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Command {
+    Run(RunOptions),
+}
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let options = match Options::from_args(&["hypersync"], words.get(1..).unwrap_or_default()) {
+        Ok(options) => options,
+        Err(exit) => {
+            return match exit.status {
+                Ok(()) => {
+                    println!("{}", exit.output);
+                    ExitCode::SUCCESS
+                }
+                Err(()) => {
+                    eprintln!("{}", exit.output);
+                    ExitCode::from(EXIT_USAGE)
+                }
+            };
+        }
+    };
+    match options.command {
+        Command::Run(options) => match Config::check(options) {
+            Ok(config) => appliance::run(&config),
+            Err(line) => {
+                eprintln!("hypersync: {line}");
+                ExitCode::from(EXIT_USAGE)
+            }
+        },
+    }
+}

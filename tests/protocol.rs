@@ -287,7 +287,7 @@ fn churn(seed: u64) {
                 let live = world.live();
                 let owner = live[world.rng.below(live.len() as u64) as usize];
                 match (world.rng.below(10), world.any_open()) {
-                    (0..=3, _) => {
+                    (0..=3, _) if world.open.len() < 700 => {
                         world.open_at(owner);
                     }
                     (4..=7, Some(tuple)) => world.change(tuple),

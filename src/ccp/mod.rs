@@ -15,6 +15,9 @@ use crate::counters::Counter;
 /// Version of what lies behind the CPHA header. Members of one group must agree.
 pub const PROTOCOL_VERSION: u8 = 1;
 
+/// The UDP port of everything.
+pub const UDP_PORT: u16 = 8116;
+
 /// Why a datagram, or a message in one, was ignored. One reason, one counter.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reject {

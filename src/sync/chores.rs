@@ -167,11 +167,11 @@ impl Replica<'_> {
                 self.table.set_moving(of.slot, false);
                 self.table.set_former(of.slot, Coordinate::NOWHERE);
             }
-            if arrived {
-                // The slot there is ours again, one life later.
-                let stream = self.stream_of(chore.target);
-                self.leases.put(&mut self.streams[stream].lease, Place::of(chore.target.next_life()));
-            }
+        }
+        if arrived {
+            // The slot there is ours again, one life later.
+            let stream = self.stream_of(chore.target);
+            self.leases.put(&mut self.streams[stream].lease, Place::of(chore.target.next_life()));
         }
     }
 

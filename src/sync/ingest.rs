@@ -10,7 +10,7 @@ use crate::conn::table::On;
 use crate::conn::{Connection, Coordinate, Kind, Stamp, State, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::seq::Seq;
-use crate::source::SourceEvent;
+use crate::source::{Commit, SourceEvent};
 use crate::time::Time;
 
 impl Replica<'_> {
@@ -42,6 +42,21 @@ impl Replica<'_> {
         let slot = self.table.find_original(original)?;
         let line = self.table.line(slot);
         (line.kind() == Kind::Backup && self.is_up(line.peer().member())).then_some(slot)
+    }
+
+    /// Whether this original tuple is a copy here, living active or not.
+    pub fn is_copy(&self, original: &Tuple) -> bool {
+        self.table.find_original(original).is_some_and(|slot| self.table.kind(slot) == Kind::Backup)
+    }
+
+    /// The kernel's entry of this copy is gone and must be written again.
+    pub fn recommit(&mut self, original: &Tuple) {
+        if let Some(slot) = self.is_living_copy(original)
+            && self.can_receive()
+        {
+            let generation = self.table.line(slot).generation();
+            self.commit(Commit::Write { slot, generation });
+        }
     }
 
     fn open(&mut self, now: Time, connection: &Connection) {

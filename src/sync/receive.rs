@@ -184,15 +184,6 @@ impl Replica<'_> {
             && line.life() == self.durable(stream).peer_life()
     }
 
-    /// Whether the target was closed here one life ago by the same sender: what comes late is done with.
-    fn was_closed(&self, line: &Line, target: Place, stream: usize) -> bool {
-        let closed = target.generation.next() == line.generation() && self.is_leased_to(line, stream);
-        if closed {
-            self.counters.count(Counter::DeltasClosed);
-        }
-        closed
-    }
-
     #[allow(clippy::too_many_arguments)]
     fn apply_new(
         &mut self,
@@ -206,8 +197,8 @@ impl Replica<'_> {
     ) -> Verdict {
         let Some(mut line) = self.target(target) else { return Refused(Reason::NotLeased) };
         if target.generation != line.generation() {
-            let closed = self.was_closed(&line, target, stream);
-            return if closed { Applied } else { Refused(Reason::NotLeased) };
+            // Closed before, or never ours to fill: the sender knows which.
+            return Refused(Reason::NotLeased);
         }
         let slot = target.slot;
         let here =
@@ -332,8 +323,7 @@ impl Replica<'_> {
     ) -> Verdict {
         let Some(line) = self.target(target) else { return Refused(Reason::NotHere) };
         if target.generation != line.generation() {
-            let closed = self.was_closed(&line, target, stream);
-            return if closed { Applied } else { Refused(Reason::NotHere) };
+            return Refused(Reason::NotHere);
         }
         match line.kind() {
             Kind::Backup if self.stream_of(line.peer()) == stream => {
@@ -512,15 +502,18 @@ impl Replica<'_> {
     /// Messages of an unsequenced datagram.
     fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
         let life = self.durable(stream).life();
+        let mut refused = Seq::NONE;
         while let Some(message) = Message::decode(&mut r)? {
             match message {
                 // Before anything was received there is nothing to acknowledge: life 0.
                 Message::Ack { life: 0, .. } => {}
                 Message::Ack { life: of, floor, beyond } if of == life => {
-                    self.handle_ack(now, stream, floor, beyond)?
+                    self.streams[stream].greeted = true;
+                    self.handle_ack(now, stream, floor, beyond)?;
                 }
                 Message::Refuse { life: of, seq, target, .. } if of == life => {
                     self.handle_refusal(now, stream, seq, target);
+                    refused = refused.max(seq);
                 }
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
                 Message::Want { total } => {
@@ -540,6 +533,8 @@ impl Replica<'_> {
                 _ => return Err(Reject::Message),
             }
         }
+        // Only now: several refusals may name one datagram.
+        self.give_up(now, stream, refused);
         Ok(())
     }
 
@@ -651,27 +646,11 @@ impl Replica<'_> {
         for content in self.history.contents(entry) {
             let Content::Delta(place) = content else { continue };
             let line = self.table.line(place.slot);
-            if line.generation() != place.generation || line.peer() != backup {
-                continue;
-            }
-            match line.kind() {
-                Kind::Active => {
-                    self.counters.count(Counter::RefusedByPeer);
-                    self.unassign(place.slot);
-                    self.table.update(place.slot, |line| line.set_groups(groups::ALL));
-                    match self.lease_for(now, place.slot, 0) {
-                        Some(backup) => self.assign(now, place.slot, backup),
-                        None => self.wait(now, place.slot),
-                    }
-                }
-                Kind::Closing => {
-                    // Nothing of it is there: it is as good as acknowledged.
-                    self.unlist(place.slot);
-                    self.table.recycle(place.slot, 1);
-                }
-                _ => {}
+            if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
+                self.counters.count(Counter::RefusedByPeer);
+                self.unassign(place.slot);
+                self.protect(now, place.slot);
             }
         }
-        self.give_up(now, stream, seq);
     }
 }

@@ -27,6 +27,16 @@ const STARVED: Duration = Duration::from_millis(100);
 /// How often a member that did not grant what was wanted is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
+/// Whether a connection can have a backup.
+pub(super) enum Found {
+    /// In this slot.
+    At(Coordinate),
+    /// The best member was asked for slots a moment ago.
+    Soon,
+    /// Not now.
+    Nobody,
+}
+
 /// What a shard's protocol is told at its start.
 #[derive(Clone, Debug)]
 pub struct ReplicaConfig {
@@ -73,6 +83,7 @@ pub struct Replica<'m> {
     /// Walks over the table: the first is under way, from slot `walk_at` on.
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
+    pub(super) walk_next: Time,
     /// Datagrams that a later one overtook: to be repeated without waiting.
     pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
@@ -104,6 +115,7 @@ impl<'m> Replica<'m> {
             tables: vec![0; MEMBERS_MAX + 1],
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
+            walk_next: Time(0),
             again: Vec::with_capacity(WINDOW as usize),
             held: List::default(),
             waiting: List::default(),
@@ -163,9 +175,14 @@ impl<'m> Replica<'m> {
         self.commits.len()
     }
 
-    /// Whether datagrams can be taken now: each may ask for as many commits as it has deltas.
-    pub fn can_receive(&self) -> bool {
-        self.commits.len() + super::history::MANIFEST_PER_DATAGRAM <= COMMIT_QUEUE
+    /// How many datagrams can be taken now: each may ask for as many commits as it has deltas.
+    pub fn receive_room(&self) -> usize {
+        (COMMIT_QUEUE - self.commits.len()) / super::history::MANIFEST_PER_DATAGRAM
+    }
+
+    /// Whether a datagram can be taken now.
+    pub(super) fn can_receive(&self) -> bool {
+        self.receive_room() > 0
     }
 
     /// Members that said goodbye since the last call, as bits.
@@ -197,6 +214,8 @@ impl<'m> Replica<'m> {
             // The lazy clearing: what the acknowledged delta carried is known to the peer.
             let known = line.last().is_passed_by(self.durable(stream).floor());
             line.set_groups(if known { changed } else { line.groups() | changed });
+            // In memory, too, it shows that the newest state is in no datagram.
+            line.set_last(Seq::NONE);
         } else {
             line.set_groups(line.groups() | changed);
         }
@@ -246,8 +265,8 @@ impl<'m> Replica<'m> {
             line.kind() == Kind::Active && !line.peer().is_somewhere() && self.table.on(slot) == On::None
         );
         match self.lease_for(now, slot, 0) {
-            Some(backup) => self.assign(now, slot, backup),
-            None => self.wait(now, slot),
+            Found::At(backup) => self.assign(now, slot, backup),
+            Found::Soon | Found::Nobody => self.wait(now, slot),
         }
     }
 
@@ -257,7 +276,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
-    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Option<Coordinate> {
+    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
@@ -267,15 +286,15 @@ impl<'m> Replica<'m> {
             let shard = shard_of(&original, self.view.members[member as usize].shards);
             let stream = stream_index(member, shard);
             if let Some(place) = self.take_lease(now, stream) {
-                return Some(Coordinate::new(member, shard, place.slot, place.generation));
+                return Found::At(Coordinate::new(member, shard, place.slot, place.generation));
             }
             self.counters.count(Counter::NoLease);
             let since = *self.streams[stream].starved_since.get_or_insert(now);
             if now.since(since) < STARVED {
-                return None; // It was asked just now: the best backup is worth a short wait.
+                return Found::Soon; // It was asked just now: the best backup is worth a short wait.
             }
         }
-        None
+        Found::Nobody
     }
 
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
@@ -380,8 +399,8 @@ impl<'m> Replica<'m> {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
             match self.lease_for(now, slot, 0) {
-                Some(backup) => self.assign(now, slot, backup),
-                None => {
+                Found::At(backup) => self.assign(now, slot, backup),
+                Found::Soon | Found::Nobody => {
                     self.table.push(&mut self.waiting, On::Waiting, slot, since);
                     failed += 1;
                     if failed > 64 {

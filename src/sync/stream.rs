@@ -280,6 +280,8 @@ pub struct Stream {
     pub repeats: u32,
     /// When to send what is dirty.
     pub flush_at: Time,
+    /// Whether the peer has acknowledged anything in this life, so that it knows of it.
+    pub greeted: bool,
     /// Whether an ack is due.
     pub ack_due: bool,
     /// Refusals that wait for the next control datagram.
@@ -323,6 +325,7 @@ impl Stream {
             repeat_at: Time::NEVER,
             repeats: 0,
             flush_at: Time::NEVER,
+            greeted: true,
             ack_due: false,
             refusals: Vec::with_capacity(REFUSALS_MAX),
             want: 0,

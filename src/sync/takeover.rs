@@ -16,7 +16,9 @@
 //! soon as anything is (a connection that found another backup), the member is `left_behind`:
 //! when it returns, streams begin a new life, and both sides ask by coordinate what still stands.
 
-use super::replica::Replica;
+use std::time::Duration;
+
+use super::replica::{Found, Replica};
 use super::stream::{stream_index, stream_member};
 use crate::ccp::message::Place;
 use crate::conn::table::On;
@@ -33,6 +35,9 @@ use crate::time::Time;
 /// Connections that may wait to be sent before a walk pauses, so that live deltas do not queue
 /// behind it for long.
 const WALK_AHEAD: u64 = 8192;
+
+/// How long a walk pauses that must wait for leases, chores or acknowledgements.
+const WALK_PAUSE: Duration = Duration::from_micros(500);
 
 /// What this shard makes of a member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -163,8 +168,8 @@ impl Replica<'_> {
             if !returned {
                 self.durable(stream).begin_peer_life(0);
             }
-            // An ack at once tells the peer of the new life.
-            self.streams[stream].ack_due = true;
+            let s = &mut self.streams[stream];
+            (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
             self.wake(stream);
         }
         self.retry_at = now;
@@ -198,7 +203,7 @@ impl Replica<'_> {
                 self.review_down(now, member, since, left_behind);
             }
         }
-        let Some(job) = self.jobs.front().copied() else { return };
+        let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
         let mut slot = self.walk_slot;
         let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
         while slot < end && !self.is_walk_ahead() {
@@ -210,6 +215,8 @@ impl Replica<'_> {
             }
             slot += 1;
         }
+        // One that could not go on looks again a little later.
+        self.walk_next = if slot == end { now } else { now.after(WALK_PAUSE) };
         self.walk_slot = slot;
         if slot == self.table.capacity() {
             self.walk_slot = 0;
@@ -225,8 +232,7 @@ impl Replica<'_> {
     /// When the next silent member's time has come; at once while a walk is under way.
     pub(super) fn walk_at(&self) -> Time {
         if !self.jobs.is_empty() {
-            // Every pass walks a stretch; a walk that has to wait looks again soon.
-            return Time(0);
+            return self.walk_next;
         }
         let downs = self.peers.iter().filter_map(|peer| match peer {
             PeerState::Down { since, .. } => Some(since.after(self.config.reprotect_after)),
@@ -340,11 +346,15 @@ impl Replica<'_> {
         if self.chores.room() == 0 {
             return false;
         }
-        if let Some(backup) = self.lease_for(now, slot, away_from) {
-            let taken = self.move_backup(now, slot, backup);
-            assert!(taken, "a chore was free");
+        match self.lease_for(now, slot, away_from) {
+            Found::At(backup) => {
+                let taken = self.move_backup(now, slot, backup);
+                assert!(taken, "a chore was free");
+                true
+            }
+            Found::Soon => false,
+            Found::Nobody => true,
         }
-        true
     }
 
     fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {

@@ -136,10 +136,11 @@ impl Replica<'_> {
         )
     }
 
-    /// What was given up and is still waited for by the peer.
+    /// What was given up and is still waited for by the peer. A new life greets the peer the same way.
     fn skip_due(&self, stream: usize) -> Option<Seq> {
         let durable = self.durable(stream);
-        durable.given_up().is_after(durable.floor()).then(|| durable.given_up())
+        let waited_for = durable.given_up().is_after(durable.floor());
+        (waited_for || !self.streams[stream].greeted).then(|| durable.given_up())
     }
 
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
@@ -174,7 +175,8 @@ impl Replica<'_> {
         let s = &mut self.streams[stream];
         if sent {
             s.ack_due = false;
-            if skip.is_some() {
+            // With datagrams outstanding, repeating them moves the timer.
+            if skip.is_some() && s.oldest.is_none() {
                 s.repeats += 1;
                 s.repeat_at = now.after(s.patience());
             }
@@ -237,7 +239,9 @@ impl Replica<'_> {
             return;
         }
         let Some(oldest) = s.oldest else {
-            self.streams[stream].repeat_at = Time::NEVER;
+            if self.skip_due(stream).is_none() {
+                self.streams[stream].repeat_at = Time::NEVER;
+            }
             return;
         };
         let mut next = Some(oldest);
@@ -540,7 +544,9 @@ impl Replica<'_> {
         s.oldest = self.history.next(id);
         if s.oldest.is_none() {
             s.newest = None;
-            s.repeat_at = Time::NEVER;
+            if s.greeted {
+                s.repeat_at = Time::NEVER;
+            }
         }
     }
 

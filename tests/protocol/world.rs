@@ -14,7 +14,7 @@ use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
 use hypersync::source::SourceEvent;
-use hypersync::sync::stream::{stream_index, stream_member, stream_shard};
+use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
 
@@ -379,8 +379,11 @@ impl<'m> World<'m> {
         self.hosts.values().filter(|h| h.running).map(|h| h.member).collect()
     }
 
-    /// Whether nobody has anything left to send.
+    /// Whether nobody has anything left to send. Who is alone stays exposed, and says so.
     pub fn is_quiet(&self) -> bool {
+        if let [alone] = self.live()[..] {
+            return self.counter(alone, Counter::Exposure) == self.counter(alone, Counter::Unprotected);
+        }
         self.hosts.values().filter(|h| h.running).all(|h| h.shards.iter().all(|s| s.exposure() == 0))
     }
 
@@ -471,10 +474,4 @@ pub struct Copy {
     pub place: u64,
     pub peer: u64,
     pub connection: Connection,
-}
-
-/// The streams between two hosts that exist, for tests that look at words in memory.
-pub fn stream_between(to: MemberId, shard: u8) -> usize {
-    assert_eq!(stream_shard(stream_index(to, shard)), shard);
-    stream_index(to, shard)
 }

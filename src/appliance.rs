@@ -1,0 +1,389 @@
+//! The appliance: one process, one thread a shard, and this thread, which waits for signals and
+//! keeps what is not the shards' business.
+
+#![allow(unsafe_code)]
+
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
+
+use crate::clock;
+use crate::config::{Config, SourceKind, SysctlMode};
+use crate::conntrack::commit::Committer;
+use crate::conntrack::events::Source;
+use crate::conntrack::local::LocalAddresses;
+use crate::conntrack::sysctl;
+use crate::counters::Counters;
+use crate::feed::Feed;
+use crate::group::{Group, Identity};
+use crate::membership::{Membership, Shared};
+use crate::net::{self, Interface, Port, PortConfig};
+use crate::notify::Notifier;
+use crate::shard::{STRAYS, Shard, Stray};
+use crate::shm::ingest::Consumer;
+use crate::shm::{Region, RegionConfig};
+use crate::sync::{Replica, ReplicaConfig};
+
+/// Exit code of bad usage: nothing was started, nothing is damaged.
+pub const EXIT_USAGE: u8 = 2;
+
+/// How long a change may wait for others to travel with.
+const FLUSH: Duration = Duration::from_millis(1);
+
+/// Bytes of kernel events that may wait for one shard: about 50,000 events.
+const EVENT_BUFFER: usize = 64 << 20;
+
+/// This host's addresses, kept up to date by the main thread for every shard.
+static ADDRESSES: LocalAddresses = LocalAddresses::new();
+
+/// Runs a member until it is told to end.
+pub fn run(config: &Config) -> ExitCode {
+    // Before any thread exists, so that every thread inherits the mask and only this one takes signals.
+    block_signals();
+    crate::logging::start();
+    let outcome = start(config);
+    log::logger().flush();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(line)) => {
+            eprintln!("hypersync: {line}");
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(Failure::Running(line)) => {
+            eprintln!("hypersync: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Failure {
+    /// Found before anything was started.
+    Usage(String),
+    /// Found while running.
+    Running(String),
+}
+
+fn usage(e: impl std::fmt::Display) -> Failure {
+    Failure::Usage(e.to_string())
+}
+
+/// What a shard's thread is given.
+struct Parts {
+    shard: u8,
+    receiver: OwnedFd,
+    committer: Option<Committer>,
+    port_ids: Vec<u32>,
+    strays: Receiver<Box<Stray>>,
+    handover: Vec<SyncSender<Box<Stray>>>,
+}
+
+fn start(config: &Config) -> Result<(), Failure> {
+    let options = &config.options;
+    raise_file_limit();
+    let owner = net::interface_of(options.sync).map_err(usage)?;
+    let interface = match &options.interface {
+        Some(name) => Interface::named(name).map_err(usage)?,
+        None => owner,
+    };
+    interface.check_mtu().map_err(usage)?;
+    let incarnation = incarnation();
+    let region = Region::create(
+        &options.shm,
+        &RegionConfig {
+            sizes: config.sizes,
+            group: options.group,
+            member: options.member,
+            incarnation,
+            started: clock::now(),
+            huge_pages: false,
+        },
+    )
+    .map_err(usage)?;
+    let receivers = net::bind_group(options.sync, crate::ccp::UDP_PORT, config.shards).map_err(usage)?;
+    let is_kernel = options.source == SourceKind::Kernel;
+    let mut committers = Vec::new();
+    let mut changed = None;
+    if is_kernel {
+        ADDRESSES.refresh().map_err(usage)?;
+        for _ in 0..config.shards {
+            committers.push(Committer::open().map_err(usage)?);
+        }
+        changed = match options.sysctl {
+            SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
+            SysctlMode::Leave => {
+                for (name, value) in sysctl::unmet().map_err(usage)? {
+                    log::warn!("restored connections need sysctl {name}={value}, which is not so: set it");
+                }
+                None
+            }
+        };
+    }
+    let outcome = serve(config, &region, incarnation, &interface, receivers, committers);
+    if let Some(changed) = changed
+        && let Err(e) = changed.put_back()
+    {
+        log::error!("{e}");
+    }
+    outcome
+}
+
+fn serve(
+    config: &Config,
+    region: &Region,
+    incarnation: u64,
+    interface: &Interface,
+    receivers: Vec<OwnedFd>,
+    committers: Vec<Committer>,
+) -> Result<(), Failure> {
+    let options = &config.options;
+    let shared = Arc::new(Shared::default());
+    let (notifier, notify_thread) =
+        Notifier::start(options.notify.clone(), options.notify_limit).map_err(usage)?;
+    let port_ids: Vec<u32> = committers.iter().map(Committer::port_id).collect();
+    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..config.shards).map(|_| sync_channel(STRAYS)).unzip();
+    let mut committers = committers.into_iter();
+    let parts: Vec<Parts> = receivers
+        .into_iter()
+        .zip(inboxes)
+        .enumerate()
+        .map(|(shard, (receiver, strays))| Parts {
+            shard: shard as u8,
+            receiver,
+            committer: committers.next(),
+            port_ids: port_ids.clone(),
+            strays,
+            handover: senders.clone(),
+        })
+        .collect();
+    drop(senders);
+    log::info!(
+        "member {} of group {}: {} shards, {} slots each, sync {} on {}, table {:08x}",
+        options.member,
+        options.group,
+        config.shards,
+        config.sizes.memory.capacity,
+        options.sync,
+        interface.name,
+        region.header().table_id
+    );
+    let failures: Vec<String> = std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for parts in parts {
+            let shard = parts.shard;
+            let (shared_here, notifier) = (&*shared, notifier.clone());
+            let thread =
+                std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(scope, move || {
+                    let result =
+                        run_shard(config, region, incarnation, shared_here, notifier, interface, parts);
+                    if result.is_err() {
+                        shared_here.failed.store(true, Ordering::Relaxed);
+                    }
+                    result
+                });
+            match thread {
+                Ok(thread) => threads.push(thread),
+                Err(e) => {
+                    shared.failed.store(true, Ordering::Relaxed);
+                    log::error!("a thread cannot be started: {e}");
+                }
+            }
+        }
+        region.publish_ready();
+        attend(config, &shared);
+        threads
+            .into_iter()
+            .filter_map(|thread| match thread.join() {
+                Ok(Ok(())) => None,
+                Ok(Err(line)) => Some(line),
+                Err(_) => Some("a shard failed an assertion; its message is above".to_owned()),
+            })
+            .collect()
+    });
+    drop(notifier);
+    if notify_thread.join().is_err() {
+        log::error!("the notify thread failed");
+    }
+    match failures.into_iter().next() {
+        None if shared.failed.load(Ordering::Relaxed) => {
+            Err(Failure::Running("a shard could not be started".into()))
+        }
+        None => Ok(()),
+        Some(line) => Err(Failure::Running(line)),
+    }
+}
+
+/// Marks the process as failed if its thread unwinds, so that the others end as well.
+struct FailOnPanic<'m>(&'m Shared);
+
+impl Drop for FailOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.failed.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn run_shard(
+    config: &Config,
+    region: &Region,
+    incarnation: u64,
+    shared: &Shared,
+    notifier: Notifier,
+    interface: &Interface,
+    parts: Parts,
+) -> Result<(), String> {
+    let _guard = FailOnPanic(shared);
+    let options = &config.options;
+    let Parts { shard, receiver, committer, port_ids, strays, handover } = parts;
+    pin(shard);
+    let header = region.header();
+    let memory = region.shard(shard);
+    let port = Port::new(
+        &PortConfig {
+            local: options.sync,
+            shard,
+            udp_port: crate::ccp::UDP_PORT,
+            multicast: config.multicast.map(|group| (group, interface.name.clone())),
+            heartbeat_peers: options.peer.clone(),
+            arena: memory.arena,
+            send: options.send,
+            features: options.features,
+            receive_buffers: 32,
+        },
+        receiver,
+    )
+    .map_err(|e| e.to_string())?;
+    let feed = match options.source {
+        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard))),
+        SourceKind::Kernel => {
+            let source =
+                Source::open(shard, config.shards, &port_ids, EVENT_BUFFER).map_err(|e| e.to_string())?;
+            Feed::kernel(source, committer.filter(|_| config.commit_eager), &ADDRESSES)
+        }
+    };
+    let replica = Replica::new(
+        ReplicaConfig {
+            group: options.group,
+            member: options.member,
+            shard,
+            shards: config.shards,
+            site: options.site,
+            table_id: header.table_id,
+            index_key: header.index_key,
+            hold: options.hold,
+            reprotect_after: options.reprotect_after,
+            flush: FLUSH,
+            commit_eager: config.commit_eager,
+        },
+        memory,
+    );
+    let membership = (shard == 0).then(|| {
+        let identity = Identity {
+            member: options.member,
+            shards: config.shards,
+            priority: options.priority,
+            site: options.site,
+            table_id: header.table_id,
+            incarnation,
+            heartbeat: options.heartbeat,
+            dead_after: options.dead_after,
+        };
+        let now = clock::now();
+        let settle = options.heartbeat * options.dead_after;
+        let counters = Counters::new(memory.counters);
+        let group = Group::new(identity, now);
+        Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
+    });
+    log::debug!("shard {shard}: kernel features {:?}", port.features());
+    Shard::new(shard, options.member, replica, port, feed, membership, region, shared, strays, handover).run()
+}
+
+/// Waits for signals; keeps the list of this host's addresses.
+fn attend(config: &Config, shared: &Shared) {
+    let mut asked = false;
+    while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
+        if wait_for_signal(Duration::from_millis(200)) {
+            if asked {
+                // Asked twice: no goodbye, no waiting for others.
+                shared.finished.store(true, Ordering::Relaxed);
+            }
+            log::info!("leaving the group");
+            asked = true;
+            shared.stop.store(true, Ordering::Relaxed);
+        }
+        if config.options.source == SourceKind::Kernel
+            && let Err(e) = ADDRESSES.refresh()
+        {
+            log::warn!("{e}");
+        }
+    }
+}
+
+fn signals() -> libc::sigset_t {
+    // SAFETY: a zeroed sigset_t is a valid object for sigemptyset to fill in; both calls only write to it.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, libc::SIGTERM);
+        libc::sigaddset(&mut set, libc::SIGINT);
+        set
+    }
+}
+
+fn block_signals() {
+    let set = signals();
+    // SAFETY: `set` is a filled-in signal set; the old mask is not asked for.
+    let result = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+    assert_eq!(result, 0, "SIG_BLOCK and a valid set are never refused");
+}
+
+/// Whether SIGTERM or SIGINT came within this time.
+fn wait_for_signal(limit: Duration) -> bool {
+    let set = signals();
+    let limit = libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos() as i64 };
+    // SAFETY: both pointers are to live, filled-in objects; the signal's details are not asked for.
+    let signal = unsafe { libc::sigtimedwait(&set, std::ptr::null_mut(), &limit) };
+    signal > 0
+}
+
+/// Pins the thread to the shard's processor, if there is one for it. Without, it runs all the same.
+fn pin(shard: u8) {
+    // SAFETY: a zeroed cpu_set_t is the empty set; the calls read and write only these sets, for the
+    // calling thread.
+    unsafe {
+        let mut allowed: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut allowed) != 0 {
+            return;
+        }
+        let cpus: Vec<usize> =
+            (0..libc::CPU_SETSIZE as usize).filter(|cpu| libc::CPU_ISSET(*cpu, &allowed)).collect();
+        let Some(cpu) = cpus.get(shard as usize % cpus.len().max(1)) else { return };
+        let mut one: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(*cpu, &mut one);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &one);
+    }
+}
+
+/// A number for this run of the process: random, so that no two runs share it.
+fn incarnation() -> u64 {
+    let mut bytes = [0u8; 8];
+    // SAFETY: the buffer is 8 bytes long, and the call writes at most that.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    assert_eq!(got, 8, "getrandom gives small buffers whole");
+    u64::from_ne_bytes(bytes) | 1
+}
+
+/// Streams have a socket each: as many descriptors as we may have.
+fn raise_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the calls read and write this one struct.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! What `hypersync run` is told, checked. Every error is one line that says what to do.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use argh::FromArgs;
+
+use crate::limits::{
+    ARENA_MAX, ARENA_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, PEERS_MAX, SHARDS_MAX,
+    SLOTS_MAX, SLOTS_MIN,
+};
+use crate::memory::MemorySize;
+use crate::net::SendMode;
+use crate::ring::Features;
+use crate::shm::Sizes;
+
+/// The directory of the shared memory if none is given.
+pub const DEFAULT_SHM: &str = "/dev/shm/hypersync";
+
+/// The multicast group if neither it nor peers are given.
+pub const DEFAULT_MULTICAST: IpAddr = IpAddr::V4(Ipv4Addr::new(224, 0, 0, 116));
+
+/// run a member of the group
+#[derive(FromArgs, Clone, Debug)]
+#[argh(subcommand, name = "run")]
+pub struct RunOptions {
+    /// the group's number, 1 to 65535; members of other groups are not heard (default 1)
+    #[argh(option, default = "1")]
+    pub group: u16,
+    /// this member's number in the group, 1 to 52
+    #[argh(option)]
+    pub member: u8,
+    /// this member's address on the sync link
+    #[argh(option)]
+    pub sync: IpAddr,
+    /// the sync link's interface (default: the one that has the sync address)
+    #[argh(option)]
+    pub interface: Option<String>,
+    /// multicast group of the heartbeats (default 224.0.0.116 unless peers are given)
+    #[argh(option)]
+    pub multicast: Option<IpAddr>,
+    /// sync address of another member; once for each of them, in place of multicast
+    #[argh(option)]
+    pub peer: Vec<IpAddr>,
+    /// threads, each with its slice of the table, 1 to 64; members may differ (default: processors, at most 8)
+    #[argh(option)]
+    pub shards: Option<u8>,
+    /// connections and copies that the table has room for, in all shards together (default 1000000)
+    #[argh(option, default = "1_000_000")]
+    pub capacity: usize,
+    /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
+    #[argh(option, default = "SourceKind::Kernel")]
+    pub source: SourceKind,
+    /// whether copies are written to this host's kernel at once: eager or off (default eager with the
+    /// kernel source, off with the ring)
+    #[argh(option)]
+    pub commit: Option<CommitMode>,
+    /// how long a connection must live before it is sent (default 3s)
+    #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
+    pub hold: Duration,
+    /// time between heartbeats, 10ms to 10s (default 100ms)
+    #[argh(option, default = "Duration::from_millis(100)", from_str_fn(span))]
+    pub heartbeat: Duration,
+    /// heartbeats that may be missing before a member is dead, 2 to 100 (default 3)
+    #[argh(option, default = "3")]
+    pub dead_after: u32,
+    /// how long after a death its connections get new backups (default 2s)
+    #[argh(option, default = "Duration::from_secs(2)", from_str_fn(span))]
+    pub reprotect_after: Duration,
+    /// priority as a backup, 0 to 255: the live member with the highest is preferred (default 100)
+    #[argh(option, default = "100")]
+    pub priority: u8,
+    /// site of this member, 0 to 255: among equal priorities a backup at another site is preferred;
+    /// 0 means that sites do not count (default 0)
+    #[argh(option, default = "0")]
+    pub site: u8,
+    /// directory of the shared memory, on tmpfs (default /dev/shm/hypersync)
+    #[argh(option, default = "PathBuf::from(DEFAULT_SHM)")]
+    pub shm: PathBuf,
+    /// command to run as COMMAND EVENT MEMBER when something happens in the group
+    #[argh(option)]
+    pub notify: Option<PathBuf>,
+    /// how long the command may run before it is killed (default 10s)
+    #[argh(option, default = "Duration::from_secs(10)", from_str_fn(span))]
+    pub notify_limit: Duration,
+    /// how datagrams are sent: fixed, zc, copy or auto (default auto)
+    #[argh(option, default = "SendMode::Auto", from_str_fn(send_mode))]
+    pub send: SendMode,
+    /// send arena of a shard, bytes: what was sent lately stays in it (default 4194304)
+    #[argh(option, default = "4 << 20")]
+    pub arena: usize,
+    /// records of a shard's ingest ring, a power of two (default 16384)
+    #[argh(option, default = "16_384")]
+    pub ring: usize,
+    /// kernel features that later kernels than 6.1 have: all or none (default all)
+    #[argh(option, default = "Features::all()", from_str_fn(features))]
+    pub features: Features,
+    /// what to do about sysctls that restored connections need: set (and put back) or leave (default set)
+    #[argh(option, default = "SysctlMode::Set")]
+    pub sysctl: SysctlMode,
+}
+
+/// Who tells of connections.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SourceKind {
+    /// The kernel's conntrack.
+    Kernel,
+    /// The ingest ring in shared memory.
+    Ring,
+}
+
+/// Whether copies are written to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CommitMode {
+    /// At once.
+    Eager,
+    /// Never.
+    Off,
+}
+
+/// Whether hypersync sets sysctls.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SysctlMode {
+    /// At the start, and back at the end.
+    Set,
+    /// Only warn.
+    Leave,
+}
+
+macro_rules! words {
+    ($type:ty, $what:literal, $($word:literal => $value:expr),+) => {
+        impl std::str::FromStr for $type {
+            type Err = String;
+            fn from_str(text: &str) -> Result<$type, String> {
+                match text {
+                    $($word => Ok($value),)+
+                    _ => Err(format!(concat!("'{}' is not ", $what), text)),
+                }
+            }
+        }
+    };
+}
+
+words!(SourceKind, "a source: write kernel or ring", "kernel" => SourceKind::Kernel, "ring" => SourceKind::Ring);
+words!(CommitMode, "a commit mode: write eager or off", "eager" => CommitMode::Eager, "off" => CommitMode::Off);
+words!(SysctlMode, "a choice: write set or leave", "set" => SysctlMode::Set, "leave" => SysctlMode::Leave);
+
+fn span(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|e| format!("'{text}' is not a time: {e}; write it as 100ms, 3s or 2min"))
+}
+
+/// Reads a send mode; also for the demo.
+pub fn send_mode(text: &str) -> Result<SendMode, String> {
+    match text {
+        "fixed" => Ok(SendMode::Fixed),
+        "zc" => Ok(SendMode::ZeroCopy),
+        "copy" => Ok(SendMode::Copy),
+        "auto" => Ok(SendMode::Auto),
+        _ => Err(format!("'{text}' is not a send mode: write fixed, zc, copy or auto")),
+    }
+}
+
+/// Reads a set of kernel features; also for the demo.
+pub fn features(text: &str) -> Result<Features, String> {
+    match text {
+        "all" => Ok(Features::all()),
+        "none" => Ok(Features::none()),
+        _ => Err(format!("'{text}' is not a set of features: write all or none")),
+    }
+}
+
+/// The checked configuration of a member.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What was asked for.
+    pub options: RunOptions,
+    /// Threads.
+    pub shards: u8,
+    /// The multicast group, if heartbeats go to one.
+    pub multicast: Option<IpAddr>,
+    /// Whether copies are written to the kernel at once.
+    pub commit_eager: bool,
+    /// Sizes of the shared memory.
+    pub sizes: Sizes,
+}
+
+impl Config {
+    /// Checks the options. An error is one line.
+    pub fn check(options: RunOptions) -> Result<Config, String> {
+        let o = &options;
+        let within = |name: &str, value: u64, low: u64, high: u64| match (low..=high).contains(&value) {
+            true => Ok(()),
+            false => Err(format!("--{name} {value} is out of range: {low} to {high}")),
+        };
+        within("group", o.group as u64, 1, u16::MAX as u64)?;
+        within("member", o.member as u64, 1, MEMBERS_MAX as u64)?;
+        let processors = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8) as u8;
+        let shards = o.shards.unwrap_or(processors);
+        within("shards", shards as u64, 1, SHARDS_MAX as u64)?;
+        within("heartbeat (ms)", o.heartbeat.as_millis() as u64, 10, 10_000)?;
+        within("dead-after", o.dead_after as u64, 2, 100)?;
+        within("hold (ms)", o.hold.as_millis() as u64, 0, 3_600_000)?;
+        within("reprotect-after (ms)", o.reprotect_after.as_millis() as u64, 0, 3_600_000)?;
+        within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;
+        within("ring", o.ring as u64, INGEST_RECORDS_MIN as u64, INGEST_RECORDS_MAX as u64)?;
+        if !o.ring.is_power_of_two() {
+            return Err(format!("--ring {} is no power of two", o.ring));
+        }
+        let highest = (SLOTS_MAX / 9 * 8) as u64 * shards as u64;
+        within("capacity", o.capacity as u64, SLOTS_MIN as u64 * shards as u64, highest)?;
+        if o.sync.is_unspecified() || o.sync.is_multicast() {
+            return Err(format!("--sync {} is no address of this host", o.sync));
+        }
+        if o.peer.len() > PEERS_MAX {
+            return Err(format!(
+                "{} peers are too many: a group has at most {MEMBERS_MAX} members",
+                o.peer.len()
+            ));
+        }
+        if o.multicast.is_some() && !o.peer.is_empty() {
+            return Err(
+                "--multicast and --peer exclude each other: name the peers only where there is no multicast"
+                    .into(),
+            );
+        }
+        if let Some(address) = o.peer.iter().find(|a| **a == o.sync || a.is_ipv4() != o.sync.is_ipv4()) {
+            return Err(format!(
+                "--peer {address} does not fit --sync {}: another address of the same family",
+                o.sync
+            ));
+        }
+        let multicast = match o.multicast {
+            Some(address) if !address.is_multicast() || address.is_ipv4() != o.sync.is_ipv4() => {
+                return Err(format!(
+                    "--multicast {address} is no multicast address of the family of --sync {}",
+                    o.sync
+                ));
+            }
+            Some(address) => Some(address),
+            None if !o.peer.is_empty() => None,
+            None if o.sync.is_ipv4() => Some(DEFAULT_MULTICAST),
+            None => {
+                return Err(
+                    "with an IPv6 --sync address, name --multicast (ff02::74, say) or every --peer".into()
+                );
+            }
+        };
+        let commit = o.commit.unwrap_or(match o.source {
+            SourceKind::Kernel => CommitMode::Eager,
+            SourceKind::Ring => CommitMode::Off,
+        });
+        if commit == CommitMode::Eager && o.source == SourceKind::Ring {
+            return Err(
+                "--commit eager needs --source kernel: the ring's connections are not this kernel's".into()
+            );
+        }
+        // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
+        let share = o.capacity.div_ceil(shards as usize);
+        let slots = (share + share / 8 + 256).min(SLOTS_MAX);
+        let memory = MemorySize { capacity: slots, arena: o.arena.next_multiple_of(4096) };
+        Ok(Config {
+            shards,
+            multicast,
+            commit_eager: commit == CommitMode::Eager,
+            sizes: Sizes { shards, memory, ring_records: o.ring },
+            options,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(extra: &[&str]) -> Result<Config, String> {
+        let mut words = vec!["--member", "1", "--sync", "10.9.0.1"];
+        words.extend(extra);
+        let options = RunOptions::from_args(&["hypersync", "run"], &words).map_err(|e| e.output)?;
+        Config::check(options)
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_manual() {
+        let config = check(&[]).unwrap();
+        assert_eq!(config.multicast, Some(DEFAULT_MULTICAST));
+        assert!(config.commit_eager);
+        assert_eq!(config.options.hold, Duration::from_secs(3));
+        let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
+        assert_eq!((ring.multicast, ring.commit_eager), (None, false));
+    }
+
+    #[test]
+    fn every_flag_out_of_range_is_named() {
+        for (flag, value) in [
+            ("--member", "0"),
+            ("--member", "53"),
+            ("--shards", "65"),
+            ("--shards", "0"),
+            ("--capacity", "1"),
+            ("--heartbeat", "1ms"),
+            ("--heartbeat", "fast"),
+            ("--dead-after", "1"),
+            ("--arena", "4096"),
+            ("--ring", "1000"),
+            ("--sync", "0.0.0.0"),
+            ("--multicast", "10.0.0.1"),
+            ("--multicast", "ff02::74"),
+            ("--peer", "10.9.0.1"),
+            ("--peer", "::1"),
+            ("--source", "disk"),
+            ("--commit", "later"),
+            ("--send", "slow"),
+            ("--features", "some"),
+        ] {
+            let error = match flag {
+                // Given twice it would be refused for that.
+                "--member" | "--sync" => {
+                    let mut words = vec!["--member", "1", "--sync", "10.9.0.1"];
+                    let at = words.iter().position(|w| *w == flag).unwrap();
+                    words[at + 1] = value;
+                    let options = RunOptions::from_args(&["hypersync", "run"], &words);
+                    options.map_err(|e| e.output).and_then(|o| Config::check(o).map(|_| ()))
+                }
+                _ => check(&[flag, value]).map(|_| ()),
+            };
+            let error = error.expect_err(flag);
+            assert!(error.contains(value) || error.contains("multicast"), "{flag} {value}: {error}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Membership: what shard 0 does for the whole member. It runs the group's state machine, sends
+//! the heartbeats, publishes the view for the other shards, and tells the notify command.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Duration;
+
+use crate::ccp::bytes::Writer;
+use crate::conn::MemberId;
+use crate::counters::{Counter, Counters};
+use crate::group::view::{Status, View};
+use crate::group::{Event, Group, Tables};
+use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
+use crate::net::{Port, Target};
+use crate::notify::Notifier;
+use crate::shm::Region;
+use crate::sync::Replica;
+use crate::time::Time;
+
+/// How long a leaving member waits for the others to move their copies away.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+/// How often goodbye is said.
+const GOODBYES: u8 = 3;
+/// The pause between goodbyes.
+const GOODBYE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Words that all threads of the process share.
+#[derive(Default)]
+pub struct Shared {
+    /// The process was asked to end.
+    pub stop: AtomicBool,
+    /// Goodbye was said: every shard ends.
+    pub finished: AtomicBool,
+    /// A shard failed: the process ends without a goodbye, and with an error.
+    pub failed: AtomicBool,
+    /// Shards whose source is complete.
+    pub complete: AtomicU8,
+}
+
+/// Shard 0's view of the group, and its duties.
+pub struct Membership<'m> {
+    group: Group,
+    group_number: u16,
+    region: &'m Region,
+    shared: &'m Shared,
+    notifier: Notifier,
+    counters: Counters<'m>,
+    shards: u8,
+    me: MemberId,
+    started: Time,
+    settle: Duration,
+    ready: bool,
+    dead: Vec<(MemberId, u64)>,
+    leaving_since: Option<Time>,
+    goodbyes_said: u8,
+    goodbye_at: Time,
+    published: View,
+}
+
+impl<'m> Membership<'m> {
+    /// A member that knows nobody yet.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        group: Group,
+        group_number: u16,
+        region: &'m Region,
+        shared: &'m Shared,
+        notifier: Notifier,
+        counters: Counters<'m>,
+        settle: Duration,
+        now: Time,
+    ) -> Membership<'m> {
+        let me = group.view().me;
+        Membership {
+            published: View::new(me),
+            group,
+            group_number,
+            region,
+            shared,
+            notifier,
+            counters,
+            shards: region.header().sizes.shards,
+            me,
+            started: now,
+            settle,
+            ready: false,
+            dead: Vec::with_capacity(MEMBERS_MAX),
+            leaving_since: None,
+            goodbyes_said: 0,
+            goodbye_at: Time(0),
+        }
+    }
+
+    /// A heartbeat arrived.
+    pub fn handle_heartbeat(&mut self, now: Time, source: IpAddr, bytes: &[u8]) {
+        use crate::ccp::bytes::Reader;
+        use crate::ccp::header::Header;
+        use crate::ccp::heartbeat::Heartbeat;
+        let mut r = Reader::new(bytes);
+        let heartbeat = Header::decode(&mut r, self.group_number)
+            .and_then(|header| Heartbeat::decode(&header, &mut r, bytes.len()));
+        match heartbeat {
+            Err(reject) => self.counters.count(reject.counter()),
+            Ok(heartbeat) => {
+                let accepted = self.group.handle_heartbeat(now, source, &heartbeat);
+                let counter = if accepted { Counter::HeartbeatsReceived } else { Counter::DuplicateMember };
+                self.counters.count(counter);
+            }
+        }
+    }
+
+    /// Members said goodbye, as bits.
+    pub fn handle_goodbyes(&mut self, now: Time, members: u64) {
+        for member in (1..=MEMBERS_MAX as MemberId).filter(|m| members >> m & 1 == 1) {
+            self.group.handle_goodbye(now, member);
+        }
+    }
+
+    /// Finds the dead, publishes the view, tells what happened.
+    pub fn tick(&mut self, now: Time) {
+        self.group.tick(now);
+        self.publish();
+        while let Some(event) = self.group.poll_event() {
+            match event {
+                Event::MemberUp(member) => self.notifier.tell("member-up", member),
+                Event::MemberReady(member) => self.notifier.tell("member-ready", member),
+                Event::MemberLeft(member) => self.notifier.tell("member-left", member),
+                Event::MemberDead(member) => {
+                    self.counters.count(Counter::MembersDied);
+                    log::warn!("member {member} is dead");
+                    self.dead.push((member, self.region.group().version()));
+                }
+                Event::Duplicate { member, address } if member == self.me => log::error!(
+                    "another host, {address}, also is member {member} of this group: give one of them another --member"
+                ),
+                Event::Duplicate { member, address } => {
+                    log::error!(
+                        "two hosts are member {member}: {address} is ignored as long as the first is heard"
+                    );
+                }
+            }
+        }
+        self.tell_dead();
+        self.become_ready(now);
+    }
+
+    /// Puts what changed into the group table, from which every shard reads.
+    fn publish(&mut self) {
+        let view = self.group.view();
+        if view.version == self.published.version {
+            return;
+        }
+        for (id, member) in view.others() {
+            if *member != self.published.members[id as usize] {
+                self.region.group().write(id, member);
+            }
+        }
+        self.published.clone_from(view);
+    }
+
+    /// A death is told once every shard has taken over what it has to.
+    fn tell_dead(&mut self) {
+        let group = self.region.group();
+        let settled = (0..self.shards).map(|s| group.shard(s).settled_version()).min().unwrap_or(0);
+        self.dead.retain(|(member, version)| {
+            let done = settled >= *version;
+            if done {
+                self.notifier.tell("member-dead", *member);
+            }
+            !done
+        });
+    }
+
+    fn become_ready(&mut self, now: Time) {
+        let complete = self.shared.complete.load(Ordering::Relaxed) == self.shards;
+        if !self.ready && complete && now.since(self.started) >= self.settle && self.leaving_since.is_none() {
+            self.ready = true;
+            self.notifier.tell("self-ready", self.me);
+        }
+    }
+
+    fn tables(&self) -> Tables {
+        let sizes = &self.region.header().sizes;
+        let room = (0..self.shards)
+            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::SlotsFree))
+            .sum();
+        Tables {
+            capacity: sizes.memory.capacity as u64 * sizes.shards as u64,
+            room,
+            ready: self.ready,
+            leaving: self.leaving_since.is_some(),
+        }
+    }
+
+    /// Sends the heartbeat if it is due.
+    pub fn send_heartbeat(&mut self, now: Time, replica: &mut Replica<'_>, port: &mut Port<'_>) {
+        let tables = self.tables();
+        let Some((heartbeat, shown)) = self.group.poll_heartbeat(now, &tables) else { return };
+        let mut bytes = [0; DATAGRAM_MAX];
+        let mut w = Writer::new(&mut bytes);
+        heartbeat.encode(self.group_number, &shown, &mut w);
+        let len = w.len();
+        for target in 0..port.heartbeat_targets() {
+            let Some((offset, token)) = replica.control_datagram(&bytes[..len]) else { break };
+            if port.send(Target::Heartbeat(target), offset, len as u32, token.0).is_err() {
+                replica.landed(token, true);
+            }
+        }
+        self.counters.count(Counter::HeartbeatsSent);
+    }
+
+    /// The way out: others move their copies away, then goodbye. Returns whether it was said often enough.
+    pub fn leave(&mut self, now: Time, say_goodbye: &mut dyn FnMut()) -> bool {
+        let since = match self.leaving_since {
+            Some(since) => since,
+            None => {
+                self.leaving_since = Some(now);
+                if std::mem::take(&mut self.ready) {
+                    self.notifier.tell("self-not-ready", self.me);
+                }
+                now
+            }
+        };
+        let copies: u64 = (0..self.shards)
+            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::ConnectionsBackup))
+            .sum();
+        let alone = self.group.view().others().all(|(_, m)| !m.status.is_alive());
+        let elsewhere = self.group.view().others().any(|(_, m)| m.status == Status::Ready);
+        let drained = copies == 0 || alone || !elsewhere;
+        if !drained && now.since(since) < LEAVE_LIMIT {
+            return false;
+        }
+        if self.goodbyes_said < GOODBYES && self.goodbye_at.reached(now) {
+            self.goodbyes_said += 1;
+            self.goodbye_at = now.after(GOODBYE_PAUSE);
+            say_goodbye();
+        }
+        self.goodbyes_said == GOODBYES && self.goodbye_at.reached(now)
+    }
+
+    /// When to be called next.
+    pub fn poll_at(&self) -> Time {
+        match self.leaving_since {
+            Some(_) => self.group.poll_at().min(self.goodbye_at.max(Time(1))),
+            None => self.group.poll_at(),
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! What a shard holds of the network: one ring, its sockets, and verbs for the loop.
+//!
+//! A pass calls `reap` (completions become events and received trains), `receive` (trains
+//! become datagrams), `send` as often as it likes, and `submit` or `wait`. Receive operations
+//! and watches are armed there and only there: what a completion ended is noted, and
+//! no error or full queue in between can make a socket silent for good.
+
+#![allow(unsafe_code)]
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use slab::Slab;
+
+use super::error::NetError;
+use super::interface::Interface;
+use super::segmentation::{Broken, Train, receive_header};
+use super::senders::{HEARTBEATS_RESERVED, NotSent, SENDS_MAX, SendMode, Senders, Sending, Target};
+use super::sockets;
+use crate::limits::PEERS_MAX;
+use crate::ring::{Completion, Features, Full, Operation, Ring};
+use crate::time::Time;
+
+/// Descriptors that can be watched at once.
+const WATCHES_MAX: usize = 64;
+/// Failed sends that can wait for `reap`.
+const FAILED_MAX: usize = 4 * (PEERS_MAX + 1);
+
+/// How a shard uses the network.
+#[derive(Clone, Debug)]
+pub struct PortConfig<'m> {
+    /// The sync address of this member.
+    pub local: IpAddr,
+    /// This shard.
+    pub shard: u8,
+    /// The group's UDP port, 8116 by default.
+    pub udp_port: u16,
+    /// The multicast group and the interface it lives on. Shard 0 joins and sends.
+    pub multicast: Option<(IpAddr, String)>,
+    /// Further heartbeat targets, where there is no multicast. Shard 0 sends.
+    pub heartbeat_peers: Vec<IpAddr>,
+    /// The send arena, on tmpfs, hugetlbfs or anonymous memory. Its pages get locked.
+    pub arena: &'m [AtomicU64],
+    /// How bytes leave it.
+    pub send: SendMode,
+    /// What to use of the kernel.
+    pub features: Features,
+    /// Receive buffers of 64 KB each, rounded up to a power of two; 32 is a good number.
+    pub receive_buffers: usize,
+}
+
+/// What `reap` reports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// A send is over, and its bytes may be written over.
+    Sent {
+        /// What the caller called it.
+        token: u64,
+        /// Bytes sent, or a negative errno.
+        result: i32,
+    },
+    /// A watched descriptor became readable. Watch it again to hear of it again.
+    Ready {
+        /// What the caller called it.
+        key: u64,
+    },
+    /// The futex was woken or its word is not as expected.
+    Woken,
+}
+
+/// What a port has seen, since it was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PortCounts {
+    /// Trains received: completions with datagrams in them.
+    pub trains: u64,
+    /// Buffers dropped because a datagram in them was cut.
+    pub truncated: u64,
+    /// Buffers dropped because they made no sense.
+    pub senseless: u64,
+    /// Times that all receive buffers were in use at once.
+    pub no_buffer: u64,
+    /// Receive operations that ended with any other error.
+    pub receive_errors: u64,
+}
+
+/// What an operation in flight is for.
+enum InFlight {
+    Receive(usize),
+    Send(Sending),
+    Watch(u64),
+    Futex,
+}
+
+struct Receiver {
+    fd: OwnedFd,
+    armed: bool,
+}
+
+/// One shard's network. Stays on the thread that made it.
+pub struct Port<'m> {
+    // Dropped first: it cancels what is in flight, while all that this names still exists.
+    ring: Ring,
+    senders: Senders<'m>,
+    receivers: Vec<Receiver>,
+    /// Boxed: the kernel reads it whenever a receive is armed.
+    header: Box<libc::msghdr>,
+    operations: Slab<InFlight>,
+    arrived: VecDeque<Train>,
+    failed: VecDeque<(u64, i32)>,
+    watches: VecDeque<(RawFd, u64)>,
+    futex_armed: bool,
+    counts: PortCounts,
+}
+
+impl<'m> Port<'m> {
+    /// The port of a shard, with its member of the group that [`super::bind_group`] made. Call it on
+    /// the shard's own thread.
+    pub fn new(config: &PortConfig<'m>, receiver: OwnedFd) -> Result<Port<'m>, NetError> {
+        let mut ring = Ring::new(config.features, config.receive_buffers)?;
+        ring.register_arena(config.arena)?;
+        let mut senders = Senders::new(config.local, config.udp_port, config.arena, config.send, &ring);
+        let mut receivers = vec![Receiver { fd: receiver, armed: false }];
+        if config.shard == 0 {
+            if let Some((group, interface)) = &config.multicast {
+                same_family(config.local, *group)?;
+                let group = sockets::Group { address: *group, interface: Interface::named(interface)?.index };
+                let fd = sockets::group_receiver(group, config.udp_port)?;
+                receivers.push(Receiver { fd, armed: false });
+                senders.add_heartbeat(group.address, Some(group.interface));
+            }
+            for peer in &config.heartbeat_peers {
+                same_family(config.local, *peer)?;
+                senders.add_heartbeat(*peer, None);
+            }
+        }
+        if ring.features().gro {
+            receivers.iter().for_each(|receiver| sockets::enable_gro(&receiver.fd));
+        }
+        let mut port = Port {
+            ring,
+            senders,
+            receivers,
+            header: Box::new(receive_header()),
+            operations: Slab::with_capacity(SENDS_MAX + HEARTBEATS_RESERVED + WATCHES_MAX + 4),
+            arrived: VecDeque::with_capacity(config.receive_buffers.next_power_of_two()),
+            failed: VecDeque::with_capacity(FAILED_MAX),
+            watches: VecDeque::with_capacity(WATCHES_MAX),
+            futex_armed: false,
+            counts: PortCounts::default(),
+        };
+        port.submit()?;
+        Ok(port)
+    }
+
+    /// What is in use of what the kernel has.
+    pub fn features(&self) -> Features {
+        self.ring.features()
+    }
+
+    /// How sends leave now; `Auto` while that is being found out.
+    pub fn mode(&self) -> SendMode {
+        self.senders.mode()
+    }
+
+    /// Targets for `Target::Heartbeat`, from 0: the multicast group if there is one, then the peers.
+    /// None on shards other than 0.
+    pub fn heartbeat_targets(&self) -> usize {
+        self.senders.heartbeat_targets()
+    }
+
+    /// What this port has seen so far.
+    pub fn counts(&self) -> PortCounts {
+        self.counts
+    }
+
+    /// Datagrams that the kernel dropped because a receive socket was full. One system call a socket.
+    pub fn receive_drops(&self) -> u64 {
+        self.receivers.iter().map(|receiver| u64::from(sockets::drops(&receiver.fd))).sum()
+    }
+
+    /// Operations in the kernel, receive operations and watches included.
+    pub fn in_flight(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// Gives a stream its socket to `peer`, in place of the one it may have had.
+    pub fn open(&mut self, stream: usize, peer: IpAddr) -> Result<(), NetError> {
+        self.close(stream);
+        self.senders.open(stream, peer)
+    }
+
+    /// Takes a stream's socket away. Sends on their way are still reported.
+    pub fn close(&mut self, stream: usize) {
+        if self.senders.should_release() {
+            // An error here will come again from the next wait, which reports it.
+            let _ = self.submit();
+        }
+        self.senders.close(stream);
+    }
+
+    /// Sends `len` bytes at `offset` of the arena, as a train of full datagrams of which the last may
+    /// be short. The bytes must stay as they are until `Event::Sent` with this token, which comes
+    /// exactly once. A stream that is not open is reported that way too (ENOTCONN).
+    pub fn send(&mut self, to: Target, offset: u32, len: u32, token: u64) -> Result<(), Full> {
+        let entry = self.operations.vacant_entry();
+        match self.senders.send(&mut self.ring, entry.key() as u64, to, (offset, len), token) {
+            Ok(sending) => {
+                entry.insert(InFlight::Send(sending));
+                Ok(())
+            }
+            Err(NotSent::Failed(result)) if self.failed.len() < FAILED_MAX => {
+                self.failed.push_back((token, result));
+                Ok(())
+            }
+            Err(NotSent::Failed(_) | NotSent::Full) => Err(Full),
+        }
+    }
+
+    /// Reports once, as `Event::Ready`, when `fd` is readable. The descriptor stays open until then.
+    pub fn watch(&mut self, fd: RawFd, key: u64) {
+        assert!(self.watches.len() < WATCHES_MAX, "a watch is asked for again only after it was reported");
+        self.watches.push_back((fd, key));
+    }
+
+    /// Reports once, as `Event::Woken`, when somebody wakes the futex `word` (in memory that
+    /// processes share), at once if it is not `expected`. False if the kernel cannot: look at
+    /// the word at short intervals instead. Does nothing if one is under way already.
+    pub fn futex_wait(&mut self, word: *const u32, expected: u32) -> bool {
+        if self.futex_armed {
+            return true;
+        }
+        if !self.ring.features().futex_wait {
+            return false;
+        }
+        let key = self.operations.insert(InFlight::Futex);
+        // SAFETY: the kernel checks the address itself, each time: a word that goes away while
+        // waited for is answered with EFAULT.
+        self.futex_armed =
+            unsafe { self.ring.push(Operation::FutexWait { word, expected }, key as u64) }.is_ok();
+        if !self.futex_armed {
+            self.operations.remove(key);
+        }
+        self.futex_armed
+    }
+
+    /// Hands what was queued to the kernel. Never waits.
+    pub fn submit(&mut self) -> Result<(), NetError> {
+        self.arm();
+        self.ring.submit()?;
+        self.release_closed();
+        Ok(())
+    }
+
+    /// Submits, then waits until something completes or `deadline` has come. Returns at once
+    /// if trains or failures wait already.
+    pub fn wait(&mut self, deadline: Time) -> Result<(), NetError> {
+        self.wait_gather(deadline, Duration::ZERO)
+    }
+
+    /// Like `wait`, but a lone completion waits up to `gather` for company, if the kernel can
+    /// do that: fewer, fuller passes under load.
+    pub fn wait_gather(&mut self, deadline: Time, gather: Duration) -> Result<(), NetError> {
+        if !self.arrived.is_empty() || !self.failed.is_empty() {
+            return self.submit();
+        }
+        self.arm();
+        self.ring.wait(deadline, gather)?;
+        self.release_closed();
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn refuse_segmentation(&mut self, stream: usize) {
+        self.senders.refuse_segmentation(stream);
+    }
+
+    fn release_closed(&mut self) {
+        if self.ring.unsubmitted() == 0 {
+            self.senders.release_closed();
+        }
+    }
+
+    /// Arms what waits to be armed. What finds no room stays noted for the next time.
+    fn arm(&mut self) {
+        for (index, receiver) in self.receivers.iter_mut().enumerate() {
+            // Without a free buffer the operation would end at once, again and again.
+            if receiver.armed || !self.ring.has_free_buffer() {
+                continue;
+            }
+            let key = self.operations.insert(InFlight::Receive(index));
+            let operation =
+                Operation::Receive { fd: receiver.fd.as_raw_fd(), header: &raw const *self.header };
+            // SAFETY: header and socket live as long as the port, whose ring is dropped first.
+            receiver.armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
+            if !receiver.armed {
+                self.operations.remove(key);
+            }
+        }
+        while let Some((fd, watched)) = self.watches.pop_front() {
+            let key = self.operations.insert(InFlight::Watch(watched));
+            // SAFETY: no pointers; the caller of `watch` keeps the descriptor open.
+            if unsafe { self.ring.push(Operation::Readable { fd }, key as u64) }.is_err() {
+                self.operations.remove(key);
+                self.watches.push_front((fd, watched));
+                break;
+            }
+        }
+    }
+
+    /// Works through what the kernel has completed: reports events, and keeps trains for `receive`.
+    pub fn reap(&mut self, report: &mut dyn FnMut(Event)) {
+        while let Some((token, result)) = self.failed.pop_front() {
+            report(Event::Sent { token, result });
+        }
+        self.ring.collect();
+        while let Some(completion) = self.ring.take() {
+            self.act(completion, report);
+        }
+    }
+
+    fn act(&mut self, completion: Completion, report: &mut dyn FnMut(Event)) {
+        let key = completion.token as usize;
+        let over = !completion.more;
+        match &mut self.operations[key] {
+            InFlight::Receive(index) => {
+                let index = *index;
+                if over {
+                    self.operations.remove(key);
+                    self.receivers[index].armed = false;
+                }
+                self.received(completion);
+            }
+            InFlight::Send(sending) => {
+                let result = self.senders.complete(&mut self.ring, key as u64, sending, &completion);
+                if let Some(result) = result {
+                    let token = sending.token;
+                    self.operations.remove(key);
+                    report(Event::Sent { token, result });
+                }
+            }
+            InFlight::Watch(watched) => {
+                let watched = *watched;
+                self.operations.remove(key);
+                report(Event::Ready { key: watched });
+            }
+            InFlight::Futex => {
+                self.operations.remove(key);
+                self.futex_armed = false;
+                report(Event::Woken);
+            }
+        }
+    }
+
+    fn received(&mut self, completion: Completion) {
+        match completion.buffer {
+            Some(buffer) if completion.result > 0 => match Train::new(buffer, &self.header) {
+                Ok(train) => {
+                    self.counts.trains += 1;
+                    self.arrived.push_back(train);
+                }
+                Err(Broken::Truncated) => self.counts.truncated += 1,
+                Err(Broken::Senseless) => self.counts.senseless += 1,
+            },
+            _ if completion.result == -libc::ENOBUFS => self.counts.no_buffer += 1,
+            _ if completion.result < 0 => self.counts.receive_errors += 1,
+            _ => {}
+        }
+    }
+
+    /// Hands out up to `cap` received datagrams with their source, in the order in which they came.
+    /// Returns how many. What is left comes first the next time.
+    pub fn receive(&mut self, cap: usize, handle: &mut dyn FnMut(IpAddr, &[u8])) -> usize {
+        let mut count = 0;
+        while count < cap {
+            let Some(train) = self.arrived.front_mut() else { break };
+            let source = train.source();
+            if let Some(datagram) = train.next() {
+                handle(source, datagram);
+                count += 1;
+            }
+            if train.is_done() {
+                self.arrived.pop_front();
+            }
+        }
+        count
+    }
+}
+
+fn same_family(local: IpAddr, other: IpAddr) -> Result<(), NetError> {
+    if local.is_ipv4() == other.is_ipv4() {
+        return Ok(());
+    }
+    Err(sockets::error("send heartbeats from the sync address", other, libc::EAFNOSUPPORT))
+}

@@ -1,0 +1,116 @@
+//! The notify command: run away from the shards' threads, in order, one at a time, with a limit.
+//!
+//! It runs as `COMMAND EVENT MEMBER`. EVENT is one of member-up, member-ready, member-left,
+//! member-dead, self-ready, self-not-ready.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+use crate::conn::MemberId;
+use crate::limits::NOTIFY_QUEUE;
+
+/// Something that the command is told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Notice {
+    /// What happened, as the command reads it.
+    pub event: &'static str,
+    /// Whom it concerns.
+    pub member: MemberId,
+}
+
+/// The shard's end: never blocks.
+#[derive(Clone)]
+pub struct Notifier(SyncSender<Notice>);
+
+impl Notifier {
+    /// Starts the thread that logs every notice and runs the command, if there is one.
+    pub fn start(
+        command: Option<PathBuf>,
+        limit: Duration,
+    ) -> io::Result<(Notifier, std::thread::JoinHandle<()>)> {
+        let (sender, receiver) = sync_channel(NOTIFY_QUEUE);
+        let thread = std::thread::Builder::new()
+            .name("notify".into())
+            .spawn(move || work(&receiver, command.as_ref(), limit))?;
+        Ok((Notifier(sender), thread))
+    }
+
+    /// Queues a notice. If the command is so far behind that the queue is full, it is lost, and the
+    /// log says so.
+    pub fn tell(&self, event: &'static str, member: MemberId) {
+        match self.0.try_send(Notice { event, member }) {
+            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
+            Err(TrySendError::Full(notice)) => {
+                log::error!("the notify command is too slow: {notice:?} is lost")
+            }
+        }
+    }
+}
+
+fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration) {
+    for Notice { event, member } in notices {
+        log::info!("{event} {member}");
+        let Some(command) = command else { continue };
+        let child = Command::new(command).arg(event).arg(member.to_string()).stdin(Stdio::null()).spawn();
+        let outcome = child.and_then(|child| wait(child, limit));
+        match outcome {
+            Ok(Some(status)) if status.success() => {}
+            Ok(Some(status)) => log::warn!("{} {event} {member}: {status}", command.display()),
+            Ok(None) => log::warn!("{} {event} {member}: killed after {limit:?}", command.display()),
+            Err(e) => log::error!("{} {event} {member}: {e}", command.display()),
+        }
+    }
+}
+
+/// Waits for a child, at most `limit`; then it is killed, and there is no status.
+fn wait(mut child: Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
+    let end = Instant::now() + limit;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= end {
+            child.kill()?;
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn notices_run_in_order_one_at_a_time_and_a_hanging_one_is_killed() {
+        let dir = std::env::temp_dir().join(format!("hypersync-notify-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (script, out) = (dir.join("notify"), dir.join("out"));
+        let text = format!(
+            "#!/bin/sh\necho \"$1 $2\" >> {}\n[ $1 = member-up ] && exec sleep 60\nexit 0\n",
+            out.display()
+        );
+        std::fs::write(&script, text).unwrap();
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (notifier, thread) = Notifier::start(Some(script), Duration::from_millis(300)).unwrap();
+        let started = Instant::now();
+        notifier.tell("member-up", 2);
+        notifier.tell("member-ready", 2);
+        notifier.tell("member-dead", 3);
+        drop(notifier);
+        thread.join().unwrap();
+        let said = std::fs::read_to_string(&out).unwrap();
+        assert_eq!(said, "member-up 2\nmember-ready 2\nmember-dead 3\n");
+        assert!(
+            started.elapsed() >= Duration::from_millis(300) && started.elapsed() < Duration::from_secs(30)
+        );
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,270 @@
+//! The loop of one shard: a thread, its ring, its slice of the table.
+//!
+//! One pass is the data flow, and reads like it: reap, ingest, receive, tick, commit, transmit,
+//! publish. Every stage has a cap, so heartbeats are never late because another stage was busy.
+//! Nothing in a pass waits but the one wait at its end.
+
+use std::net::IpAddr;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::time::Duration;
+
+use crate::ccp::Reject;
+use crate::ccp::header::{OPCODE_HEARTBEAT, SHARD_OFFSET};
+use crate::clock;
+use crate::conn::MemberId;
+use crate::counters::{Counter, Counters};
+use crate::feed::{EVENTS_KEY, Feed};
+use crate::group::view::View;
+use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STREAMS_MAX};
+use crate::membership::{Membership, Shared};
+use crate::net::{Event, NetError, Port, Target};
+use crate::shm::Region;
+use crate::sync::stream::stream_member;
+use crate::sync::{Replica, Token};
+use crate::time::Time;
+
+/// A pass that takes longer makes heartbeats late.
+const LATE: Duration = Duration::from_millis(10);
+/// The longest wait: the words that ask the process to end are looked at this often.
+const WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// A datagram that arrived at the wrong shard.
+pub struct Stray {
+    source: IpAddr,
+    len: usize,
+    bytes: [u8; DATAGRAM_MAX],
+}
+
+/// Strays that can wait for a shard.
+pub const STRAYS: usize = 64;
+
+/// Everything that a shard works with.
+pub struct Shard<'m> {
+    /// This shard.
+    pub shard: u8,
+    /// The protocol.
+    pub replica: Replica<'m>,
+    /// The network.
+    pub port: Port<'m>,
+    /// The source.
+    pub feed: Feed<'m>,
+    /// The duties of shard 0.
+    pub membership: Option<Membership<'m>>,
+    /// The shared memory.
+    pub region: &'m Region,
+    /// The words that all threads share.
+    pub shared: &'m Shared,
+    /// Strays for this shard.
+    pub strays: Receiver<Box<Stray>>,
+    /// Where strays of other shards go.
+    pub handover: Vec<SyncSender<Box<Stray>>>,
+    /// The streams' sockets, by stream.
+    pub open: Vec<Option<IpAddr>>,
+    /// This shard's counters.
+    pub counters: Counters<'m>,
+    view: View,
+    view_version: u64,
+    complete: bool,
+    longest: Duration,
+    watching: bool,
+}
+
+impl<'m> Shard<'m> {
+    /// Puts a shard together.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        shard: u8,
+        member: MemberId,
+        replica: Replica<'m>,
+        port: Port<'m>,
+        feed: Feed<'m>,
+        membership: Option<Membership<'m>>,
+        region: &'m Region,
+        shared: &'m Shared,
+        strays: Receiver<Box<Stray>>,
+        handover: Vec<SyncSender<Box<Stray>>>,
+    ) -> Shard<'m> {
+        Shard {
+            shard,
+            replica,
+            port,
+            feed,
+            membership,
+            region,
+            shared,
+            strays,
+            handover,
+            open: vec![None; STREAMS_MAX],
+            counters: Counters::new(region.shard(shard).counters),
+            view: View::new(member),
+            view_version: 0,
+            complete: false,
+            longest: Duration::ZERO,
+            watching: false,
+        }
+    }
+
+    /// Runs until the process ends. An error is one line.
+    pub fn run(&mut self) -> Result<(), String> {
+        while !self.shared.finished.load(Ordering::Relaxed) && !self.shared.failed.load(Ordering::Relaxed) {
+            let now = clock::now();
+            self.reap(now);
+            self.feed.ingest(now, &mut self.replica, &self.counters).map_err(|e| e.to_string())?;
+            self.receive(now);
+            self.tick(now);
+            self.feed.commit(&mut self.replica, &self.counters);
+            self.transmit(now);
+            self.publish(now);
+            self.wait(now).map_err(|e| e.to_string())?;
+        }
+        self.port.submit().map_err(|e| e.to_string())
+    }
+
+    /// Completions: buffers come back, sources wake.
+    fn reap(&mut self, now: Time) {
+        let Shard { port, replica, feed, watching, .. } = self;
+        port.reap(&mut |event| match event {
+            Event::Sent { token, result } => replica.landed(Token(token), result < 0),
+            Event::Ready { key } => {
+                assert_eq!(key, EVENTS_KEY, "only the source's events are watched");
+                *watching = false;
+                feed.ready(now);
+            }
+            Event::Woken => {}
+        });
+    }
+
+    /// Datagrams: heartbeats to the group, synchronization to the protocol.
+    fn receive(&mut self, now: Time) {
+        let Shard { port, replica, membership, counters, handover, shard, .. } = self;
+        let cap = RECEIVE_PER_PASS.min(replica.receive_room());
+        port.receive(cap, &mut |source, bytes| {
+            let is_heartbeat = bytes.get(6..8) == Some(&OPCODE_HEARTBEAT.to_be_bytes());
+            match (membership.as_mut(), bytes.get(SHARD_OFFSET)) {
+                (Some(membership), _) if is_heartbeat => membership.handle_heartbeat(now, source, bytes),
+                (None, _) if is_heartbeat => counters.count(Reject::Shard.counter()),
+                (_, Some(to))
+                    if to != shard && (*to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
+                {
+                    counters.count(Counter::Strays);
+                    let mut stray = Box::new(Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] });
+                    stray.bytes[..bytes.len()].copy_from_slice(bytes);
+                    // A full queue loses it: it is repeated like any other that was lost.
+                    let _ = handover[*to as usize].try_send(stray);
+                }
+                _ => replica.handle_datagram(now, Some(source), bytes),
+            }
+        });
+        while self.replica.receive_room() > 0
+            && let Ok(stray) = self.strays.try_recv()
+        {
+            self.replica.handle_datagram(now, Some(stray.source), &stray.bytes[..stray.len]);
+        }
+    }
+
+    /// Timers: of the group, then of this shard.
+    fn tick(&mut self, now: Time) {
+        if let Some(membership) = &mut self.membership {
+            membership.handle_goodbyes(now, self.replica.take_goodbyes());
+            membership.tick(now);
+        }
+        self.follow_view(now);
+        self.replica.tick(now);
+        if !self.complete && self.feed.is_complete() {
+            self.complete = true;
+            self.shared.complete.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Acts on the view that shard 0 published, if it changed.
+    fn follow_view(&mut self, now: Time) {
+        let version = self.region.group().version();
+        if version == self.view_version {
+            return;
+        }
+        for member in 1..=MEMBERS_MAX as MemberId {
+            // A record that is being written is read at the next pass: the version moves on then.
+            let Some(seen) = self.region.group().read(member) else { return };
+            self.view.set(member, seen);
+        }
+        self.view_version = version;
+        self.replica.handle_view(now, &self.view);
+        for stream in 0..STREAMS_MAX {
+            let member = &self.view.members[stream_member(stream) as usize];
+            if self.open[stream].is_some()
+                && (!member.status.is_alive() || self.open[stream] != member.address)
+            {
+                self.port.close(stream);
+                self.open[stream] = None;
+            }
+        }
+    }
+
+    /// Heartbeats first, then everything that the protocol has to send.
+    fn transmit(&mut self, now: Time) {
+        if let Some(membership) = &mut self.membership {
+            membership.send_heartbeat(now, &mut self.replica, &mut self.port);
+        }
+        let Shard { port, replica, open, view, counters, membership, shared, .. } = self;
+        let mut send = |transmit: crate::sync::Transmit| {
+            let stream = transmit.stream;
+            let address = view.members[stream_member(stream) as usize].address;
+            if open[stream].is_none() {
+                let Some(peer) = address else { return false };
+                if let Err(e) = port.open(stream, peer) {
+                    log::error!("{e}");
+                    return false;
+                }
+                open[stream] = Some(peer);
+            }
+            counters.count(Counter::SendsQueued);
+            port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0).is_ok()
+        };
+        replica.transmit(now, &mut send);
+        if let Some(membership) = membership
+            && shared.stop.load(Ordering::Relaxed)
+            && membership.leave(now, &mut || replica.send_goodbyes(&mut send))
+        {
+            shared.finished.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Words for the other shards and for inspectors.
+    fn publish(&mut self, now: Time) {
+        self.counters.count(Counter::Passes);
+        let status = self.region.group().shard(self.shard);
+        status.set_last_pass(now);
+        status.set_view_version(self.view_version);
+        if self.replica.is_settled() {
+            status.set_settled_version(self.view_version);
+        }
+        let took = clock::now().since(now);
+        if took > LATE {
+            self.counters.count(Counter::PassesLate);
+        }
+        if took > self.longest {
+            self.longest = took;
+            self.counters.set(Counter::PassLongestUs, took.as_micros() as u64);
+        }
+    }
+
+    /// The only wait: until something completes, or the nearest deadline.
+    fn wait(&mut self, now: Time) -> Result<(), NetError> {
+        if let Feed::Kernel(kernel) = &self.feed
+            && !self.watching
+        {
+            self.watching = kernel.watch(&mut self.port);
+        }
+        let source = self.feed.arm(now, &mut self.port);
+        let mut at = now.after(WAIT_MAX).min(source).min(self.replica.poll_at());
+        if let Some(membership) = &self.membership {
+            at = at.min(membership.poll_at());
+        }
+        if self.replica.receive_room() == 0 || self.replica.commits_waiting() > 0 || at.reached(now) {
+            self.port.submit()
+        } else {
+            self.port.wait(at)
+        }
+    }
+}
