@@ -155,7 +155,7 @@ pub fn check(victim: &TableCopy, survivors: [&TableCopy; 2], open: &[Open<'_>]) 
         } else {
             verdict.own += 1;
             let newest = |found: &Found| compare(found, &open.flow.connection(), open.flow);
-            require_pair(&mut verdict, open.flow, at, Some(open.member), &newest);
+            require_pair(&mut verdict, open.flow, at, Some(open.member), "as last told", &newest);
         }
     }
     // What is left in the victim's memory was closed by the load, whether the victim knew or not.
@@ -215,12 +215,14 @@ fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, a
                     std::cmp::Ordering::Equal => compare(found, &state, flow),
                     std::cmp::Ordering::Greater => compare_any(found, flow),
                 };
-                require_pair(verdict, flow, at, None, &acknowledged);
+                let (epoch, version) = (left.stamp.epoch, left.stamp.version);
+                let wanted = format!("acknowledged was {epoch}.{version} {:?}", left.connection.state);
+                require_pair(verdict, flow, at, None, &wanted, &acknowledged);
             }
             Acknowledged::Earlier => {
                 verdict.exposed_state += 1;
                 verdict.exposed_alive += at.both().is_some() as u64;
-                require_pair(verdict, flow, at, None, &some_state);
+                require_pair(verdict, flow, at, None, "any state it had", &some_state);
             }
             Acknowledged::Nothing => {
                 verdict.exposed_whole += 1;
@@ -263,7 +265,7 @@ type Compare<'a> = &'a dyn Fn(&Found) -> Result<(), Wrong>;
 
 fn require_pair_or_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>, compare: Compare<'_>) {
     if at.any().is_some() {
-        require_pair(verdict, flow, at, None, compare);
+        require_pair(verdict, flow, at, None, "any state it had", compare);
     }
 }
 
@@ -273,6 +275,7 @@ fn require_pair(
     flow: &Flow,
     at: &Places<'_>,
     active: Option<MemberId>,
+    wanted: &str,
     compare: Compare<'_>,
 ) {
     if let Some(further) = at.further {
@@ -288,12 +291,17 @@ fn require_pair(
         if let Err(wrong) = compare(found) {
             let known =
                 if flow.had(found.connection.state.mark) { "a mark it had" } else { "no mark it had" };
+            let (a, b) = (pair[0].stamp, pair[1].stamp);
             let found = format!(
-                "{} at {} has {:?} ({known}), told was {:?}",
+                "{} at {} has {:?} ({known}), told was {:?}; {wanted}; stamps {}.{} and {}.{}",
                 found.kind.name(),
                 found.at,
                 found.connection.state,
-                flow.connection().state
+                flow.connection().state,
+                a.epoch,
+                a.version,
+                b.epoch,
+                b.version
             );
             return verdict.blame(&flow.original, wrong, found);
         }
