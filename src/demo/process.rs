@@ -136,6 +136,13 @@ impl Appliance {
         Some(format!("member {} ended with {status}: {words}", self.member))
     }
 
+    /// What it warned of, for finding out why something does not hold.
+    pub fn warnings(&self) -> Vec<String> {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR"));
+        lines.map(|line| format!("member {}: {line}", self.member)).collect()
+    }
+
     /// Kills it with SIGKILL. It is gone afterwards, but for what [`reap`](Appliance::reap) does.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Duration;
 
 use super::check::{Open, Verdict, check};
-use super::figures::{Figures, commas, span};
+use super::figures::{Figures, commas, span, sum};
 use super::group::Group;
 use super::table::copy;
 use super::{DemoOptions, HOLD, MEMBERS, SURVIVORS, VICTIM};
@@ -56,7 +56,7 @@ pub fn tell(options: &DemoOptions, out: &mut dyn Write) -> Result<bool, String> 
     let started = clock::now();
     let deadline = started.after(Duration::from_secs(60));
     group.drive(|group, now| group.loads.iter().all(|l| l.flows.is_ramped()) || deadline.reached(now))?;
-    say("opened", format!("{} connections in {}", commas(group.open()), span(started_at(started))));
+    say("opened", format!("{} connections in {}", commas(group.open()), span(clock::now().since(started))));
     let until = clock::now().after(HOLD);
     group.drive(|_, now| until.reached(now))?;
     let before = group.figures();
@@ -90,16 +90,15 @@ pub fn tell(options: &DemoOptions, out: &mut dyn Write) -> Result<bool, String> 
         say("DOES NOT HOLD", format!("{:?}: {}: {}", v.wrong, v.original, v.found));
     }
     let wrong = failures.len() + verdict.violations.len();
+    if wrong > 0 {
+        clues(&group, &mut say);
+    }
     let result = match wrong {
         0 => "everything holds".into(),
         n => format!("{} things do not hold", commas(n as u64)),
     };
     say("result", format!("{result}; {} in all", span(clock::now().since(begun))));
     Ok(wrong == 0)
-}
-
-fn started_at(started: Time) -> Duration {
-    clock::now().since(started)
 }
 
 type Say<'a> = &'a mut dyn FnMut(&str, String);
@@ -202,6 +201,22 @@ fn aftermath(r: &Recovery, v: &Verdict, say: Say<'_>) {
     say("two copies again", format!("after {} (new backups begin 2 s after a death)", after(r.recovered)));
     say("most exposed", format!("{} connections in between", commas(r.most_exposed)));
     say("at rest", format!("after {}", after(r.settled)));
+}
+
+/// What may explain why something does not hold.
+fn clues(group: &Group, say: Say<'_>) {
+    for view in &group.views {
+        use Counter::{
+            Conflicts, DatagramsGivenUp, DatagramsResent, MembersDied, Refused, StreamsLost, TableFull,
+        };
+        let counters =
+            [DatagramsResent, DatagramsGivenUp, StreamsLost, MembersDied, Refused, Conflicts, TableFull];
+        let counted = counters.map(|counter| format!("{counter:?} {}", sum(view, counter)));
+        say("clue", format!("member {}: {}", view.header().member, counted.join(", ")));
+    }
+    for warning in group.appliances.iter().flat_map(|a| a.warnings().into_iter().take(SHOWN)) {
+        say("clue", warning);
+    }
 }
 
 fn conclude(group: &Group, v: &Verdict, say: Say<'_>) {
