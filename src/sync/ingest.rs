@@ -91,28 +91,31 @@ impl Replica<'_> {
                 changed |= groups::STATE;
             }
         }
-        // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
-        if known & groups::TIMEOUT != 0 && seen.state.timeout_s != old.timeout_s {
-            new.timeout_s = seen.state.timeout_s;
-            if changed != 0 || seen.state.timeout_s > old.timeout_s {
-                changed |= groups::TIMEOUT;
-            }
-        }
         if known & groups::MARK != 0 && seen.state.mark != old.mark {
             new.mark = seen.state.mark;
             changed |= groups::MARK;
+        }
+        // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
+        let grew = seen.state.timeout_s > old.timeout_s;
+        if known & groups::TIMEOUT != 0 && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s) {
+            new.timeout_s = seen.state.timeout_s;
+            changed |= groups::TIMEOUT;
         }
         line.set_state(&new);
         match line.kind() {
             Kind::Held => self.table.store(slot, &line),
             Kind::Active => {
-                if changed != 0 {
-                    line.set_stamp(line.stamp().changed());
-                }
-                self.table.store(slot, &line);
+                // First the slot says that its newest state is not acknowledged, then it has one: whoever
+                // reads what a killed process left behind never takes the new state for acknowledged.
                 if changed != 0 {
                     self.send_change(now, slot, changed);
                 }
+                self.table.update(slot, |line| {
+                    line.set_state(&new);
+                    if changed != 0 {
+                        line.set_stamp(line.stamp().changed());
+                    }
+                });
             }
             Kind::Backup => {
                 self.table.store(slot, &line);

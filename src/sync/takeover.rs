@@ -305,9 +305,20 @@ impl Replica<'_> {
                 self.protect(now, slot);
             }
             Kind::Backup => {
-                self.counters.count(Counter::Promotions);
                 let stream = self.stream_of(peer);
                 self.streams[stream].copies -= 1;
+                let original = self.table.tuples(slot).0;
+                if self
+                    .table
+                    .find_original(&original)
+                    .is_some_and(|own| own != slot && self.table.kind(own) != Kind::Backup)
+                {
+                    // The tuple lives on here as another connection: the copy was of one before.
+                    self.table.forget(slot);
+                    self.table.recycle(slot, 1);
+                    return true;
+                }
+                self.counters.count(Counter::Promotions);
                 self.table.update(slot, |line| {
                     line.set_kind(Kind::Active);
                     line.set_peer(Coordinate::NOWHERE);
