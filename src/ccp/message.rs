@@ -546,7 +546,7 @@ mod tests {
                 *b = (rng >> 56) as u8;
             }
             // Types beyond the known ones are refused at once: make known ones likely.
-            buffer[0] = buffer[0] % 48;
+            buffer[0] %= 48;
             let mut r = Reader::new(&buffer[..(rng >> 32) as usize % 200]);
             while let Ok(Some(_)) = Message::decode(&mut r) {}
         }
