@@ -551,8 +551,8 @@ impl Replica<'_> {
                     self.streams[stream].greeted = true;
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
-                Message::Refuse { life: of, seq, target, .. } if of == life => {
-                    self.handle_refusal(now, stream, seq, target);
+                Message::Refuse { life: of, seq, target, reason } if of == life => {
+                    self.handle_refusal(now, stream, seq, target, reason);
                     refused = refused.max(seq);
                 }
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
@@ -671,7 +671,7 @@ impl Replica<'_> {
     }
 
     /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
-    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place) {
+    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place, reason: Reason) {
         let mut next = self.streams[stream].oldest;
         let entry = loop {
             match next {
@@ -686,6 +686,11 @@ impl Replica<'_> {
             let Content::Delta(place) = content else { continue };
             let line = self.table.line(place.slot);
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
+                // Another delta of it may be on its way and find that slot as it should be: whatever it
+                // leaves there must go. (A slot that is not leased any more takes nothing.)
+                if reason != Reason::NotLeased && !self.release(backup, line.life(), line.stamp()) {
+                    continue; // No chore is free: it is refused again.
+                }
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);
                 self.protect(now, place.slot);
