@@ -349,7 +349,10 @@ impl<'b> Message<'b> {
         let low = word & ((1 << 52) - 1);
         let target = Place::from_raw(low);
         let previous = |r: &mut Reader<'b>| match bits & PREVIOUS != 0 {
-            true => r.u64().map(|raw| Some(Coordinate::from_raw(raw))),
+            true => match Coordinate::from_raw(r.u64()?) {
+                previous if previous.is_plausible() => Ok(Some(previous)),
+                _ => Err(Reject::Message),
+            },
             false => Ok(None),
         };
         let message = match word >> 58 {

@@ -4,6 +4,7 @@
 //! short-lived connections are never sent. Any event for a connection that this member holds
 //! as a backup is a claim: its traffic is here now.
 
+use super::chores::Rank;
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -105,14 +106,22 @@ impl Replica<'_> {
         match line.kind() {
             Kind::Held => self.table.store(slot, &line),
             Kind::Active => {
+                let presumed = self.is_presumed(slot);
+                if presumed {
+                    // Traffic: no more a presumption.
+                    self.counters.count(Counter::Claims);
+                }
                 // First the slot says that its newest state is not acknowledged, then it has one: whoever
                 // reads what a killed process left behind never takes the new state for acknowledged.
-                if changed != 0 {
+                if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
                 self.table.update(slot, |line| {
                     line.set_state(&new);
-                    if changed != 0 {
+                    if presumed {
+                        line.set_claimed(true);
+                        line.set_stamp(line.stamp().claimed());
+                    } else if changed != 0 {
                         line.set_stamp(line.stamp().changed());
                     }
                 });
@@ -123,6 +132,13 @@ impl Replica<'_> {
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
+    }
+
+    /// Whether the connection was taken over without any traffic of it seen here since.
+    pub(super) fn is_presumed(&self, slot: u32) -> bool {
+        self.table.former(slot).is_somewhere()
+            && !self.table.is_moving(slot)
+            && !self.table.line(slot).is_claimed()
     }
 
     /// An active connection changed.
@@ -186,6 +202,11 @@ impl Replica<'_> {
                 self.leave_behind(line.peer().member());
                 let stream = self.stream_of(line.peer());
                 self.streams[stream].copies -= 1;
+                let previous = self.table.former(slot);
+                if previous.is_somewhere() && previous.member() != self.config.member {
+                    // Without a free chore it presumes by itself, until its own source sees the end.
+                    let _ = self.release(Rank::Consequence, previous, 0, line.stamp().changed());
+                }
                 self.table.forget(slot);
                 self.table.recycle(slot, 1);
             }

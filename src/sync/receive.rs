@@ -7,6 +7,7 @@
 
 use std::net::IpAddr;
 
+use super::chores::Rank;
 use super::history::Content;
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
@@ -245,13 +246,13 @@ impl Replica<'_> {
                 self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
             }
             Kind::Active if here => {
-                let presumed_from = !line.is_claimed() && self.table.former(slot) == own;
+                let presumed_from = self.is_presumed(slot) && self.table.former(slot) == own;
                 let outranks = stamp > line.stamp()
                     || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
                 if !outranks {
                     return Refused(Reason::Superseded);
                 }
-                if self.chores.room() == 0 {
+                if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(slot, own, stamp);
@@ -281,12 +282,12 @@ impl Replica<'_> {
         if line.kind() == Kind::Backup {
             return Ok(false); // The close of the older one is on its way.
         }
-        let presumed = !line.is_claimed() && !self.table.is_moving(slot) && self.table.former(slot) == own;
+        let presumed = self.is_presumed(slot) && self.table.former(slot) == own;
         if !presumed && (stamp, own.member()) < (line.stamp(), self.config.member) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
-        if self.chores.room() == 0 {
+        if !self.chores.has_room(Rank::Consequence) {
             return Err(Busy);
         }
         self.counters.count(Counter::Conflicts);
@@ -307,7 +308,7 @@ impl Replica<'_> {
         self.unassign(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
         if peer.is_somewhere() && peer != winner {
-            let taken = self.release(peer, line.life(), stamp);
+            let taken = self.release(Rank::Consequence, peer, line.life(), stamp);
             assert!(taken, "the caller made sure of a chore");
         }
     }
@@ -358,12 +359,8 @@ impl Replica<'_> {
     }
 
     /// Whether this active connection was only presumed dead at the sender: no traffic was seen here since.
-    fn is_presumed_from(&self, slot: u32, line: &Line, stream: usize) -> bool {
-        let former = self.table.former(slot);
-        !line.is_claimed()
-            && former.is_somewhere()
-            && self.stream_of(former) == stream
-            && !self.table.is_moving(slot)
+    fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
+        self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
@@ -396,10 +393,10 @@ impl Replica<'_> {
                 self.drop_to_lease(target.slot, stream, None);
             }
             Kind::Active
-                if self.is_presumed_from(target.slot, &line, stream) && stamp.epoch >= line.stamp().epoch =>
+                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
             {
                 // Presumed while the former active lived: closed means closed.
-                if self.chores.room() == 0 {
+                if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
@@ -433,14 +430,18 @@ impl Replica<'_> {
             Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
                 line.set_generation(target.generation.next());
             }),
-            Kind::Backup if line.peer().member() == member && stamp >= line.stamp() => {
+            // From its active, or, if that is gone, from whoever took over.
+            Kind::Backup
+                if (line.peer().member() == member || !self.is_up(line.peer().member()))
+                    && stamp >= line.stamp() =>
+            {
                 self.drop_copy(target.slot, stream, None);
             }
             Kind::Active
-                if self.is_presumed_from(target.slot, &line, stream) && stamp.epoch >= line.stamp().epoch =>
+                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins.
-                if self.chores.room() == 0 {
+                if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
@@ -499,7 +500,7 @@ impl Replica<'_> {
         own: Coordinate,
         claimed: bool,
     ) -> Verdict {
-        if self.chores.room() == 0 {
+        if !self.chores.has_room(Rank::Answer) {
             return Busy;
         }
         let line = self.target(target).filter(|line| line.generation() == target.generation);
@@ -516,12 +517,12 @@ impl Replica<'_> {
             }
             Some(line) if line.kind().is_connection() => {
                 let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(own, life, stamp.max(line.stamp()));
+                let _ = self.release(Rank::Answer, own, life, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
                 let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(own, life, stamp);
+                let _ = self.release(Rank::Answer, own, life, stamp);
             }
         }
         Applied
@@ -688,12 +689,18 @@ impl Replica<'_> {
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it
                 // leaves there must go. (A slot that is not leased any more takes nothing.)
-                if reason != Reason::NotLeased && !self.release(backup, line.life(), line.stamp()) {
+                if reason != Reason::NotLeased
+                    && !self.release(Rank::Consequence, backup, line.life(), line.stamp())
+                {
                     continue; // No chore is free: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);
-                self.protect(now, place.slot);
+                match reason {
+                    // There it is newer: asking again at once would be refused again.
+                    Reason::Superseded | Reason::Clash => self.shelve(now, place.slot),
+                    Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
+                }
             }
         }
     }
