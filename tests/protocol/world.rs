@@ -98,7 +98,11 @@ pub fn size() -> MemorySize {
 }
 
 pub fn memories(n: usize) -> Vec<OwnedMemory> {
-    (0..n).map(|_| OwnedMemory::new(&size())).collect()
+    memories_of(n, size())
+}
+
+pub fn memories_of(n: usize, size: MemorySize) -> Vec<OwnedMemory> {
+    (0..n).map(|_| OwnedMemory::new(&size)).collect()
 }
 
 fn address(member: MemberId) -> IpAddr {
@@ -311,7 +315,7 @@ impl<'m> World<'m> {
             }
         }
         let room = host.shards.iter().map(|s| s.room() as u64).sum();
-        let capacity = (host.shards.len() * size().capacity) as u64;
+        let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
         let tables = Tables { capacity, room, ready: true, leaving: host.leaving };
         if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
             let mut bytes = vec![0; DATAGRAM_MAX];
