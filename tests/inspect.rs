@@ -222,8 +222,11 @@ fn counters_are_summed_where_a_sum_means_something() {
         let counters = Counters::new(a.region.shard(shard).counters);
         counters.add(Counter::DeltasNew, n);
         counters.set(Counter::ExposureOldestUs, n);
+        counters.delay(100, n);
     }
     let all = a.json(&["counters", "--json"]);
+    assert_eq!(all["delay_p50_us"], 112, "the upper edge of its bucket");
+    assert_eq!(all["delay_p999_us"], 112);
     let list = all["counters"].as_array().unwrap();
     assert_eq!(list.len(), COUNTERS.len());
     let of = |name: &str| list.iter().find(|c| c["name"] == name).unwrap();
@@ -231,7 +234,8 @@ fn counters_are_summed_where_a_sum_means_something() {
     assert_eq!(of("deltas_new")["shards"], serde_json::json!([5, 7]));
     assert_eq!(of("exposure_oldest_us")["all"], 7);
     let said = text(&a.run(&["counters"]));
-    assert_eq!(said.lines().count(), 1 + COUNTERS.len());
+    assert_eq!(said.lines().count(), 1 + COUNTERS.len() + 3, "three percentiles behind the counters");
+    assert!(said.lines().any(|l| l.starts_with("delay_p99_us ") && l.contains(" 112 ")), "{said}");
     let wanted =
         |l: &str| l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection");
     assert!(said.lines().any(wanted), "{said}");
