@@ -258,7 +258,7 @@ impl Group {
         // Keep the rhythm, but never catch up with a burst.
         let next = self.next_heartbeat.after(self.me.heartbeat);
         self.next_heartbeat = if next.reached(now) { now.after(self.me.heartbeat) } else { next };
-        let full_size = self.sent % FULL_SIZE_EVERY == 0;
+        let full_size = self.sent.is_multiple_of(FULL_SIZE_EVERY);
         self.sent = self.sent.wrapping_add(1);
         let mut hears = 0;
         let mut shown = Vec::with_capacity(MEMBERS_MAX);
