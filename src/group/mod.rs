@@ -146,6 +146,9 @@ impl Group {
             return false;
         }
         let known = self.view.members[id as usize];
+        if known.status == Status::Left && known.incarnation == heartbeat.incarnation {
+            return true; // Said before its goodbye, or between two of them.
+        }
         if known.status.is_alive() && known.incarnation != heartbeat.incarnation {
             if !self.admit_rival(now, source, heartbeat) {
                 return false;
