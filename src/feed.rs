@@ -22,8 +22,6 @@ use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
 const BATCH_PAUSE: Duration = Duration::from_millis(1);
-/// From this many events in a batch on, there is load.
-const BATCH_LOAD: usize = 16;
 /// How often overruns are looked for.
 const OVERRUN_PERIOD: Duration = Duration::from_millis(100);
 /// Where the futex is not available, how often the ring is looked at.
@@ -184,7 +182,8 @@ impl KernelFeed {
             counters.add(Counter::SourceRejected, drained.malformed as u64);
             self.drain_at = if drained.more {
                 now
-            } else if drained.events >= BATCH_LOAD || self.dump == Dump::Running {
+            } else if drained.events > 0 || self.dump == Dump::Running {
+                // The first after silence was read at once; what follows it comes in batches.
                 now.after(BATCH_PAUSE)
             } else {
                 Time::NEVER

@@ -26,6 +26,9 @@ use crate::time::Time;
 
 /// A pass that takes longer makes heartbeats late.
 const LATE: Duration = Duration::from_millis(10);
+/// Under load a pass waits this long for company, so that what a wake-up costs is shared: passes
+/// that follow each other within twice this are load.
+const GATHER: Duration = Duration::from_micros(500);
 /// The longest wait: the words that ask the process to end are looked at this often.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
@@ -68,6 +71,7 @@ pub struct Shard<'m> {
     complete: bool,
     longest: Duration,
     watching: bool,
+    last_pass: Time,
 }
 
 impl<'m> Shard<'m> {
@@ -102,6 +106,7 @@ impl<'m> Shard<'m> {
             complete: false,
             longest: Duration::ZERO,
             watching: false,
+            last_pass: Time(0),
         }
     }
 
@@ -264,7 +269,9 @@ impl<'m> Shard<'m> {
         if self.replica.receive_room() == 0 || self.replica.commits_waiting() > 0 || at.reached(now) {
             self.port.submit()
         } else {
-            self.port.wait(at)
+            let loaded = now.since(self.last_pass) < GATHER * 2;
+            self.last_pass = now;
+            self.port.wait_gather(at, if loaded { GATHER } else { Duration::ZERO })
         }
     }
 }

@@ -110,6 +110,8 @@ pub enum Message<'b> {
         target: Place,
         /// Epoch and version.
         stamp: Stamp,
+        /// Whether the slot goes back to the sender's lease; else it is the receiver's again.
+        leased: bool,
     },
     /// After a stream was lost: "I hold this copy of yours; does it still stand?"
     Offer {
@@ -148,6 +150,8 @@ pub enum Message<'b> {
         target: Place,
         /// Why.
         reason: Reason,
+        /// The refused new's place at its active; an update has none.
+        own: Option<Place>,
     },
     /// Do not wait for anything up to here: what it carried is sent again otherwise.
     Skip {
@@ -157,6 +161,9 @@ pub enum Message<'b> {
     /// The sending member leaves the group now.
     Goodbye,
 }
+
+/// Marks a place that is there, in a word of its own.
+const OWN: u64 = 1 << 63;
 
 const NEW: u64 = 1;
 const UPDATE: u64 = 2;
@@ -315,8 +322,8 @@ impl<'b> Message<'b> {
                 w.u64(head(CLOSE, 0, target.raw()));
                 put_stamp(w, *stamp);
             }
-            Message::Release { target, stamp } => {
-                w.u64(head(RELEASE, 0, target.raw()));
+            Message::Release { target, stamp, leased } => {
+                w.u64(head(RELEASE, *leased as u8, target.raw()));
                 put_stamp(w, *stamp);
             }
             Message::Offer { target, own, stamp, claimed } => {
@@ -330,9 +337,10 @@ impl<'b> Message<'b> {
                 w.u64(head(WANT, 0, 0));
                 w.u64(*total);
             }
-            Message::Refuse { life, seq, target, reason } => {
+            Message::Refuse { life, seq, target, reason, own } => {
                 w.u64(head(REFUSE, *reason as u8, target.raw()));
                 w.u64((*life as u64) << 48 | seq.raw());
+                w.u64(own.map_or(0, |own| OWN | own.raw()));
             }
             Message::Skip { to } => w.u64(head(SKIP, 0, to.raw())),
             Message::Goodbye => w.u64(head(GOODBYE, 0, 0)),
@@ -378,7 +386,7 @@ impl<'b> Message<'b> {
                 Message::Update { target, stamp, groups, previous, state: get_state(r, groups)? }
             }
             CLOSE => Message::Close { target, stamp: get_stamp(r)? },
-            RELEASE => Message::Release { target, stamp: get_stamp(r)? },
+            RELEASE => Message::Release { target, stamp: get_stamp(r)?, leased: bits & 1 == 1 },
             OFFER => {
                 let stamp = get_stamp(r)?;
                 Message::Offer { target, own: Place::from_raw(r.u64()?), stamp, claimed: bits & 1 == 1 }
@@ -400,6 +408,7 @@ impl<'b> Message<'b> {
             WANT => Message::Want { total: r.u64()? },
             REFUSE => {
                 let place = r.u64()?;
+                let own = r.u64()?;
                 let reason = match bits {
                     1 => Reason::NotLeased,
                     2 => Reason::NotHere,
@@ -407,7 +416,13 @@ impl<'b> Message<'b> {
                     4 => Reason::Clash,
                     _ => return Err(Reject::Message),
                 };
-                Message::Refuse { life: (place >> 48) as u16, seq: Seq::from_low_bits(place), target, reason }
+                Message::Refuse {
+                    life: (place >> 48) as u16,
+                    seq: Seq::from_low_bits(place),
+                    target,
+                    reason,
+                    own: (own & OWN != 0).then_some(Place::from_raw(own)),
+                }
             }
             SKIP => Message::Skip { to: Seq::from_raw(low).ok_or(Reject::Message)? },
             GOODBYE => Message::Goodbye,
@@ -476,10 +491,12 @@ mod tests {
             },
             Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state },
             Message::Close { target, stamp: high },
-            Message::Release { target, stamp },
+            Message::Release { target, stamp, leased: true },
+            Message::Release { target, stamp, leased: false },
             Message::Offer { target, own, stamp: high, claimed: true },
             Message::Want { total: 64 },
-            Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded },
+            Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded, own: Some(own) },
+            Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::NotHere, own: None },
             Message::Skip { to: Seq::LAST },
             Message::Goodbye,
         ]

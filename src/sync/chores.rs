@@ -49,7 +49,7 @@ enum Phase {
 struct Chore {
     task: Task,
     target: Coordinate,
-    /// The life in which the slot at `target` was leased to us.
+    /// The life in which the slot at `target` was leased to us; 0 if it is the member's own.
     life: u16,
     phase: Phase,
 }
@@ -225,7 +225,7 @@ impl Replica<'_> {
         let chore = self.chores.chores[id as usize].expect("the caller saw it");
         let target = Place::of(chore.target);
         let message = match chore.task {
-            Task::Release { stamp, .. } => Message::Release { target, stamp },
+            Task::Release { stamp, .. } => Message::Release { target, stamp, leased: chore.life != 0 },
             Task::Offer { own } => {
                 let line = self.table.line(own.slot);
                 if line.generation() != own.generation || !line.kind().is_connection() {

@@ -142,7 +142,9 @@ impl Replica<'_> {
                     self.apply_update(stream, target, stamp, groups, previous, &state)
                 }
                 Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
-                Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
+                Message::Release { target, stamp, leased } => {
+                    self.apply_release(stream, target, stamp, leased)
+                }
                 Message::Offer { target, own, stamp, claimed } => {
                     let own = self.sender(stream, own);
                     self.apply_offer(now, target, stamp, own, claimed)
@@ -153,10 +155,14 @@ impl Replica<'_> {
                 (Applied, _) => {}
                 (Busy, _) => complete = false,
                 (Refused(reason), Message::New { target, .. } | Message::Update { target, .. }) => {
+                    let own = match message {
+                        Message::New { own, .. } => Some(own),
+                        _ => None,
+                    };
                     complete = false;
                     self.counters.count(Counter::Refused);
                     if !self.refusals_full(stream) {
-                        self.streams[stream].refusals.push(Refusal { seq, target, reason });
+                        self.streams[stream].refusals.push(Refusal { seq, target, reason, own });
                     }
                 }
                 (Refused(_), _) => unreachable!("only new and update are refused"),
@@ -413,7 +419,7 @@ impl Replica<'_> {
         Applied
     }
 
-    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp, leased: bool) -> Verdict {
         let Some(line) = self.target(target) else {
             self.counters.count(Counter::RejectTarget);
             return Applied;
@@ -448,6 +454,10 @@ impl Replica<'_> {
                 self.counters.count(Counter::DeltasOld);
                 return Applied;
             }
+        }
+        if !leased && line.kind() != Kind::Leased {
+            // The answer to an offer, which may come twice: nobody else takes the slot for theirs.
+            self.table.recycle(target.slot, 0);
         }
         self.counters.count(Counter::DeltasApplied);
         Applied
@@ -513,13 +523,11 @@ impl Replica<'_> {
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             Some(line) if line.kind().is_connection() => {
-                let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(Rank::Answer, own, life, stamp.max(line.stamp()));
+                let _ = self.release(Rank::Answer, own, 0, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
-                let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(Rank::Answer, own, life, stamp);
+                let _ = self.release(Rank::Answer, own, 0, stamp);
             }
         }
         Applied
@@ -549,8 +557,8 @@ impl Replica<'_> {
                     self.streams[stream].greeted = true;
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
-                Message::Refuse { life: of, seq, target, reason } if of == life => {
-                    self.handle_refusal(now, stream, seq, target, reason);
+                Message::Refuse { life: of, seq, target, reason, own } if of == life => {
+                    self.handle_refusal(now, stream, Refusal { seq, target, reason, own });
                     refused = refused.max(seq);
                 }
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
@@ -669,7 +677,8 @@ impl Replica<'_> {
     }
 
     /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
-    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place, reason: Reason) {
+    fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
+        let Refusal { seq, target, reason, own } = refusal;
         let mut next = self.streams[stream].oldest;
         let entry = loop {
             match next {
@@ -682,6 +691,9 @@ impl Replica<'_> {
         let backup = Coordinate::new(member, stream_shard(stream), target.slot, target.generation);
         for content in self.history.contents(entry) {
             let Content::Delta(place) = content else { continue };
+            if own.is_some_and(|own| own != place) {
+                continue; // A place that stands in the lease twice: only one of the two was refused.
+            }
             let line = self.table.line(place.slot);
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it

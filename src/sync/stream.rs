@@ -247,10 +247,12 @@ pub struct Refusal {
     pub target: crate::ccp::message::Place,
     /// Why.
     pub reason: crate::ccp::message::Reason,
+    /// Where the active has the connection, if it was a new.
+    pub own: Option<crate::ccp::message::Place>,
 }
 
 /// Refusals told in one control datagram; further ones are found again when the datagram is repeated.
-pub const REFUSALS_MAX: usize = 48;
+pub const REFUSALS_MAX: usize = 32;
 
 /// The private half of a stream.
 pub struct Stream {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::history::{Content, Entry, MANIFEST_PER_DATAGRAM, NoRoom};
 use super::replica::Replica;
-use super::stream::{REFUSALS_MAX, stream_member, stream_shard};
+use super::stream::{REFUSALS_MAX, Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{DELTA_MAX, Message, Place, encode_ack, encode_lease};
@@ -161,8 +161,8 @@ impl Replica<'_> {
         encode_ack(durable.peer_life(), durable.receive_floor(), &beyond[..words], &mut w);
         self.counters.count(Counter::AcksSent);
         for refusal in self.streams[stream].refusals.drain(..) {
-            let (life, seq) = (durable.peer_life(), refusal.seq);
-            Message::Refuse { life, seq, target: refusal.target, reason: refusal.reason }.encode(&mut w);
+            let Refusal { seq, target, reason, own } = refusal;
+            Message::Refuse { life: durable.peer_life(), seq, target, reason, own }.encode(&mut w);
         }
         if let Some(total) = want {
             Message::Want { total }.encode(&mut w);
