@@ -110,8 +110,6 @@ pub enum Message<'b> {
         target: Place,
         /// Epoch and version.
         stamp: Stamp,
-        /// Whether the slot goes back to the sender's lease; else it is the receiver's again.
-        leased: bool,
     },
     /// After a stream was lost: "I hold this copy of yours; does it still stand?"
     Offer {
@@ -322,8 +320,8 @@ impl<'b> Message<'b> {
                 w.u64(head(CLOSE, 0, target.raw()));
                 put_stamp(w, *stamp);
             }
-            Message::Release { target, stamp, leased } => {
-                w.u64(head(RELEASE, *leased as u8, target.raw()));
+            Message::Release { target, stamp } => {
+                w.u64(head(RELEASE, 0, target.raw()));
                 put_stamp(w, *stamp);
             }
             Message::Offer { target, own, stamp, claimed } => {
@@ -386,7 +384,7 @@ impl<'b> Message<'b> {
                 Message::Update { target, stamp, groups, previous, state: get_state(r, groups)? }
             }
             CLOSE => Message::Close { target, stamp: get_stamp(r)? },
-            RELEASE => Message::Release { target, stamp: get_stamp(r)?, leased: bits & 1 == 1 },
+            RELEASE => Message::Release { target, stamp: get_stamp(r)? },
             OFFER => {
                 let stamp = get_stamp(r)?;
                 Message::Offer { target, own: Place::from_raw(r.u64()?), stamp, claimed: bits & 1 == 1 }
@@ -491,8 +489,7 @@ mod tests {
             },
             Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state },
             Message::Close { target, stamp: high },
-            Message::Release { target, stamp, leased: true },
-            Message::Release { target, stamp, leased: false },
+            Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
             Message::Want { total: 64 },
             Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded, own: Some(own) },

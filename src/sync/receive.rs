@@ -142,9 +142,7 @@ impl Replica<'_> {
                     self.apply_update(stream, target, stamp, groups, previous, &state)
                 }
                 Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
-                Message::Release { target, stamp, leased } => {
-                    self.apply_release(stream, target, stamp, leased)
-                }
+                Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
                 Message::Offer { target, own, stamp, claimed } => {
                     let own = self.sender(stream, own);
                     self.apply_offer(now, target, stamp, own, claimed)
@@ -313,7 +311,7 @@ impl Replica<'_> {
         self.unassign(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
         if peer.is_somewhere() && peer != winner {
-            let taken = self.release(Rank::Consequence, peer, line.life(), stamp);
+            let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of a chore");
         }
     }
@@ -419,7 +417,7 @@ impl Replica<'_> {
         Applied
     }
 
-    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp, leased: bool) -> Verdict {
+    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
         let Some(line) = self.target(target) else {
             self.counters.count(Counter::RejectTarget);
             return Applied;
@@ -430,9 +428,11 @@ impl Replica<'_> {
         }
         let member = stream_member(stream);
         match line.kind() {
-            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
-                line.set_generation(target.generation.next());
-            }),
+            Kind::Leased if self.is_leased_to(&line, stream) => {
+                self.table.recycle(target.slot, 2);
+                self.counters.count(Counter::DeltasApplied);
+                return Applied;
+            }
             // From its active, or, if that is gone, from whoever took over.
             Kind::Backup
                 if (line.peer().member() == member || !self.is_up(line.peer().member()))
@@ -455,10 +455,9 @@ impl Replica<'_> {
                 return Applied;
             }
         }
-        if !leased && line.kind() != Kind::Leased {
-            // The answer to an offer, which may come twice: nobody else takes the slot for theirs.
-            self.table.recycle(target.slot, 0);
-        }
+        // Unlike a close: a release may be ignored, or come twice, and its sender does not learn which.
+        // So the slot is nobody's lease afterwards, and the name that one would have had never fits.
+        self.table.recycle(target.slot, 1);
         self.counters.count(Counter::DeltasApplied);
         Applied
     }
@@ -523,11 +522,11 @@ impl Replica<'_> {
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             Some(line) if line.kind().is_connection() => {
-                let _ = self.release(Rank::Answer, own, 0, stamp.max(line.stamp()));
+                let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
-                let _ = self.release(Rank::Answer, own, 0, stamp);
+                let _ = self.release(Rank::Answer, own, stamp);
             }
         }
         Applied
@@ -698,9 +697,7 @@ impl Replica<'_> {
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it
                 // leaves there must go. (A slot that is not leased any more takes nothing.)
-                if reason != Reason::NotLeased
-                    && !self.release(Rank::Consequence, backup, line.life(), line.stamp())
-                {
+                if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, line.stamp()) {
                     continue; // No chore is free: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);
