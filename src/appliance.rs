@@ -3,12 +3,13 @@
 
 #![allow(unsafe_code)]
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::config::{Config, SourceKind, SysctlMode};
@@ -20,11 +21,11 @@ use crate::counters::Counters;
 use crate::feed::Feed;
 use crate::group::{Group, Identity};
 use crate::membership::{Membership, Shared};
-use crate::net::{self, Interface, Port, PortConfig};
+use crate::net::{self, Interface, NetError, Port, PortConfig};
 use crate::notify::Notifier;
 use crate::shard::{STRAYS, Shard, Stray};
 use crate::shm::ingest::Consumer;
-use crate::shm::{Region, RegionConfig};
+use crate::shm::{Place, Region, RegionConfig};
 use crate::sync::{Replica, ReplicaConfig};
 
 /// Exit code of bad usage: nothing was started, nothing is damaged.
@@ -35,6 +36,9 @@ const FLUSH: Duration = Duration::from_millis(1);
 
 /// Bytes of kernel events that may wait for one shard: about 50,000 events.
 const EVENT_BUFFER: usize = 64 << 20;
+
+/// How long to wait for a port in use: it may be that of a member that was just killed.
+const PORT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// This host's addresses, kept up to date by the main thread for every shard.
 static ADDRESSES: LocalAddresses = LocalAddresses::new();
@@ -60,7 +64,7 @@ pub fn run(config: &Config) -> ExitCode {
 }
 
 enum Failure {
-    /// Found before anything was started.
+    /// Found before the member served: it was never ready, and no datagram left.
     Usage(String),
     /// Found while running.
     Running(String),
@@ -78,6 +82,25 @@ struct Parts {
     port_ids: Vec<u32>,
     strays: Receiver<Box<Stray>>,
     handover: Vec<SyncSender<Box<Stray>>>,
+    gate: Gate,
+}
+
+/// A shard's end of the start: nobody serves, and no heartbeat leaves, before every shard could be set
+/// up. A thread that cannot be drops it, and then nobody passes.
+struct Gate {
+    set_up: SyncSender<()>,
+    go: Receiver<()>,
+}
+
+impl Gate {
+    /// Says that this shard is set up, and waits for the others. `false` if one of them failed.
+    fn pass(self) -> bool {
+        let Gate { set_up, go } = self;
+        // The main thread takes these until every sender is gone; an error means that it is gone itself.
+        let _ = set_up.send(());
+        drop(set_up);
+        go.recv().is_ok()
+    }
 }
 
 fn start(config: &Config) -> Result<(), Failure> {
@@ -90,8 +113,12 @@ fn start(config: &Config) -> Result<(), Failure> {
     };
     interface.check_mtu().map_err(usage)?;
     let incarnation = incarnation();
-    let region = Region::create(
-        &options.shm,
+    // First the lock, then the port, which a second process could join in silence; then the region, so
+    // that a start that cannot succeed leaves the old one in its place.
+    let place = Place::claim(&options.shm).map_err(usage)?;
+    let receivers = bind(options.sync, config.shards).map_err(usage)?;
+    let region = Region::create_in(
+        place,
         &RegionConfig {
             sizes: config.sizes,
             group: options.group,
@@ -102,7 +129,6 @@ fn start(config: &Config) -> Result<(), Failure> {
         },
     )
     .map_err(usage)?;
-    let receivers = net::bind_group(options.sync, crate::ccp::UDP_PORT, config.shards).map_err(usage)?;
     let is_kernel = options.source == SourceKind::Kernel;
     let mut committers = Vec::new();
     let mut changed = None;
@@ -130,6 +156,20 @@ fn start(config: &Config) -> Result<(), Failure> {
     outcome
 }
 
+/// The receive sockets. After a crash the kernel lets go of the old ring's sockets only a moment after
+/// the process is gone: whoever starts us again at once must not be refused for that.
+fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
+    let end = Instant::now() + PORT_PATIENCE;
+    loop {
+        match net::bind_group(sync, crate::ccp::UDP_PORT, shards) {
+            Err(NetError::PortInUse(_)) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
+
 fn serve(
     config: &Config,
     region: &Region,
@@ -144,32 +184,32 @@ fn serve(
         Notifier::start(options.notify.clone(), options.notify_limit).map_err(usage)?;
     let port_ids: Vec<u32> = committers.iter().map(Committer::port_id).collect();
     let (senders, inboxes): (Vec<_>, Vec<_>) = (0..config.shards).map(|_| sync_channel(STRAYS)).unzip();
+    let (set_up, set_up_by) = sync_channel(config.shards as usize);
+    let (goes, gates): (Vec<_>, Vec<_>) = (0..config.shards)
+        .map(|_| {
+            let (go, wait) = sync_channel(1);
+            (go, Gate { set_up: set_up.clone(), go: wait })
+        })
+        .unzip();
+    drop(set_up);
     let mut committers = committers.into_iter();
     let parts: Vec<Parts> = receivers
         .into_iter()
         .zip(inboxes)
+        .zip(gates)
         .enumerate()
-        .map(|(shard, (receiver, strays))| Parts {
+        .map(|(shard, ((receiver, strays), gate))| Parts {
             shard: shard as u8,
             receiver,
             committer: committers.next(),
             port_ids: port_ids.clone(),
             strays,
             handover: senders.clone(),
+            gate,
         })
         .collect();
     drop(senders);
-    log::info!(
-        "member {} of group {}: {} shards, {} slots each, sync {} on {}, table {:08x}",
-        options.member,
-        options.group,
-        config.shards,
-        config.sizes.memory.capacity,
-        options.sync,
-        interface.name,
-        region.header().table_id
-    );
-    let failures: Vec<String> = std::thread::scope(|scope| {
+    let (serving, failures) = std::thread::scope(|scope| {
         let mut threads = Vec::new();
         for parts in parts {
             let shard = parts.shard;
@@ -191,16 +231,36 @@ fn serve(
                 }
             }
         }
-        region.publish_ready();
-        attend(config, &shared);
-        threads
+        // Ends once every thread has said so or ended.
+        let serving = set_up_by.iter().count() == config.shards as usize;
+        if serving {
+            log::info!(
+                "member {} of group {}: {} shards, {} slots each, sync {} on {}, table {:08x}",
+                options.member,
+                options.group,
+                config.shards,
+                config.sizes.memory.capacity,
+                options.sync,
+                interface.name,
+                region.header().table_id
+            );
+            region.publish_ready();
+            for go in &goes {
+                // There is room for the word; an error means that the thread panicked, which `join` tells.
+                let _ = go.send(());
+            }
+            attend(config, &shared);
+        }
+        drop(goes);
+        let failures: Vec<String> = threads
             .into_iter()
             .filter_map(|thread| match thread.join() {
                 Ok(Ok(())) => None,
                 Ok(Err(line)) => Some(line),
                 Err(_) => Some("a shard failed an assertion; its message is above".to_owned()),
             })
-            .collect()
+            .collect();
+        (serving, failures)
     });
     drop(notifier);
     if notify_thread.join().is_err() {
@@ -211,6 +271,7 @@ fn serve(
             Err(Failure::Running("a shard could not be started".into()))
         }
         None => Ok(()),
+        Some(line) if !serving => Err(Failure::Usage(line)),
         Some(line) => Err(Failure::Running(line)),
     }
 }
@@ -237,7 +298,7 @@ fn run_shard(
 ) -> Result<(), String> {
     let _guard = FailOnPanic(shared);
     let options = &config.options;
-    let Parts { shard, receiver, committer, port_ids, strays, handover } = parts;
+    let Parts { shard, receiver, committer, port_ids, strays, handover, gate } = parts;
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
@@ -298,7 +359,12 @@ fn run_shard(
         Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
-    Shard::new(shard, options.member, replica, port, feed, membership, region, shared, strays, handover).run()
+    let mut shard =
+        Shard::new(shard, options.member, replica, port, feed, membership, region, shared, strays, handover);
+    match gate.pass() {
+        true => shard.run(),
+        false => Ok(()),
+    }
 }
 
 /// Waits for signals; keeps the list of this host's addresses.

@@ -17,6 +17,7 @@ struct Options {
 #[argh(subcommand)]
 enum Command {
     Run(RunOptions),
+    Demo(hypersync::demo::DemoOptions),
 }
 
 fn main() -> ExitCode {
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         }
     };
     match options.command {
+        Command::Demo(options) => hypersync::demo::main(options),
         Command::Run(options) => match Config::check(options) {
             Ok(config) => appliance::run(&config),
             Err(line) => {

@@ -30,8 +30,6 @@ mod appliance;
 mod common;
 #[path = "gateway/entries.rs"]
 mod entries;
-#[path = "gateway/namespace.rs"]
-mod namespace;
 #[path = "gateway/topology.rs"]
 mod topology;
 #[path = "gateway/traffic.rs"]

@@ -26,7 +26,7 @@ pub const HEADER_SIZE: usize = 20;
 pub const SHARD_OFFSET: usize = 19;
 /// Opcode of heartbeats (FWHA_MY_STATE).
 pub const OPCODE_HEARTBEAT: u16 = 1;
-/// Opcode of synchronization (FWHA_SYNC).
+/// Opcode of synchronization (FWHAP_SYNC to Wireshark).
 pub const OPCODE_SYNC: u16 = 10;
 /// Destination of heartbeats.
 pub const EVERYONE: u16 = 0xffff;

@@ -349,7 +349,10 @@ impl<'b> Message<'b> {
         let low = word & ((1 << 52) - 1);
         let target = Place::from_raw(low);
         let previous = |r: &mut Reader<'b>| match bits & PREVIOUS != 0 {
-            true => r.u64().map(|raw| Some(Coordinate::from_raw(raw))),
+            true => match Coordinate::from_raw(r.u64()?) {
+                previous if previous.is_plausible() => Ok(Some(previous)),
+                _ => Err(Reject::Message),
+            },
             false => Ok(None),
         };
         let message = match word >> 58 {
@@ -546,7 +549,7 @@ mod tests {
                 *b = (rng >> 56) as u8;
             }
             // Types beyond the known ones are refused at once: make known ones likely.
-            buffer[0] = buffer[0] % 48;
+            buffer[0] %= 48;
             let mut r = Reader::new(&buffer[..(rng >> 32) as usize % 200]);
             while let Ok(Some(_)) = Message::decode(&mut r) {}
         }

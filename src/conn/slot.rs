@@ -236,12 +236,13 @@ impl Line {
         self.0[6] = self.0[6] & !0xff00 | (groups as u64) << 8;
     }
 
-    /// Whether this member's claim to the connection rests on traffic seen here, not on presumption.
+    /// Of an active: whether its claim rests on traffic seen here, not on presumption. Of a copy:
+    /// whether this member's own source saw the connection as well.
     pub fn is_claimed(&self) -> bool {
         self.0[6] & 1 == 1
     }
 
-    /// Notes whether the claim rests on traffic.
+    /// Notes whether traffic was seen here.
     pub fn set_claimed(&mut self, claimed: bool) {
         self.0[6] = self.0[6] & !1 | claimed as u64;
     }

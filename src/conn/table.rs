@@ -29,6 +29,8 @@ pub enum On {
     Held,
     /// Connections that have no backup, longest waiting first.
     Waiting,
+    /// Connections that were refused because the other side holds a newer state, longest first.
+    Shelved,
     /// Connections and closes that a stream must send.
     Dirty,
     /// Closes sent on a stream and not yet acknowledged, in the order of sending.

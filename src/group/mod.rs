@@ -146,6 +146,9 @@ impl Group {
             return false;
         }
         let known = self.view.members[id as usize];
+        if known.status == Status::Left && known.incarnation == heartbeat.incarnation {
+            return true; // Said before its goodbye, or between two of them.
+        }
         if known.status.is_alive() && known.incarnation != heartbeat.incarnation {
             if !self.admit_rival(now, source, heartbeat) {
                 return false;
@@ -258,7 +261,7 @@ impl Group {
         // Keep the rhythm, but never catch up with a burst.
         let next = self.next_heartbeat.after(self.me.heartbeat);
         self.next_heartbeat = if next.reached(now) { now.after(self.me.heartbeat) } else { next };
-        let full_size = self.sent % FULL_SIZE_EVERY == 0;
+        let full_size = self.sent.is_multiple_of(FULL_SIZE_EVERY);
         self.sent = self.sent.wrapping_add(1);
         let mut hears = 0;
         let mut shown = Vec::with_capacity(MEMBERS_MAX);

@@ -114,6 +114,7 @@ fn goodbye_is_no_death() {
     beat(&mut b, &mut a, at(0));
     events(&mut a);
     a.handle_goodbye(at(1), 2);
+    beat(&mut b, &mut a, at(1)); // It was on its way.
     a.tick(at(9));
     assert_eq!(events(&mut a), [Event::MemberLeft(2)]);
 }

@@ -25,7 +25,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use layout::{Header, Sizes};
-pub use region::{Region, RegionConfig};
+pub use region::{Place, Region, RegionConfig};
 pub use view::RegionView;
 
 /// Name of the region's file in its directory.

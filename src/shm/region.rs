@@ -12,7 +12,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::layout::{self, HEADER, HEADER_BYTES, Header, Sizes, total_bytes};
 use super::mapping::Mapping;
@@ -55,23 +55,49 @@ impl Deref for Region {
     }
 }
 
+/// The right to put a region into a directory: nobody else has it as long as this lives. What lies there
+/// is as it was until [`Region::create_in`].
+pub struct Place {
+    dir: PathBuf,
+    lock: File,
+}
+
+impl Place {
+    /// Takes the directory, which is made (0700) if it is missing.
+    ///
+    /// # Errors
+    /// Another appliance has it; an existing file is not a region of this layout version; or the system
+    /// refuses.
+    pub fn claim(dir: &Path) -> Result<Place, ShmError> {
+        make_directory(dir)?;
+        let lock = take_lock(dir)?;
+        check_replaceable(&dir.join(FILE))?;
+        Ok(Place { dir: dir.into(), lock })
+    }
+}
+
 impl Region {
-    /// Makes a new, zeroed region with a new table id in `dir`, which is made (0700) if it is missing.
+    /// [`Place::claim`] and [`Region::create_in`] in one.
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn create(dir: &Path, config: &RegionConfig) -> Result<Region, ShmError> {
+        Region::create_in(Place::claim(dir)?, config)
+    }
+
+    /// Makes a new, zeroed region with a new table id, in the place of the one that may be there.
     /// Readers refuse it until [`publish_ready`](Region::publish_ready).
     ///
     /// # Errors
-    /// Another appliance has the directory; an existing file is not a region of this layout version;
-    /// there is not enough memory; or the system refuses.
+    /// There is not enough memory, or the system refuses.
     ///
     /// # Panics
     /// If the sizes or the member id lie outside the limits: the configuration has checked them.
-    pub fn create(dir: &Path, config: &RegionConfig) -> Result<Region, ShmError> {
+    pub fn create_in(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
         assert!(config.sizes.is_valid() && config.member >= 1);
         assert!(config.member as usize <= crate::limits::MEMBERS_MAX);
-        make_directory(dir)?;
-        let lock = take_lock(dir)?;
+        let Place { dir, lock } = place;
         let path = dir.join(FILE);
-        check_replaceable(&path)?;
 
         let mut random = [0; 12];
         fill_random(&mut random).map_err(ShmError::io("get random bytes for", &path))?;

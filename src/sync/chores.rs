@@ -8,6 +8,7 @@
 
 use super::history::Content;
 use super::replica::Replica;
+use super::stream::stream_index;
 use crate::ccp::message::{Message, Place};
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind, Stamp};
@@ -24,6 +25,17 @@ pub(super) enum Task {
     Offer { own: Place },
 }
 
+/// What a chore is for, least urgent first.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Rank {
+    /// Offers and moves, which walks begin.
+    Question,
+    /// The answer to an offer.
+    Answer,
+    /// A release that something applied brings about: nothing waits for more once it is applied.
+    Consequence,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     /// A release waits until the new backup has acknowledged its copy.
@@ -38,6 +50,8 @@ enum Phase {
 struct Chore {
     task: Task,
     target: Coordinate,
+    /// The life in which the slot at `target` was leased to us.
+    life: u16,
     phase: Phase,
 }
 
@@ -52,8 +66,15 @@ impl Chores {
         Chores { chores: vec![None; MOVES_MAX], free: (0..MOVES_MAX as u32).rev().collect() }
     }
 
-    pub(super) fn room(&self) -> usize {
-        self.free.len()
+    /// Whether a chore of this rank may begin. Ranks keep room for what others wait for: answers must
+    /// not wait for questions, nor the releases that an answer brings about for other answers.
+    pub(super) fn has_room(&self, rank: Rank) -> bool {
+        let kept = match rank {
+            Rank::Question => MOVES_MAX / 2,
+            Rank::Answer => MOVES_MAX / 4,
+            Rank::Consequence => 0,
+        };
+        self.free.len() > kept
     }
 
     fn is_empty(&self) -> bool {
@@ -71,25 +92,28 @@ impl Chores {
 }
 
 impl Replica<'_> {
-    fn add_chore(&mut self, task: Task, target: Coordinate, phase: Phase) -> bool {
+    fn add_chore(&mut self, rank: Rank, task: Task, target: Coordinate, life: u16, phase: Phase) -> bool {
+        if !self.chores.has_room(rank) {
+            return false;
+        }
         let Some(id) = self.chores.free.pop() else { return false };
-        self.chores.chores[id as usize] = Some(Chore { task, target, phase });
+        self.chores.chores[id as usize] = Some(Chore { task, target, life, phase });
         let stream = self.stream_of(target);
         self.wake(stream);
         true
     }
 
-    /// Tells a member to let its copy go. `false` if there is no room for another chore.
-    pub(super) fn release(&mut self, target: Coordinate, stamp: Stamp) -> bool {
+    /// Tells a member to let its copy go; `life` is the one in which the slot there was leased. `false` if there is no room for another chore.
+    pub(super) fn release(&mut self, rank: Rank, target: Coordinate, life: u16, stamp: Stamp) -> bool {
         if !self.may_return(target.member()) {
             return true; // Its table is gone, or asks by itself when it returns.
         }
-        self.add_chore(Task::Release { of: None, stamp }, target, Phase::Send)
+        self.add_chore(rank, Task::Release { of: None, stamp }, target, life, Phase::Send)
     }
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        self.add_chore(Task::Offer { own }, target, Phase::Send)
+        self.add_chore(Rank::Question, Task::Offer { own }, target, 0, Phase::Send)
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -99,12 +123,16 @@ impl Replica<'_> {
         assert!(previous.is_somewhere() && !self.table.is_moving(slot));
         let of = Some(Place { slot, generation });
         let task = Task::Release { of, stamp: line.stamp() };
-        if !self.add_chore(task, previous, Phase::AwaitBackup) {
+        if !self.add_chore(Rank::Question, task, previous, line.life(), Phase::AwaitBackup) {
             return false;
         }
         self.unassign(slot);
-        self.table.set_former(slot, previous);
-        self.table.set_moving(slot, true);
+        // A promoted connection remembers its former active there instead, and does not name its
+        // previous backup to the new one.
+        if !self.table.former(slot).is_somewhere() {
+            self.table.set_former(slot, previous);
+            self.table.set_moving(slot, true);
+        }
         self.assign(now, slot, backup);
         true
     }
@@ -119,6 +147,8 @@ impl Replica<'_> {
                 if chore.phase == Phase::AwaitBackup {
                     chore.phase = Phase::Send;
                 }
+                let stream = stream_index(chore.target.member(), chore.target.shard());
+                self.wake(stream);
             }
         }
         self.table.set_moving(slot, false);
@@ -160,7 +190,21 @@ impl Replica<'_> {
     fn finish(&mut self, _now: Time, id: u32, arrived: bool) {
         let chore = self.chores.chores[id as usize].expect("the caller saw it");
         self.chores.remove(id);
-        let Task::Release { of, .. } = chore.task else { return };
+        let of = match chore.task {
+            Task::Release { of, .. } => of,
+            Task::Offer { own } => {
+                let line = self.table.line(own.slot);
+                if arrived
+                    && line.generation() == own.generation
+                    && line.is_claimed()
+                    && !self.table.is_moving(own.slot)
+                {
+                    // Outranked, and it knows.
+                    self.table.set_former(own.slot, Coordinate::NOWHERE);
+                }
+                return;
+            }
+        };
         if let Some(of) = of {
             let line = self.table.line(of.slot);
             if line.generation() == of.generation && self.table.is_moving(of.slot) {
@@ -170,8 +214,7 @@ impl Replica<'_> {
         }
         if arrived {
             // The slot there is ours again, one life later.
-            let stream = self.stream_of(chore.target);
-            self.leases.put(&mut self.streams[stream].lease, Place::of(chore.target.next_life()));
+            self.return_lease(chore.target, chore.life);
         }
     }
 
@@ -219,10 +262,5 @@ impl Replica<'_> {
     /// What a release chore is, for the manifest.
     pub(super) fn chore_content(id: u32) -> Content {
         Content::Release(id)
-    }
-
-    /// Chores wait for acknowledgements, which wake the shard by themselves.
-    pub(super) fn chores_at(&self) -> Time {
-        Time::NEVER
     }
 }

@@ -4,6 +4,7 @@
 //! short-lived connections are never sent. Any event for a connection that this member holds
 //! as a backup is a claim: its traffic is here now.
 
+use super::chores::Rank;
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -59,7 +60,7 @@ impl Replica<'_> {
         }
     }
 
-    fn open(&mut self, now: Time, connection: &Connection) {
+    pub(super) fn open(&mut self, now: Time, connection: &Connection) {
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
             return;
@@ -91,28 +92,39 @@ impl Replica<'_> {
                 changed |= groups::STATE;
             }
         }
-        // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
-        if known & groups::TIMEOUT != 0 && seen.state.timeout_s != old.timeout_s {
-            new.timeout_s = seen.state.timeout_s;
-            if changed != 0 || seen.state.timeout_s > old.timeout_s {
-                changed |= groups::TIMEOUT;
-            }
-        }
         if known & groups::MARK != 0 && seen.state.mark != old.mark {
             new.mark = seen.state.mark;
             changed |= groups::MARK;
+        }
+        // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
+        let grew = seen.state.timeout_s > old.timeout_s;
+        if known & groups::TIMEOUT != 0 && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s) {
+            new.timeout_s = seen.state.timeout_s;
+            changed |= groups::TIMEOUT;
         }
         line.set_state(&new);
         match line.kind() {
             Kind::Held => self.table.store(slot, &line),
             Kind::Active => {
-                if changed != 0 {
-                    line.set_stamp(line.stamp().changed());
+                let presumed = self.is_presumed(slot);
+                if presumed {
+                    // Traffic: no more a presumption.
+                    self.counters.count(Counter::Claims);
                 }
-                self.table.store(slot, &line);
-                if changed != 0 {
+                // First the slot says that its newest state is not acknowledged, then it has one: whoever
+                // reads what a killed process left behind never takes the new state for acknowledged.
+                if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
+                self.table.update(slot, |line| {
+                    line.set_state(&new);
+                    if presumed {
+                        line.set_claimed(true);
+                        line.set_stamp(line.stamp().claimed());
+                    } else if changed != 0 {
+                        line.set_stamp(line.stamp().changed());
+                    }
+                });
             }
             Kind::Backup => {
                 self.table.store(slot, &line);
@@ -120,6 +132,13 @@ impl Replica<'_> {
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
+    }
+
+    /// Whether the connection was taken over without any traffic of it seen here since.
+    pub(super) fn is_presumed(&self, slot: u32) -> bool {
+        self.table.former(slot).is_somewhere()
+            && !self.table.is_moving(slot)
+            && !self.table.line(slot).is_claimed()
     }
 
     /// An active connection changed.
@@ -149,6 +168,7 @@ impl Replica<'_> {
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);
+        line.set_life(self.durable(stream).peer_life());
         if self.is_up(peer.member()) {
             // The former active is the backup now: the pair stays, only its direction turns.
             self.table.set_former(slot, Coordinate::NOWHERE);
@@ -182,6 +202,11 @@ impl Replica<'_> {
                 self.leave_behind(line.peer().member());
                 let stream = self.stream_of(line.peer());
                 self.streams[stream].copies -= 1;
+                let previous = self.table.former(slot);
+                if previous.is_somewhere() && previous.member() != self.config.member {
+                    // Without a free chore it presumes by itself, until its own source sees the end.
+                    let _ = self.release(Rank::Consequence, previous, 0, line.stamp().changed());
+                }
                 self.table.forget(slot);
                 self.table.recycle(slot, 1);
             }

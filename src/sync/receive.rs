@@ -7,6 +7,7 @@
 
 use std::net::IpAddr;
 
+use super::chores::Rank;
 use super::history::Content;
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
@@ -107,8 +108,11 @@ impl Replica<'_> {
             return Err(Reject::Table);
         }
         durable.begin_peer_life(life);
-        self.streams[stream].grant_due = 0;
-        self.streams[stream].refusals.clear();
+        let s = &mut self.streams[stream];
+        s.grant_due = 0;
+        s.refusals.clear();
+        // What it had leased to us it took back.
+        self.leases.drop_all(&mut s.lease);
         if known != 0 {
             self.jobs.push_back(Job::Verify { stream });
         }
@@ -132,12 +136,12 @@ impl Replica<'_> {
             let verdict = match message {
                 Message::New { target, stamp, own, previous, connection } => {
                     let own = self.sender(stream, own);
-                    self.apply_new(now, stream, target, stamp, own, previous, &connection)
+                    self.apply_new(stream, target, stamp, own, previous, &connection)
                 }
                 Message::Update { target, stamp, groups, previous, state } => {
                     self.apply_update(stream, target, stamp, groups, previous, &state)
                 }
-                Message::Close { target, stamp } => self.apply_close(stream, target, stamp),
+                Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
                 Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
                 Message::Offer { target, own, stamp, claimed } => {
                     let own = self.sender(stream, own);
@@ -187,7 +191,6 @@ impl Replica<'_> {
     #[allow(clippy::too_many_arguments)]
     fn apply_new(
         &mut self,
-        now: Time,
         stream: usize,
         target: Place,
         stamp: Stamp,
@@ -205,15 +208,22 @@ impl Replica<'_> {
             line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                match self.give_way(now, connection, stamp, own) {
-                    Applied => {}
-                    other => return other,
-                }
+                let witnessed = match self.give_way(connection, stamp, own) {
+                    Ok(witnessed) => witnessed,
+                    Err(verdict) => {
+                        if matches!(verdict, Refused(_)) {
+                            // A repeated datagram must not be taken once the reason is gone: by then
+                            // the connection has its copy elsewhere.
+                            self.revoke(target);
+                        }
+                        return verdict;
+                    }
+                };
                 line.set_life(0);
                 line.set_kind(Kind::Backup);
                 line.set_peer(own);
                 line.set_stamp(stamp);
-                line.set_claimed(false);
+                line.set_claimed(witnessed);
                 line.set_groups(0);
                 line.set_last(Seq::NONE);
                 self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
@@ -236,13 +246,13 @@ impl Replica<'_> {
                 self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
             }
             Kind::Active if here => {
-                let presumed_from = !line.is_claimed() && self.table.former(slot) == own;
+                let presumed_from = self.is_presumed(slot) && self.table.former(slot) == own;
                 let outranks = stamp > line.stamp()
                     || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
                 if !outranks {
                     return Refused(Reason::Superseded);
                 }
-                if self.chores.room() == 0 {
+                if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(slot, own, stamp);
@@ -264,25 +274,27 @@ impl Replica<'_> {
     }
 
     /// A copy is about to come in. If this member holds the same connection as its own, the newer
-    /// state stays: (epoch, version, member).
-    fn give_way(&mut self, _now: Time, connection: &Connection, stamp: Stamp, own: Coordinate) -> Verdict {
-        let Some(slot) = self.table.find_original(&connection.original) else { return Applied };
+    /// state stays: (epoch, version, member). Tells whether it held one: then its own source sees
+    /// the connection as well, and a close by the other member does not end it here.
+    fn give_way(&mut self, connection: &Connection, stamp: Stamp, own: Coordinate) -> Result<bool, Verdict> {
+        let Some(slot) = self.table.find_original(&connection.original) else { return Ok(false) };
         let line = self.table.line(slot);
         if line.kind() == Kind::Backup {
-            return Applied; // The close of the older one is on its way.
+            return Ok(false); // The close of the older one is on its way.
         }
-        if (stamp, own.member()) < (line.stamp(), self.config.member) {
+        let presumed = self.is_presumed(slot) && self.table.former(slot) == own;
+        if !presumed && (stamp, own.member()) < (line.stamp(), self.config.member) {
             self.counters.count(Counter::Conflicts);
-            return Refused(Reason::Superseded);
+            return Err(Refused(Reason::Superseded));
         }
-        if self.chores.room() == 0 {
-            return Busy;
+        if !self.chores.has_room(Rank::Consequence) {
+            return Err(Busy);
         }
         self.counters.count(Counter::Conflicts);
         self.step_down(slot, own, stamp);
         self.table.forget(slot);
         self.table.recycle(slot, 1);
-        Applied
+        Ok(!presumed)
     }
 
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
@@ -291,11 +303,12 @@ impl Replica<'_> {
         if self.table.is_moving(slot) {
             self.release_previous_now(slot, stamp);
         }
-        let peer = self.table.line(slot).peer();
+        let line = self.table.line(slot);
+        let peer = line.peer();
         self.unassign(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
         if peer.is_somewhere() && peer != winner {
-            let taken = self.release(peer, stamp);
+            let taken = self.release(Rank::Consequence, peer, line.life(), stamp);
             assert!(taken, "the caller made sure of a chore");
         }
     }
@@ -345,7 +358,12 @@ impl Replica<'_> {
         }
     }
 
-    fn apply_close(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+    /// Whether this active connection was only presumed dead at the sender: no traffic was seen here since.
+    fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
+        self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
+    }
+
+    fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
         let Some(line) = self.target(target) else {
             self.counters.count(Counter::RejectTarget);
             return Applied;
@@ -360,7 +378,11 @@ impl Replica<'_> {
             Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
                 line.set_generation(target.generation.next());
             }),
-            Kind::Backup if from_pair => self.drop_copy(target.slot, stream),
+            Kind::Backup if from_pair => {
+                let connection = self.table.connection(target.slot);
+                let witnessed = line.is_claimed();
+                self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection)));
+            }
             Kind::Active if from_pair && stamp.epoch > line.stamp().epoch => {
                 // Claimed and closed by the pair's other side.
                 self.counters.count(Counter::ClaimsLost);
@@ -368,7 +390,17 @@ impl Replica<'_> {
                     self.release_previous_now(target.slot, stamp);
                 }
                 self.unassign(target.slot);
-                self.drop_to_lease(target.slot, stream);
+                self.drop_to_lease(target.slot, stream, None);
+            }
+            Kind::Active
+                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
+            {
+                // Presumed while the former active lived: closed means closed.
+                if !self.chores.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
+                self.drop_to_lease(target.slot, stream, None);
             }
             Kind::Backup | Kind::Active => {
                 self.counters.count(Counter::DeltasOld);
@@ -398,21 +430,22 @@ impl Replica<'_> {
             Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
                 line.set_generation(target.generation.next());
             }),
-            Kind::Backup if line.peer().member() == member && stamp >= line.stamp() => {
-                self.drop_copy(target.slot, stream);
+            // From its active, or, if that is gone, from whoever took over.
+            Kind::Backup
+                if (line.peer().member() == member || !self.is_up(line.peer().member()))
+                    && stamp >= line.stamp() =>
+            {
+                self.drop_copy(target.slot, stream, None);
             }
             Kind::Active
-                if !line.is_claimed()
-                    && self.table.former(target.slot).member() == member
-                    && !self.table.is_moving(target.slot)
-                    && stamp.epoch >= line.stamp().epoch =>
+                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins.
-                if self.chores.room() == 0 {
+                if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream);
+                self.drop_to_lease(target.slot, stream, None);
             }
             _ => {
                 self.counters.count(Counter::DeltasOld);
@@ -423,14 +456,15 @@ impl Replica<'_> {
         Applied
     }
 
-    fn drop_copy(&mut self, slot: u32, stream: usize) {
+    fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
         let active = self.stream_of(self.table.line(slot).peer());
         self.streams[active].copies -= 1;
-        self.drop_to_lease(slot, stream);
+        self.drop_to_lease(slot, stream, reopen);
     }
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
-    fn drop_to_lease(&mut self, slot: u32, stream: usize) {
+    /// What this member's own source sees as well goes on as a connection of its own.
+    fn drop_to_lease(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
@@ -444,6 +478,9 @@ impl Replica<'_> {
             line.set_life(life);
             line.set_claimed(false);
         });
+        if let Some((now, connection)) = reopen {
+            self.open(now, connection);
+        }
         // Another connection may have the same tuple by now: then its entry stays.
         match self.table.find_original(&original) {
             None => self.commit(Commit::Delete { original }),
@@ -463,7 +500,7 @@ impl Replica<'_> {
         own: Coordinate,
         claimed: bool,
     ) -> Verdict {
-        if self.chores.room() == 0 {
+        if !self.chores.has_room(Rank::Answer) {
             return Busy;
         }
         let line = self.target(target).filter(|line| line.generation() == target.generation);
@@ -474,14 +511,18 @@ impl Replica<'_> {
                 self.table.recycle(target.slot, 1);
             }
             Some(line) if line.kind() == Kind::Active && line.peer() == own => {
+                let life = self.durable(self.stream_of(own)).peer_life();
+                self.table.update(target.slot, |line| line.set_life(life));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             Some(line) if line.kind().is_connection() => {
-                let _ = self.release(own, stamp.max(line.stamp()));
+                let life = self.durable(self.stream_of(own)).peer_life();
+                let _ = self.release(Rank::Answer, own, life, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
-                let _ = self.release(own, stamp);
+                let life = self.durable(self.stream_of(own)).peer_life();
+                let _ = self.release(Rank::Answer, own, life, stamp);
             }
         }
         Applied
@@ -511,8 +552,8 @@ impl Replica<'_> {
                     self.streams[stream].greeted = true;
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
-                Message::Refuse { life: of, seq, target, .. } if of == life => {
-                    self.handle_refusal(now, stream, seq, target);
+                Message::Refuse { life: of, seq, target, reason } if of == life => {
+                    self.handle_refusal(now, stream, seq, target, reason);
                     refused = refused.max(seq);
                 }
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
@@ -588,8 +629,7 @@ impl Replica<'_> {
                 break;
             }
             self.table.unlink(&mut self.streams[stream].closing, slot);
-            let place = Place::of(line.peer().next_life());
-            self.leases.put(&mut self.streams[stream].lease, place);
+            self.return_lease(line.peer(), line.life());
             self.table.recycle(slot, 1);
         }
     }
@@ -632,7 +672,7 @@ impl Replica<'_> {
     }
 
     /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
-    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place) {
+    fn handle_refusal(&mut self, now: Time, stream: usize, seq: Seq, target: Place, reason: Reason) {
         let mut next = self.streams[stream].oldest;
         let entry = loop {
             match next {
@@ -647,9 +687,20 @@ impl Replica<'_> {
             let Content::Delta(place) = content else { continue };
             let line = self.table.line(place.slot);
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
+                // Another delta of it may be on its way and find that slot as it should be: whatever it
+                // leaves there must go. (A slot that is not leased any more takes nothing.)
+                if reason != Reason::NotLeased
+                    && !self.release(Rank::Consequence, backup, line.life(), line.stamp())
+                {
+                    continue; // No chore is free: it is refused again.
+                }
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);
-                self.protect(now, place.slot);
+                match reason {
+                    // There it is newer: asking again at once would be refused again.
+                    Reason::Superseded | Reason::Clash => self.shelve(now, place.slot),
+                    Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
+                }
             }
         }
     }

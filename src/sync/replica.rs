@@ -27,6 +27,9 @@ const STARVED: Duration = Duration::from_millis(100);
 /// How often a member that did not grant what was wanted is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
+/// How long a connection that was refused as older waits before it asks again.
+const SHELF: Duration = Duration::from_secs(1);
+
 /// Whether a connection can have a backup.
 pub(super) enum Found {
     /// In this slot.
@@ -80,6 +83,8 @@ pub struct Replica<'m> {
     pub(super) ranked: Vec<MemberId>,
     /// Tables that peers had when they were last here.
     pub(super) tables: Vec<u32>,
+    /// Members that do not hear us and whose copies of ours were given up, as bits.
+    pub(super) abandoned: u64,
     /// Walks over the table: the first is under way, from slot `walk_at` on.
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
@@ -88,6 +93,8 @@ pub struct Replica<'m> {
     pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
     pub(super) waiting: List,
+    /// Connections that were refused because the other side holds a newer state.
+    pub(super) shelved: List,
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
@@ -113,12 +120,14 @@ impl<'m> Replica<'m> {
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
             ranked: Vec::with_capacity(MEMBERS_MAX),
             tables: vec![0; MEMBERS_MAX + 1],
+            abandoned: 0,
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
             again: Vec::with_capacity(WINDOW as usize),
             held: List::default(),
             waiting: List::default(),
+            shelved: List::default(),
             retry_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
@@ -245,6 +254,7 @@ impl<'m> Replica<'m> {
             On::None => {}
             On::Held => self.table.unlink(&mut self.held, slot),
             On::Waiting => self.table.unlink(&mut self.waiting, slot),
+            On::Shelved => self.table.unlink(&mut self.shelved, slot),
             On::Dirty => {
                 let stream = self.stream_of(line.peer());
                 self.table.unlink(&mut self.streams[stream].dirty, slot);
@@ -278,6 +288,11 @@ impl<'m> Replica<'m> {
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
     pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
+        let former = self.table.former(slot);
+        let presumed =
+            former.is_somewhere() && !self.table.is_moving(slot) && !self.table.line(slot).is_claimed();
+        // What is only presumed is offered to its former active, never sent there as if it were ours.
+        let except = if presumed { except | 1 << former.member() } else { except };
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
             if except >> member & 1 == 1 || !self.is_up(member) {
@@ -295,6 +310,15 @@ impl<'m> Replica<'m> {
             }
         }
         Found::Nobody
+    }
+
+    /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it was
+    /// leased in the life that the peer's half of the stream is in now. In an earlier one it was taken back.
+    pub(super) fn return_lease(&mut self, slot: Coordinate, life: u16) {
+        let stream = self.stream_of(slot);
+        if life == self.durable(stream).peer_life() {
+            self.leases.put(&mut self.streams[stream].lease, Place::of(slot.next_life()));
+        }
     }
 
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
@@ -349,11 +373,13 @@ impl<'m> Replica<'m> {
     /// The connection's backup is there from now on; everything must be sent to it.
     pub(super) fn assign(&mut self, now: Time, slot: u32, backup: Coordinate) {
         assert!(self.table.on(slot) == On::None);
+        let stream = self.stream_of(backup);
+        let life = self.durable(stream).peer_life();
         self.table.update(slot, |line| {
             line.set_peer(backup);
             line.set_last(Seq::NONE);
+            line.set_life(life);
         });
-        let stream = self.stream_of(backup);
         self.streams[stream].actives += 1;
         self.mark_dirty(now, slot, groups::ALL);
     }
@@ -389,7 +415,21 @@ impl<'m> Replica<'m> {
         self.publish_gauges(now);
     }
 
+    /// The connection was refused as older than what the other side holds: it waits before it asks again.
+    pub(super) fn shelve(&mut self, now: Time, slot: u32) {
+        self.table.push(&mut self.shelved, On::Shelved, slot, now);
+    }
+
+    fn shelf_at(&self) -> Time {
+        self.shelved.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(SHELF))
+    }
+
     fn tick_waiting(&mut self, now: Time) {
+        while self.shelf_at().reached(now)
+            && let Some(slot) = self.table.pop(&mut self.shelved)
+        {
+            self.protect(now, slot);
+        }
         if self.waiting.is_empty() || !self.retry_at.reached(now) {
             return;
         }
@@ -422,7 +462,8 @@ impl<'m> Replica<'m> {
             })
             .map(|(member, _)| self.of_member(member))
             .sum();
-        self.dirty_actives + self.unacknowledged + self.waiting.len() as u64 + orphaned
+        let waiting = (self.waiting.len() + self.shelved.len()) as u64;
+        self.dirty_actives + self.unacknowledged + waiting + orphaned
     }
 
     /// Connections whose other copy is at this member.
@@ -435,11 +476,11 @@ impl<'m> Replica<'m> {
     fn publish_gauges(&mut self, now: Time) {
         let exposure = self.exposure();
         self.counters.set(Counter::Exposure, exposure);
-        self.counters.set(Counter::Unprotected, self.waiting.len() as u64);
+        self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::CommitPending, self.commits.len() as u64);
         let mut oldest = now;
         if exposure > 0 {
-            if let Some(slot) = self.waiting.first() {
+            for slot in [self.waiting.first(), self.shelved.first()].into_iter().flatten() {
                 oldest = oldest.min(self.table.since(slot));
             }
             for i in 0..self.busy.len() {
@@ -462,7 +503,7 @@ impl<'m> Replica<'m> {
 
     /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives before.
     pub fn poll_at(&self) -> Time {
-        let mut at = self.hold_at().min(self.walk_at()).min(self.chores_at());
+        let mut at = self.hold_at().min(self.walk_at()).min(self.shelf_at());
         if !self.waiting.is_empty() {
             at = at.min(self.retry_at);
         }

@@ -250,7 +250,7 @@ pub struct Refusal {
 }
 
 /// Refusals told in one control datagram; further ones are found again when the datagram is repeated.
-pub const REFUSALS_MAX: usize = 16;
+pub const REFUSALS_MAX: usize = 48;
 
 /// The private half of a stream.
 pub struct Stream {

@@ -18,9 +18,11 @@
 
 use std::time::Duration;
 
+use super::chores::Rank;
 use super::replica::{Found, Replica};
 use super::stream::{stream_index, stream_member};
 use crate::ccp::message::Place;
+use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Kind, MemberId};
@@ -67,8 +69,12 @@ pub(super) enum Job {
     Purge { member: MemberId },
     /// Backups at these members (bits) move to better ones.
     Rehome { away_from: u64 },
+    /// This member is heard and does not hear us: our connections find other backups. Its copies here stay.
+    Abandon { member: MemberId },
     /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
     Verify { stream: usize },
+    /// This member came with another table than it had: what was taken over from that is simply ours.
+    Forget { member: MemberId },
     /// This member is back with the table that connections here were taken over from.
     Offer { member: MemberId },
 }
@@ -156,7 +162,8 @@ impl Replica<'_> {
 
     fn come_up(&mut self, now: Time, member: MemberId) {
         let seen = self.view.members[member as usize];
-        let returned = self.tables[member as usize] == seen.table_id;
+        let known = self.tables[member as usize];
+        let returned = known == seen.table_id;
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
         for shard in 0..seen.shards {
@@ -164,17 +171,16 @@ impl Replica<'_> {
             if !shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards) {
                 continue;
             }
-            self.durable(stream).begin_life(seen.table_id);
             if !returned {
                 self.durable(stream).begin_peer_life(0);
             }
-            let s = &mut self.streams[stream];
-            (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
-            self.wake(stream);
         }
+        self.begin_lives(now, member);
         self.retry_at = now;
         if returned {
             self.jobs.push_back(Job::Offer { member });
+        } else if known != 0 {
+            self.jobs.push_back(Job::Forget { member });
         }
     }
 
@@ -203,6 +209,7 @@ impl Replica<'_> {
                 self.review_down(now, member, since, left_behind);
             }
         }
+        self.abandon_the_deaf(now);
         let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
         let mut slot = self.walk_slot;
         let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
@@ -225,6 +232,62 @@ impl Replica<'_> {
         }
     }
 
+    /// Who does not hear us acknowledges nothing.
+    fn abandon_the_deaf(&mut self, now: Time) {
+        for member in 1..self.peers.len() as MemberId {
+            let seen = &self.view.members[member as usize];
+            let deaf = self.is_up(member)
+                && seen.status.is_alive()
+                && !seen.hears_me
+                && seen.since.after(self.config.reprotect_after).reached(now);
+            let bit = 1u64 << member;
+            if deaf && self.abandoned & bit == 0 {
+                self.abandoned |= bit;
+                self.jobs.push_back(Job::Abandon { member });
+            } else if seen.hears_me {
+                self.abandoned &= !bit;
+            }
+        }
+    }
+
+    fn abandon_slot(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        if line.peer().member() != member {
+            return true;
+        }
+        match line.kind() {
+            Kind::Active => {
+                self.unassign(slot);
+                self.protect(now, slot);
+            }
+            Kind::Closing => {
+                self.unlist(slot);
+                self.table.recycle(slot, 1);
+            }
+            _ => {}
+        }
+        true
+    }
+
+    /// Sending begins anew: what the member holds for us it must ask about.
+    fn begin_lives(&mut self, now: Time, member: MemberId) {
+        let seen = self.view.members[member as usize];
+        for shard in 0..seen.shards {
+            let stream = stream_index(member, shard);
+            if !shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards) {
+                continue;
+            }
+            let sent = self.durable(stream).sent();
+            self.give_up(now, stream, sent);
+            self.leases.drop_all(&mut self.streams[stream].lease);
+            self.durable(stream).begin_life(seen.table_id);
+            let s = &mut self.streams[stream];
+            (s.want, s.want_at, s.starved_since) = (0, Time::NEVER, None);
+            (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
+            self.wake(stream);
+        }
+    }
+
     fn is_walk_ahead(&self) -> bool {
         self.dirty_actives + self.waiting.len() as u64 > WALK_AHEAD || !self.can_receive()
     }
@@ -238,7 +301,11 @@ impl Replica<'_> {
             PeerState::Down { since, .. } => Some(since.after(self.config.reprotect_after)),
             _ => None,
         });
-        downs.fold(Time::NEVER, Time::min)
+        let deaf = self.view.others().filter(|(id, m)| {
+            m.status.is_alive() && !m.hears_me && self.is_up(*id) && self.abandoned >> *id & 1 == 0
+        });
+        let deaf = deaf.map(|(_, m)| m.since.after(self.config.reprotect_after));
+        downs.chain(deaf).fold(Time::NEVER, Time::min)
     }
 
     fn walk_done(&mut self, now: Time, job: Job) {
@@ -262,7 +329,9 @@ impl Replica<'_> {
                     self.jobs.push_back(job);
                 }
             }
-            Job::Verify { .. } | Job::Offer { .. } => {}
+            Job::Forget { .. } => self.retry_at = now,
+            Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
+            Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
         }
     }
 
@@ -276,8 +345,15 @@ impl Replica<'_> {
         match job {
             Job::Purge { member } => self.purge_slot(now, member, slot),
             Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
-            Job::Verify { stream } => self.verify_slot(stream, slot),
+            Job::Abandon { member } => self.abandon_slot(now, member, slot),
+            Job::Verify { stream } => self.verify_slot(now, stream, slot),
             Job::Offer { member } => self.offer_slot(member, slot),
+            Job::Forget { member } => {
+                if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
+                    self.table.set_former(slot, Coordinate::NOWHERE);
+                }
+                true
+            }
         }
     }
 
@@ -293,9 +369,20 @@ impl Replica<'_> {
                 self.protect(now, slot);
             }
             Kind::Backup => {
-                self.counters.count(Counter::Promotions);
                 let stream = self.stream_of(peer);
                 self.streams[stream].copies -= 1;
+                let original = self.table.tuples(slot).0;
+                if self
+                    .table
+                    .find_original(&original)
+                    .is_some_and(|own| own != slot && self.table.kind(own) != Kind::Backup)
+                {
+                    // The tuple lives on here as another connection: the copy was of one before.
+                    self.table.forget(slot);
+                    self.table.recycle(slot, 1);
+                    return true;
+                }
+                self.counters.count(Counter::Promotions);
                 self.table.update(slot, |line| {
                     line.set_kind(Kind::Active);
                     line.set_peer(Coordinate::NOWHERE);
@@ -325,7 +412,7 @@ impl Replica<'_> {
             self.assign(now, slot, previous);
         } else {
             self.table.update(slot, |line| {
-                line.set_groups(crate::conn::slot::groups::ALL);
+                line.set_groups(groups::ALL);
                 line.set_last(Seq::NONE);
             });
             self.protect(now, slot);
@@ -339,11 +426,11 @@ impl Replica<'_> {
             && away_from >> member & 1 == 1
             && self.is_up(member)
             && !self.table.is_moving(slot)
-            && !self.table.former(slot).is_somewhere();
+            && matches!(self.table.on(slot), On::None | On::Dirty);
         if !concerned {
             return true;
         }
-        if self.chores.room() == 0 {
+        if !self.chores.has_room(Rank::Question) {
             return false;
         }
         match self.lease_for(now, slot, away_from) {
@@ -357,15 +444,26 @@ impl Replica<'_> {
         }
     }
 
-    fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {
-        let line = self.table.line(slot);
-        let peer = line.peer();
-        if !peer.is_somewhere() || self.stream_of(peer) != stream || !self.is_up(stream_member(stream)) {
+    fn verify_slot(&mut self, now: Time, stream: usize, slot: u32) -> bool {
+        if !self.is_up(stream_member(stream)) {
             return true;
         }
+        let line = self.table.line(slot);
+        let (peer, former) = (line.peer(), self.table.former(slot));
+        let own = Place { slot, generation: line.generation() };
+        let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
-            Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot, 2),
-            Kind::Backup => return self.offer(peer, Place { slot, generation: line.generation() }),
+            Kind::Leased if on_stream(peer) && line.life() != self.durable(stream).peer_life() => {
+                self.table.recycle(slot, 2);
+            }
+            Kind::Backup if on_stream(peer) => return self.offer(peer, own),
+            Kind::Active if on_stream(peer) => {
+                // It may have let our copy go: all of it again. What is not there any more is refused.
+                self.mark_dirty(now, slot, groups::ALL);
+            }
+            Kind::Active if on_stream(former) && !self.table.is_moving(slot) => {
+                return self.offer(former, own);
+            }
             _ => {}
         }
         true

@@ -249,7 +249,8 @@ impl Replica<'_> {
         while let Some(id) = next
             && repeated < 4
         {
-            if !self.history.has_arrived(id) {
+            // The oldest goes even if it arrived: it asks for the ack that was lost.
+            if id == oldest || !self.history.has_arrived(id) {
                 if !self.repeat(now, id, send) {
                     return;
                 }
@@ -502,8 +503,10 @@ impl Replica<'_> {
                 match content {
                     Content::Delta(place) => self.delta_given_up(now, stream, place, entry.seq),
                     Content::Granted(place) => {
-                        self.durable(stream).sub_granted_by_us();
-                        self.revoke(place);
+                        // Grants of an earlier life are not counted any more.
+                        if self.revoke(place) == Some(self.durable(stream).peer_life()) {
+                            self.durable(stream).sub_granted_by_us();
+                        }
                     }
                     Content::Release(chore) => self.chore_given_up(chore, entry.seq),
                 }
@@ -530,11 +533,14 @@ impl Replica<'_> {
 
     /// A slot that was granted in a datagram which may or may not arrive: two lives later, so that
     /// nobody takes the old grant for a copy that was closed.
-    pub(super) fn revoke(&mut self, place: Place) {
+    /// Tells in which life of the peer's half it was granted, if it was not filled yet.
+    pub(super) fn revoke(&mut self, place: Place) -> Option<u16> {
         let line = self.table.line(place.slot);
-        if line.kind() == Kind::Leased && line.generation() == place.generation {
+        let empty = line.kind() == Kind::Leased && line.generation() == place.generation;
+        empty.then(|| {
             self.table.recycle(place.slot, 2);
-        }
+            line.life()
+        })
     }
 
     /// Takes the oldest outstanding datagram off its stream.

@@ -1,6 +1,6 @@
 //! The hosts and links that the picture in `gateway.rs` shows.
 
-use crate::namespace::{Namespace, remove_stale, unique_prefix};
+use crate::common::namespace::{Namespace, remove_stale, unique_prefix};
 
 /// The address that every connection of the client has at the server, whichever gateway carries it.
 pub const SHARED: &str = "10.3.0.1";

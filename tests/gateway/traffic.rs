@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::common::namespace::Namespace;
 use crate::common::wait_for;
-use crate::namespace::Namespace;
 
 /// How often every socket is looked at. The gaps that are measured are this coarse.
 const TICK: Duration = Duration::from_millis(5);

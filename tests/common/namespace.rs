@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::common;
-
-/// Everything that these tests leave in the system for a while is called `hsgate-PID-RUN...`.
-const PREFIX: &str = "hsgate-";
+/// Everything that these tests leave in the system for a while is called `hstest-PID-RUN...`.
+const PREFIX: &str = "hstest-";
 
 /// A prefix that no other test run uses, this process's earlier ones included.
 pub fn unique_prefix() -> String {
@@ -27,7 +25,7 @@ impl Namespace {
     /// Makes the namespace `PREFIX-PLACE` and raises its loopback interface.
     pub fn new(prefix: &str, place: &str) -> Namespace {
         let name = format!("{prefix}-{place}");
-        common::run(Command::new("ip").args(["netns", "add", &name]));
+        super::run(Command::new("ip").args(["netns", "add", &name]));
         let namespace = Namespace { name };
         namespace.ip("link set lo up");
         namespace
@@ -65,7 +63,7 @@ impl Namespace {
 
     /// What `conntrack -L -p tcp` lists, a line an entry.
     pub fn tcp_entries(&self) -> Vec<String> {
-        let list = common::run(self.command("conntrack").args(["-L", "-p", "tcp"]));
+        let list = super::run(self.command("conntrack").args(["-L", "-p", "tcp"]));
         list.lines().map(str::to_owned).collect()
     }
 

@@ -1,5 +1,5 @@
-//! Scenarios that the protocol page makes one ask about. Each says what must hold; those that do not
-//! hold yet are ignored, with the reason.
+//! Faults that once broke the protocol's promises, each as the shortest story that shows it: walks
+//! that wait for each other, conflicts that never end, one-way silence, deaths in the middle of a move.
 
 #[path = "protocol/world.rs"]
 #[allow(dead_code)]
@@ -35,7 +35,6 @@ fn settle(world: &mut World<'_>, limit: Duration) {
 }
 
 #[test]
-#[ignore = "fails: releases wait for chores that offers fill, and the other way round"]
 fn more_offers_than_chores_on_both_sides_end() {
     let size = MemorySize { capacity: 16_384, arena: ARENA_MIN };
     let memories = memories_of(4, size);
@@ -78,7 +77,6 @@ fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
 }
 
 #[test]
-#[ignore = "fails: the older active asks the same member again for ever"]
 fn a_conflict_with_a_newer_state_elsewhere_ends() {
     let memories = memories(6);
     let mut world = group(2, &memories, &[100, 200, 150]);
@@ -97,7 +95,6 @@ fn a_conflict_with_a_newer_state_elsewhere_ends() {
 }
 
 #[test]
-#[ignore = "fails: refused at every round trip, a slot lost each time"]
 fn a_held_connection_that_refuses_its_twin_does_not_eat_slots() {
     let memories = memories(4);
     let mut world = group(2, &memories, &[100, 100]);
@@ -115,7 +112,6 @@ fn a_held_connection_that_refuses_its_twin_does_not_eat_slots() {
 }
 
 #[test]
-#[ignore = "fails: granted_by_us falls below zero"]
 fn one_way_silence_with_grants_outstanding_is_survived() {
     for seed in 0..100 {
         let memories = memories(4);
@@ -143,7 +139,6 @@ fn one_way_silence_with_grants_outstanding_is_survived() {
 }
 
 #[test]
-#[ignore = "fails: actives are not compared when the peer begins a new life"]
 fn after_one_way_silence_what_the_backup_let_go_is_copied_again() {
     let memories = memories(4);
     let mut world = group(4, &memories, &[100, 100]);
@@ -162,7 +157,6 @@ fn after_one_way_silence_what_the_backup_let_go_is_copied_again() {
 }
 
 #[test]
-#[ignore = "fails: copies stay at a member that is only joining"]
 fn a_peer_that_does_not_hear_me_is_left_for_another() {
     let memories = memories(6);
     let mut world = group(5, &memories, &[100, 100, 100]);
@@ -177,7 +171,6 @@ fn a_peer_that_does_not_hear_me_is_left_for_another() {
 }
 
 #[test]
-#[ignore = "fails: traffic at a promoted copy is no claim"]
 fn traffic_at_a_promoted_copy_outranks_what_the_former_active_forgot() {
     let memories = memories(4);
     let mut world = group(6, &memories, &[100, 100]);
@@ -229,7 +222,6 @@ fn a_death_in_the_middle_of_a_move_leaves_one_active() {
 }
 
 #[test]
-#[ignore = "fails: the previous backup brings the closed connection back"]
 fn who_presumes_and_sees_the_close_closes_the_previous_backup_too() {
     let memories = memories(8);
     let mut world = group(7, &memories, &[100, 100]);
@@ -254,7 +246,6 @@ fn who_presumes_and_sees_the_close_closes_the_previous_backup_too() {
 }
 
 #[test]
-#[ignore = "fails: a promoted connection never moves its backup"]
 fn a_leaving_member_loses_copies_of_promoted_connections_too() {
     let memories = memories(8);
     let mut world = group(8, &memories, &[100, 100, 100, 100]);
@@ -273,7 +264,6 @@ fn a_leaving_member_loses_copies_of_promoted_connections_too() {
 }
 
 #[test]
-#[ignore = "fails: index out of bounds"]
 fn a_previous_backup_that_no_group_can_have_is_refused() {
     use hypersync::ccp::bytes::Writer;
     use hypersync::ccp::header::{Header, OPCODE_SYNC};
