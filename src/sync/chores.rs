@@ -50,8 +50,6 @@ enum Phase {
 struct Chore {
     task: Task,
     target: Coordinate,
-    /// The life in which the slot at `target` was leased to us.
-    life: u16,
     phase: Phase,
 }
 
@@ -92,28 +90,28 @@ impl Chores {
 }
 
 impl Replica<'_> {
-    fn add_chore(&mut self, rank: Rank, task: Task, target: Coordinate, life: u16, phase: Phase) -> bool {
+    fn add_chore(&mut self, rank: Rank, task: Task, target: Coordinate, phase: Phase) -> bool {
         if !self.chores.has_room(rank) {
             return false;
         }
         let Some(id) = self.chores.free.pop() else { return false };
-        self.chores.chores[id as usize] = Some(Chore { task, target, life, phase });
+        self.chores.chores[id as usize] = Some(Chore { task, target, phase });
         let stream = self.stream_of(target);
         self.wake(stream);
         true
     }
 
-    /// Tells a member to let its copy go; `life` is the one in which the slot there was leased. `false` if there is no room for another chore.
-    pub(super) fn release(&mut self, rank: Rank, target: Coordinate, life: u16, stamp: Stamp) -> bool {
+    /// Tells a member to let its copy go. `false` if there is no room for another chore.
+    pub(super) fn release(&mut self, rank: Rank, target: Coordinate, stamp: Stamp) -> bool {
         if !self.may_return(target.member()) {
             return true; // Its table is gone, or asks by itself when it returns.
         }
-        self.add_chore(rank, Task::Release { of: None, stamp }, target, life, Phase::Send)
+        self.add_chore(rank, Task::Release { of: None, stamp }, target, Phase::Send)
     }
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        self.add_chore(Rank::Question, Task::Offer { own }, target, 0, Phase::Send)
+        self.add_chore(Rank::Question, Task::Offer { own }, target, Phase::Send)
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -123,7 +121,7 @@ impl Replica<'_> {
         assert!(previous.is_somewhere() && !self.table.is_moving(slot));
         let of = Some(Place { slot, generation });
         let task = Task::Release { of, stamp: line.stamp() };
-        if !self.add_chore(Rank::Question, task, previous, line.life(), Phase::AwaitBackup) {
+        if !self.add_chore(Rank::Question, task, previous, Phase::AwaitBackup) {
             return false;
         }
         self.unassign(slot);
@@ -211,10 +209,6 @@ impl Replica<'_> {
                 self.table.set_moving(of.slot, false);
                 self.table.set_former(of.slot, Coordinate::NOWHERE);
             }
-        }
-        if arrived {
-            // The slot there is ours again, one life later.
-            self.return_lease(chore.target, chore.life);
         }
     }
 

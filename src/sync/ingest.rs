@@ -205,7 +205,7 @@ impl Replica<'_> {
                 let previous = self.table.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
                     // Without a free chore it presumes by itself, until its own source sees the end.
-                    let _ = self.release(Rank::Consequence, previous, 0, line.stamp().changed());
+                    let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
                 self.table.forget(slot);
                 self.table.recycle(slot, 1);

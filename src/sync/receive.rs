@@ -308,7 +308,7 @@ impl Replica<'_> {
         self.unassign(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
         if peer.is_somewhere() && peer != winner {
-            let taken = self.release(Rank::Consequence, peer, line.life(), stamp);
+            let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of a chore");
         }
     }
@@ -427,9 +427,11 @@ impl Replica<'_> {
         }
         let member = stream_member(stream);
         match line.kind() {
-            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
-                line.set_generation(target.generation.next());
-            }),
+            Kind::Leased if self.is_leased_to(&line, stream) => {
+                self.table.recycle(target.slot, 2);
+                self.counters.count(Counter::DeltasApplied);
+                return Applied;
+            }
             // From its active, or, if that is gone, from whoever took over.
             Kind::Backup
                 if (line.peer().member() == member || !self.is_up(line.peer().member()))
@@ -452,6 +454,9 @@ impl Replica<'_> {
                 return Applied;
             }
         }
+        // Unlike a close: a release may be ignored, or come twice, and its sender does not learn which.
+        // So the slot is nobody's lease afterwards, and the name that one would have had never fits.
+        self.table.recycle(target.slot, 1);
         self.counters.count(Counter::DeltasApplied);
         Applied
     }
@@ -516,13 +521,11 @@ impl Replica<'_> {
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             Some(line) if line.kind().is_connection() => {
-                let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(Rank::Answer, own, life, stamp.max(line.stamp()));
+                let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
-                let life = self.durable(self.stream_of(own)).peer_life();
-                let _ = self.release(Rank::Answer, own, life, stamp);
+                let _ = self.release(Rank::Answer, own, stamp);
             }
         }
         Applied
@@ -689,9 +692,7 @@ impl Replica<'_> {
             if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it
                 // leaves there must go. (A slot that is not leased any more takes nothing.)
-                if reason != Reason::NotLeased
-                    && !self.release(Rank::Consequence, backup, line.life(), line.stamp())
-                {
+                if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, line.stamp()) {
                     continue; // No chore is free: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);
