@@ -8,7 +8,6 @@
 
 use super::history::Content;
 use super::replica::Replica;
-use super::stream::stream_index;
 use crate::ccp::message::{Message, Place};
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind, Stamp};
@@ -135,22 +134,12 @@ impl Replica<'_> {
         true
     }
 
-    /// The connection is closed while it changes its backup: the previous copy goes at once.
-    pub(super) fn release_previous_now(&mut self, slot: u32, stamp: Stamp) {
-        let own = Place { slot, generation: self.table.line(slot).generation() };
-        for id in self.chores.ids() {
-            let Some(chore) = &mut self.chores.chores[id as usize] else { continue };
-            if matches!(chore.task, Task::Release { of: Some(of), .. } if of == own) {
-                chore.task = Task::Release { of: None, stamp };
-                if chore.phase == Phase::AwaitBackup {
-                    chore.phase = Phase::Send;
-                }
-                let stream = stream_index(chore.target.member(), chore.target.shard());
-                self.wake(stream);
-            }
+    /// The connection goes while it changes its backup. The release of the previous one goes its own way.
+    pub(super) fn end_move(&mut self, slot: u32) {
+        if self.table.is_moving(slot) {
+            self.table.set_moving(slot, false);
+            self.table.set_former(slot, Coordinate::NOWHERE);
         }
-        self.table.set_moving(slot, false);
-        self.table.set_former(slot, Coordinate::NOWHERE);
     }
 
     /// Moves on what can move on.
@@ -165,12 +154,12 @@ impl Replica<'_> {
             match (chore.phase, chore.task) {
                 (Phase::AwaitBackup, Task::Release { of: Some(of), .. }) => {
                     let line = self.table.line(of.slot);
-                    let acknowledged = line.kind() == Kind::Active
+                    let ended = line.generation() != of.generation || line.kind() != Kind::Active;
+                    let acknowledged = !ended
                         && self.table.on(of.slot) == On::None
                         && line.last().is_passed_by(self.durable(self.stream_of(line.peer())).floor());
-                    if acknowledged {
-                        let task = Task::Release { of: Some(of), stamp: line.stamp() };
-                        self.chores.chores[id as usize] = Some(Chore { task, phase: Phase::Send, ..chore });
+                    if ended || acknowledged {
+                        self.chores.chores[id as usize] = Some(Chore { phase: Phase::Send, ..chore });
                         self.wake(stream);
                     }
                 }

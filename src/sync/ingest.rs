@@ -217,9 +217,7 @@ impl Replica<'_> {
     fn close(&mut self, now: Time, slot: u32) {
         self.table.forget(slot);
         let line = self.table.line(slot);
-        if self.table.is_moving(slot) {
-            self.release_previous_now(slot, line.stamp().changed());
-        }
+        self.end_move(slot);
         let peer = line.peer();
         if !peer.is_somewhere() || !self.may_return(peer.member()) {
             // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.

@@ -265,8 +265,9 @@ impl Replica<'_> {
                 self.streams[stream].copies += 1;
                 self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
             }
-            Kind::Backup | Kind::Active | Kind::Closing => return Refused(Reason::Superseded),
-            Kind::Free | Kind::Leased | Kind::Held => return Refused(Reason::NotLeased),
+            Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
+            // Another connection's place by now, or nobody's; or closed here while it was claimed there.
+            _ => return Refused(Reason::NotLeased),
         }
         self.counters.count(Counter::DeltasApplied);
         self.commit(Commit::Write { slot, generation: line.generation() });
@@ -300,9 +301,7 @@ impl Replica<'_> {
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
     fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
-        if self.table.is_moving(slot) {
-            self.release_previous_now(slot, stamp);
-        }
+        self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();
         self.unassign(slot);
@@ -386,9 +385,7 @@ impl Replica<'_> {
             Kind::Active if from_pair && stamp.epoch > line.stamp().epoch => {
                 // Claimed and closed by the pair's other side.
                 self.counters.count(Counter::ClaimsLost);
-                if self.table.is_moving(target.slot) {
-                    self.release_previous_now(target.slot, stamp);
-                }
+                self.end_move(target.slot);
                 self.unassign(target.slot);
                 self.drop_to_lease(target.slot, stream, None);
             }
