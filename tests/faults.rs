@@ -61,9 +61,14 @@ fn more_offers_than_chores_on_both_sides_end() {
 
 #[test]
 fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
-    let memories = memories(4);
+    let size = MemorySize { capacity: 16_384, arena: ARENA_MIN };
+    let memories = memories_of(4, size);
     let mut world = group(1, &memories, &[100, 100]);
-    let tuples: Vec<_> = (0..1500).map(|_| world.open_at(1)).collect();
+    let mut tuples: Vec<_> = Vec::new();
+    for _ in 0..60 {
+        tuples.extend((0..100).map(|_| world.open_at(1)));
+        world.run_for(ms(10));
+    }
     settle(&mut world, SECOND * 2);
     world.cut = vec![(1, 2), (2, 1)];
     world.run_for(ms(1500));
@@ -72,7 +77,18 @@ fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
     }
     world.run_for(ms(50));
     world.cut.clear();
-    world.run_for(SECOND);
+    world.run_for(SECOND * 3);
+    world.check();
+    // Whatever places came back are used up by these.
+    for _ in 0..90 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(ms(10));
+    }
+    settle(&mut world, SECOND * 5);
+    world.run_for(SECOND * 2);
+    println!("refused {}", world.counter(2, Counter::Refused));
     world.check();
 }
 
