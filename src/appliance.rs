@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
+use crate::bell::Bell;
 use crate::clock;
 use crate::config::{Config, SourceKind, SysctlMode};
 use crate::conntrack::commit::Committer;
@@ -75,13 +76,14 @@ fn usage(e: impl std::fmt::Display) -> Failure {
 }
 
 /// What a shard's thread is given.
-struct Parts {
+struct Parts<'b> {
     shard: u8,
     receiver: OwnedFd,
     committer: Option<Committer>,
     port_ids: Vec<u32>,
     strays: Receiver<Box<Stray>>,
     handover: Vec<SyncSender<Box<Stray>>>,
+    bells: &'b [Bell],
     gate: Gate,
 }
 
@@ -192,8 +194,9 @@ fn serve(
         })
         .unzip();
     drop(set_up);
+    let bells = (0..config.shards).map(|_| Bell::new()).collect::<Result<Vec<_>, _>>().map_err(usage)?;
     let mut committers = committers.into_iter();
-    let parts: Vec<Parts> = receivers
+    let parts: Vec<Parts<'_>> = receivers
         .into_iter()
         .zip(inboxes)
         .zip(gates)
@@ -205,6 +208,7 @@ fn serve(
             port_ids: port_ids.clone(),
             strays,
             handover: senders.clone(),
+            bells: &bells,
             gate,
         })
         .collect();
@@ -294,11 +298,11 @@ fn run_shard(
     shared: &Shared,
     notifier: Notifier,
     interface: &Interface,
-    parts: Parts,
+    parts: Parts<'_>,
 ) -> Result<(), String> {
     let _guard = FailOnPanic(shared);
     let options = &config.options;
-    let Parts { shard, receiver, committer, port_ids, strays, handover, gate } = parts;
+    let Parts { shard, receiver, committer, port_ids, strays, handover, bells, gate } = parts;
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
@@ -359,8 +363,19 @@ fn run_shard(
         Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
-    let mut shard =
-        Shard::new(shard, options.member, replica, port, feed, membership, region, shared, strays, handover);
+    let mut shard = Shard::new(
+        shard,
+        options.member,
+        replica,
+        port,
+        feed,
+        membership,
+        region,
+        shared,
+        strays,
+        handover,
+        bells,
+    );
     match gate.pass() {
         true => shard.run(),
         false => Ok(()),

@@ -199,17 +199,23 @@ impl Config {
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8) as u8;
         let shards = o.shards.unwrap_or(processors);
         within("shards", shards as u64, 1, SHARDS_MAX as u64)?;
-        let spans = |name: &str, value: Duration, low: Duration, high: Duration| match (low..=high)
-            .contains(&value)
-        {
-            true => Ok(()),
-            false => Err(format!("--{name} {value:?} is out of range: {low:?} to {high:?}")),
+        let lasting = |name: &str, value: Duration, low: Duration, high: Duration| {
+            let shown = humantime::format_duration;
+            match (low..=high).contains(&value) {
+                true => Ok(()),
+                false => Err(format!(
+                    "--{name} {} is out of range: {} to {}",
+                    shown(value),
+                    shown(low),
+                    shown(high)
+                )),
+            }
         };
-        const HOUR: Duration = Duration::from_secs(3600);
-        spans("heartbeat", o.heartbeat, Duration::from_millis(10), Duration::from_secs(10))?;
+        let hour = Duration::from_secs(3600);
+        lasting("heartbeat", o.heartbeat, Duration::from_millis(10), Duration::from_secs(10))?;
         within("dead-after", o.dead_after as u64, 2, 100)?;
-        spans("hold", o.hold, Duration::ZERO, HOUR)?;
-        spans("reprotect-after", o.reprotect_after, Duration::ZERO, HOUR)?;
+        lasting("hold", o.hold, Duration::ZERO, hour)?;
+        lasting("reprotect-after", o.reprotect_after, Duration::ZERO, hour)?;
         within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;
         within("ring", o.ring as u64, INGEST_RECORDS_MIN as u64, INGEST_RECORDS_MAX as u64)?;
         if !o.ring.is_power_of_two() {

@@ -60,6 +60,7 @@
 #![warn(missing_docs)]
 
 pub mod appliance;
+pub mod bell;
 pub mod ccp;
 pub mod clock;
 pub mod config;

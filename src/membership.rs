@@ -116,8 +116,10 @@ impl<'m> Membership<'m> {
         }
     }
 
-    /// Finds the dead, publishes the view, tells what happened.
-    pub fn tick(&mut self, now: Time) {
+    /// Finds the dead, publishes the view, tells what happened. Returns whether the other shards have
+    /// something to act on.
+    pub fn tick(&mut self, now: Time) -> bool {
+        let before = self.region.group().version();
         self.group.tick(now);
         self.publish();
         while let Some(event) = self.group.poll_event() {
@@ -142,6 +144,7 @@ impl<'m> Membership<'m> {
         }
         self.tell_dead();
         self.become_ready(now);
+        self.region.group().version() != before
     }
 
     /// Puts what changed into the group table, from which every shard reads.

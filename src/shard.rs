@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
+use crate::bell::Bell;
 use crate::ccp::Reject;
 use crate::ccp::header::{OPCODE_HEARTBEAT, SHARD_OFFSET};
 use crate::clock;
@@ -24,6 +25,8 @@ use crate::sync::stream::stream_member;
 use crate::sync::{Replica, Token};
 use crate::time::Time;
 
+/// The watch key of the shard's bell.
+const BELL_KEY: u64 = EVENTS_KEY + 1;
 /// A pass that takes longer makes heartbeats late.
 const LATE: Duration = Duration::from_millis(10);
 /// Under load a pass waits this long for company, so that what a wake-up costs is shared: passes
@@ -62,6 +65,8 @@ pub struct Shard<'m> {
     pub strays: Receiver<Box<Stray>>,
     /// Where strays of other shards go.
     pub handover: Vec<SyncSender<Box<Stray>>>,
+    /// The bells of all shards of this member.
+    pub bells: &'m [Bell],
     /// The streams' sockets, by stream.
     pub open: Vec<Option<IpAddr>>,
     /// This shard's counters.
@@ -71,6 +76,8 @@ pub struct Shard<'m> {
     complete: bool,
     longest: Duration,
     watching: bool,
+    listening: bool,
+    settled: u64,
     last_pass: Time,
 }
 
@@ -88,6 +95,7 @@ impl<'m> Shard<'m> {
         shared: &'m Shared,
         strays: Receiver<Box<Stray>>,
         handover: Vec<SyncSender<Box<Stray>>>,
+        bells: &'m [Bell],
     ) -> Shard<'m> {
         Shard {
             shard,
@@ -99,6 +107,7 @@ impl<'m> Shard<'m> {
             shared,
             strays,
             handover,
+            bells,
             open: vec![None; STREAMS_MAX],
             counters: Counters::new(region.shard(shard).counters),
             view: View::new(member),
@@ -106,6 +115,8 @@ impl<'m> Shard<'m> {
             complete: false,
             longest: Duration::ZERO,
             watching: false,
+            listening: false,
+            settled: 0,
             last_pass: Time(0),
         }
     }
@@ -128,13 +139,16 @@ impl<'m> Shard<'m> {
 
     /// Completions: buffers come back, sources wake.
     fn reap(&mut self, now: Time) {
-        let Shard { port, replica, feed, watching, .. } = self;
+        let Shard { port, replica, feed, watching, listening, bells, shard, .. } = self;
         port.reap(&mut |event| match event {
             Event::Sent { token, result } => replica.landed(Token(token), result < 0),
-            Event::Ready { key } => {
-                assert_eq!(key, EVENTS_KEY, "only the source's events are watched");
+            Event::Ready { key: EVENTS_KEY } => {
                 *watching = false;
                 feed.ready(now);
+            }
+            Event::Ready { .. } => {
+                *listening = false;
+                bells[*shard as usize].hear();
             }
             Event::Woken => {}
         });
@@ -172,7 +186,9 @@ impl<'m> Shard<'m> {
     fn tick(&mut self, now: Time) {
         if let Some(membership) = &mut self.membership {
             membership.handle_goodbyes(now, self.replica.take_goodbyes());
-            membership.tick(now);
+            if membership.tick(now) {
+                self.bells[1..].iter().for_each(Bell::ring);
+            }
         }
         self.follow_view(now);
         self.replica.tick(now);
@@ -241,8 +257,10 @@ impl<'m> Shard<'m> {
         let status = self.region.group().shard(self.shard);
         status.set_last_pass(now);
         status.set_view_version(self.view_version);
-        if self.replica.is_settled() {
+        if self.replica.is_settled() && self.settled != self.view_version {
+            self.settled = self.view_version;
             status.set_settled_version(self.view_version);
+            self.bells[0].ring(); // A death may wait to be told.
         }
         let took = clock::now().since(now);
         if took > LATE {
@@ -260,6 +278,10 @@ impl<'m> Shard<'m> {
             && !self.watching
         {
             self.watching = kernel.watch(&mut self.port);
+        }
+        if !self.listening {
+            self.listening = true;
+            self.port.watch(self.bells[self.shard as usize].fd(), BELL_KEY);
         }
         let source = self.feed.arm(now, &mut self.port);
         let mut at = now.after(WAIT_MAX).min(source).min(self.replica.poll_at());

@@ -8,6 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use hypersync::counters::{Counter, Counters};
@@ -23,22 +24,29 @@ pub const SOON: Duration = Duration::from_secs(20);
 
 /// Where one test's members live: a directory on tmpfs and, unless they live in namespaces, a /24 of
 /// loopback addresses that no other test uses.
+///
+/// Only one exists at a time in a test program: the tests measure time, and what all processes of one
+/// user may lock in memory is 8 MB on many systems.
 pub struct Lab {
     root: PathBuf,
     net: (u8, u8),
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Lab {
     /// A place of its own for the test that calls this.
     pub fn new() -> Lab {
         static NETS: AtomicU8 = AtomicU8::new(1);
+        static TURN: Mutex<()> = Mutex::new(());
+        // A test that failed has told so itself.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         remove_stale();
         let root = Path::new("/dev/shm").join(unique_prefix());
         fs::create_dir_all(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
         fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
         // Test programs that run at the same time differ in their process, tests of one in the counter.
         let net = (64 + (std::process::id() % 128) as u8, NETS.fetch_add(1, Ordering::Relaxed));
-        Lab { root, net }
+        Lab { root, net, _turn: turn }
     }
 
     /// The loopback address that ends in this number.
@@ -83,7 +91,7 @@ pub fn words(member: u8, sync: IpAddr) -> Vec<String> {
     let (member, sync) = (member.to_string(), sync.to_string());
     let mut words: Vec<String> = ["run", "--group", "7", "--member", &member, "--sync", &sync]
         .into_iter()
-        .chain(["--source", "ring", "--capacity", "20000", "--arena", "1048576", "--ring", "4096"])
+        .chain(["--source", "ring", "--capacity", "20000", "--arena", "524288", "--ring", "4096"])
         .chain(["--hold", "100ms", "--heartbeat", "100ms", "--dead-after", "5", "--reprotect-after", "300ms"])
         .map(str::to_owned)
         .collect();

@@ -65,10 +65,10 @@ fn flags_that_make_no_sense_are_named_with_their_range() {
         ("--capacity", "1", "is out of range"),
         ("--arena", "4096", "524288 to 1073741824"),
         ("--ring", "1000", "power of two"),
-        ("--heartbeat", "1ms", "10 to 10000"),
+        ("--heartbeat", "1ms", "1ms is out of range: 10ms to 10s"),
         ("--heartbeat", "fast", "100ms"),
         ("--dead-after", "1", "2 to 100"),
-        ("--hold", "2h", "0 to 3600000"),
+        ("--hold", "2h", "2h is out of range: 0s to 1h"),
         ("--priority", "256", "256"),
         ("--sync", "0.0.0.0", "no address of this host"),
         ("--sync", "here", "here"),
@@ -227,6 +227,8 @@ fn a_second_process_on_the_same_memory_is_told_the_first_ones_pid() {
 #[test]
 fn a_memory_lock_limit_that_is_too_small_is_named_with_what_to_do() {
     let lab = Lab::new();
+    // SAFETY: geteuid has no arguments, no preconditions and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
     // Too little for the ring's queues, and too little for the arena.
     for (limit, needed) in [(64 << 10, "131072"), (1 << 20, "4194304")] {
         let mut command = member(&lab, &["--shards", "1", "--arena", "4194304"]);
@@ -245,7 +247,10 @@ fn a_memory_lock_limit_that_is_too_small_is_named_with_what_to_do() {
             })
         };
         let limit = format!("RLIMIT_MEMLOCK is {limit} bytes");
-        assert_says(&refused(&mut command), &[&limit, needed, "CAP_IPC_LOCK", "ulimit -l"]);
+        let line = refused(&mut command);
+        assert_says(&line, &[&limit, "bytes needed", "CAP_IPC_LOCK", "ulimit -l"]);
+        // Another user's other processes may have used up the rest, so that even less was too much.
+        assert!(!root || line.contains(&format!("{needed} bytes needed")), "{line}");
     }
     assert!(RegionView::open(&lab.path("m1")).is_err(), "it never was ready");
 }

@@ -19,6 +19,13 @@ struct Caught {
     payload: Vec<u8>,
 }
 
+/// tshark as it comes, without anybody's own settings.
+fn tshark(lab: &Lab) -> Command {
+    let mut command = Command::new("tshark");
+    command.env("HOME", lab.path("")).env_remove("XDG_CONFIG_HOME").arg("-n");
+    command
+}
+
 /// Whether tshark is here. If not, the test says so in a line and passes, except under `CI=true`.
 fn has_tshark() -> bool {
     let here = Command::new("tshark").arg("--version").output().is_ok();
@@ -77,8 +84,8 @@ fn write_pcap(path: &Path, caught: &[Caught]) {
 fn decode(lab: &Lab, caught: &[Caught], fields: &[&str]) -> Vec<Vec<String>> {
     let path = lab.path("caught.pcap");
     write_pcap(&path, caught);
-    let mut command = Command::new("tshark");
-    command.args(["-n", "-T", "fields", "-E", "separator=|", "-E", "occurrence=a", "-r"]).arg(&path);
+    let mut command = tshark(lab);
+    command.args(["-T", "fields", "-E", "separator=|", "-E", "occurrence=a", "-r"]).arg(&path);
     for field in fields {
         command.args(["-e", field]);
     }
@@ -177,7 +184,7 @@ fn heartbeats_are_what_stock_tshark_takes_them_for() {
         assert!((0..=5).contains(&other), "{row:?}");
     }
     // The words that a person sees.
-    let words = run(Command::new("tshark").args(["-n", "-V", "-r"]).arg(lab.path("caught.pcap")));
+    let words = run(tshark(&lab).args(["-V", "-r"]).arg(lab.path("caught.pcap")));
     for word in ["Check Point High Availability Protocol", "FWHA_MY_STATE", "Active", "HA mode"] {
         assert!(words.contains(word), "{word} is not in\n{}", &words[..words.len().min(4000)]);
     }
@@ -237,7 +244,7 @@ fn synchronization_is_what_stock_tshark_takes_for_it() {
     for row in decode(&lab, &sync, &fields) {
         assert_eq!(row, ["10", "7", "1", "2", "0x1a90", ""]);
     }
-    let words = run(Command::new("tshark").args(["-n", "-V", "-r"]).arg(lab.path("caught.pcap")));
+    let words = run(tshark(&lab).args(["-V", "-r"]).arg(lab.path("caught.pcap")));
     assert!(
         words.contains("FWHAP_SYNC - New Sync packet") && !words.contains("Malformed"),
         "{}",

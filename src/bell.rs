@@ -1,0 +1,41 @@
+//! Bells: how one shard's thread wakes another's. An eventfd that the other's ring watches.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// One shard's bell. Everybody may ring it; its shard hears it.
+pub struct Bell(OwnedFd);
+
+impl Bell {
+    /// A bell that nobody rang.
+    pub fn new() -> io::Result<Bell> {
+        // SAFETY: the call takes two numbers and returns a new descriptor or -1.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made and nobody else owns it.
+        Ok(Bell(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// What to watch: readable once the bell was rung.
+    pub fn fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    /// Wakes its shard, now or when it is about to sleep. Never blocks: a counter that is full rings as well.
+    pub fn ring(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: the buffer is eight bytes long, as an eventfd asks, and lives through the call.
+        unsafe { libc::write(self.fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    /// Heard: the next ring wakes again.
+    pub fn hear(&self) {
+        let mut count = [0u8; 8];
+        // SAFETY: the buffer is eight bytes long, as an eventfd asks, and lives through the call.
+        unsafe { libc::read(self.fd(), count.as_mut_ptr().cast(), count.len()) };
+    }
+}
