@@ -83,6 +83,16 @@ pub const WALK_PER_TICK: usize = 4096;
 /// Events waiting for the notify command. When full the newest is dropped and counted.
 pub const NOTIFY_QUEUE: usize = 256;
 
+/// Refusals told in one control datagram. Further ones are found again when the datagram is repeated.
+pub const REFUSALS_MAX: usize = 32;
+
+/// Datagrams that arrived at the wrong shard and wait for the right one. What does not fit is lost
+/// like any other datagram, and repeated.
+pub const STRAYS: usize = 64;
+
+/// Log lines that wait to be written. What does not fit is counted, and the count is logged.
+pub const LOG_QUEUE: usize = 1024;
+
 /// Received datagrams acted on in one pass of a shard.
 pub const RECEIVE_PER_PASS: usize = 4096;
 

@@ -5,10 +5,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use crate::limits::LOG_QUEUE;
 use log::{Level, Log, Metadata, Record};
-
-/// Records that can wait.
-const QUEUE: usize = 1024;
 
 struct Line {
     level: Level,
@@ -92,7 +90,7 @@ fn write(items: &Receiver<Item>) {
 
 /// Starts logging, at the level that RUST_LOG asks for (info by default).
 pub fn start() {
-    let (queue, items) = sync_channel(QUEUE);
+    let (queue, items) = sync_channel(LOG_QUEUE);
     let filter = logger();
     let level = filter.filter();
     let writer = std::thread::Builder::new().name("log".into()).spawn(move || write(&items));

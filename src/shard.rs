@@ -42,9 +42,6 @@ pub struct Stray {
     bytes: [u8; DATAGRAM_MAX],
 }
 
-/// Strays that can wait for a shard.
-pub const STRAYS: usize = 64;
-
 /// Everything that a shard works with.
 pub struct Shard<'m> {
     /// This shard.

@@ -190,7 +190,7 @@ impl Replica<'_> {
                 self.counters.count(Counter::SourceShort);
                 self.unlist(slot);
                 self.table.forget(slot);
-                self.table.recycle(slot, 1);
+                self.table.recycle(slot);
             }
             Kind::Active => self.close(now, slot),
             Kind::Backup if self.is_up(line.peer().member()) => {
@@ -208,7 +208,7 @@ impl Replica<'_> {
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
                 self.table.forget(slot);
-                self.table.recycle(slot, 1);
+                self.table.recycle(slot);
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
@@ -222,7 +222,7 @@ impl Replica<'_> {
         if !peer.is_somewhere() || !self.may_return(peer.member()) {
             // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.
             self.unassign(slot);
-            self.table.recycle(slot, 1);
+            self.table.recycle(slot);
             return;
         }
         self.unlist(slot);

@@ -8,9 +8,11 @@
 //! - `replica`: which backup a connection gets, what is dirty, what is exposed;
 //! - `transmit`: dirty connections become deltas in datagrams; repeats, acks, skips;
 //! - `receive`: datagrams become copies; what is refused, what moves the floor;
+//! - `acks`: what comes back for what was sent: floors, repeats, refusals;
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
 //! - `chores`: releases and offers, which belong to no single delta; make before break.
 
+mod acks;
 mod chores;
 pub mod history;
 mod ingest;

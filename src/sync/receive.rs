@@ -8,26 +8,22 @@
 use std::net::IpAddr;
 
 use super::chores::Rank;
-use super::history::Content;
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
 use super::takeover::Job;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
 use crate::ccp::header::{Header, OPCODE_SYNC};
-use crate::ccp::message::{Bitmap, Message, Place, Places, Reason};
+use crate::ccp::message::{Message, Place, Places, Reason};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::{Line, groups};
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Connection, Coordinate, Kind, Stamp, State};
 use crate::counters::Counter;
-use crate::limits::{LEASE_WANT_MAX, WINDOW};
+use crate::limits::WINDOW;
 use crate::seq::Seq;
 use crate::source::Commit;
 use crate::time::Time;
-
-/// A datagram that this many later ones overtook is taken for lost.
-const OVERTAKEN: u64 = 3;
 
 /// What became of a delta.
 enum Verdict {
@@ -298,7 +294,7 @@ impl Replica<'_> {
         self.counters.count(Counter::Conflicts);
         self.step_down(slot, own, stamp);
         self.table.forget(slot);
-        self.table.recycle(slot, 1);
+        self.table.recycle(slot);
         Ok(!presumed)
     }
 
@@ -429,7 +425,7 @@ impl Replica<'_> {
         let member = stream_member(stream);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                self.table.recycle(target.slot, 2);
+                self.table.recycle(target.slot);
                 self.counters.count(Counter::DeltasApplied);
                 return Applied;
             }
@@ -457,7 +453,7 @@ impl Replica<'_> {
         }
         // Unlike a close: a release may be ignored, or come twice, and its sender does not learn which.
         // So the slot is nobody's lease afterwards, and the name that one would have had never fits.
-        self.table.recycle(target.slot, 1);
+        self.table.recycle(target.slot);
         self.counters.count(Counter::DeltasApplied);
         Applied
     }
@@ -514,7 +510,7 @@ impl Replica<'_> {
             Some(line) if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch => {
                 self.step_down(target.slot, own, stamp);
                 self.table.forget(target.slot);
-                self.table.recycle(target.slot, 1);
+                self.table.recycle(target.slot);
             }
             Some(line) if line.kind() == Kind::Active && line.peer() == own => {
                 let life = self.durable(self.stream_of(own)).peer_life();
@@ -542,172 +538,5 @@ impl Replica<'_> {
         self.durable(stream).add_granted_to_us(count);
         self.streams[stream].starved_since = None;
         self.retry_at = now;
-    }
-
-    /// Messages of an unsequenced datagram.
-    fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
-        let life = self.durable(stream).life();
-        let mut refused = Seq::NONE;
-        while let Some(message) = Message::decode(&mut r)? {
-            match message {
-                // Before anything was received there is nothing to acknowledge: life 0.
-                Message::Ack { life: 0, .. } => {}
-                Message::Ack { life: of, floor, beyond } if of == life => {
-                    self.streams[stream].greeted = true;
-                    self.handle_ack(now, stream, floor, beyond)?;
-                }
-                Message::Refuse { life: of, seq, target, reason, own } if of == life => {
-                    self.handle_refusal(now, stream, Refusal { seq, target, reason, own });
-                    refused = refused.max(seq);
-                }
-                Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
-                Message::Want { total } => {
-                    let due = total.saturating_sub(self.durable(stream).granted_by_us());
-                    self.streams[stream].grant_due = due.min(LEASE_WANT_MAX);
-                    self.wake(stream);
-                }
-                Message::Skip { to } => {
-                    if to.beyond(self.durable(stream).receive_floor()) > WINDOW {
-                        return Err(Reject::Window);
-                    }
-                    self.durable(stream).skip(to);
-                    self.streams[stream].ack_due = true;
-                    self.wake(stream);
-                }
-                Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
-                _ => return Err(Reject::Message),
-            }
-        }
-        // Only now: several refusals may name one datagram.
-        self.give_up(now, stream, refused);
-        Ok(())
-    }
-
-    fn handle_ack(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) -> Result<(), Reject> {
-        let durable = self.durable(stream);
-        let sent = durable.sent();
-        if floor.is_after(sent) {
-            return Err(Reject::Message);
-        }
-        self.counters.count(Counter::AcksReceived);
-        if floor.is_after(durable.floor()) {
-            let progress = floor.beyond(durable.floor());
-            durable.set_floor(floor);
-            self.settle_below(now, stream, floor);
-            let s = &mut self.streams[stream];
-            s.widen(progress);
-            s.repeats = 0;
-            if s.oldest.is_some() {
-                s.repeat_at = now.after(s.patience());
-            }
-            self.free_closed(stream, floor);
-        }
-        self.note_beyond(now, stream, durable.floor(), beyond);
-        Ok(())
-    }
-
-    fn settle_below(&mut self, now: Time, stream: usize, floor: Seq) {
-        while let Some(id) = self.streams[stream].oldest {
-            let entry = self.history.entry(id);
-            if entry.seq.is_after(floor) {
-                break;
-            }
-            let delay = now.since(self.history.oldest_change(id)).as_micros() as u64;
-            let connections = self.history.connections(id) as u64;
-            if connections > 0 {
-                self.counters.delay(delay, connections);
-                self.counters.set(Counter::DelayUs, delay);
-            }
-            if self.history.sends(id) == 1 {
-                self.streams[stream].sample(now.since(entry.first_sent));
-            }
-            self.settle_oldest(stream, id);
-        }
-    }
-
-    /// Closes that are acknowledged: both slots are free again, theirs for this stream's lease.
-    fn free_closed(&mut self, stream: usize, floor: Seq) {
-        while let Some(slot) = self.streams[stream].closing.first() {
-            let line = self.table.line(slot);
-            if !line.last().is_passed_by(floor) {
-                break;
-            }
-            self.table.unlink(&mut self.streams[stream].closing, slot);
-            self.return_lease(line.peer(), line.life());
-            self.table.recycle(slot, 1);
-        }
-    }
-
-    /// What arrived beyond the floor need not be repeated; what several later ones overtook is
-    /// repeated at once.
-    fn note_beyond(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) {
-        let mut words = [0u64; (WINDOW / 64) as usize];
-        let mut highest = 0;
-        for (i, word) in beyond.words().enumerate() {
-            words[i] = word;
-            if word != 0 {
-                highest = 64 * i as u64 + 64 - word.leading_zeros() as u64;
-            }
-        }
-        let mut next = self.streams[stream].oldest;
-        let patience = self.streams[stream].round_trip.max(500_000);
-        while let Some(id) = next
-            && highest > 0
-        {
-            let seq = self.history.entry(id).seq;
-            let at = seq.beyond(floor);
-            if at == 0 || at > highest {
-                break;
-            }
-            let bit = at - 1;
-            if words[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
-                self.history.set_arrived(id);
-            } else if highest - at >= OVERTAKEN
-                && now.since(self.history.last_sent(id)).as_nanos() as u64 >= patience
-                && self.again.len() < self.again.capacity()
-                && !self.again.contains(&(id, seq))
-            {
-                self.again.push((id, seq));
-                let sent = self.durable(stream).sent();
-                self.streams[stream].shrink(seq, sent);
-            }
-            next = self.history.next(id);
-        }
-    }
-
-    /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
-    fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
-        let Refusal { seq, target, reason, own } = refusal;
-        let mut next = self.streams[stream].oldest;
-        let entry = loop {
-            match next {
-                Some(id) if self.history.entry(id).seq == seq => break id,
-                Some(id) => next = self.history.next(id),
-                None => return, // Settled before.
-            }
-        };
-        let member = stream_member(stream);
-        let backup = Coordinate::new(member, stream_shard(stream), target.slot, target.generation);
-        for content in self.history.contents(entry) {
-            let Content::Delta(place) = content else { continue };
-            if own.is_some_and(|own| own != place) {
-                continue; // A place that stands in the lease twice: only one of the two was refused.
-            }
-            let line = self.table.line(place.slot);
-            if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
-                // Another delta of it may be on its way and find that slot as it should be: whatever it
-                // leaves there must go. (A slot that is not leased any more takes nothing.)
-                if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, line.stamp()) {
-                    continue; // No chore is free: it is refused again.
-                }
-                self.counters.count(Counter::RefusedByPeer);
-                self.unassign(place.slot);
-                match reason {
-                    // There it is newer: asking again at once would be refused again.
-                    Reason::Superseded | Reason::Clash => self.shelve(now, place.slot),
-                    Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
-                }
-            }
-        }
     }
 }

@@ -24,6 +24,9 @@ use crate::time::Time;
 /// How long a member without a leased slot is waited for before the next best is asked.
 const STARVED: Duration = Duration::from_millis(100);
 
+/// How often connections that found no backup are looked at again.
+const RETRY: Duration = Duration::from_millis(10);
+
 /// How often a member that did not grant what was wanted is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
@@ -449,7 +452,8 @@ impl<'m> Replica<'m> {
                 }
             }
         }
-        self.retry_at = now.after(Duration::from_millis(1));
+        // A lease that arrives ends the pause.
+        self.retry_at = now.after(if failed == 0 { Duration::from_millis(1) } else { RETRY });
     }
 
     /// Connections past the hold time that have no up-to-date acknowledged second copy.

@@ -13,7 +13,7 @@ use std::time::Duration;
 use super::lease::LeaseList;
 use crate::conn::MemberId;
 use crate::conn::table::List;
-use crate::limits::{SHARDS_MAX, WINDOW, WINDOW_MIN};
+use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW, WINDOW_MIN};
 use crate::memory::StreamWords;
 use crate::seq::Seq;
 use crate::time::Time;
@@ -250,9 +250,6 @@ pub struct Refusal {
     /// Where the active has the connection, if it was a new.
     pub own: Option<crate::ccp::message::Place>,
 }
-
-/// Refusals told in one control datagram; further ones are found again when the datagram is repeated.
-pub const REFUSALS_MAX: usize = 32;
 
 /// The private half of a stream.
 pub struct Stream {

@@ -199,7 +199,12 @@ impl Replica<'_> {
             self.leases.drop_all(&mut s.lease);
             (s.want, s.want_at, s.grant_due, s.starved_since) = (0, Time::NEVER, 0, None);
         }
-        self.jobs.push_back(Job::Purge { member });
+        // Before all walks that may wait for somebody; what such a walk did it does not do again.
+        let purges = self.jobs.iter().take_while(|job| matches!(job, Job::Purge { .. })).count();
+        self.jobs.insert(purges, Job::Purge { member });
+        if purges == 0 {
+            self.walk_slot = 0;
+        }
     }
 
     /// Silent members whose time has come, and a stretch of the walk that is under way.
@@ -262,7 +267,7 @@ impl Replica<'_> {
             }
             Kind::Closing => {
                 self.unlist(slot);
-                self.table.recycle(slot, 1);
+                self.table.recycle(slot);
             }
             _ => {}
         }
@@ -379,7 +384,7 @@ impl Replica<'_> {
                 {
                     // The tuple lives on here as another connection: the copy was of one before.
                     self.table.forget(slot);
-                    self.table.recycle(slot, 1);
+                    self.table.recycle(slot);
                     return true;
                 }
                 self.counters.count(Counter::Promotions);
@@ -393,9 +398,9 @@ impl Replica<'_> {
             }
             Kind::Closing => {
                 self.unlist(slot);
-                self.table.recycle(slot, 1);
+                self.table.recycle(slot);
             }
-            Kind::Leased => self.table.recycle(slot, 2),
+            Kind::Leased => self.table.recycle(slot),
             Kind::Held | Kind::Free => {}
         }
         true
@@ -454,7 +459,7 @@ impl Replica<'_> {
         let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
             Kind::Leased if on_stream(peer) && line.life() != self.durable(stream).peer_life() => {
-                self.table.recycle(slot, 2);
+                self.table.recycle(slot);
             }
             Kind::Backup if on_stream(peer) => return self.offer(peer, own),
             Kind::Active if on_stream(peer) => {

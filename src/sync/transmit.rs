@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::history::{Content, Entry, MANIFEST_PER_DATAGRAM, NoRoom};
 use super::replica::Replica;
-use super::stream::{REFUSALS_MAX, Refusal, stream_member, stream_shard};
+use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{DELTA_MAX, Message, Place, encode_ack, encode_lease};
@@ -19,7 +19,7 @@ use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind};
 use crate::counters::Counter;
-use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW};
+use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, REFUSALS_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -538,7 +538,7 @@ impl Replica<'_> {
         let line = self.table.line(place.slot);
         let empty = line.kind() == Kind::Leased && line.generation() == place.generation;
         empty.then(|| {
-            self.table.recycle(place.slot, 2);
+            self.table.recycle(place.slot);
             line.life()
         })
     }

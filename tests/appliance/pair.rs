@@ -36,11 +36,10 @@ fn every_connection_is_on_exactly_two_members_through_changes_closes_a_death_and
         let mut c = connection(n);
         if n % 3 == 0 {
             c.state.mark ^= 0xffff_0000;
-            // A timeout travels when it grew, or with another change of the state.
+            // A shorter timeout travels with another change, here of the mark and sometimes of the state.
+            c.state.timeout_s = 120;
             if c.original.protocol == 6 {
-                (c.state.tcp_state, c.state.timeout_s) = (4, 120);
-            } else {
-                c.state.timeout_s = 500_000;
+                c.state.tcp_state = 4;
             }
             push(&mut producers, &SourceEvent::seen(c));
             wanted.insert(c.original, c);
