@@ -337,7 +337,7 @@ fn churn(seed: u64) {
 }
 
 /// Seeds that found a bug when they were new.
-const ONCE_FAILED: [u64; 7] = [78, 79, 188, 321, 546, 798, 1538];
+const ONCE_FAILED: [u64; 10] = [78, 79, 188, 321, 527, 546, 593, 798, 1538, 4339];
 
 #[test]
 fn churn_on_a_bad_network_with_deaths_ends_in_agreement() {

@@ -186,11 +186,6 @@ impl<'m> Table<'m> {
             .or_else(|| self.index.find(original, |slot| self.tuples(slot).0 == *original))
     }
 
-    /// A connection with this original tuple in another slot than this one.
-    pub fn find_other(&self, original: &Tuple, than: u32) -> Option<u32> {
-        self.index.find(original, |slot| slot != than && self.tuples(slot).0 == *original)
-    }
-
     /// Takes the slot that was free longest; it stays `Free` until it is filled or leased.
     pub fn allocate(&mut self) -> Option<u32> {
         let mut free = self.free;

@@ -280,7 +280,7 @@ impl Replica<'_> {
     fn give_way(&mut self, connection: &Connection, stamp: Stamp, own: Coordinate) -> Result<bool, Verdict> {
         let Some(slot) = self.table.find_original(&connection.original) else { return Ok(false) };
         let line = self.table.line(slot);
-        if line.kind() == Kind::Backup {
+        if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             return Ok(false); // The close of the older one is on its way.
         }
         let presumed = self.is_presumed(slot) && self.table.former(slot) == own;
@@ -292,10 +292,17 @@ impl Replica<'_> {
             return Err(Busy);
         }
         self.counters.count(Counter::Conflicts);
-        self.step_down(slot, own, stamp);
+        if line.kind() == Kind::Backup {
+            // Its active is gone, and the sender took over with the same state or a newer one.
+            let stream = self.stream_of(line.peer());
+            self.streams[stream].copies -= 1;
+            self.leave_behind(line.peer().member());
+        } else {
+            self.step_down(slot, own, stamp);
+        }
         self.table.forget(slot);
         self.table.recycle(slot);
-        Ok(!presumed)
+        Ok(!presumed && line.kind() != Kind::Backup)
     }
 
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.

@@ -25,7 +25,7 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
-use crate::conn::{Coordinate, Kind, MemberId};
+use crate::conn::{Coordinate, Kind, MemberId, Tuple};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
@@ -377,12 +377,8 @@ impl Replica<'_> {
                 let stream = self.stream_of(peer);
                 self.streams[stream].copies -= 1;
                 let original = self.table.tuples(slot).0;
-                if self
-                    .table
-                    .find_original(&original)
-                    .is_some_and(|own| own != slot && self.table.kind(own) != Kind::Backup)
-                {
-                    // The tuple lives on here as another connection: the copy was of one before.
+                if self.lives_besides(slot, &original) {
+                    // The tuple lives on as another connection: the copy was of one before.
                     self.table.forget(slot);
                     self.table.recycle(slot);
                     return true;
@@ -404,6 +400,18 @@ impl Replica<'_> {
             Kind::Held | Kind::Free => {}
         }
         true
+    }
+
+    /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in
+    /// another slot.
+    fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
+        let lives = |other: u32| {
+            let line = self.table.line(other);
+            other != slot
+                && self.table.tuples(other).0 == *original
+                && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
+        };
+        self.table.index.find(original, lives).is_some()
     }
 
     /// A copy became active here, and its former active at `former` is gone. If that had named a previous
