@@ -41,6 +41,8 @@ counters! {
     ExposureOldestUs, "exposure_oldest_us", "gauge: for how long the oldest of them, microseconds";
     Unprotected, "unprotected", "gauge: of those exposed, connections that have no backup at all for now";
 
+    ReleasesPending, "releases_pending", "gauge: releases and offers that their members have not acknowledged yet";
+
     // The source.
     SourceEvents, "source_events", "events taken from the source";
     SourceShort, "source_short", "connections that closed within the hold time and were never sent";

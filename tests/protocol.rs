@@ -317,7 +317,10 @@ fn churn(seed: u64) {
             for (tuple, known) in &mut world.open {
                 if known.owner == victim && HOLD < now.since(known.opened) {
                     let found = copies.get(tuple).unwrap_or_else(|| panic!("seed {seed}: {tuple} was lost"));
-                    known.owner = found[0].member;
+                    // Beside the copy there may be one of an earlier connection, whose release did not arrive.
+                    let newest = found.iter().find(|copy| copy.connection.state.mark == known.mark);
+                    known.owner =
+                        newest.unwrap_or_else(|| panic!("seed {seed}: {tuple} is old at {found:?}")).member;
                 }
             }
             world.network = network;

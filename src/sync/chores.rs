@@ -74,8 +74,13 @@ impl Chores {
         self.free.len() > kept
     }
 
+    /// Chores under way.
+    pub(super) fn len(&self) -> usize {
+        self.chores.len() - self.free.len()
+    }
+
     fn is_empty(&self) -> bool {
-        self.free.len() == self.chores.len()
+        self.len() == 0
     }
 
     fn ids(&self) -> impl Iterator<Item = u32> + use<> {

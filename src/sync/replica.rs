@@ -481,6 +481,7 @@ impl<'m> Replica<'m> {
         let exposure = self.exposure();
         self.counters.set(Counter::Exposure, exposure);
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
+        self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.len() as u64);
         let mut oldest = now;
         if exposure > 0 {

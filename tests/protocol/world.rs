@@ -388,7 +388,9 @@ impl<'m> World<'m> {
         if let [alone] = self.live()[..] {
             return self.counter(alone, Counter::Exposure) == self.counter(alone, Counter::Unprotected);
         }
-        self.hosts.values().filter(|h| h.running).all(|h| h.shards.iter().all(|s| s.exposure() == 0))
+        let settled = |h: &Host<'_>| h.shards.iter().all(|s| s.exposure() == 0);
+        self.hosts.values().filter(|h| h.running).all(settled)
+            && self.live().iter().all(|member| self.counter(*member, Counter::ReleasesPending) == 0)
     }
 
     /// Everything that live members hold, by original tuple.
