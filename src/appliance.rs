@@ -143,8 +143,8 @@ fn start(config: &Config) -> Result<(), Failure> {
         changed = match options.sysctl {
             SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
             SysctlMode::Leave => {
-                for (name, value) in sysctl::unmet().map_err(usage)? {
-                    log::warn!("restored connections need sysctl {name}={value}, which is not so: set it");
+                for (name, now) in sysctl::unmet().map_err(usage)? {
+                    log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
                 }
                 None
             }

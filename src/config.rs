@@ -214,6 +214,15 @@ impl Config {
         let hour = Duration::from_secs(3600);
         lasting("heartbeat", o.heartbeat, Duration::from_millis(10), Duration::from_secs(10))?;
         within("dead-after", o.dead_after as u64, 2, 100)?;
+        lasting("notify-limit", o.notify_limit, Duration::from_millis(100), hour)?;
+        if let Some(command) = &o.notify
+            && !command.exists()
+        {
+            return Err(format!(
+                "--notify {} does not exist: name a command that can be run",
+                command.display()
+            ));
+        }
         lasting("hold", o.hold, Duration::ZERO, hour)?;
         lasting("reprotect-after", o.reprotect_after, Duration::ZERO, hour)?;
         within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;

@@ -7,11 +7,13 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use crate::conn::Kind;
+use crate::conn::slot::groups;
 use crate::conntrack::KernelError;
 use crate::conntrack::commit::{CommitResult, Committer, Lifetime, Outcome};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::{LocalAddresses, LocalView};
+use crate::conntrack::sysctl::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
@@ -57,6 +59,9 @@ pub struct KernelFeed {
     overruns: u32,
     overruns_at: Time,
     dump: Dump,
+    /// When a dump that could not begin is tried again.
+    dump_at: Time,
+    timeouts: Timeouts,
 }
 
 #[derive(PartialEq, Eq)]
@@ -87,6 +92,8 @@ impl<'m> Feed<'m> {
             overruns: 0,
             overruns_at: Time(0),
             dump: Dump::Wanted,
+            dump_at: Time(0),
+            timeouts: Timeouts::read(),
         }))
     }
 
@@ -182,7 +189,7 @@ impl KernelFeed {
             counters.add(Counter::SourceRejected, drained.malformed as u64);
             self.drain_at = if drained.more {
                 now
-            } else if drained.events > 0 || self.dump == Dump::Running {
+            } else if drained.taken > 0 || self.dump == Dump::Running {
                 // The first after silence was read at once; what follows it comes in batches.
                 now.after(BATCH_PAUSE)
             } else {
@@ -210,20 +217,39 @@ impl KernelFeed {
         match self.dump {
             Dump::Done => return Ok(()),
             Dump::Wanted => {
-                if self.source.start_dump()? {
-                    counters.count(Counter::SourceDumps);
-                    self.dump = Dump::Running;
+                if !self.dump_at.reached(now) {
+                    self.drain_at = self.drain_at.min(self.dump_at);
+                    return Ok(());
+                }
+                match self.source.start_dump() {
+                    Ok(true) => {
+                        counters.count(Counter::SourceDumps);
+                        self.dump = Dump::Running;
+                    }
+                    Ok(false) => {}
+                    Err(e) => {
+                        log::warn!("{e}; it is tried again");
+                        self.dump_at = now.after(OVERRUN_PERIOD);
+                        return Ok(());
+                    }
                 }
             }
             Dump::Running => {}
         }
-        let local = &self.local;
+        let (local, timeouts) = (&self.local, &self.timeouts);
         let progress = self.source.drain_dump(DUMP_PER_PASS, &mut |event| match &event {
             SourceEvent::Seen { connection, .. } if local.is_local(connection) => {
                 counters.count(Counter::SourceLocal);
             }
             // An entry that we committed is in the dump as well: it says nothing about traffic.
             SourceEvent::Seen { connection, .. } if replica.is_copy(&connection.original) => {}
+            // One with a longer timeout than the kernel gives was committed, by a run before this one, and
+            // has seen no packet here since: not ours, and its active may have closed it long ago.
+            SourceEvent::Seen { connection, known }
+                if known & groups::TIMEOUT != 0 && connection.state.timeout_s > timeouts.of(connection) =>
+            {
+                counters.count(Counter::SourceLeftovers);
+            }
             _ => replica.handle_source(now, &event),
         });
         counters.add(Counter::SourceRejected, progress.malformed as u64);
@@ -233,7 +259,8 @@ impl KernelFeed {
             DumpState::Failed(errno) => {
                 log::warn!("reading the kernel's table broke off (errno {errno}); it begins again");
                 self.dump = Dump::Wanted;
-                self.drain_at = self.drain_at.min(now.after(OVERRUN_PERIOD));
+                self.dump_at = now.after(OVERRUN_PERIOD);
+                self.drain_at = self.drain_at.min(self.dump_at);
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! The appliance's command line: `hypersync run` and `hypersync demo`.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use argh::FromArgs;
@@ -28,11 +29,13 @@ fn main() -> ExitCode {
         Err(exit) => {
             return match exit.status {
                 Ok(()) => {
-                    println!("{}", exit.output);
+                    // Whoever closed the pipe has read enough.
+                    let _ = writeln!(std::io::stdout(), "{}", exit.output);
                     ExitCode::SUCCESS
                 }
                 Err(()) => {
-                    eprintln!("{}", exit.output);
+                    let words: Vec<&str> = exit.output.split_whitespace().collect();
+                    eprintln!("hypersync: {} (hypersync help says more)", words.join(" "));
                     ExitCode::from(EXIT_USAGE)
                 }
             };

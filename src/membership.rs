@@ -55,6 +55,8 @@ pub struct Membership<'m> {
     goodbyes_said: u8,
     goodbye_at: Time,
     published: View,
+    last_tick: Time,
+    heartbeat: Duration,
 }
 
 impl<'m> Membership<'m> {
@@ -73,6 +75,8 @@ impl<'m> Membership<'m> {
         let me = group.view().me;
         Membership {
             published: View::new(me),
+            last_tick: now,
+            heartbeat: group.heartbeat(),
             group,
             group_number,
             region,
@@ -117,14 +121,24 @@ impl<'m> Membership<'m> {
     }
 
     /// Finds the dead, publishes the view, tells what happened. Returns whether the other shards have
-    /// something to act on.
-    pub fn tick(&mut self, now: Time) -> bool {
+    /// something to act on. `behind`: datagrams wait unread.
+    pub fn tick(&mut self, now: Time, behind: bool) -> bool {
         let before = self.region.group().version();
+        // Nobody is dead because this member could not listen: mail lies unread, or it was paused itself.
+        if behind || now.since(self.last_tick) > self.heartbeat {
+            self.group.excuse(now);
+        }
+        self.last_tick = now;
         self.group.tick(now);
         self.publish();
         while let Some(event) = self.group.poll_event() {
             match event {
-                Event::MemberUp(member) => self.notifier.tell("member-up", member),
+                Event::MemberUp(member) => {
+                    // A death that was not told yet is history: told later, it would take a living
+                    // member's addresses away.
+                    self.dead.retain(|(dead, _)| *dead != member);
+                    self.notifier.tell("member-up", member);
+                }
                 Event::MemberReady(member) => self.notifier.tell("member-ready", member),
                 Event::MemberLeft(member) => self.notifier.tell("member-left", member),
                 Event::MemberDead(member) => {
@@ -228,8 +242,12 @@ impl<'m> Membership<'m> {
             .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::ConnectionsBackup))
             .sum();
         let alone = self.group.view().others().all(|(_, m)| !m.status.is_alive());
-        let elsewhere = self.group.view().others().any(|(_, m)| m.status == Status::Ready);
-        let drained = copies == 0 || alone || !elsewhere;
+        // Copies can move only if there is a third member; our own last changes can reach a second.
+        let ready = self.group.view().others().filter(|(_, m)| m.status == Status::Ready).count();
+        let exposed: u64 = (0..self.shards)
+            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::Exposure))
+            .sum();
+        let drained = alone || (copies == 0 || ready < 2) && (exposed == 0 || ready == 0);
         if !drained && now.since(since) < LEAVE_LIMIT {
             return false;
         }
@@ -244,7 +262,8 @@ impl<'m> Membership<'m> {
     /// When to be called next.
     pub fn poll_at(&self) -> Time {
         match self.leaving_since {
-            Some(_) => self.group.poll_at().min(self.goodbye_at.max(Time(1))),
+            Some(since) if self.goodbyes_said == 0 => self.group.poll_at().min(since.after(LEAVE_LIMIT)),
+            Some(_) => self.group.poll_at().min(self.goodbye_at),
             None => self.group.poll_at(),
         }
     }

@@ -3,7 +3,10 @@
 //! It runs as `COMMAND EVENT MEMBER`. EVENT is one of member-up, member-ready, member-left,
 //! member-dead, self-ready, self-not-ready.
 
+#![allow(unsafe_code)]
+
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -54,8 +57,7 @@ fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration) 
     for Notice { event, member } in notices {
         log::info!("{event} {member}");
         let Some(command) = command else { continue };
-        let child = Command::new(command).arg(event).arg(member.to_string()).stdin(Stdio::null()).spawn();
-        let outcome = child.and_then(|child| wait(child, limit));
+        let outcome = spawn(command, event, member).and_then(|child| wait(child, limit));
         match outcome {
             Ok(Some(status)) if status.success() => {}
             Ok(Some(status)) => log::warn!("{} {event} {member}: {status}", command.display()),
@@ -63,6 +65,23 @@ fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration) 
             Err(e) => log::error!("{} {event} {member}: {e}", command.display()),
         }
     }
+}
+
+/// Starts the command in a process group of its own, so that what it started ends with it, and with
+/// no signal blocked: this process blocks those that it waits for.
+fn spawn(command: &PathBuf, event: &str, member: MemberId) -> io::Result<Child> {
+    let mut command = Command::new(command);
+    command.arg(event).arg(member.to_string()).stdin(Stdio::null()).process_group(0);
+    // SAFETY: between fork and exec only async-signal-safe calls are made, on a set of the child's own stack.
+    unsafe {
+        command.pre_exec(|| {
+            let mut none = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+            Ok(())
+        });
+    }
+    command.spawn()
 }
 
 /// Waits for a child, at most `limit`; then it is killed, and there is no status.
@@ -74,7 +93,8 @@ fn wait(mut child: Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
             return Ok(Some(status));
         }
         if Instant::now() >= end {
-            child.kill()?;
+            // SAFETY: the child leads a group of its own and was not waited for, so the number is still its.
+            unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
             child.wait()?;
             return Ok(None);
         }

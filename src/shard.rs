@@ -17,7 +17,7 @@ use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
 use crate::feed::{EVENTS_KEY, Feed};
 use crate::group::view::View;
-use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STREAMS_MAX};
+use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS_MAX};
 use crate::membership::{Membership, Shared};
 use crate::net::{Event, NetError, Port, Target};
 use crate::shm::Region;
@@ -74,7 +74,9 @@ pub struct Shard<'m> {
     longest: Duration,
     watching: bool,
     listening: bool,
-    settled: u64,
+    /// A view acted on, and the commits asked for by then.
+    settling: Option<(u64, u64)>,
+    torn_view: bool,
     last_pass: Time,
 }
 
@@ -113,7 +115,8 @@ impl<'m> Shard<'m> {
             longest: Duration::ZERO,
             watching: false,
             listening: false,
-            settled: 0,
+            settling: None,
+            torn_view: false,
             last_pass: Time(0),
         }
     }
@@ -153,7 +156,7 @@ impl<'m> Shard<'m> {
 
     /// Datagrams: heartbeats to the group, synchronization to the protocol.
     fn receive(&mut self, now: Time) {
-        let Shard { port, replica, membership, counters, handover, shard, .. } = self;
+        let Shard { port, replica, membership, counters, handover, shard, bells, .. } = self;
         let cap = RECEIVE_PER_PASS.min(replica.receive_room());
         port.receive(cap, &mut |source, bytes| {
             let is_heartbeat = bytes.get(6..8) == Some(&OPCODE_HEARTBEAT.to_be_bytes());
@@ -167,14 +170,15 @@ impl<'m> Shard<'m> {
                     let mut stray = Box::new(Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] });
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
-                    let _ = handover[*to as usize].try_send(stray);
+                    if handover[*to as usize].try_send(stray).is_ok() {
+                        bells[*to as usize].ring();
+                    }
                 }
                 _ => replica.handle_datagram(now, Some(source), bytes),
             }
         });
-        while self.replica.receive_room() > 0
-            && let Ok(stray) = self.strays.try_recv()
-        {
+        for _ in 0..STRAYS.min(self.replica.receive_room()) {
+            let Ok(stray) = self.strays.try_recv() else { break };
             self.replica.handle_datagram(now, Some(stray.source), &stray.bytes[..stray.len]);
         }
     }
@@ -183,7 +187,7 @@ impl<'m> Shard<'m> {
     fn tick(&mut self, now: Time) {
         if let Some(membership) = &mut self.membership {
             membership.handle_goodbyes(now, self.replica.take_goodbyes());
-            if membership.tick(now) {
+            if membership.tick(now, self.replica.receive_room() == 0) {
                 self.bells[1..].iter().for_each(Bell::ring);
             }
         }
@@ -203,11 +207,17 @@ impl<'m> Shard<'m> {
         }
         for member in 1..=MEMBERS_MAX as MemberId {
             // A record that is being written is read at the next pass: the version moves on then.
-            let Some(seen) = self.region.group().read(member) else { return };
+            let Some(seen) = self.region.group().read(member) else {
+                self.torn_view = true;
+                return;
+            };
             self.view.set(member, seen);
         }
         self.view_version = version;
+        self.torn_view = false;
         self.replica.handle_view(now, &self.view);
+        // What is asked for later (copies that come in) no death has to wait for.
+        self.settling.get_or_insert((version, self.replica.commits_asked()));
         for stream in 0..STREAMS_MAX {
             let member = &self.view.members[stream_member(stream) as usize];
             if self.open[stream].is_some()
@@ -254,10 +264,13 @@ impl<'m> Shard<'m> {
         let status = self.region.group().shard(self.shard);
         status.set_last_pass(now);
         status.set_view_version(self.view_version);
-        if self.replica.is_settled() && self.settled != self.view_version {
-            self.settled = self.view_version;
-            status.set_settled_version(self.view_version);
+        if let Some((version, asked)) = self.settling
+            && self.replica.commits_done() >= asked
+        {
+            status.set_settled_version(version);
             self.bells[0].ring(); // A death may wait to be told.
+            let next = (self.view_version, self.replica.commits_asked());
+            self.settling = (version != self.view_version).then_some(next);
         }
         let took = clock::now().since(now);
         if took > LATE {
@@ -285,7 +298,11 @@ impl<'m> Shard<'m> {
         if let Some(membership) = &self.membership {
             at = at.min(membership.poll_at());
         }
-        if self.replica.receive_room() == 0 || self.replica.commits_waiting() > 0 || at.reached(now) {
+        if self.replica.receive_room() == 0
+            || self.replica.commits_waiting() > 0
+            || at.reached(now)
+            || self.torn_view
+        {
             self.port.submit()
         } else {
             let loaded = now.since(self.last_pass) < GATHER * 2;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use hypersync::conn::Kind;
 use hypersync::counters::Counter;
 use hypersync::limits::ARENA_MIN;
-use hypersync::memory::MemorySize;
+use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::source::SourceEvent;
 use world::{HOLD, World, memories, memories_of};
 
@@ -20,10 +20,14 @@ fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-fn group<'m>(seed: u64, memories: &'m [hypersync::memory::OwnedMemory], priorities: &[u8]) -> World<'m> {
+fn group<'m>(seed: u64, memories: &'m [OwnedMemory], priorities: &[u8]) -> World<'m> {
+    group_of(seed, memories, priorities, 2)
+}
+
+fn group_of<'m>(seed: u64, memories: &'m [OwnedMemory], priorities: &[u8], shards: u8) -> World<'m> {
     let mut world = World::new(seed, memories);
     for (i, priority) in priorities.iter().enumerate() {
-        world.start(i as u8 + 1, 2, *priority);
+        world.start(i as u8 + 1, shards, *priority);
     }
     world.run_for(ms(100));
     world
@@ -316,4 +320,108 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     world.host(2).shards[shard].handle_datagram(now, Some("10.9.0.1".parse().unwrap()), &bytes[..len]);
     world.kill(1);
     world.run_for(SECOND);
+}
+
+#[test]
+fn a_pair_with_many_connections_survives_the_death_of_one() {
+    let size = MemorySize { capacity: 32_768, arena: ARENA_MIN * 4 };
+    let memories = memories_of(3, size);
+    let mut world = group_of(1, &memories, &[100, 100], 1);
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(ms(10));
+    }
+    settle(&mut world, SECOND * 3);
+    world.kill(2);
+    world.run_for(SECOND);
+    world.start(2, 1, 100);
+    world.run_for(ms(500));
+    settle(&mut world, SECOND * 10);
+    world.check();
+}
+
+/// The same, seen by the survivor: more copies than WALK_AHEAD are promoted.
+#[test]
+fn the_survivor_of_a_pair_promotes_all_and_takes_the_other_back() {
+    let size = MemorySize { capacity: 32_768, arena: ARENA_MIN * 4 };
+    let memories = memories_of(3, size);
+    let mut world = group_of(1, &memories, &[100, 100], 1);
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(ms(10));
+    }
+    settle(&mut world, SECOND * 3);
+    world.kill(1);
+    for known in world.open.values_mut() {
+        known.owner = 2;
+    }
+    world.run_for(SECOND);
+    assert_eq!(world.counter(2, Counter::Promotions), 10_000);
+    world.start(1, 1, 100);
+    world.run_for(ms(500));
+    settle(&mut world, SECOND * 10);
+    world.check();
+}
+
+/// Two members presume the same connection and pick the same third as backup: nobody resolves it.
+#[test]
+fn a_silent_peer_does_not_spin_the_loop() {
+    let memories = memories(2);
+    let mut world = group_of(1, &memories, &[100, 100], 1);
+    let t = world.open_at(1);
+    settle(&mut world, SECOND);
+    world.kill(2);
+    world.change(t);
+    world.run_for(ms(120));
+    let now = world.now;
+    assert!(
+        world.host(1).shards[0].poll_at() > now,
+        "poll_at {:?} now {now:?}",
+        world.host(1).shards[0].poll_at()
+    );
+}
+
+/// A third member also takes a conflicting second copy when two members opened the same tuple.
+#[test]
+fn an_oversized_datagram_is_refused() {
+    use hypersync::ccp::bytes::Writer;
+    use hypersync::ccp::header::{Header, OPCODE_SYNC};
+    use hypersync::ccp::message::{Message, Place};
+    use hypersync::ccp::sync::SyncHeader;
+    use hypersync::conn::{Coordinate, Stamp, State};
+    let memories = memories(2);
+    let mut world = group_of(9, &memories, &[100, 100], 1);
+    let tuple = world.open_at(1);
+    settle(&mut world, SECOND);
+    let copy = world.copies()[&tuple].iter().find(|c| c.kind == Kind::Backup).map(|c| c.place).unwrap();
+    let now = world.now;
+    let from_table = world.hosts[&2].group.view().members[1].table_id;
+    let to_table = world.hosts[&1].group.view().members[2].table_id;
+    for n in 0..3u32 {
+        let mut bytes = vec![0; 65_000];
+        let mut w = Writer::new(&mut bytes);
+        let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: 0 };
+        let seq = hypersync::seq::Seq::NONE.plus(10 + n as u64);
+        SyncHeader { from_shard: 0, from_table, to_table, life: 1, seq }.encode(&header, &mut w);
+        for i in 0..4000 {
+            let stamp = Stamp { epoch: 0, version: 900 + n * 4000 + i };
+            Message::Update {
+                target: Place::of(Coordinate::from_raw(copy)),
+                stamp,
+                groups: 8,
+                previous: None,
+                state: State::default(),
+            }
+            .encode(&mut w);
+        }
+        let len = w.len();
+        world.host(2).shards[0].handle_datagram(now, Some("10.9.0.1".parse().unwrap()), &bytes[..len]);
+        println!("commits {}", world.host(2).shards[0].commits_waiting());
+    }
+    let room = world.host(2).shards[0].receive_room();
+    assert!(room <= 56, "room {room}");
 }

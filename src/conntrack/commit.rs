@@ -38,7 +38,7 @@ use crate::source::SourceEvent;
 /// raise no events and only the active's close may end it. Longer than the kernel's longest
 /// default (5 days for an established TCP connection); short enough that what a crash leaves
 /// behind goes away by itself.
-pub const KEPT_TIMEOUT_S: u32 = 7 * 24 * 3600;
+pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
 
 /// Rounds that one entry may take; more means that somebody else keeps changing it.
 const ROUNDS_MAX: usize = 6;

@@ -38,6 +38,8 @@ const RECENT_MAX: usize = 4 * crate::limits::INGEST_PER_PASS;
 /// What a drain did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Drained {
+    /// Messages read, those of no interest included.
+    pub taken: usize,
     /// Events handed to the caller.
     pub events: usize,
     /// Messages that made no sense.
@@ -138,6 +140,7 @@ impl Source {
                 }
             }
             left -= taken;
+            drained.taken += taken;
             if taken < batch {
                 return drained;
             }

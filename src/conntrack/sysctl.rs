@@ -56,7 +56,8 @@ impl Changed {
 
     /// Puts the old values back, in the network namespace of the calling thread.
     pub fn put_back(self) -> Result<(), KernelError> {
-        self.0.into_iter().try_for_each(|(name, old)| write(name, old))
+        // All of them, whatever becomes of one; the first error is told.
+        self.0.into_iter().map(|(name, old)| write(name, old)).fold(Ok(()), Result::and)
     }
 }
 
@@ -92,6 +93,9 @@ pub fn unmet() -> Result<Vec<(&'static str, u64)>, KernelError> {
     }
     Ok(unmet)
 }
+
+/// TCP_CONNTRACK_ESTABLISHED.
+const ESTABLISHED: usize = 3;
 
 /// How full the kernel's table is. The files stay open: asking takes two reads.
 #[derive(Debug)]
@@ -176,7 +180,13 @@ impl Timeouts {
     pub fn of(&self, connection: &Connection) -> u32 {
         let state = &connection.state;
         match connection.original.protocol {
-            TCP => self.tcp.get(state.tcp_state as usize).copied().unwrap_or(self.tcp[0]),
+            TCP => {
+                // Offloaded flows are reported without their state: ASSURED means established.
+                let assured = state.status & super::codec::status::ASSURED != 0;
+                let known =
+                    if state.tcp_state == 0 && assured { ESTABLISHED } else { state.tcp_state as usize };
+                self.tcp.get(known).copied().unwrap_or(self.tcp[0])
+            }
             UDP | UDPLITE if state.status & super::codec::status::ASSURED != 0 => self.udp_stream,
             UDP | UDPLITE => self.udp,
             ICMP => self.icmp,

@@ -32,6 +32,12 @@ impl Detector {
         }
     }
 
+    /// The listener was not listening: the member has until `interval` from now to be heard.
+    pub fn excuse(&mut self, now: Time, interval: Duration) {
+        let spared = self.silence.saturating_sub(interval);
+        self.last = self.last.max(Time(now.0.saturating_sub(spared.as_nanos() as u64)));
+    }
+
     /// When the last one arrived.
     pub fn last_heard(&self) -> Time {
         self.last

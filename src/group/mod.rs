@@ -236,6 +236,17 @@ impl Group {
         self.detectors[member as usize].forget();
     }
 
+    /// How often this member sends heartbeats.
+    pub fn heartbeat(&self) -> Duration {
+        self.me.heartbeat
+    }
+
+    /// This member could not listen for a while: everybody gets one more interval to be heard.
+    pub fn excuse(&mut self, now: Time) {
+        let interval = self.me.heartbeat;
+        self.detectors.iter_mut().for_each(|detector| detector.excuse(now, interval));
+    }
+
     /// Finds who fell silent.
     pub fn tick(&mut self, now: Time) {
         for id in 1..=MEMBERS_MAX as MemberId {

@@ -21,7 +21,7 @@ pub(super) enum Task {
     /// Make the copy at `target` go. With `of`, it is the previous backup of the connection there.
     Release { of: Option<Place>, stamp: Stamp },
     /// Ask whether the copy in this slot still stands.
-    Offer { own: Place },
+    Offer { own: Place, claimed: bool },
 }
 
 /// What a chore is for, least urgent first.
@@ -115,7 +115,8 @@ impl Replica<'_> {
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        self.add_chore(Rank::Question, Task::Offer { own }, target, Phase::Send)
+        let claimed = self.table.line(own.slot).is_claimed();
+        self.add_chore(Rank::Question, Task::Offer { own, claimed }, target, Phase::Send)
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -184,15 +185,19 @@ impl Replica<'_> {
         self.chores.remove(id);
         let of = match chore.task {
             Task::Release { of, .. } => of,
-            Task::Offer { own } => {
+            Task::Offer { own, claimed } => {
                 let line = self.table.line(own.slot);
-                if arrived
-                    && line.generation() == own.generation
+                let still = line.generation() == own.generation
                     && line.is_claimed()
-                    && !self.table.is_moving(own.slot)
-                {
+                    && self.table.former(own.slot) == chore.target
+                    && !self.table.is_moving(own.slot);
+                if arrived && still && claimed {
                     // Outranked, and it knows.
                     self.table.set_former(own.slot, Coordinate::NOWHERE);
+                } else if arrived && still {
+                    // Traffic came after the offer left: it has to know that as well. The chore that just
+                    // ended made room.
+                    self.offer(chore.target, own);
                 }
                 return;
             }
@@ -223,18 +228,21 @@ impl Replica<'_> {
     pub(super) fn send_chore(&mut self, id: u32, seq: Seq) -> Option<Message<'static>> {
         let chore = self.chores.chores[id as usize].expect("the caller saw it");
         let target = Place::of(chore.target);
+        let mut task = chore.task;
         let message = match chore.task {
             Task::Release { stamp, .. } => Message::Release { target, stamp },
-            Task::Offer { own } => {
+            Task::Offer { own, .. } => {
                 let line = self.table.line(own.slot);
                 if line.generation() != own.generation || !line.kind().is_connection() {
                     self.chores.remove(id);
                     return None;
                 }
-                Message::Offer { target, own, stamp: line.stamp(), claimed: line.is_claimed() }
+                let claimed = line.is_claimed();
+                task = Task::Offer { own, claimed };
+                Message::Offer { target, own, stamp: line.stamp(), claimed }
             }
         };
-        self.chores.chores[id as usize] = Some(Chore { phase: Phase::Sent(seq), ..chore });
+        self.chores.chores[id as usize] = Some(Chore { task, phase: Phase::Sent(seq), ..chore });
         Some(message)
     }
 

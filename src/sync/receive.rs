@@ -20,7 +20,7 @@ use crate::conn::slot::{Line, groups};
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Connection, Coordinate, Kind, Stamp, State};
 use crate::counters::Counter;
-use crate::limits::WINDOW;
+use crate::limits::{DATAGRAM_MAX, WINDOW};
 use crate::seq::Seq;
 use crate::source::Commit;
 use crate::time::Time;
@@ -44,6 +44,9 @@ impl Replica<'_> {
     }
 
     fn receive(&mut self, now: Time, source: Option<IpAddr>, bytes: &[u8]) -> Result<(), Reject> {
+        if bytes.len() > DATAGRAM_MAX {
+            return Err(Reject::Message); // No member sends these; what one may ask for is limited by its size.
+        }
         let mut r = Reader::new(bytes);
         let header = Header::decode(&mut r, self.config.group)?;
         if header.opcode != OPCODE_SYNC {
@@ -109,8 +112,10 @@ impl Replica<'_> {
         s.refusals.clear();
         // What it had leased to us it took back.
         self.leases.drop_all(&mut s.lease);
-        if known != 0 {
-            self.jobs.push_back(Job::Verify { stream });
+        // The one under way may have passed what it must see again; one that waits has not.
+        let job = Job::Verify { stream };
+        if known != 0 && !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
+            self.jobs.push_back(job);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::chores::Chores;
 use super::history::History;
 use super::lease::LeasePool;
-use super::stream::{Durable, Stream, stream_index};
+use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
@@ -104,6 +104,8 @@ pub struct Replica<'m> {
     /// Connections in datagrams that are not acknowledged.
     pub(super) unacknowledged: u64,
     pub(super) commits: VecDeque<Commit>,
+    /// Commits asked for since the start.
+    pub(super) commits_asked: u64,
     pub(super) goodbyes: u64,
 }
 
@@ -135,6 +137,7 @@ impl<'m> Replica<'m> {
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
+            commits_asked: 0,
             goodbyes: 0,
             memory,
             config,
@@ -187,9 +190,20 @@ impl<'m> Replica<'m> {
         self.commits.len()
     }
 
+    /// Commits asked for since the start. Once [`commits_done`](Self::commits_done) has reached what this
+    /// was, everything asked for until then is in the kernel.
+    pub fn commits_asked(&self) -> u64 {
+        self.commits_asked
+    }
+
+    /// Commits taken by the kernel's side since the start.
+    pub fn commits_done(&self) -> u64 {
+        self.commits_asked - self.commits.len() as u64
+    }
+
     /// How many datagrams can be taken now: each may ask for as many commits as it has deltas.
     pub fn receive_room(&self) -> usize {
-        (COMMIT_QUEUE - self.commits.len()) / super::history::MANIFEST_PER_DATAGRAM
+        COMMIT_QUEUE.saturating_sub(self.commits.len()) / super::history::MANIFEST_PER_DATAGRAM
     }
 
     /// Whether a datagram can be taken now.
@@ -406,6 +420,7 @@ impl<'m> Replica<'m> {
         if self.config.commit_eager {
             // `can_receive` keeps room for what one datagram can ask for.
             self.commits.push_back(commit);
+            self.commits_asked += 1;
         }
     }
 
@@ -513,6 +528,9 @@ impl<'m> Replica<'m> {
             at = at.min(self.retry_at);
         }
         for stream in &self.busy {
+            if !self.is_up(stream_member(*stream as usize)) {
+                continue; // Nothing is sent there, whatever is due.
+            }
             let s = &self.streams[*stream as usize];
             at = at.min(s.repeat_at).min(s.want_at);
             if !s.dirty.is_empty() && self.unsent_room(*stream as usize) {

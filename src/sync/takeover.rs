@@ -25,11 +25,11 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
-use crate::conn::{Coordinate, Kind, MemberId, Tuple};
+use crate::conn::{Coordinate, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
-use crate::limits::{SHARDS_MAX, WALK_PER_TICK};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
 use crate::source::Commit;
 use crate::time::Time;
@@ -40,6 +40,9 @@ const WALK_AHEAD: u64 = 8192;
 
 /// How long a walk pauses that must wait for leases, chores or acknowledgements.
 const WALK_PAUSE: Duration = Duration::from_micros(500);
+
+/// How long a leaving member's copies that found no other place wait for the next walk.
+const REHOME_PAUSE: Duration = Duration::from_millis(50);
 
 /// What this shard makes of a member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -269,6 +272,8 @@ impl Replica<'_> {
                 self.unlist(slot);
                 self.table.recycle(slot);
             }
+            // What it was lent it lets go as well, with our new life.
+            Kind::Leased => self.table.recycle(slot),
             _ => {}
         }
         true
@@ -294,7 +299,7 @@ impl Replica<'_> {
     }
 
     fn is_walk_ahead(&self) -> bool {
-        self.dirty_actives + self.waiting.len() as u64 > WALK_AHEAD || !self.can_receive()
+        self.dirty_actives > WALK_AHEAD || !self.can_receive()
     }
 
     /// When the next silent member's time has come; at once while a walk is under way.
@@ -331,7 +336,9 @@ impl Replica<'_> {
                 let left =
                     (1..self.peers.len()).any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
                 if left {
+                    // Somebody is left who could not move yet.
                     self.jobs.push_back(job);
+                    self.walk_next = now.after(REHOME_PAUSE);
                 }
             }
             Job::Forget { .. } => self.retry_at = now,
@@ -420,8 +427,11 @@ impl Replica<'_> {
         let previous = self.table.former(slot);
         self.table.set_former(slot, former);
         assert!(self.table.on(slot) == On::None);
-        if previous.is_somewhere() && previous.member() != self.config.member && self.is_up(previous.member())
-        {
+        // A member that came back with other shards has nothing there.
+        let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize].shards.max(1);
+        let fits = previous.shard() == shard_of(&self.table.tuples(slot).0, shards);
+        let ours = previous.member() == self.config.member;
+        if previous.is_somewhere() && fits && !ours && self.is_up(previous.member()) {
             self.assign(now, slot, previous);
         } else {
             self.table.update(slot, |line| {

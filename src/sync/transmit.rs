@@ -31,6 +31,9 @@ const SMALL_MAX: usize = 8 + 10 + 8;
 /// How long a datagram may stay unacknowledged before the arena takes its room back.
 const PRESSURE: Duration = Duration::from_millis(200);
 
+/// How long a send that the kernel's queue did not take waits.
+const NOT_TAKEN: Duration = Duration::from_millis(1);
+
 /// A send for the loop: `len` bytes at `offset` of the arena, to a stream, cut into datagrams of
 /// `DATAGRAM_MAX` bytes of which the last may be shorter.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -173,6 +176,9 @@ impl Replica<'_> {
         let len = w.len();
         let sent = self.send_control_bytes(stream, &scratch[..len], send);
         let s = &mut self.streams[stream];
+        if !sent && skip.is_some() {
+            s.repeat_at = now.after(NOT_TAKEN);
+        }
         if sent {
             s.ack_due = false;
             // With datagrams outstanding, repeating them moves the timer.
@@ -252,6 +258,7 @@ impl Replica<'_> {
             // The oldest goes even if it arrived: it asks for the ack that was lost.
             if id == oldest || !self.history.has_arrived(id) {
                 if !self.repeat(now, id, send) {
+                    self.streams[stream].repeat_at = now.after(NOT_TAKEN);
                     return;
                 }
                 repeated += 1;
@@ -293,6 +300,7 @@ impl Replica<'_> {
         send: &mut dyn FnMut(Transmit) -> bool,
     ) {
         let mut started = false;
+        let mut stuck = false;
         while *budget > 0 && self.has_data(now, stream, started) {
             started = true;
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
@@ -304,6 +312,7 @@ impl Replica<'_> {
                     break;
                 }
                 let Some(offset) = self.arena_room(now) else {
+                    stuck = true;
                     *budget = 0;
                     break;
                 };
@@ -328,7 +337,8 @@ impl Replica<'_> {
             }
         }
         if started && !self.streams[stream].dirty.is_empty() {
-            self.streams[stream].flush_at = now;
+            // An ack, or a send that is over, makes room and wakes the loop by itself.
+            self.streams[stream].flush_at = if stuck { now.after(NOT_TAKEN) } else { now };
         }
     }
 
