@@ -26,6 +26,8 @@ fn a_restored_entry_is_what_the_active_had() {
         let [there] = found[..] else { panic!("one entry: {found:?}") };
         assert_eq!((there.original, there.reply, there.state.status), (snat.original, snat.reply, 0x19e));
         assert!((KEPT_TIMEOUT_S - 30..=KEPT_TIMEOUT_S).contains(&there.state.timeout_s));
+        // So a later run of the appliance can tell it from a connection whose packets pass here.
+        assert!(there.state.timeout_s > sysctl::Timeouts::read().of(&there));
         let State { tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, mark, .. } = there.state;
         assert_eq!((tcp_state, tcp_scale, mark), (3, 0x7a, 7));
         assert_eq!((tcp_flags_original, tcp_flags_reply), (0x0b, 0x0b));
