@@ -24,6 +24,11 @@ impl Detector {
         Detector { silence, full_size_silence, last: Time(0), last_full_size: None }
     }
 
+    /// What silence means follows from the longer of two rhythms: the listener's and the sender's.
+    pub fn expect(&mut self, silence: Duration, full_size_silence: Duration) {
+        (self.silence, self.full_size_silence) = (silence, full_size_silence);
+    }
+
     /// A heartbeat arrived.
     pub fn heard(&mut self, now: Time, full_size: bool) {
         self.last = now;

@@ -165,6 +165,9 @@ impl Group {
         {
             return false; // One incarnation speaks from one address.
         }
+        let rhythm = self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms.min(10_000) as u64));
+        let full_size = rhythm * FULL_SIZE_EVERY * FULL_SIZE_MISSED;
+        self.detectors[id as usize].expect(rhythm * self.me.dead_after, full_size);
         self.detectors[id as usize].heard(now, heartbeat.full_size);
         self.admit(now, source, heartbeat);
         true

@@ -109,6 +109,30 @@ fn a_restart_within_the_dead_time_with_an_empty_table_is_a_death_all_the_same() 
 }
 
 #[test]
+fn a_member_with_a_slower_rhythm_is_not_dead_between_its_heartbeats() {
+    let slow = Identity { heartbeat: TICK * 10, ..identity(2, 22) };
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(slow, at(0)));
+    beat(&mut b, &mut a, at(0));
+    events(&mut a);
+    a.tick(at(29));
+    assert_eq!(events(&mut a), []);
+    a.tick(at(30));
+    assert_eq!(events(&mut a), [Event::MemberDead(2)]);
+}
+
+#[test]
+fn who_could_not_listen_calls_nobody_dead_at_once() {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    beat(&mut b, &mut a, at(0));
+    events(&mut a);
+    a.excuse(at(50));
+    a.tick(at(50));
+    assert_eq!(events(&mut a), []);
+    a.tick(at(51));
+    assert_eq!(events(&mut a), [Event::MemberDead(2)]);
+}
+
+#[test]
 fn goodbye_is_no_death() {
     let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
     beat(&mut b, &mut a, at(0));

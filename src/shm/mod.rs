@@ -122,7 +122,11 @@ impl std::fmt::Display for ShmError {
                 write!(f, "{} is in use by a process that is just starting: try again", dir.display())
             }
             ShmError::Public(dir) => {
-                write!(f, "everybody may write to {}: give --shm a directory of its own", dir.display())
+                write!(
+                    f,
+                    "others may write to {}, or own it: give --shm a directory of its own",
+                    dir.display()
+                )
             }
             ShmError::Missing(path) => {
                 write!(f, "there is no {}: is hypersync running, and with this --shm?", path.display())

@@ -11,7 +11,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::layout::{self, HEADER, HEADER_BYTES, Header, Sizes, total_bytes};
@@ -153,8 +153,11 @@ fn make_directory(dir: &Path) -> Result<(), ShmError> {
     if !about.is_dir() {
         return Err(ShmError::io("use as a directory", dir)(ErrorKind::NotADirectory.into()));
     }
-    // In a public directory anybody could put a file or a link in our place.
-    if about.permissions().mode() & 0o002 != 0 {
+    // SAFETY: the call takes nothing and only returns a number.
+    let us = unsafe { libc::geteuid() };
+    // In a public directory, or one of another user's, somebody else could put a file or a link in our place.
+    let foreign = about.uid() != us && about.uid() != 0;
+    if foreign || about.permissions().mode() & 0o002 != 0 {
         return Err(ShmError::Public(dir.into()));
     }
     Ok(())

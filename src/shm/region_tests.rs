@@ -153,7 +153,7 @@ fn places_where_no_region_can_be_say_why() {
     fs::remove_file(&dir.0).unwrap();
     fs::create_dir(&dir.0).unwrap();
     fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o777)).unwrap();
-    assert!(refused(&dir).contains("everybody may write"));
+    assert!(refused(&dir).contains("others may write"));
     fs::set_permissions(&dir.0, fs::Permissions::from_mode(0o000)).unwrap();
     // SAFETY: no arguments, cannot fail.
     if unsafe { libc::geteuid() } != 0 {

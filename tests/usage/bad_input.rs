@@ -109,7 +109,7 @@ fn a_directory_that_cannot_be_used_is_named() {
     fs::create_dir(&public).unwrap();
     fs::set_permissions(&public, PermissionsExt::from_mode(0o777)).unwrap();
     let line = refused(hypersync().args(lab.words(1, &[2])).arg("--shm").arg(&public));
-    assert_says(&line, &["everybody may write to", public.to_str().unwrap()]);
+    assert_says(&line, &["others may write to", public.to_str().unwrap()]);
     assert_eq!(fs::read_dir(&public).unwrap().count(), 0, "nothing was put there");
 }
 
