@@ -48,7 +48,7 @@ pub struct Find {
     #[argh(switch)]
     pub json: bool,
     /// as 'tcp 10.0.0.1:1000 > 10.0.0.2:80', or without quotes: tcp 10.0.0.1:1000 10.0.0.2:80; IPv6 as
-    /// [2001:db8::1]:1000; with 'zone 5' behind if it has one
+    /// `[2001:db8::1]:1000`; with 'zone 5' behind if it has one
     #[argh(positional)]
     pub tuple: Vec<String>,
 }
