@@ -45,29 +45,29 @@ pub struct Stray {
 /// Everything that a shard works with.
 pub struct Shard<'m> {
     /// This shard.
-    pub shard: u8,
+    shard: u8,
     /// The protocol.
-    pub replica: Replica<'m>,
+    replica: Replica<'m>,
     /// The network.
-    pub port: Port<'m>,
+    port: Port<'m>,
     /// The source.
-    pub feed: Feed<'m>,
+    feed: Feed<'m>,
     /// The duties of shard 0.
-    pub membership: Option<Membership<'m>>,
+    membership: Option<Membership<'m>>,
     /// The shared memory.
-    pub region: &'m Region,
+    region: &'m Region,
     /// The words that all threads share.
-    pub shared: &'m Shared,
+    shared: &'m Shared,
     /// Strays for this shard.
-    pub strays: Receiver<Box<Stray>>,
+    strays: Receiver<Box<Stray>>,
     /// Where strays of other shards go.
-    pub handover: Vec<SyncSender<Box<Stray>>>,
+    handover: Vec<SyncSender<Box<Stray>>>,
     /// The bells of all shards of this member.
-    pub bells: &'m [Bell],
+    bells: &'m [Bell],
     /// The streams' sockets, by stream.
-    pub open: Vec<Option<IpAddr>>,
+    open: Vec<Option<IpAddr>>,
     /// This shard's counters.
-    pub counters: Counters<'m>,
+    counters: Counters<'m>,
     view: View,
     view_version: u64,
     complete: bool,
@@ -77,6 +77,8 @@ pub struct Shard<'m> {
     /// A view acted on, and the commits asked for by then.
     settling: Option<(u64, u64)>,
     torn_view: bool,
+    /// Whether a stream's socket could not be opened, and that was said, in this view.
+    unopened: bool,
     last_pass: Time,
 }
 
@@ -117,6 +119,7 @@ impl<'m> Shard<'m> {
             listening: false,
             settling: None,
             torn_view: false,
+            unopened: false,
             last_pass: Time(0),
         }
     }
@@ -215,6 +218,7 @@ impl<'m> Shard<'m> {
         }
         self.view_version = version;
         self.torn_view = false;
+        self.unopened = false;
         self.replica.handle_view(now, &self.view);
         // What is asked for later (copies that come in) no death has to wait for.
         self.settling.get_or_insert((version, self.replica.commits_asked()));
@@ -234,14 +238,17 @@ impl<'m> Shard<'m> {
         if let Some(membership) = &mut self.membership {
             membership.send_heartbeat(now, &mut self.replica, &mut self.port);
         }
-        let Shard { port, replica, open, view, counters, membership, shared, .. } = self;
+        let Shard { port, replica, open, view, counters, membership, shared, unopened, .. } = self;
         let mut send = |transmit: crate::sync::Transmit| {
             let stream = transmit.stream;
             let address = view.members[stream_member(stream) as usize].address;
             if open[stream].is_none() {
                 let Some(peer) = address else { return false };
                 if let Err(e) = port.open(stream, peer) {
-                    log::error!("{e}");
+                    if !std::mem::replace(unopened, true) {
+                        log::error!("{e}");
+                    }
+                    counters.count(Counter::SendErrors);
                     return false;
                 }
                 open[stream] = Some(peer);
