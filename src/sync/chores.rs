@@ -149,11 +149,11 @@ impl Replica<'_> {
     }
 
     /// Moves on what can move on.
-    pub(super) fn tick_chores(&mut self, now: Time) {
+    pub(super) fn tick_chores(&mut self) {
         for id in self.chores.ids() {
             let Some(chore) = self.chores.chores[id as usize] else { continue };
             if !self.may_return(chore.target.member()) {
-                self.finish(now, id, false);
+                self.finish(id, false);
                 continue;
             }
             let stream = self.stream_of(chore.target);
@@ -173,14 +173,14 @@ impl Replica<'_> {
                     unreachable!("only a release of a previous backup waits for a new one")
                 }
                 (Phase::Sent(seq), _) if seq.is_passed_by(self.durable(stream).floor()) => {
-                    self.finish(now, id, true);
+                    self.finish(id, true);
                 }
                 (Phase::Send | Phase::Sent(_), _) => {}
             }
         }
     }
 
-    fn finish(&mut self, _now: Time, id: u32, arrived: bool) {
+    fn finish(&mut self, id: u32, arrived: bool) {
         let chore = self.chores.chores[id as usize].expect("the caller saw it");
         self.chores.remove(id);
         let of = match chore.task {
@@ -195,9 +195,10 @@ impl Replica<'_> {
                     // Outranked, and it knows.
                     self.table.set_former(own.slot, Coordinate::NOWHERE);
                 } else if arrived && still {
-                    // Traffic came after the offer left: it has to know that as well. The chore that just
-                    // ended made room.
-                    self.offer(chore.target, own);
+                    // Traffic came after the offer left: it has to know that as well.
+                    let again = Task::Offer { own, claimed: true };
+                    let taken = self.add_chore(Rank::Consequence, again, chore.target, Phase::Send);
+                    assert!(taken, "the chore that just ended made room");
                 }
                 return;
             }

@@ -369,20 +369,25 @@ impl Replica<'_> {
         }
     }
 
+    /// The slot that a close or a release is for, if it still is in the life that it names. If not, what
+    /// should end has ended.
+    fn ending(&self, target: Place) -> Option<Line> {
+        let line = self.target(target);
+        let counter = if line.is_none() { Counter::RejectTarget } else { Counter::DeltasClosed };
+        let line = line.filter(|line| line.generation() == target.generation);
+        if line.is_none() {
+            self.counters.count(counter);
+        }
+        line
+    }
+
     /// Whether this active connection was only presumed dead at the sender: no traffic was seen here since.
     fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
         self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
-        let Some(line) = self.target(target) else {
-            self.counters.count(Counter::RejectTarget);
-            return Applied;
-        };
-        if target.generation != line.generation() {
-            self.counters.count(Counter::DeltasClosed);
-            return Applied;
-        }
+        let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         match line.kind() {
             // The new never came and never will: its place remembers that.
@@ -426,14 +431,7 @@ impl Replica<'_> {
     }
 
     fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
-        let Some(line) = self.target(target) else {
-            self.counters.count(Counter::RejectTarget);
-            return Applied;
-        };
-        if target.generation != line.generation() {
-            self.counters.count(Counter::DeltasClosed);
-            return Applied;
-        }
+        let Some(line) = self.ending(target) else { return Applied };
         let member = stream_member(stream);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {

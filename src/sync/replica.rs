@@ -216,12 +216,6 @@ impl<'m> Replica<'m> {
         std::mem::take(&mut self.goodbyes)
     }
 
-    /// Whether every copy is written to the kernel that should be, so that this shard's connections
-    /// can carry traffic here.
-    pub fn is_settled(&self) -> bool {
-        self.commits.is_empty()
-    }
-
     /// Queues a stream for the transmit stage.
     pub(super) fn wake(&mut self, stream: usize) {
         if !self.streams[stream].busy {
@@ -428,7 +422,7 @@ impl<'m> Replica<'m> {
     pub fn tick(&mut self, now: Time) {
         self.tick_holds(now);
         self.tick_waiting(now);
-        self.tick_chores(now);
+        self.tick_chores();
         self.tick_walk(now);
         self.publish_gauges(now);
     }
@@ -477,7 +471,7 @@ impl<'m> Replica<'m> {
             .view
             .others()
             .filter(|(member, _)| {
-                matches!(self.peers[*member as usize], PeerState::Down { .. } | PeerState::Purge { .. })
+                matches!(self.peers[*member as usize], PeerState::Down { .. } | PeerState::Purge)
             })
             .map(|(member, _)| self.of_member(member))
             .sum();

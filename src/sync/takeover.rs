@@ -59,10 +59,7 @@ pub(super) enum PeerState {
         left_behind: bool,
     },
     /// A walk lets go of everything agreed on with it.
-    Purge {
-        /// Since when it was silent.
-        since: Time,
-    },
+    Purge,
 }
 
 /// A walk over the table.
@@ -139,7 +136,7 @@ impl Replica<'_> {
                 self.review_down(now, member, now, false);
             }
             PeerState::Down { since, left_behind } => self.review_down(now, member, since, left_behind),
-            PeerState::Vacant | PeerState::Purge { .. } => {}
+            PeerState::Vacant | PeerState::Purge => {}
         }
     }
 
@@ -159,7 +156,7 @@ impl Replica<'_> {
             || seen.status == Status::Left
             || since.after(self.config.reprotect_after).reached(now)
         {
-            self.purge(member, since);
+            self.purge(member);
         }
     }
 
@@ -194,8 +191,8 @@ impl Replica<'_> {
         }
     }
 
-    fn purge(&mut self, member: MemberId, since: Time) {
-        self.peers[member as usize] = PeerState::Purge { since };
+    fn purge(&mut self, member: MemberId) {
+        self.peers[member as usize] = PeerState::Purge;
         self.counters.count(Counter::StreamsLost);
         for shard in 0..SHARDS_MAX as u8 {
             let s = &mut self.streams[stream_index(member, shard)];
