@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::record::encode;
 use super::{ASLEEP, AWAKE, RecordWords, RingWords};
-use crate::conn::{Tuple, shard_of};
+use crate::conn::shard_of;
 use crate::shm::layout::{Part, ShardLayout};
 use crate::shm::mapping::Mapping;
 use crate::shm::view::open_file;
@@ -31,7 +31,6 @@ pub struct Producer {
     mapping: Mapping,
     ring: Part,
     records: Part,
-    shard: u8,
     shards: u8,
     /// The next record to write.
     head: u64,
@@ -68,8 +67,7 @@ impl Producer {
         words.pid.0.store(std::process::id(), Ordering::Relaxed);
         let head = words.head.0.load(Ordering::Relaxed);
         let tail = words.tail.0.load(Ordering::Acquire);
-        let producer =
-            Producer { mapping, ring, records, shard, shards, head, published: head, tail, path, file };
+        let producer = Producer { mapping, ring, records, shards, head, published: head, tail, path, file };
         // The one before may have died between publishing and ringing.
         producer.wake();
         Ok(producer)
@@ -78,11 +76,6 @@ impl Producer {
     /// How many shards the appliance has.
     pub fn shards(&self) -> u8 {
         self.shards
-    }
-
-    /// Whether a connection, named by its original tuple, belongs into this ring.
-    pub fn is_mine(&self, original: &Tuple) -> bool {
-        shard_of(original, self.shards) == self.shard
     }
 
     /// Writes an event. The consumer sees it after the next [`flush`](Producer::flush).
