@@ -281,7 +281,7 @@ impl Config {
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
         let share = o.capacity.div_ceil(shards as usize);
         let slots = (share + share / 8 + 256).min(SLOTS_MAX);
-        let memory = MemorySize { capacity: slots, arena: o.arena.next_multiple_of(4096) };
+        let memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
         Ok(Config {
             shards,
             multicast,

@@ -52,6 +52,7 @@ counters! {
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
     SourceDumps, "source_dumps", "dumps of the kernel's table";
+    ExtrasFull, "extras_full", "times that labels, a helper or the like were left out because no record was free";
     TableFull, "table_full", "connections or copies refused because no slot was free";
     Claims, "claims", "copies claimed here because their traffic showed up";
     ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";

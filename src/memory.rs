@@ -4,7 +4,7 @@
 //! gets the slices from shared memory (`shm::region`), tests and the simulator from a `Vec`
 //! ([`OwnedMemory`]); the code that works on them is the same and is safe either way.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::conn::index::buckets_for;
 use crate::conn::slot::Slot;
@@ -23,6 +23,10 @@ pub struct HistoryWords(pub [AtomicU64; 4]);
 #[repr(C, align(16))]
 pub struct LeaseWords(pub [AtomicU64; 2]);
 
+/// What only few connections have, for one of them; the fields are drawn in `conn::extras`.
+#[repr(C, align(32))]
+pub struct ExtraWords(pub [AtomicU64; 12]);
+
 impl Default for StreamWords {
     fn default() -> Self {
         StreamWords(std::array::from_fn(|_| AtomicU64::new(0)))
@@ -36,14 +40,22 @@ pub struct MemorySize {
     pub capacity: usize,
     /// Bytes of the send arena, control buffers included; a multiple of 4096.
     pub arena: usize,
+    /// Connections that may have an [`Extra`](crate::conn::Extra).
+    pub extras: usize,
 }
 
 impl MemorySize {
+    /// The usual share of connections with an [`Extra`](crate::conn::Extra): one in eight.
+    pub fn new(capacity: usize, arena: usize) -> MemorySize {
+        MemorySize { capacity, arena, extras: capacity.div_ceil(8) }
+    }
+
     /// Whether the sizes lie within the limits.
     pub fn is_valid(&self) -> bool {
         (SLOTS_MIN..=SLOTS_MAX).contains(&self.capacity)
             && (ARENA_MIN..=ARENA_MAX).contains(&self.arena)
             && self.arena.is_multiple_of(4096)
+            && (1..=self.capacity).contains(&self.extras)
     }
 
     /// Buckets of the index.
@@ -81,6 +93,10 @@ pub struct Memory<'m> {
     /// Beside each slot a coordinate: an active's previous backup until that is released, a promoted
     /// copy's former active, or the previous backup that an active named to its new one. 0: none.
     pub former: &'m [AtomicU64],
+    /// Beside each slot the number of a record in `extras`, counted from 1; 0: none.
+    pub extra_of: &'m [AtomicU32],
+    /// What only few connections have.
+    pub extras: &'m [ExtraWords],
     /// Buckets of the index.
     pub index: &'m [AtomicU64],
     /// The streams, by `stream_index(member, shard)`.
@@ -103,6 +119,8 @@ impl Memory<'_> {
         assert!(size.is_valid());
         assert_eq!(self.slots.len(), size.capacity);
         assert_eq!(self.former.len(), size.capacity);
+        assert_eq!(self.extra_of.len(), size.capacity);
+        assert_eq!(self.extras.len(), size.extras);
         assert_eq!(self.index.len(), size.index());
         assert_eq!(self.streams.len(), STREAMS_MAX);
         assert_eq!(self.leases.len(), size.leases());
@@ -117,6 +135,8 @@ impl Memory<'_> {
 pub struct OwnedMemory {
     slots: Vec<Slot>,
     former: Vec<AtomicU64>,
+    extra_of: Vec<AtomicU32>,
+    extras: Vec<ExtraWords>,
     index: Vec<AtomicU64>,
     streams: Vec<StreamWords>,
     leases: Vec<LeaseWords>,
@@ -136,6 +156,8 @@ impl OwnedMemory {
         OwnedMemory {
             slots: (0..size.capacity).map(|_| Slot::default()).collect(),
             former: words(size.capacity),
+            extra_of: (0..size.capacity).map(|_| AtomicU32::new(0)).collect(),
+            extras: (0..size.extras).map(|_| ExtraWords(Default::default())).collect(),
             index: words(size.index()),
             streams: (0..STREAMS_MAX).map(|_| StreamWords::default()).collect(),
             leases: (0..size.leases()).map(|_| LeaseWords(Default::default())).collect(),
@@ -151,6 +173,8 @@ impl OwnedMemory {
         Memory {
             slots: &self.slots,
             former: &self.former,
+            extra_of: &self.extra_of,
+            extras: &self.extras,
             index: &self.index,
             streams: &self.streams,
             leases: &self.leases,

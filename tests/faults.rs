@@ -40,7 +40,7 @@ fn settle(world: &mut World<'_>, limit: Duration) {
 
 #[test]
 fn more_offers_than_chores_on_both_sides_end() {
-    let size = MemorySize { capacity: 16_384, arena: ARENA_MIN };
+    let size = MemorySize::new(16_384, ARENA_MIN);
     let memories = memories_of(4, size);
     let mut world = group(1, &memories, &[100, 100]);
     let mut tuples: Vec<_> = Vec::new();
@@ -65,7 +65,7 @@ fn more_offers_than_chores_on_both_sides_end() {
 
 #[test]
 fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
-    let size = MemorySize { capacity: 16_384, arena: ARENA_MIN };
+    let size = MemorySize::new(16_384, ARENA_MIN);
     let memories = memories_of(4, size);
     let mut world = group(1, &memories, &[100, 100]);
     let mut tuples: Vec<_> = Vec::new();
@@ -289,7 +289,7 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     use hypersync::ccp::header::{Header, OPCODE_SYNC};
     use hypersync::ccp::message::{Message, Place};
     use hypersync::ccp::sync::SyncHeader;
-    use hypersync::conn::{Coordinate, State};
+    use hypersync::conn::{Coordinate, Extra, State};
     let memories = memories(4);
     let mut world = group(9, &memories, &[100, 100]);
     let tuple = world.open_at(1);
@@ -313,6 +313,7 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
         groups: 8,
         previous: Some(Coordinate::from_raw(u64::MAX)),
         state: State::default(),
+        extra: Extra::NONE,
     }
     .encode(&mut w);
     let len = w.len();
@@ -324,7 +325,7 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
 
 #[test]
 fn a_pair_with_many_connections_survives_the_death_of_one() {
-    let size = MemorySize { capacity: 32_768, arena: ARENA_MIN * 4 };
+    let size = MemorySize::new(32_768, ARENA_MIN * 4);
     let memories = memories_of(3, size);
     let mut world = group_of(1, &memories, &[100, 100], 1);
     for _ in 0..100 {
@@ -345,7 +346,7 @@ fn a_pair_with_many_connections_survives_the_death_of_one() {
 /// The same, seen by the survivor: more copies than WALK_AHEAD are promoted.
 #[test]
 fn the_survivor_of_a_pair_promotes_all_and_takes_the_other_back() {
-    let size = MemorySize { capacity: 32_768, arena: ARENA_MIN * 4 };
+    let size = MemorySize::new(32_768, ARENA_MIN * 4);
     let memories = memories_of(3, size);
     let mut world = group_of(1, &memories, &[100, 100], 1);
     for _ in 0..100 {
@@ -392,7 +393,7 @@ fn an_oversized_datagram_is_refused() {
     use hypersync::ccp::header::{Header, OPCODE_SYNC};
     use hypersync::ccp::message::{Message, Place};
     use hypersync::ccp::sync::SyncHeader;
-    use hypersync::conn::{Coordinate, Stamp, State};
+    use hypersync::conn::{Coordinate, Extra, Stamp, State};
     let memories = memories(2);
     let mut world = group_of(9, &memories, &[100, 100], 1);
     let tuple = world.open_at(1);
@@ -415,6 +416,7 @@ fn an_oversized_datagram_is_refused() {
                 groups: 8,
                 previous: None,
                 state: State::default(),
+                extra: Extra::NONE,
             }
             .encode(&mut w);
         }

@@ -35,7 +35,7 @@ impl Drop for Appliance {
 fn appliance(name: &str) -> Appliance {
     let dir = PathBuf::from(format!("/dev/shm/hypersync-inspect-test-{}-{name}", std::process::id()));
     let _ = fs::remove_dir_all(&dir);
-    let memory = MemorySize { capacity: 64, arena: ARENA_MIN };
+    let memory = MemorySize::new(64, ARENA_MIN);
     let config = RegionConfig {
         sizes: Sizes { shards: 2, memory, ring_records: 64 },
         group: 7,
@@ -54,7 +54,7 @@ fn connection(n: u8) -> Connection {
     let original = Tuple::v4(6, ([10, 0, 0, n].into(), 1000), ([10, 0, 0, 200].into(), 80));
     let reply = Tuple { dst: u32::from_be_bytes([192, 0, 2, n]) as u128, ..original.mirrored() };
     let state = State { tcp_state: 3, timeout_s: 432_000, mark: 5, status: 0x19e, ..State::default() };
-    Connection { original, reply, state }
+    Connection::new(original, reply, state)
 }
 
 impl Appliance {

@@ -16,16 +16,26 @@
 
 use super::Reject;
 use super::bytes::{Reader, Writer};
+use crate::conn::extra::{HELPER_NAME, ProtoInfo, SeqAdj, Synproxy, parts};
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Coordinate, Family, Generation, Stamp, State, Tuple};
+use crate::conn::{Connection, Coordinate, Extra, Family, Generation, Stamp, State, Tuple};
 use crate::limits::{LEASE_GRANT_MAX, WINDOW};
 use crate::seq::Seq;
 
-/// Largest encoded delta: a "new" of a translated IPv6 connection in zones with a previous backup.
-pub const DELTA_MAX: usize = 8 + 10 + 8 + 8 + 4 + 4 + 8 + 64 + 16;
+/// Largest "new" of a connection without an [`Extra`]: translated IPv6, in zones, with a previous backup.
+pub const NEW_MAX: usize = 8 + 10 + 8 + 8 + 4 + 4 + 8 + 64 + 16;
+
+/// Bytes of the largest [`Extra`].
+pub const EXTRA_MAX: usize = 1 + 16 + 24 + HELPER_NAME + 12 + 10;
+
+/// Largest encoded delta: a [`NEW_MAX`] with everything that only few connections have.
+pub const DELTA_MAX: usize = NEW_MAX + EXTRA_MAX;
 
 /// Group bit on the wire: the previous backup's coordinate follows.
 const PREVIOUS: u8 = 1 << 4;
+
+/// The groups that every "new" brings.
+const WHOLE: u8 = groups::ALL & !groups::EXTRA;
 
 /// Slot and generation in the receiver's shard (or, in answers, in the sender's).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,6 +106,8 @@ pub enum Message<'b> {
         previous: Option<Coordinate>,
         /// Their values.
         state: State,
+        /// The value of the group that only few connections have; none if `groups` does not name it.
+        extra: Extra,
     },
     /// The connection is closed: the copy goes, the slot's generation moves on.
     Close {
@@ -238,6 +250,60 @@ fn get_state(r: &mut Reader<'_>, mask: u8) -> Result<State, Reject> {
     Ok(s)
 }
 
+/// Which parts are there, then each of them; nothing is left out of a part.
+fn put_extra(w: &mut Writer<'_>, x: &Extra) {
+    w.u8(x.parts);
+    if x.has(parts::LABELS) {
+        w.put(&x.labels);
+    }
+    if x.has(parts::SEQADJ) {
+        for direction in &x.seqadj {
+            w.u32(direction.correction_position);
+            w.u32(direction.offset_before);
+            w.u32(direction.offset_after);
+        }
+    }
+    if x.has(parts::HELPER) {
+        w.put(&x.helper);
+    }
+    if x.has(parts::SYNPROXY) {
+        w.u32(x.synproxy.isn);
+        w.u32(x.synproxy.its);
+        w.u32(x.synproxy.tsoff);
+    }
+    if x.has(parts::PROTOINFO) {
+        w.u8(x.protoinfo.state);
+        w.u8(x.protoinfo.role);
+        w.u64(x.protoinfo.value);
+    }
+}
+
+fn get_extra(r: &mut Reader<'_>) -> Result<Extra, Reject> {
+    let mut x = Extra { parts: r.u8()?, ..Extra::NONE };
+    if x.parts & !parts::ALL != 0 {
+        return Err(Reject::Message);
+    }
+    if x.has(parts::LABELS) {
+        x.labels = r.array()?;
+    }
+    if x.has(parts::SEQADJ) {
+        for direction in &mut x.seqadj {
+            *direction =
+                SeqAdj { correction_position: r.u32()?, offset_before: r.u32()?, offset_after: r.u32()? };
+        }
+    }
+    if x.has(parts::HELPER) {
+        x.helper = r.array()?;
+    }
+    if x.has(parts::SYNPROXY) {
+        x.synproxy = Synproxy { isn: r.u32()?, its: r.u32()?, tsoff: r.u32()? };
+    }
+    if x.has(parts::PROTOINFO) {
+        x.protoinfo = ProtoInfo { state: r.u8()?, role: r.u8()?, value: r.u64()? };
+    }
+    Ok(x)
+}
+
 const FORM_V6: u8 = 1 << 0;
 const FORM_TRANSLATED: u8 = 1 << 1;
 const FORM_ZONES: u8 = 1 << 2;
@@ -298,7 +364,8 @@ impl<'b> Message<'b> {
         match self {
             Message::New { target, stamp, own, previous, connection } => {
                 let extra = if previous.is_some() { PREVIOUS } else { 0 };
-                w.u64(head(NEW, groups::ALL | extra, target.raw()));
+                let rare = if connection.extra.is_none() { 0 } else { groups::EXTRA };
+                w.u64(head(NEW, WHOLE | rare | extra, target.raw()));
                 put_stamp(w, *stamp);
                 w.u64(own.raw());
                 if let Some(previous) = previous {
@@ -306,8 +373,11 @@ impl<'b> Message<'b> {
                 }
                 put_tuples(w, connection);
                 put_state(w, groups::ALL, &connection.state);
+                if rare != 0 {
+                    put_extra(w, &connection.extra);
+                }
             }
-            Message::Update { target, stamp, groups, previous, state } => {
+            Message::Update { target, stamp, groups, previous, state, extra: rare } => {
                 let extra = if previous.is_some() { PREVIOUS } else { 0 };
                 w.u64(head(UPDATE, groups | extra, target.raw()));
                 put_stamp(w, *stamp);
@@ -315,6 +385,9 @@ impl<'b> Message<'b> {
                     w.u64(previous.raw());
                 }
                 put_state(w, *groups, state);
+                if groups & groups::EXTRA != 0 {
+                    put_extra(w, rare);
+                }
             }
             Message::Close { target, stamp } => {
                 w.u64(head(CLOSE, 0, target.raw()));
@@ -363,7 +436,7 @@ impl<'b> Message<'b> {
         };
         let message = match word >> 58 {
             NEW => {
-                if bits & !PREVIOUS != groups::ALL {
+                if bits & !PREVIOUS & !groups::EXTRA != WHOLE {
                     return Err(Reject::Message);
                 }
                 let stamp = get_stamp(r)?;
@@ -371,7 +444,8 @@ impl<'b> Message<'b> {
                 let previous = previous(r)?;
                 let (original, reply) = get_tuples(r)?;
                 let state = get_state(r, groups::ALL)?;
-                let connection = Connection { original, reply, state };
+                let extra = if bits & groups::EXTRA != 0 { get_extra(r)? } else { Extra::NONE };
+                let connection = Connection { original, reply, state, extra };
                 Message::New { target, stamp, own, previous, connection }
             }
             UPDATE => {
@@ -381,7 +455,9 @@ impl<'b> Message<'b> {
                 }
                 let stamp = get_stamp(r)?;
                 let previous = previous(r)?;
-                Message::Update { target, stamp, groups, previous, state: get_state(r, groups)? }
+                let state = get_state(r, groups)?;
+                let extra = if groups & groups::EXTRA != 0 { get_extra(r)? } else { Extra::NONE };
+                Message::Update { target, stamp, groups, previous, state, extra }
             }
             CLOSE => Message::Close { target, stamp: get_stamp(r)? },
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
@@ -469,10 +545,22 @@ mod tests {
             timeout_s: 432_000,
             mark: 0xcafe_f00d,
         };
-        let plain = Connection { original, reply: original.mirrored(), state };
+        let plain = Connection::new(original, original.mirrored(), state);
         let mut six = Tuple::v6(17, ("2001:db8::1".parse().unwrap(), 1), ("2001:db8::2".parse().unwrap(), 2));
         six.zone = 3;
-        let wide = Connection { original: six, reply: Tuple { dport: 9, zone: 4, ..six.mirrored() }, state };
+        let wide = Connection::new(six, Tuple { dport: 9, zone: 4, ..six.mirrored() }, state);
+        let extra = Extra {
+            parts: parts::ALL,
+            labels: [0x81; 16],
+            seqadj: [1, 2].map(|n| SeqAdj {
+                correction_position: n,
+                offset_before: 3,
+                offset_after: u32::MAX,
+            }),
+            helper: *b"ftp\0\0\0\0\0\0\0\0\0\0\0\0\0",
+            synproxy: Synproxy { isn: 4, its: 5, tsoff: 6 },
+            protoinfo: ProtoInfo { state: 7, role: 1, value: u64::MAX },
+        };
         let target = place((1 << 26) - 1, (1 << 26) - 1);
         let (own, stamp) = (place(5, 6), Stamp { epoch: 0, version: 1 });
         let high = Stamp { epoch: u32::MAX, version: u32::MAX };
@@ -486,8 +574,10 @@ mod tests {
                 groups: groups::MARK,
                 previous: None,
                 state: State { mark: 7, ..State::default() },
+                extra: Extra::NONE,
             },
-            Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state },
+            Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state, extra },
+            Message::New { target, stamp: high, own, previous, connection: Connection { extra, ..wide } },
             Message::Close { target, stamp: high },
             Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
@@ -532,7 +622,8 @@ mod tests {
             .collect();
         assert_eq!(sizes[0], 48, "a new IPv4 connection");
         assert_eq!(sizes[2], 14, "an update of one mark");
-        assert!(sizes[1] <= DELTA_MAX);
+        assert!(sizes[1] <= NEW_MAX && sizes[4] <= DELTA_MAX);
+        assert_eq!(sizes[4] - sizes[1], EXTRA_MAX);
     }
 
     #[test]

@@ -24,6 +24,7 @@
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::coordinate::{Coordinate, Generation};
+use super::extra::Extra;
 use super::tuple::{Family, Tuple};
 use crate::seq::Seq;
 
@@ -130,9 +131,16 @@ pub struct Connection {
     pub reply: Tuple,
     /// What changes.
     pub state: State,
+    /// What only few connections have; it changes as well.
+    pub extra: Extra,
 }
 
 impl Connection {
+    /// A connection without an [`Extra`].
+    pub fn new(original: Tuple, reply: Tuple, state: State) -> Connection {
+        Connection { original, reply, state, extra: Extra::NONE }
+    }
+
     /// Whether any address or port is translated.
     pub fn is_translated(&self) -> bool {
         self.reply != Tuple { zone: self.reply.zone, ..self.original.mirrored() }
@@ -150,8 +158,10 @@ pub mod groups {
     pub const TIMEOUT: u8 = 1 << 2;
     /// Mark.
     pub const MARK: u8 = 1 << 3;
+    /// What only few connections have, see [`Extra`](super::Extra).
+    pub const EXTRA: u8 = 1 << 5;
     /// Every group.
-    pub const ALL: u8 = TUPLES | STATE | TIMEOUT | MARK;
+    pub const ALL: u8 = TUPLES | STATE | TIMEOUT | MARK | EXTRA;
 }
 
 /// A copy of a slot's first cache line, taken apart by its methods.
@@ -335,7 +345,7 @@ impl Slot {
     pub fn connection(&self) -> Connection {
         let line = self.line();
         let (original, reply) = line.tuples(&self.addresses());
-        Connection { original, reply, state: line.state() }
+        Connection::new(original, reply, line.state())
     }
 
     /// Replaces the first line.
@@ -416,7 +426,7 @@ mod tests {
         let mut line = Slot::default().line();
         let addresses = line.set_tuples(&original, &reply);
         line.set_state(&state);
-        (line, addresses, Connection { original, reply, state })
+        (line, addresses, Connection::new(original, reply, state))
     }
 
     #[test]

@@ -8,6 +8,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::coordinate::Coordinate;
+use super::extra::Extra;
+use super::extras::Extras;
 use super::index::Index;
 use super::slot::{Addresses, Connection, Kind, Line, Slot};
 use super::tuple::Tuple;
@@ -81,6 +83,7 @@ struct Side {
 pub struct Table<'m> {
     slots: &'m [Slot],
     former: &'m [AtomicU64],
+    extras: Extras<'m>,
     /// From tuples to slots.
     pub index: Index<'m>,
     counters: Counters<'m>,
@@ -95,6 +98,7 @@ impl<'m> Table<'m> {
         let mut table = Table {
             slots: memory.slots,
             former: memory.former,
+            extras: Extras::new(memory.extras, memory.extra_of),
             index: Index::new(memory.index, index_key),
             counters: Counters::new(memory.counters),
             side: vec![side; memory.slots.len()],
@@ -137,7 +141,24 @@ impl<'m> Table<'m> {
 
     /// The connection in a slot.
     pub fn connection(&self, slot: u32) -> Connection {
-        self.slots[slot as usize].connection()
+        Connection { extra: self.extras.get(slot), ..self.slots[slot as usize].connection() }
+    }
+
+    /// What the connection in a slot has that only few have.
+    pub fn extra(&self, slot: u32) -> Extra {
+        self.extras.get(slot)
+    }
+
+    /// Whether it has anything of that.
+    pub fn has_extra(&self, slot: u32) -> bool {
+        self.extras.has(slot)
+    }
+
+    /// Replaces what only few connections have. If no record is free it stays as it was, which is counted.
+    pub fn set_extra(&mut self, slot: u32, extra: &Extra) {
+        if !self.extras.set(slot, extra) {
+            self.counters.count(Counter::ExtrasFull);
+        }
     }
 
     /// Asks the processor to fetch a slot's first line.
@@ -161,11 +182,12 @@ impl<'m> Table<'m> {
     }
 
     /// Fills a slot with a connection and enters it into the index. The line brings everything
-    /// but the tuples.
+    /// but the tuples, the state and the extra.
     pub fn fill(&mut self, slot: u32, mut line: Line, connection: &Connection) {
         let addresses: Addresses = line.set_tuples(&connection.original, &connection.reply);
         line.set_state(&connection.state);
         self.recount(self.kind(slot), line.kind());
+        self.set_extra(slot, &connection.extra);
         self.slots[slot as usize].store_with(&line, &addresses);
         self.index.insert(&connection.original, slot);
         self.index.insert(&connection.reply, slot);
@@ -204,6 +226,7 @@ impl<'m> Table<'m> {
         line.set_groups(0);
         line.set_last(crate::seq::Seq::NONE);
         self.set_former(slot, Coordinate::NOWHERE);
+        self.set_extra(slot, &Extra::NONE);
         self.store(slot, &line);
         let mut free = self.free;
         self.push(&mut free, On::Free, slot, Time(0));
@@ -308,10 +331,10 @@ mod tests {
 
     #[test]
     fn slots_are_used_oldest_first_and_gauges_stay_true() {
-        let memory = OwnedMemory::new(&MemorySize { capacity: 64, arena: crate::limits::ARENA_MIN });
+        let memory = OwnedMemory::new(&MemorySize::new(64, crate::limits::ARENA_MIN));
         let mut table = Table::new(&memory.parts(), 7);
         let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1), (Ipv4Addr::new(10, 0, 0, 2), 2));
-        let connection = Connection { original, reply: original.mirrored(), state: Default::default() };
+        let connection = Connection::new(original, original.mirrored(), Default::default());
         let first = table.allocate().unwrap();
         let mut line = table.line(first);
         line.set_kind(Kind::Active);

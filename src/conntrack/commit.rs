@@ -182,8 +182,7 @@ impl Committer {
 
     /// Adds an entry to be removed.
     pub fn delete(&mut self, original: &Tuple) -> Result<(), FlushFirst> {
-        let connection =
-            Connection { original: *original, reply: original.mirrored(), state: Default::default() };
+        let connection = Connection::new(*original, original.mirrored(), Default::default());
         self.add(Entry { connection, timeout_s: 0, may_create: false, step: Step::Delete })
     }
 

@@ -202,7 +202,7 @@ mod tests {
 
     fn connection(original: &str, reply: &str) -> Connection {
         let parse = |t: &str| t.parse().expect("a tuple");
-        Connection { original: parse(original), reply: parse(reply), state: State::default() }
+        Connection::new(parse(original), parse(reply), State::default())
     }
 
     fn view() -> LocalView {

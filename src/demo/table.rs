@@ -82,7 +82,7 @@ pub fn copy(view: &RegionView) -> TableCopy {
                 is_torn,
                 stamp: line.stamp(),
                 peer: line.peer(),
-                connection: Connection { original, reply, state: line.state() },
+                connection: Connection::new(original, reply, line.state()),
                 acknowledged,
             });
         }

@@ -136,7 +136,7 @@ impl Flow {
         } else {
             State { status, timeout_s: 120 - (mark >> 8) % 60, mark, ..State::default() }
         };
-        Connection { original: self.original, reply: self.reply, state }
+        Connection::new(self.original, self.reply, state)
     }
 }
 

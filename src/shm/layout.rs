@@ -6,6 +6,8 @@
 //!       4096     group table and shard status, 16384 bytes (see `group`)
 //!      20480     shard 0: slots      128 x capacity
 //!                         former       8 x capacity
+//!                         extra of     4 x capacity
+//!                         extras      96 x extras
 //!                         index        8 x buckets_for(capacity)
 //!                         streams    384 x 3328
 //!                         leases      16 x (capacity * 5/4 + 1024)
@@ -25,9 +27,9 @@
 //!       1  layout version           8  counter words a shard         15  group id
 //!       2  bytes in all             9  pid of the appliance       16  member id
 //!       3  bytes of this header    10  boot id, first 8 bytes     17  started, CLOCK_MONOTONIC ns
-//!       4  shards                  11  boot id, last 8 bytes      18  READY: written last
-//!       5  slots a shard           12  table id (never 0)         19.. zero
-//!       6  arena bytes a shard     13  incarnation
+//!       4  shards                  11  boot id, last 8 bytes      18  extras a shard
+//!       5  slots a shard           12  table id (never 0)         19  READY: written last
+//!       6  arena bytes a shard     13  incarnation                20.. zero
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -37,11 +39,11 @@ use super::ingest::{RecordWords, RingWords};
 use crate::conn::{MemberId, Slot};
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
-use crate::memory::{HistoryWords, LeaseWords, MemorySize, StreamWords};
+use crate::memory::{ExtraWords, HistoryWords, LeaseWords, MemorySize, StreamWords};
 use crate::time::Time;
 
 /// The layout's version. A region of another version is refused and left alone.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// What every region begins with. Read with the wrong byte order it is something else.
 pub const MAGIC: u64 = u64::from_be_bytes(*b"hypersnc");
@@ -56,7 +58,7 @@ pub const PAGE: usize = 4096;
 const READY: u64 = u64::from_be_bytes(*b"ready\0\0\0");
 
 /// Words of the header before READY.
-pub const HEADER_WORDS: usize = 18;
+pub const HEADER_WORDS: usize = 19;
 
 /// What the layout follows from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,6 +97,10 @@ pub struct ShardLayout {
     pub slots: Part,
     /// A word beside each slot.
     pub former: Part,
+    /// A 32-bit number beside each slot.
+    pub extra_of: Part,
+    /// [`ExtraWords`].
+    pub extras: Part,
     /// Words.
     pub index: Part,
     /// [`StreamWords`].
@@ -128,6 +134,7 @@ const SHARDS_AT: usize = HEADER_BYTES + size_of::<GroupWords>();
 const _: () = assert!(size_of::<GroupWords>() == 16384 && SHARDS_AT.is_multiple_of(PAGE));
 const _: () = assert!(size_of::<RingWords>() == PAGE && size_of::<RecordWords>() == 128);
 const _: () = assert!(size_of::<Slot>() == 128 && size_of::<StreamWords>() == 384);
+const _: () = assert!(size_of::<ExtraWords>() == 96);
 const _: () = assert!(size_of::<LeaseWords>() == 16 && size_of::<HistoryWords>() == 32);
 
 /// Where the parts of a shard lie. `sizes` are valid and the shard is one of theirs.
@@ -153,6 +160,8 @@ fn shard_layout_at(sizes: &Sizes, start: usize) -> ShardLayout {
     ShardLayout {
         slots: place(memory.capacity, size_of::<Slot>()),
         former: place(memory.capacity, 8),
+        extra_of: place(memory.capacity, 4),
+        extras: place(memory.extras, size_of::<ExtraWords>()),
         index: place(memory.index(), 8),
         streams: place(STREAMS_MAX, size_of::<StreamWords>()),
         leases: place(memory.leases(), size_of::<LeaseWords>()),
@@ -225,6 +234,7 @@ impl Header {
             self.group as u64,
             self.member as u64,
             self.started.0,
+            self.sizes.memory.extras as u64,
         ];
         for (word, field) in words.iter().zip(fields) {
             word.store(field, Ordering::Relaxed);
@@ -237,7 +247,7 @@ impl Header {
         let byte = |word: u64| u8::try_from(word).map_err(|_| NotAHeader::OtherBuild);
         let sizes = Sizes {
             shards: byte(w[4])?,
-            memory: MemorySize { capacity: w[5] as usize, arena: w[6] as usize },
+            memory: MemorySize { capacity: w[5] as usize, arena: w[6] as usize, extras: w[18] as usize },
             ring_records: w[7] as usize,
         };
         let member = byte(w[16])?;
@@ -308,7 +318,7 @@ mod tests {
 
     #[test]
     fn parts_follow_each_other_on_whole_pages() {
-        let memory = MemorySize { capacity: 1000, arena: 1 << 20 };
+        let memory = MemorySize::new(1000, 1 << 20);
         let sizes = Sizes { shards: 3, memory, ring_records: 64 };
         let mut end = SHARDS_AT;
         for shard in 0..3 {
@@ -316,6 +326,8 @@ mod tests {
             let parts = [
                 (l.slots, 128),
                 (l.former, 8),
+                (l.extra_of, 4),
+                (l.extras, 96),
                 (l.index, 8),
                 (l.streams, 384),
                 (l.leases, 16),
@@ -338,7 +350,7 @@ mod tests {
 
     #[test]
     fn the_largest_region_has_an_offset_for_every_part() {
-        let memory = MemorySize { capacity: crate::limits::SLOTS_MAX, arena: crate::limits::ARENA_MAX };
+        let memory = MemorySize::new(crate::limits::SLOTS_MAX, crate::limits::ARENA_MAX);
         let sizes = Sizes { shards: 64, memory, ring_records: INGEST_RECORDS_MAX };
         assert!(sizes.is_valid() && total_bytes(&sizes) > 1 << 39);
     }

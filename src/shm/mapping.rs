@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
@@ -15,7 +15,7 @@ use super::group::GroupWords;
 use super::ingest::{RecordWords, RingWords};
 use super::layout::Part;
 use crate::conn::Slot;
-use crate::memory::{HistoryWords, LeaseWords, StreamWords};
+use crate::memory::{ExtraWords, HistoryWords, LeaseWords, StreamWords};
 
 /// A type that may lie in shared memory.
 ///
@@ -26,10 +26,14 @@ pub unsafe trait Words {}
 
 // SAFETY: an atomic integer.
 unsafe impl Words for AtomicU64 {}
+// SAFETY: an atomic integer.
+unsafe impl Words for AtomicU32 {}
 // SAFETY: `#[repr(C)]`, sixteen `AtomicU64`, no padding (asserted in `conn::slot`).
 unsafe impl Words for Slot {}
 // SAFETY: `#[repr(C)]`, an array of `AtomicU64` that fills its alignment (asserted in `layout`).
 unsafe impl Words for StreamWords {}
+// SAFETY: as above.
+unsafe impl Words for ExtraWords {}
 // SAFETY: as above.
 unsafe impl Words for HistoryWords {}
 // SAFETY: as above.

@@ -24,7 +24,7 @@ impl Drop for TestDir {
 }
 
 pub(in crate::shm) fn config() -> RegionConfig {
-    let memory = MemorySize { capacity: 64, arena: ARENA_MIN };
+    let memory = MemorySize::new(64, ARENA_MIN);
     RegionConfig {
         sizes: Sizes { shards: 2, memory, ring_records: 64 },
         group: 7,

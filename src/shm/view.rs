@@ -64,6 +64,8 @@ impl RegionView {
         let memory = Memory {
             slots: self.mapping.slice(l.slots),
             former: self.mapping.slice(l.former),
+            extra_of: self.mapping.slice(l.extra_of),
+            extras: self.mapping.slice(l.extras),
             index: self.mapping.slice(l.index),
             streams: self.mapping.slice(l.streams),
             leases: self.mapping.slice(l.leases),

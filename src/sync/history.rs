@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn bytes_stay_until_acknowledged_and_sent() {
-        let size = MemorySize { capacity: 64, arena: ARENA_MIN };
+        let size = MemorySize::new(64, ARENA_MIN);
         let memory = OwnedMemory::new(&size);
         let mut history = History::new(&memory.parts());
         let mut ids = Vec::new();

@@ -81,7 +81,7 @@ impl Replica<'_> {
         if reply != seen.reply && known & groups::TUPLES != 0 {
             // The same original tuple with another translation is another connection.
             self.gone(now, slot);
-            return self.open(now, &Connection { original, reply: seen.reply, state: seen.state });
+            return self.open(now, &Connection { original, ..*seen });
         }
         let old = line.state();
         let mut new = old;
@@ -101,6 +101,16 @@ impl Replica<'_> {
         if known & groups::TIMEOUT != 0 && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s) {
             new.timeout_s = seen.state.timeout_s;
             changed |= groups::TIMEOUT;
+        }
+        if !seen.extra.is_none() {
+            let known = self.table.extra(slot);
+            let mut extra = known;
+            extra.merge(&seen.extra);
+            if extra != known {
+                self.table.set_extra(slot, &extra);
+                // If no record was free nothing is new.
+                changed |= if self.table.extra(slot) == extra { groups::EXTRA } else { 0 };
+            }
         }
         line.set_state(&new);
         match line.kind() {

@@ -18,7 +18,7 @@ use crate::ccp::message::{Message, Place, Places, Reason};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::{Line, groups};
 use crate::conn::tuple::shards_can_meet;
-use crate::conn::{Connection, Coordinate, Kind, Stamp, State};
+use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, WINDOW};
 use crate::seq::Seq;
@@ -139,8 +139,8 @@ impl Replica<'_> {
                     let own = self.sender(stream, own);
                     self.apply_new(stream, target, stamp, own, previous, &connection)
                 }
-                Message::Update { target, stamp, groups, previous, state } => {
-                    self.apply_update(stream, target, stamp, groups, previous, &state)
+                Message::Update { target, stamp, groups, previous, state, extra } => {
+                    self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
                 }
                 Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
                 Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
@@ -240,7 +240,7 @@ impl Replica<'_> {
                     self.counters.count(Counter::DeltasOld);
                     return Applied;
                 }
-                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+                self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Backup if here && stamp >= line.stamp() => {
                 // Another member is the active now: the one that took over, or that claimed.
@@ -248,7 +248,7 @@ impl Replica<'_> {
                 self.streams[old].copies -= 1;
                 self.streams[stream].copies += 1;
                 self.table.update(slot, |line| line.set_peer(own));
-                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+                self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Active if here => {
                 let presumed_from = self.is_presumed(slot) && self.table.former(slot) == own;
@@ -268,7 +268,7 @@ impl Replica<'_> {
                     line.set_groups(0);
                 });
                 self.streams[stream].copies += 1;
-                self.overwrite(slot, stamp, previous, &connection.state, groups::ALL);
+                self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
             // Another connection's place by now, or nobody's; or closed here while it was claimed there.
@@ -324,7 +324,17 @@ impl Replica<'_> {
         }
     }
 
-    fn overwrite(&mut self, slot: u32, stamp: Stamp, previous: Option<Coordinate>, state: &State, mask: u8) {
+    fn overwrite(
+        &mut self,
+        slot: u32,
+        stamp: Stamp,
+        previous: Option<Coordinate>,
+        (state, extra): (&State, &Extra),
+        mask: u8,
+    ) {
+        if mask & groups::EXTRA != 0 {
+            self.table.set_extra(slot, extra);
+        }
         self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
         self.table.update(slot, |line| {
             let old = line.state();
@@ -343,7 +353,7 @@ impl Replica<'_> {
         stamp: Stamp,
         mask: u8,
         previous: Option<Coordinate>,
-        state: &State,
+        value: (&State, &Extra),
     ) -> Verdict {
         let Some(line) = self.target(target) else { return Refused(Reason::NotHere) };
         if target.generation != line.generation() {
@@ -355,7 +365,7 @@ impl Replica<'_> {
                     self.counters.count(Counter::DeltasOld);
                     return Applied;
                 }
-                self.overwrite(target.slot, stamp, previous, state, mask);
+                self.overwrite(target.slot, stamp, previous, value, mask);
                 self.counters.count(Counter::DeltasApplied);
                 self.commit(Commit::Write { slot: target.slot, generation: target.generation });
                 Applied

@@ -13,11 +13,11 @@ use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
-use crate::ccp::message::{DELTA_MAX, Message, Place, encode_ack, encode_lease};
+use crate::ccp::message::{DELTA_MAX, EXTRA_MAX, Message, NEW_MAX, Place, encode_ack, encode_lease};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
-use crate::conn::{Coordinate, Kind};
+use crate::conn::{Coordinate, Extra, Kind};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, REFUSALS_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW};
 use crate::seq::Seq;
@@ -412,7 +412,9 @@ impl Replica<'_> {
     fn delta_room(&self, slot: u32) -> usize {
         let line = self.table.line(slot);
         match (line.kind(), line.groups() & groups::TUPLES != 0) {
-            (Kind::Active, true) => DELTA_MAX,
+            (Kind::Active, true) if self.table.has_extra(slot) => DELTA_MAX,
+            (Kind::Active, true) => NEW_MAX,
+            (Kind::Active, false) if line.groups() & groups::EXTRA != 0 => UPDATE_MAX + EXTRA_MAX,
             (Kind::Active, false) => UPDATE_MAX,
             _ => SMALL_MAX,
         }
@@ -435,8 +437,9 @@ impl Replica<'_> {
                 1
             }
             Kind::Active => {
-                Message::Update { target, stamp, groups: line.groups(), previous, state: line.state() }
-                    .encode(w);
+                let (groups, state) = (line.groups(), line.state());
+                let extra = if groups & groups::EXTRA != 0 { self.table.extra(slot) } else { Extra::NONE };
+                Message::Update { target, stamp, groups, previous, state, extra }.encode(w);
                 self.counters.count(Counter::DeltasUpdate);
                 1
             }

@@ -38,7 +38,7 @@ pub fn connection(n: u32) -> Connection {
         timeout_s: 432_000 - n,
         mark: n,
     };
-    Connection { original, reply, state }
+    Connection::new(original, reply, state)
 }
 
 /// What should be in the tables: connections by their original tuple.
@@ -98,7 +98,7 @@ pub fn copies(member: &Member) -> Result<HashMap<Tuple, Copy>, String> {
                 stamp: line.stamp(),
                 here: Coordinate::new(member.id, shard, slot as u32, line.generation()),
                 peer: line.peer(),
-                connection: Connection { original, reply, state: line.state() },
+                connection: Connection::new(original, reply, line.state()),
             };
             if let Some(other) = all.insert(original, copy) {
                 return Err(format!("{original} is twice at member {}: {copy:?} and {other:?}", member.id));

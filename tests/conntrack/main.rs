@@ -29,7 +29,7 @@ fn connection(original: &str, reply: &str) -> Connection {
         mark: 7,
     };
     let tuple = |text: &str| text.parse().expect("a tuple");
-    Connection { original: tuple(original), reply: tuple(reply), state }
+    Connection::new(tuple(original), tuple(reply), state)
 }
 
 /// One of many connections behind one address.

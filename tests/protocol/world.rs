@@ -94,7 +94,7 @@ pub struct World<'m> {
 }
 
 pub fn size() -> MemorySize {
-    MemorySize { capacity: 2048, arena: ARENA_MIN }
+    MemorySize::new(2048, ARENA_MIN)
 }
 
 pub fn memories(n: usize) -> Vec<OwnedMemory> {
@@ -194,7 +194,7 @@ impl<'m> World<'m> {
 
     fn connection(tuple: Tuple, mark: u32) -> Connection {
         let state = State { status: 0xe, tcp_state: 3, timeout_s: 432_000, mark, ..State::default() };
-        Connection { original: tuple, reply: Tuple { dport: 9, ..tuple.mirrored() }, state }
+        Connection::new(tuple, Tuple { dport: 9, ..tuple.mirrored() }, state)
     }
 
     pub fn tell(&mut self, member: MemberId, event: &SourceEvent) {

@@ -42,7 +42,7 @@ fn connection(n: u32) -> Connection {
     let reply = Tuple { dst: 0x0a03_0001, ..original.mirrored() };
     // Confirmed, both directions seen, assured; established.
     let state = State { status: 0xe, tcp_state: 3, timeout_s: 3600, ..State::default() };
-    Connection { original, reply, state }
+    Connection::new(original, reply, state)
 }
 
 fn write(rate: u32, count: u32, is_delete: bool) -> Result<(), String> {

@@ -160,7 +160,7 @@ pub fn decode(message: &[u8]) -> Result<SourceEvent, Malformed> {
     if has_status && (has_tcp || original.protocol != TCP) {
         known |= groups::STATE;
     }
-    Ok(SourceEvent::Seen { connection: Connection { original, reply, state }, known })
+    Ok(SourceEvent::Seen { connection: Connection::new(original, reply, state), known })
 }
 
 /// A tuple and the zone that belongs to its direction only, if there is one.

@@ -33,7 +33,7 @@ const TCP_BE_LIBERAL: u8 = 0x08;
 /// translated tuple, is there already.
 pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, timeout_s: u32) -> usize {
     let flags = REQUEST | (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    let Connection { original, reply, state } = connection;
+    let Connection { original, reply, state, .. } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
     let mirrored = original.mirrored();
     let (both, only_original, only_reply) = match (original.zone, reply.zone) {

@@ -119,7 +119,7 @@ pub fn decode(w: &Words, position: u64, shard: u8, shards: u8) -> Result<SourceE
         timeout_s: w[2] as u32,
         mark: (w[2] >> 32) as u32,
     };
-    Ok(SourceEvent::Seen { connection: Connection { original, reply, state }, known })
+    Ok(SourceEvent::Seen { connection: Connection::new(original, reply, state), known })
 }
 
 fn take_tuple(w: &Words, family: Family, protocol: u8, at: usize, ports_at: u32, zone: u16) -> Tuple {
@@ -182,7 +182,7 @@ mod tests {
             timeout_s: 432_000,
             mark: 0xdead_beef,
         };
-        Connection { original, reply, state }
+        Connection::new(original, reply, state)
     }
 
     #[test]

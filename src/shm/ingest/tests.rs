@@ -24,7 +24,7 @@ fn event(n: u32) -> SourceEvent {
     let state = State { mark: n, timeout_s: !n, ..State::default() };
     match n % 5 {
         4 => SourceEvent::Gone { original },
-        _ => SourceEvent::seen(Connection { original, reply: original.mirrored(), state }),
+        _ => SourceEvent::seen(Connection::new(original, original.mirrored(), state)),
     }
 }
 
