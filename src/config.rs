@@ -7,13 +7,14 @@ use std::time::Duration;
 use argh::FromArgs;
 
 use crate::limits::{
-    ARENA_MAX, ARENA_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, PEERS_MAX, SHARDS_MAX,
-    SLOTS_MAX, SLOTS_MIN,
+    ARENA_MAX, ARENA_MIN, EVENT_BUFFER_MAX, EVENT_BUFFER_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN,
+    MEMBERS_MAX, PEERS_MAX, SHARDS_MAX, SLOTS_MAX, SLOTS_MIN,
 };
 use crate::memory::MemorySize;
 use crate::net::SendMode;
 use crate::ring::Features;
 use crate::shm::Sizes;
+use crate::source::CommitMode;
 
 /// The directory of the shared memory if none is given.
 pub const DEFAULT_SHM: &str = "/dev/shm/hypersync";
@@ -52,8 +53,8 @@ pub struct RunOptions {
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
     #[argh(option, default = "SourceKind::Kernel")]
     pub source: SourceKind,
-    /// whether copies are written to this host's kernel at once: eager or off (default eager with the
-    /// kernel source, off with the ring)
+    /// when copies are written to this host's kernel: eager (at once), takeover (when their active has
+    /// died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
     /// how long a connection must live before it is sent (default 3s)
@@ -93,6 +94,9 @@ pub struct RunOptions {
     /// records of a shard's ingest ring, a power of two (default 16384)
     #[argh(option, default = "16_384")]
     pub ring: usize,
+    /// bytes of kernel events that may wait for one shard; an event takes about 1300 (default 67108864)
+    #[argh(option, default = "64 << 20")]
+    pub event_buffer: usize,
     /// kernel features that later kernels than 6.1 have: all or none (default all)
     #[argh(option, default = "Features::all()", from_str_fn(features))]
     pub features: Features,
@@ -108,15 +112,6 @@ pub enum SourceKind {
     Kernel,
     /// The ingest ring in shared memory.
     Ring,
-}
-
-/// Whether copies are written to the kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum CommitMode {
-    /// At once.
-    Eager,
-    /// Never.
-    Off,
 }
 
 /// Whether hypersync sets sysctls.
@@ -143,7 +138,10 @@ macro_rules! words {
 }
 
 words!(SourceKind, "a source: write kernel or ring", "kernel" => SourceKind::Kernel, "ring" => SourceKind::Ring);
-words!(CommitMode, "a commit mode: write eager or off", "eager" => CommitMode::Eager, "off" => CommitMode::Off);
+words!(
+    CommitMode, "a commit mode: write eager, takeover or off",
+    "eager" => CommitMode::Eager, "takeover" => CommitMode::Takeover, "off" => CommitMode::Off
+);
 words!(SysctlMode, "a choice: write set or leave", "set" => SysctlMode::Set, "leave" => SysctlMode::Leave);
 
 fn span(text: &str) -> Result<Duration, String> {
@@ -180,8 +178,8 @@ pub struct Config {
     pub shards: u8,
     /// The multicast group, if heartbeats go to one.
     pub multicast: Option<IpAddr>,
-    /// Whether copies are written to the kernel at once.
-    pub commit_eager: bool,
+    /// When copies are written to the kernel.
+    pub commit: CommitMode,
     /// Sizes of the shared memory.
     pub sizes: Sizes,
 }
@@ -226,6 +224,7 @@ impl Config {
         lasting("hold", o.hold, Duration::ZERO, hour)?;
         lasting("reprotect-after", o.reprotect_after, Duration::ZERO, hour)?;
         within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;
+        within("event-buffer", o.event_buffer as u64, EVENT_BUFFER_MIN, EVENT_BUFFER_MAX)?;
         within("ring", o.ring as u64, INGEST_RECORDS_MIN as u64, INGEST_RECORDS_MAX as u64)?;
         if !o.ring.is_power_of_two() {
             return Err(format!("--ring {} is no power of two", o.ring));
@@ -273,10 +272,8 @@ impl Config {
             SourceKind::Kernel => CommitMode::Eager,
             SourceKind::Ring => CommitMode::Off,
         });
-        if commit == CommitMode::Eager && o.source == SourceKind::Ring {
-            return Err(
-                "--commit eager needs --source kernel: the ring's connections are not this kernel's".into()
-            );
+        if commit != CommitMode::Off && o.source == SourceKind::Ring {
+            return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
         }
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
         let share = o.capacity.div_ceil(shards as usize);
@@ -285,7 +282,7 @@ impl Config {
         Ok(Config {
             shards,
             multicast,
-            commit_eager: commit == CommitMode::Eager,
+            commit,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
@@ -307,10 +304,10 @@ mod tests {
     fn defaults_are_those_of_the_manual() {
         let config = check(&[]).unwrap();
         assert_eq!(config.multicast, Some(DEFAULT_MULTICAST));
-        assert!(config.commit_eager);
+        assert_eq!(config.commit, CommitMode::Eager);
         assert_eq!(config.options.hold, Duration::from_secs(3));
         let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
-        assert_eq!((ring.multicast, ring.commit_eager), (None, false));
+        assert_eq!((ring.multicast, ring.commit), (None, CommitMode::Off));
     }
 
     #[test]
@@ -326,6 +323,7 @@ mod tests {
             ("--dead-after", "1"),
             ("--arena", "4096"),
             ("--ring", "1000"),
+            ("--event-buffer", "1000"),
             ("--sync", "0.0.0.0"),
             ("--multicast", "10.0.0.1"),
             ("--multicast", "ff02::74"),

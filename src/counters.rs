@@ -85,6 +85,8 @@ counters! {
     AcksReceived, "acks_received", "acks received";
     LeasesGranted, "leases_granted", "slots leased to peers since the start";
     Refused, "refused", "new connections refused to their active";
+    Declined, "declined", "gauge: connections whose backup's kernel does not have them; they count as exposed";
+    DeclinedByPeer, "declined_by_peer", "times that a backup said that its kernel does not have a copy";
     RefusedByPeer, "refused_by_peer", "new connections that a backup refused";
     Strays, "strays", "datagrams that arrived at the wrong shard and were handed over";
 
@@ -113,6 +115,13 @@ counters! {
     // The kernel.
     Commits, "commits", "copies written to the kernel";
     CommitDeletes, "commit_deletes", "entries removed from the kernel";
+    CommitUpdates, "commit_updates", "commits that found the entry in the kernel and brought it up to date";
+    CommitReplaced, "commit_replaced", "commits that found an entry with another translation and replaced it";
+    CommitVanished, "commit_vanished", "entries that went away while they were brought up to date";
+    CommitBusy, "commit_busy", "entries that changed while they were brought up to date";
+    CommitNoRoom, "commit_no_room", "commits refused because the kernel's table is full, or as full as it may be made";
+    CommitWithoutHelper, "commit_without_helper", "entries written without their helper, which this kernel does not have";
+    CommitMissing, "commit_missing", "gauge: copies that the kernel does not have; they are tried again";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";

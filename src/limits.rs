@@ -99,6 +99,13 @@ pub const RECEIVE_PER_PASS: usize = 4096;
 /// Source events acted on in one pass of a shard.
 pub const INGEST_PER_PASS: usize = 512;
 
+/// Smallest buffer for kernel events that wait for a shard, bytes: a few dozen events. What does not fit is
+/// lost, counted (`source_overruns`) and repaired by a dump.
+pub const EVENT_BUFFER_MIN: u64 = 64 << 10;
+
+/// Largest such buffer, bytes: the kernel doubles it, and counts in an `int`.
+pub const EVENT_BUFFER_MAX: u64 = 512 << 20;
+
 /// Kernel commits in one pass of a shard: an insert is done inline at 3.7 to 4.7 us, so
 /// 32 keep a pass under 150 us.
 pub const COMMIT_PER_PASS: usize = 32;

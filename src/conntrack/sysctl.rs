@@ -12,14 +12,16 @@ use super::KernelError;
 use crate::conn::Connection;
 use crate::conn::tuple::{ICMP, ICMPV6, TCP, UDP, UDPLITE};
 
+/// Which connections raise events: 0 none, 1 all, 2 those that are born while somebody listens.
+pub const EVENTS: &str = "net.netfilter.nf_conntrack_events";
+
 /// What restored connections need.
 ///
 /// - `nf_conntrack_events=1`: with the default, 2, a connection born while nobody listened
 ///   never raises an event, not even when it closes.
 /// - `nf_conntrack_tcp_be_liberal=1`: TCP windows are not replicated, and a flow that moves to
 ///   another gateway and back would be judged by old ones.
-pub const NEEDED: [(&str, u64); 2] =
-    [("net.netfilter.nf_conntrack_events", 1), ("net.netfilter.nf_conntrack_tcp_be_liberal", 1)];
+pub const NEEDED: [(&str, u64); 2] = [(EVENTS, 1), ("net.netfilter.nf_conntrack_tcp_be_liberal", 1)];
 
 /// Inserts stop when the table is this full, per cent: what is left is for the gateway's own traffic.
 pub const FILL_MAX_PERCENT: u64 = 90;

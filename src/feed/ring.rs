@@ -1,0 +1,46 @@
+//! The ingest ring, as a shard reads it.
+
+use std::time::Duration;
+
+use crate::counters::{Counter, Counters};
+use crate::limits::INGEST_PER_PASS;
+use crate::net::Port;
+use crate::shm::ingest::{BadRecord, Consumer};
+use crate::sync::Replica;
+use crate::time::Time;
+
+/// Where the futex is not available, how often the ring is looked at.
+const RING_PAUSE: Duration = Duration::from_millis(1);
+
+/// A shard's end of the ring.
+pub struct RingFeed<'m> {
+    consumer: Consumer<'m>,
+    more: bool,
+}
+
+impl<'m> RingFeed<'m> {
+    pub(super) fn new(consumer: Consumer<'m>) -> RingFeed<'m> {
+        RingFeed { consumer, more: false }
+    }
+
+    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+        self.consumer.awake();
+        let taken = self.consumer.drain(INGEST_PER_PASS, &mut |record| match record {
+            Ok(event) => replica.handle_source(now, &event),
+            Err(BadRecord::Position) => counters.count(Counter::SourceOverruns),
+            Err(_) => counters.count(Counter::SourceRejected),
+        });
+        self.more = taken == INGEST_PER_PASS;
+    }
+
+    pub(super) fn arm(&mut self, now: Time, port: &mut Port<'_>) -> Time {
+        if self.more {
+            return now;
+        }
+        match self.consumer.prepare_sleep() {
+            None => now,
+            Some((word, expected)) if port.futex_wait(word, expected) => Time::NEVER,
+            Some(_) => now.after(RING_PAUSE),
+        }
+    }
+}
