@@ -67,6 +67,8 @@ pub struct Host<'m> {
     pub leaving: bool,
     /// What was committed to its kernel.
     pub kernel: HashMap<Tuple, Connection>,
+    /// Its kernel takes no entries.
+    pub full: bool,
     view_version: u64,
 }
 
@@ -94,6 +96,8 @@ pub struct World<'m> {
     pub cut: Vec<(MemberId, MemberId)>,
     pub events: Vec<(MemberId, Event)>,
     pub fresh: u32,
+    /// How members that start from now on commit.
+    pub commit: CommitMode,
     commit_rng: Rng,
     packets: BTreeMap<(Time, u64), Packet>,
     sequence: u64,
@@ -129,6 +133,7 @@ impl<'m> World<'m> {
             cut: Vec::new(),
             events: Vec::new(),
             fresh: 0,
+            commit: CommitMode::Eager,
             packets: BTreeMap::new(),
             sequence: 0,
             memories: memories.iter(),
@@ -163,7 +168,7 @@ impl<'m> World<'m> {
                 hold: HOLD,
                 reprotect_after: REPROTECT,
                 flush: Duration::from_millis(1),
-                commit: CommitMode::Eager,
+                commit: self.commit,
             };
             Replica::new(config, *memory)
         });
@@ -175,6 +180,7 @@ impl<'m> World<'m> {
             running: true,
             leaving: false,
             kernel: HashMap::new(),
+            full: false,
             view_version: 0,
         };
         self.hosts.insert(member, host);
@@ -342,7 +348,7 @@ impl<'m> World<'m> {
         for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
             shard.tick(now);
             while let Some(commit) = shard.poll_commit() {
-                let refused = self.commit_rng.chance(self.network.refusals);
+                let refused = host.full || self.commit_rng.chance(self.network.refusals);
                 match commit {
                     Commit::Delete { original } => drop(host.kernel.remove(&original)),
                     Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
@@ -467,7 +473,7 @@ impl<'m> World<'m> {
             for copy in found {
                 assert_eq!(copy.connection, Self::connection(*tuple, known.mark), "{tuple}: {found:?}");
                 assert_eq!(copy.stamp, found[0].stamp, "{tuple}: {found:?}");
-                if copy.kind == Kind::Backup {
+                if copy.kind == Kind::Backup && self.commit == CommitMode::Eager {
                     let entry = self.hosts[&copy.member].kernel.get(tuple);
                     assert_eq!(entry, Some(&copy.connection), "{tuple}: the backup's kernel");
                 }
