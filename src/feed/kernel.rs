@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::repair::Repair;
 use super::writer::Writer;
 use crate::conntrack::KernelError;
+use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::{LocalAddresses, LocalView};
@@ -99,8 +100,13 @@ impl KernelFeed {
         let local = &self.local;
         let drained = self.source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
-                SourceEvent::Seen { connection, .. } if local.is_local(connection) => {
-                    return counters.count(Counter::SourceLocal);
+                SourceEvent::Seen { connection, .. } => {
+                    if local.is_local(connection) {
+                        return counters.count(Counter::SourceLocal);
+                    }
+                    if connection.state.status & status::OFFLOADED != 0 {
+                        counters.count(Counter::SourceOffloaded);
+                    }
                 }
                 // Somebody removed an entry that we keep for its active: it is written again.
                 SourceEvent::Gone { original } => {
@@ -108,11 +114,12 @@ impl KernelFeed {
                         return replica.recommit(now, slot);
                     }
                 }
-                _ => {}
             }
             replica.handle_source(now, &event);
         });
         counters.add(Counter::SourceRejected, drained.malformed as u64);
+        counters.add(Counter::SourceSkipped, drained.skipped as u64);
+        counters.add(Counter::SourceExpectations, drained.expectations as u64);
         self.drain_at = if drained.more {
             now
         } else if drained.taken > 0 {

@@ -184,6 +184,7 @@ impl Repair {
             }
         });
         counters.add(Counter::SourceRejected, progress.malformed as u64);
+        counters.add(Counter::SourceSkipped, progress.skipped as u64);
         match progress.state {
             DumpState::Running => {}
             DumpState::Done if self.again => {
