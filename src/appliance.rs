@@ -141,7 +141,7 @@ fn start(config: &Config) -> Result<(), Failure> {
             committers.push(Committer::open().map_err(usage)?);
         }
         changed = match options.sysctl {
-            SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
+            SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
             SysctlMode::Leave => {
                 for (name, now) in sysctl::unmet().map_err(usage)? {
                     log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
