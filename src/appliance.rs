@@ -20,6 +20,7 @@ use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
 use crate::feed::Feed;
+use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
@@ -361,7 +362,8 @@ fn run_shard(
         let settle = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
+        let hearing = Hearing::new(options.peer.clone(), settle, now);
+        Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
     let mut shard = Shard::new(
