@@ -20,6 +20,7 @@ use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
 use crate::feed::{Feed, KernelParts};
+use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
@@ -142,7 +143,7 @@ fn start(config: &Config) -> Result<(), Failure> {
         // With another value, what was born before we listened never raises an event.
         may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
         changed = match options.sysctl {
-            SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
+            SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
             SysctlMode::Leave => {
                 for (name, now) in sysctl::unmet().map_err(usage)? {
                     log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
@@ -371,7 +372,8 @@ fn run_shard(
         let settle = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
+        let hearing = Hearing::new(options.peer.clone(), settle, now);
+        Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
     let mut shard = Shard::new(

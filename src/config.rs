@@ -50,6 +50,9 @@ pub struct RunOptions {
     /// connections and copies that the table has room for, in all shards together (default 1000000)
     #[argh(option, default = "1_000_000")]
     pub capacity: usize,
+    /// connections that may have labels, a helper or the like (default: one in eight of the capacity)
+    #[argh(option)]
+    pub extras: Option<usize>,
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
     #[argh(option, default = "SourceKind::Kernel")]
     pub source: SourceKind,
@@ -231,6 +234,9 @@ impl Config {
         }
         let highest = (SLOTS_MAX / 9 * 8) as u64 * shards as u64;
         within("capacity", o.capacity as u64, SLOTS_MIN as u64 * shards as u64, highest)?;
+        if let Some(extras) = o.extras {
+            within("extras", extras as u64, 1, o.capacity as u64)?;
+        }
         if o.sync.is_unspecified() || o.sync.is_multicast() {
             return Err(format!("--sync {} is no address of this host", o.sync));
         }
@@ -276,9 +282,15 @@ impl Config {
             return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
         }
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
-        let share = o.capacity.div_ceil(shards as usize);
-        let slots = (share + share / 8 + 256).min(SLOTS_MAX);
-        let memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        let with_reserve = |all: usize, least: usize| {
+            let share = all.div_ceil(shards as usize);
+            share + share / 8 + least
+        };
+        let slots = with_reserve(o.capacity, 256).min(SLOTS_MAX);
+        let mut memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        if let Some(extras) = o.extras {
+            memory.extras = with_reserve(extras, 32).min(slots);
+        }
         Ok(Config {
             shards,
             multicast,
@@ -308,6 +320,14 @@ mod tests {
         assert_eq!(config.options.hold, Duration::from_secs(3));
         let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
         assert_eq!((ring.multicast, ring.commit), (None, CommitMode::Off));
+        let rare = |words: &[&str]| {
+            let memory =
+                check(&[words, &["--shards", "2", "--capacity", "8000"]].concat()).unwrap().sizes.memory;
+            (memory.capacity, memory.extras)
+        };
+        assert_eq!(rare(&[]), (4756, 595), "one in eight");
+        assert_eq!(rare(&["--extras", "1"]), (4756, 33));
+        assert_eq!(rare(&["--extras", "8000"]), (4756, 4532));
     }
 
     #[test]
@@ -318,6 +338,8 @@ mod tests {
             ("--shards", "65"),
             ("--shards", "0"),
             ("--capacity", "1"),
+            ("--extras", "0"),
+            ("--extras", "1000001"),
             ("--heartbeat", "1ms"),
             ("--heartbeat", "fast"),
             ("--dead-after", "1"),
