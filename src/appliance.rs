@@ -136,6 +136,12 @@ fn start(config: &Config) -> Result<(), Failure> {
     let mut committers = Vec::new();
     let mut changed = None;
     if is_kernel {
+        ADDRESSES.watch(config.rules.interfaces());
+        for name in config.rules.interfaces() {
+            if let Err(e) = Interface::named(name) {
+                log::warn!("a rule names an interface that may come later: {e}");
+            }
+        }
         ADDRESSES.refresh().map_err(usage)?;
         for _ in 0..config.shards {
             committers.push(Committer::open().map_err(usage)?);

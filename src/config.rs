@@ -13,6 +13,7 @@ use crate::limits::{
 use crate::memory::MemorySize;
 use crate::net::SendMode;
 use crate::ring::Features;
+use crate::rules::Rules;
 use crate::shm::Sizes;
 
 /// The directory of the shared memory if none is given.
@@ -56,6 +57,13 @@ pub struct RunOptions {
     /// kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
+    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
+    /// rule that matches decides
+    #[argh(option)]
+    pub rule: Vec<String>,
+    /// file with further rules, one a line, that come after those of --rule
+    #[argh(option)]
+    pub rules: Option<PathBuf>,
     /// how long a connection must live before it is sent (default 3s)
     #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
     pub hold: Duration,
@@ -182,6 +190,8 @@ pub struct Config {
     pub multicast: Option<IpAddr>,
     /// Whether copies are written to the kernel at once.
     pub commit_eager: bool,
+    /// What is copied.
+    pub rules: Rules,
     /// Sizes of the shared memory.
     pub sizes: Sizes,
 }
@@ -278,6 +288,7 @@ impl Config {
                 "--commit eager needs --source kernel: the ring's connections are not this kernel's".into()
             );
         }
+        let rules = rules(o)?;
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
         let share = o.capacity.div_ceil(shards as usize);
         let slots = (share + share / 8 + 256).min(SLOTS_MAX);
@@ -286,10 +297,29 @@ impl Config {
             shards,
             multicast,
             commit_eager: commit == CommitMode::Eager,
+            rules,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
     }
+}
+
+fn rules(options: &RunOptions) -> Result<Rules, String> {
+    let mut rules = Rules::default();
+    for rule in &options.rule {
+        rules.add(rule).map_err(|e| format!("--rule: {e}"))?;
+    }
+    if let Some(file) = &options.rules {
+        let named = |e: &dyn std::fmt::Display| format!("--rules {}: {e}", file.display());
+        let text = std::fs::read_to_string(file).map_err(|e| named(&e))?;
+        rules.add_lines(&text).map_err(|e| named(&e))?;
+    }
+    if options.source == SourceKind::Ring && rules.uses_addresses() {
+        return Err("rules with address or local need --source kernel: the ring's connections are not \
+                    this host's"
+            .into());
+    }
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -335,6 +365,8 @@ mod tests {
             ("--commit", "later"),
             ("--send", "slow"),
             ("--features", "some"),
+            ("--rule", "allow"),
+            ("--rules", "/nosuch/rules"),
         ] {
             let error = match flag {
                 // Given twice it would be refused for that.
