@@ -136,6 +136,12 @@ fn start(config: &Config) -> Result<(), Failure> {
     let mut changed = None;
     let mut may_be_unheard = false;
     if is_kernel {
+        ADDRESSES.watch(config.rules.interfaces());
+        for name in config.rules.interfaces() {
+            if let Err(e) = Interface::named(name) {
+                log::warn!("a rule names an interface that may come later: {e}");
+            }
+        }
         ADDRESSES.refresh().map_err(usage)?;
         for _ in 0..config.shards {
             committers.push(Committer::open().map_err(usage)?);
@@ -327,7 +333,7 @@ fn run_shard(
     )
     .map_err(|e| e.to_string())?;
     let feed = match options.source {
-        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard))),
+        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
         SourceKind::Kernel => {
             let source = Source::open(shard, config.shards, &port_ids, options.event_buffer)
                 .map_err(|e| e.to_string())?;
@@ -335,6 +341,7 @@ fn run_shard(
                 source,
                 committer: committer.ok_or("a committer was not opened")?,
                 addresses: &ADDRESSES,
+                rules: config.rules.clone(),
                 commit: config.commit,
                 may_be_unheard,
                 capacity: config.sizes.memory.capacity as u32,

@@ -13,6 +13,7 @@ use crate::limits::{
 use crate::memory::MemorySize;
 use crate::net::SendMode;
 use crate::ring::Features;
+use crate::rules::Rules;
 use crate::shm::Sizes;
 use crate::source::CommitMode;
 
@@ -60,6 +61,13 @@ pub struct RunOptions {
     /// died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
+    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
+    /// rule that matches decides
+    #[argh(option)]
+    pub rule: Vec<String>,
+    /// file with further rules, one a line, that come after those of --rule
+    #[argh(option)]
+    pub rules: Option<PathBuf>,
     /// how long a connection must live before it is sent (default 3s)
     #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
     pub hold: Duration,
@@ -183,6 +191,8 @@ pub struct Config {
     pub multicast: Option<IpAddr>,
     /// When copies are written to the kernel.
     pub commit: CommitMode,
+    /// What is copied.
+    pub rules: Rules,
     /// Sizes of the shared memory.
     pub sizes: Sizes,
 }
@@ -281,6 +291,7 @@ impl Config {
         if commit != CommitMode::Off && o.source == SourceKind::Ring {
             return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
         }
+        let rules = rules(o)?;
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
         let with_reserve = |all: usize, least: usize| {
             let share = all.div_ceil(shards as usize);
@@ -295,10 +306,29 @@ impl Config {
             shards,
             multicast,
             commit,
+            rules,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
     }
+}
+
+fn rules(options: &RunOptions) -> Result<Rules, String> {
+    let mut rules = Rules::default();
+    for rule in &options.rule {
+        rules.add(rule).map_err(|e| format!("--rule: {e}"))?;
+    }
+    if let Some(file) = &options.rules {
+        let named = |e: &dyn std::fmt::Display| format!("--rules {}: {e}", file.display());
+        let text = std::fs::read_to_string(file).map_err(|e| named(&e))?;
+        rules.add_lines(&text).map_err(|e| named(&e))?;
+    }
+    if options.source == SourceKind::Ring && rules.uses_addresses() {
+        return Err("rules with address or local need --source kernel: the ring's connections are not \
+                    this host's"
+            .into());
+    }
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -355,6 +385,8 @@ mod tests {
             ("--commit", "later"),
             ("--send", "slow"),
             ("--features", "some"),
+            ("--rule", "allow"),
+            ("--rules", "/nosuch/rules"),
         ] {
             let error = match flag {
                 // Given twice it would be refused for that.

@@ -51,7 +51,8 @@ counters! {
     SourceSkipped, "source_skipped", "attributes of the kernel's messages that had another form than expected and were left out";
     SourceExpectations, "source_expectations", "expectations that helpers created here; they are not copied";
     SourceOffloaded, "source_offloaded", "events of offloaded flows, which lack timeout and protocol state: the last known values stay";
-    SourceLocal, "source_local", "events of this host's own connections, which are never copied";
+    SourceLocal, "source_local", "events of this host's own connections, which are not copied unless a rule says so";
+    SourceFiltered, "source_filtered", "events of connections that a rule skips";
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
     SourceDumps, "source_dumps", "dumps of the kernel's table";

@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind};
@@ -21,6 +22,7 @@ use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
 use crate::conntrack::sysctl::Timeouts;
 use crate::counters::{Counter, Counters};
+use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
@@ -114,7 +116,7 @@ impl Repair {
         &mut self,
         now: Time,
         source: &mut Source,
-        local: &LocalView,
+        (rules, local): (&Rules, &LocalView),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) -> Result<(), KernelError> {
@@ -128,7 +130,7 @@ impl Repair {
                     self.shown.fill(0);
                     self.again = false;
                     self.stage = Stage::Dumping;
-                    self.dump(now, source, local, replica, counters);
+                    self.dump(now, source, (rules, local), replica, counters);
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
@@ -136,7 +138,7 @@ impl Repair {
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
-            Stage::Dumping => self.dump(now, source, local, replica, counters),
+            Stage::Dumping => self.dump(now, source, (rules, local), replica, counters),
             Stage::Sweeping(slot) => self.sweep(now, slot, replica),
             Stage::Wanted | Stage::Idle => {}
         }
@@ -147,15 +149,15 @@ impl Repair {
         &mut self,
         now: Time,
         source: &mut Source,
-        local: &LocalView,
+        (rules, local): (&Rules, &LocalView),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
         let Repair { shown, unheard, timeouts, complete, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
-            if local.is_local(connection) {
-                return counters.count(Counter::SourceLocal);
+            if !admits(now, rules, Some(local), &event, replica, counters) {
+                return;
             }
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {

@@ -97,10 +97,25 @@ fn flags_that_make_no_sense_are_named_with_their_range() {
         ("--send", "slow", "fixed, zc, copy or auto"),
         ("--features", "some", "all or none"),
         ("--sysctl", "maybe", "set or leave"),
+        ("--rule", "skip proto tpc", "rule 'skip proto tpc': 'tpc' is no protocol: write tcp"),
+        ("--rule", "allow dport 53", "'allow' is no verdict: begin with copy or skip"),
+        ("--rule", "skip local", "--source kernel"),
+        ("--rules", "/nosuch/rules", "--rules /nosuch/rules: No such file"),
     ] {
         assert_says(&refused(&mut member(&lab, &[flag, value])), &[says]);
     }
     refused(&mut member(&lab, &["--colour", "blue"]));
+    assert!(!lab.path("m1").exists(), "nothing was made");
+}
+
+#[test]
+fn a_bad_rule_of_a_file_is_named_with_its_line() {
+    let lab = Lab::new();
+    let file = lab.path("rules");
+    fs::write(&file, "# what is copied\n\nskip dport 53 # names\nskip src 10.0.0.1/8\n").unwrap();
+    let mut command = member(&lab, &["--rule", "copy proto tcp"]);
+    let line = refused(command.arg("--rules").arg(&file));
+    assert_says(&line, &[file.to_str().unwrap(), "line 4", "'10.0.0.1/8'", "write 10.0.0.0/8"]);
     assert!(!lab.path("m1").exists(), "nothing was made");
 }
 
