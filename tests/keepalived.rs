@@ -50,7 +50,8 @@ fn log_only(gateways: &Gateways<'_>, number: u8) -> std::path::PathBuf {
 }
 
 fn wait_for_copies(topology: &Topology, traffic: &Traffic) {
-    let ports: Vec<u16> = traffic.client_addresses.iter().map(|address| address.port()).collect();
+    let to = traffic.server_address.port();
+    let ports: Vec<(u16, u16)> = traffic.client_addresses.iter().map(|from| (from.port(), to)).collect();
     wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
         [1, 2].iter().all(|number| topology.has_entries(*number, &ports))
     });
@@ -123,7 +124,7 @@ fn a_gateway_whose_hypersync_is_not_ready_gives_the_addresses_to_one_that_is() {
     }
     let _turn = one_at_a_time();
     let topology = Topology::build();
-    let traffic;
+    let (traffic, later);
     let mut gateways = Gateways::new(&topology);
     // A gateway without hypersync forwards as long as there is none better.
     gateways.start_keepalived(2);
@@ -144,18 +145,22 @@ fn a_gateway_whose_hypersync_is_not_ready_gives_the_addresses_to_one_that_is() {
     wait_for("gateway 1 has given the addresses up", Duration::from_secs(5), || !topology.has_addresses(1));
     tell_gap("keepalived, hypersync killed", &traffic);
 
+    // What begins now is known to gateway 2 alone, until gateway 1's hypersync is back.
+    later = Traffic::start(&topology.client, &topology.server, (SERVER, PORT + 1), CONNECTIONS);
     // It starts again and takes nothing away, even when it is as good as the other.
     gateways.start_hypersync(1, &log_only(&gateways, 1));
-    wait_for_copies(&topology, &traffic);
+    wait_for_copies(&topology, &later);
     traffic.wait_for_more(150, Duration::from_secs(20), "traffic goes on through gateway 2");
     assert!(topology.has_addresses(2) && !topology.has_addresses(1), "gateway 1 takes nothing back");
 
     // The other one's turn, in good order: it leaves, and everything moves back.
     gateways.stop_hypersync(2);
     gateways.wait_until_master(1, "hypersync has left the other");
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 1");
-    tell_gap("keepalived, there and back", &traffic);
-    traffic.finish(Duration::from_secs(10));
+    for traffic in [&traffic, &later] {
+        traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 1");
+        tell_gap("keepalived, there and back", traffic);
+        traffic.finish(Duration::from_secs(10));
+    }
 }
 
 #[test]

@@ -77,11 +77,11 @@ impl Topology {
         self.gateway(gateway).ip("link set lan0 down\nlink set wan0 down\nlink set sync0 down\n");
     }
 
-    /// Whether a gateway's kernel has every connection from these ports, established and translated.
-    pub fn has_entries(&self, gateway: u8, client_ports: &[u16]) -> bool {
+    /// Whether a gateway's kernel has every connection between these ports, established and translated.
+    pub fn has_entries(&self, gateway: u8, ports: &[(u16, u16)]) -> bool {
         let entries = self.gateway(gateway).tcp_entries();
-        client_ports.iter().all(|port| {
-            let is_it = |e: &&String| e.contains(&format!(" sport={port} "));
+        ports.iter().all(|(from, to)| {
+            let is_it = |e: &&String| e.contains(&format!(" sport={from} dport={to} "));
             entries.iter().find(is_it).is_some_and(|entry| {
                 entry.contains("ESTABLISHED")
                     && entry.contains("[ASSURED]")
