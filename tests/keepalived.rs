@@ -174,6 +174,11 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
     let mut gateways = Gateways::new(&topology);
     topology.client.ip("route replace default via 10.1.0.2");
     topology.server.ip(&format!("route replace {OUTSIDE}/32 via 203.0.113.2"));
+    let leads_through = |own: u8| {
+        let route = common::run(topology.client.command("ip").args(["route", "show", "default"]));
+        route.contains(&format!("via 10.1.0.{own} "))
+    };
+    let mut scripts = Vec::new();
     for number in [1, 2] {
         let word = |from: &str, to: &str| (from.to_owned(), to.to_owned());
         let host = |name| format!("ip netns exec {name}");
@@ -189,8 +194,8 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
                 "inside=10.1.0.2 outside=203.0.113.2\nother_inside=10.1.0.3 other_outside=203.0.113.3",
             ));
         }
-        let script = gateways.script(number, MOVE_ROUTES, &words);
-        gateways.start_hypersync(number, &script);
+        scripts.push(gateways.script(number, MOVE_ROUTES, &words));
+        gateways.start_hypersync(number, &scripts[scripts.len() - 1]);
     }
     traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
     wait_for_copies(&topology, &traffic);
@@ -201,8 +206,7 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
         gateways.was_told(1, "member-dead 2") && gateways.was_told(2, "member-dead 1")
     });
     traffic.wait_for_more(100, Duration::from_secs(10), "traffic goes on");
-    let route = common::run(topology.client.command("ip").args(["route", "show", "default"]));
-    assert!(route.contains("via 10.1.0.2 "), "{route}");
+    assert!(leads_through(2), "the routes stay");
     topology.gateway(1).ip("link set sync0 up");
     wait_for("each has heard the other again", Duration::from_secs(10), || {
         [(1, "member-up 2"), (2, "member-up 1")]
@@ -212,10 +216,20 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
     traffic.wait_for_more(50, Duration::from_secs(10), "traffic goes on after the link is back");
     wait_for_copies(&topology, &traffic);
 
-    gateways.power_off(1);
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
-    let route = common::run(topology.client.command("ip").args(["route", "show", "default"]));
-    assert!(route.contains("via 10.1.0.3 "), "{route}");
-    traffic.finish(Duration::from_secs(10));
+    // Gateway 1 is told to stop: the routes move although it answers.
+    gateways.stop_hypersync(1);
+    wait_for("the routes lead through gateway 2", Duration::from_secs(10), || leads_through(3));
+    traffic.wait_for_more(50, Duration::from_secs(20), "every connection goes on through gateway 2");
+    tell_gap("routes moved by a script, a gateway leaves", &traffic);
+
+    // It comes back and takes nothing, until the other dies.
+    gateways.start_hypersync(1, &scripts[0]);
+    wait_for_copies(&topology, &traffic);
+    traffic.wait_for_more(50, Duration::from_secs(10), "traffic goes on through gateway 2");
+    assert!(leads_through(3), "gateway 1 takes nothing back");
+    gateways.power_off(2);
+    wait_for("the routes lead through gateway 1", Duration::from_secs(10), || leads_through(2));
+    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 1");
     tell_gap("routes moved by a script, a gateway dies", &traffic);
+    traffic.finish(Duration::from_secs(10));
 }

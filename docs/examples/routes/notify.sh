@@ -14,16 +14,24 @@ outside_router() { ssh root@outside-router "$@"; }
 
 answers() { ping -q -c 2 -i 0.2 -W 0.5 "$1" >/dev/null 2>&1; }
 
+move_here() {
+    inside_router ip route replace default via "$inside" &&
+        outside_router ip route replace 203.0.113.1/32 via "$outside" &&
+        logger -p daemon.crit -t hypersync "$1: the routes lead here now"
+}
+
 case $1 in
-member-dead | member-left)
-    # "Dead" says that nothing is heard on the sync link: that may be the link's fault, or the appliance's
-    # alone, while the gateway forwards as ever. Then the routes stay.
+member-left)
+    # It was told to end, perhaps because its host is shut down: there is no second event for that.
+    move_here "$1 $2"
+    ;;
+member-dead)
+    # Nothing is heard on the sync link: that may be the link's fault, or the appliance's alone, while
+    # the gateway forwards as ever. Then the routes stay.
     if answers "$other_inside" && answers "$other_outside"; then
         logger -p daemon.crit -t hypersync "$1 $2, but gateway $2 answers: the routes stay where they are"
-        exit 0
+    else
+        move_here "$1 $2"
     fi
-    inside_router ip route replace default via "$inside" || exit 1
-    outside_router ip route replace 203.0.113.1/32 via "$outside" || exit 1
-    logger -p daemon.crit -t hypersync "$1 $2: its routes lead here now"
     ;;
 esac
