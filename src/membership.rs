@@ -15,6 +15,7 @@ use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
 use crate::net::{Port, Refusals, Target};
 use crate::notify::Notifier;
 use crate::shm::Region;
+use crate::shm::group::Standing;
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -221,6 +222,7 @@ impl<'m> Membership<'m> {
         let complete = self.shared.complete.load(Ordering::Relaxed) == self.shards;
         if !self.ready && complete && now.since(self.started) >= self.settle && self.leaving_since.is_none() {
             self.ready = true;
+            self.region.group().shard(0).set_standing(Standing::Ready);
             self.notifier.tell("self-ready", self.me);
         }
     }
@@ -261,6 +263,7 @@ impl<'m> Membership<'m> {
             Some(since) => since,
             None => {
                 self.leaving_since = Some(now);
+                self.region.group().shard(0).set_standing(Standing::Leaving);
                 if std::mem::take(&mut self.ready) {
                     self.notifier.tell("self-not-ready", self.me);
                 }

@@ -17,6 +17,7 @@ use hypersync::group::view::{Member, Status};
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::MemorySize;
 use hypersync::seq::Seq;
+use hypersync::shm::group::Standing;
 use hypersync::shm::layout::shard_layout;
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes};
 use hypersync::sync::stream::{WORD_SEND_FLOOR, stream_index};
@@ -317,6 +318,52 @@ fn counters_are_summed_where_a_sum_means_something() {
     let wanted =
         |l: &str| l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection");
     assert!(said.lines().any(wanted), "{said}");
+}
+
+#[test]
+fn the_check_says_ready_only_of_a_member_that_is_so_now() {
+    let a = appliance("check");
+    let group = a.region.group();
+    let pass = |shard, seconds_ago: u64| {
+        group.shard(shard).set_last_pass(Time(clock::now().0 - seconds_ago * 1_000_000_000));
+    };
+    // Whatever this machine does meanwhile, a pass "now" was made at most a moment ago.
+    let check = |status: i32, name: &str, why: &str, last: [u64; 2]| {
+        let mut said = (None, String::new());
+        for _ in 0..20 {
+            last.iter().enumerate().for_each(|(shard, ago)| pass(shard as u8, *ago));
+            let output = a.run(&["check"]);
+            said = (output.status.code(), text(&output));
+            if said.0 == Some(status) && said.1.contains(why) {
+                break;
+            }
+        }
+        assert_eq!(said.0, Some(status), "{said:?}");
+        assert!(said.1.starts_with(&format!("{name}: member 3 of group 7")), "{said:?}");
+        assert!(said.1.contains(why) && said.1.lines().count() == 1, "{said:?}");
+    };
+    check(2, "not-ready", "is starting", [0, 0]);
+    group.shard(0).set_standing(Standing::Ready);
+    check(0, "ready", "can carry", [0, 0]);
+    // One shard of two hangs: half of the connections are not cared for.
+    check(2, "stale", "shard 1 has done nothing for 3 s", [0, 3]);
+    group.shard(0).set_standing(Standing::Leaving);
+    check(2, "not-ready", "is leaving", [0, 0]);
+
+    let output = a.run(&["check", "--json"]);
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&answer["member"], &answer["group"]), (&3.into(), &7.into()));
+    assert!(["not-ready", "stale"].contains(&answer["status"].as_str().unwrap()), "{answer}");
+
+    // Nothing to read, and not ours: there is no appliance, as far as can be told.
+    let none = inspect("/nonexistent", &["check"]);
+    assert_eq!(none.status.code(), Some(1));
+    assert!(text(&none).starts_with("not-running: there is no "), "{none:?}");
+    let none = inspect("/nonexistent", &["check", "--json"]);
+    assert_eq!(none.status.code(), Some(1));
+    let answer: Value = serde_json::from_slice(&none.stdout).unwrap();
+    assert_eq!((&answer["status"], &answer["member"]), (&"not-running".into(), &Value::Null));
+    assert_eq!(a.run(&["check", "it"]).status.code(), Some(2), "a wrong call is never a yes");
 }
 
 #[test]
