@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use super::{KernelError, netlink};
 use crate::conn::Connection;
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, UDP, UDPLITE};
+use crate::conn::tuple::{DCCP, GRE, ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE};
 use crate::shm::old_values::{OldValues, SYSCTLS};
 
 /// Which connections raise events: 0 none, 1 all, 2 those that are born while somebody listens.
@@ -162,6 +162,10 @@ impl TableFill {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timeouts {
     tcp: [u32; 10], // by TCP_CONNTRACK_*
+    sctp: [u32; 9], // by SCTP_CONNTRACK_*
+    dccp: [u32; 8], // by CT_DCCP_*
+    gre: u32,
+    gre_stream: u32,
     udp: u32,
     udp_stream: u32,
     icmp: u32,
@@ -193,6 +197,29 @@ impl Timeouts {
                 seconds("net.netfilter.nf_conntrack_tcp_timeout_close", 10),
                 syn_sent, // SYN_SENT2
             ],
+            sctp: [
+                0, // NONE: see `of`
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_closed", 10),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_wait", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_echoed", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_established", 210),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_sent", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_recd", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_ack_sent", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_heartbeat_sent", 30),
+            ],
+            dccp: [
+                0, // NONE: see `of`
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_request", 240),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_respond", 480),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_partopen", 480),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_open", 43_200),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_closereq", 64),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_closing", 64),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_timewait", 240),
+            ],
+            gre: seconds("net.netfilter.nf_conntrack_gre_timeout", 30),
+            gre_stream: seconds("net.netfilter.nf_conntrack_gre_timeout_stream", 180),
             udp: seconds("net.netfilter.nf_conntrack_udp_timeout", 30),
             udp_stream: seconds("net.netfilter.nf_conntrack_udp_timeout_stream", 120),
             icmp: seconds("net.netfilter.nf_conntrack_icmp_timeout", 30),
@@ -204,18 +231,27 @@ impl Timeouts {
     /// What the kernel gives a connection in this state when a packet of it passes.
     pub fn of(&self, connection: &Connection) -> u32 {
         let state = &connection.state;
+        let is_assured = state.status & super::codec::status::ASSURED != 0;
+        let by_state = |timeouts: &[u32]| match timeouts.get(connection.extra.protoinfo.state as usize) {
+            // A state that was never reported.
+            Some(0) | None => self.generic,
+            Some(seconds) => *seconds,
+        };
         match connection.original.protocol {
             TCP => {
                 // Offloaded flows are reported without their state: ASSURED means established.
-                let assured = state.status & super::codec::status::ASSURED != 0;
                 let known =
-                    if state.tcp_state == 0 && assured { ESTABLISHED } else { state.tcp_state as usize };
+                    if state.tcp_state == 0 && is_assured { ESTABLISHED } else { state.tcp_state as usize };
                 self.tcp.get(known).copied().unwrap_or(self.tcp[0])
             }
-            UDP | UDPLITE if state.status & super::codec::status::ASSURED != 0 => self.udp_stream,
+            UDP | UDPLITE if is_assured => self.udp_stream,
             UDP | UDPLITE => self.udp,
             ICMP => self.icmp,
             ICMPV6 => self.icmpv6,
+            SCTP => by_state(&self.sctp),
+            DCCP => by_state(&self.dccp),
+            GRE if is_assured => self.gre_stream,
+            GRE => self.gre,
             _ => self.generic,
         }
     }

@@ -17,6 +17,7 @@ use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind};
 use crate::conntrack::KernelError;
+use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
@@ -24,7 +25,7 @@ use crate::conntrack::sysctl::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
-use crate::sync::Replica;
+use crate::sync::{REWRITE_PERIOD, Replica};
 use crate::time::Time;
 
 /// Entries of a dump in one pass: well below two milliseconds.
@@ -35,6 +36,13 @@ const SWEEP_PER_PASS: u32 = 4096;
 const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
+/// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
+/// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
+/// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
+const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
+
+const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
+
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
 
@@ -167,10 +175,9 @@ impl Repair {
                         replica.handle_source(now, &event);
                     }
                 }
-                // One with a longer timeout than the kernel gives was committed, by a run before this one, and
-                // has seen no packet here since: not ours, and its active may have closed it long ago.
+                // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0
-                    && connection.state.timeout_s > timeouts.of(connection) =>
+                    && connection.state.timeout_s > timeouts.of(connection).max(LEFTOVER_MIN_S) =>
                 {
                     counters.count(Counter::SourceLeftovers);
                 }
