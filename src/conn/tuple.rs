@@ -2,7 +2,8 @@
 //!
 //! A tuple is addresses, ports, protocol and zone, as conntrack has them. Protocols without
 //! ports keep what conntrack uses instead: ICMP and ICMPv6 have the identifier as source
-//! port and `type << 8 | code` as destination port; others have zero.
+//! port and `type << 8 | code` as destination port; GRE has its two keys, which are the call
+//! ids of PPTP and otherwise zero; others have zero.
 //!
 //! [`shard_of`] is part of the protocol: the kernel's filter (classic BPF), the producer of
 //! the ring and the sender of a delta all compute it, so that a copy lies where the events
@@ -19,6 +20,8 @@ pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 /// IPPROTO_DCCP.
 pub const DCCP: u8 = 33;
+/// IPPROTO_GRE.
+pub const GRE: u8 = 47;
 /// IPPROTO_ICMPV6.
 pub const ICMPV6: u8 = 58;
 /// IPPROTO_SCTP.
@@ -57,6 +60,12 @@ pub struct Tuple {
 /// Whether the protocol has ports that conntrack tracks and `shard_of` may use.
 pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | DCCP | SCTP | UDPLITE)
+}
+
+/// Whether conntrack has two numbers where TCP has its ports: ports, or the keys of GRE, which
+/// `shard_of` leaves out.
+pub fn has_ports_or_keys(protocol: u8) -> bool {
+    has_ports(protocol) || protocol == GRE
 }
 
 impl Tuple {
@@ -186,6 +195,7 @@ impl std::fmt::Display for Tuple {
             SCTP => f.write_str("sctp")?,
             DCCP => f.write_str("dccp")?,
             UDPLITE => f.write_str("udplite")?,
+            GRE => f.write_str("gre")?,
             other => write!(f, "{other}")?,
         }
         match self.family {
@@ -234,6 +244,7 @@ impl std::str::FromStr for Tuple {
             "sctp" => SCTP,
             "dccp" => DCCP,
             "udplite" => UDPLITE,
+            "gre" => GRE,
             number => number.parse().map_err(|_| NotATuple)?,
         };
         let src: std::net::SocketAddr = src.parse().map_err(|_| NotATuple)?;

@@ -25,7 +25,7 @@
 
 use super::KernelError;
 use super::codec::{
-    self, MESSAGE_MAX, TYPE_ERROR, decode, encode_create, encode_delete, encode_get, encode_statistics,
+    self, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get, encode_statistics,
     encode_update, request_ack,
 };
 use super::netlink::{Mailbox, Socket};
@@ -298,7 +298,9 @@ impl Committer {
                 if answer.kind == TYPE_ERROR {
                     of_entry.errno[offset % 2] = answer.errno;
                     is_complete |= answer.sequence == last;
-                } else if let Ok(SourceEvent::Seen { connection, .. }) = decode(message) {
+                } else if let Ok(SourceEvent::Seen { connection, .. }) =
+                    decode_entry(message).map(|d| d.event)
+                {
                     of_entry.found = Some(connection);
                 }
             }

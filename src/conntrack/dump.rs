@@ -7,9 +7,8 @@
 //! which is why the events must be listened to before it starts.
 
 use super::KernelError;
-use super::codec::{self, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, encode_dump};
+use super::codec::{self, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode_entry, encode_dump};
 use super::netlink::{Mailbox, Socket};
-use crate::conn::Family;
 use crate::source::SourceEvent;
 
 /// Bytes of the largest piece: what the kernel offers a reader with buffers this large.
@@ -62,8 +61,7 @@ impl Dump {
         assert!(!self.is_running, "one dump at a time");
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = [0; MESSAGE_MAX];
-        // Only the family that is copied (see `is_copied`): the kernel skips the rest cheaply.
-        let length = encode_dump(&mut request, self.sequence, Some(Family::V4));
+        let length = encode_dump(&mut request, self.sequence, None);
         self.socket
             .send(&request[..length])
             .map_err(|e| KernelError::new("dump the kernel's connection table", &e))?;
@@ -91,7 +89,7 @@ impl Dump {
                     }
                     _ => {
                         progress.entries += 1;
-                        match decode(message) {
+                        match decode_entry(message).map(|decoded| decoded.event) {
                             Ok(event) => progress.events += f(event) as usize,
                             Err(_) => progress.malformed += 1,
                         }

@@ -21,7 +21,7 @@ use std::os::fd::BorrowedFd;
 use super::codec::{decode, status};
 use super::dump::{Dump, DumpProgress};
 use super::netlink::{Mailbox, Socket};
-use super::{KernelError, filter, is_copied};
+use super::{KernelError, filter};
 use crate::conn::slot::groups;
 use crate::conn::{Tuple, shard_of};
 use crate::source::SourceEvent;
@@ -65,8 +65,8 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Whether the caller wants to hear of this: its shard, a kind that is copied, and an entry
-    /// that is in the table and stays there.
+    /// Whether the caller wants to hear of this: its shard, and an entry that is in the table
+    /// and stays there.
     pub(super) fn wants(&self, event: &SourceEvent) -> bool {
         let original = match event {
             SourceEvent::Seen { connection, known } => {
@@ -79,7 +79,7 @@ impl Share {
             }
             SourceEvent::Gone { original } => original,
         };
-        is_copied(original) && shard_of(original, self.shards) == self.shard
+        shard_of(original, self.shards) == self.shard
     }
 }
 
@@ -127,7 +127,7 @@ impl Source {
             let batch = left.min(Mailbox::BATCH);
             let taken = self.mailbox.receive(&self.socket, batch).unwrap_or(0);
             for message in self.mailbox.messages() {
-                match decode(message) {
+                match decode(message).map(|decoded| decoded.event) {
                     Ok(event) if self.share.wants(&event) => {
                         if self.dump.is_running() && self.recent.len() < RECENT_MAX {
                             self.recent.extend(newer_than_a_dump(&event));

@@ -25,15 +25,6 @@ pub mod local;
 pub mod netlink;
 pub mod sysctl;
 
-use crate::conn::tuple::TCP;
-use crate::conn::{Family, Tuple};
-
-/// Whether connections of this kind are copied to other members: at present IPv4 TCP. Which
-/// state they are in does not matter here, for their age is judged by the hold.
-pub fn is_copied(original: &Tuple) -> bool {
-    original.family == Family::V4 && original.protocol == TCP
-}
-
 /// Why the kernel does not do what we need.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum KernelError {

@@ -1,111 +1,53 @@
 //! From the kernel's bytes to a [`SourceEvent`].
 //!
-//! Every length is checked where it is used; an attribute that we do not know is skipped, one
-//! that is left out is left out of `known` too: ctnetlink omits what has not changed, and the
-//! timeout and TCP state of offloaded flows altogether.
+//! What names a connection (tuples, zones, protocol) has to be right, or the message is refused.
+//! Anything else is of use without the rest: an attribute that we do not know is passed over, one
+//! that we know and that has another shape than expected is counted in [`Decoded::skipped`], and what
+//! is not there is left out of `known` (or of the extra's parts).
+//!
+//! **What is left out** means one thing in an event and another in an entry. Events tell what has
+//! changed: a mark, labels, helper, TCP or SCTP state, shifts that are not there keep their last known
+//! value. A dump or the answer to a GET describes the whole entry, but leaves out a mark of zero:
+//! [`decode_entry`]. In both, the kernel omits timeout and protocol state of offloaded flows.
 
+use super::attribute::{Attributes, Malformed, be16, be32, byte, field};
+use super::extra::{decode_extra, find};
 use super::number::*;
-use super::{HEADER, HEADERS, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use super::{HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use crate::conn::extra::{Extra, ProtoInfo, parts};
 use crate::conn::slot::groups;
-use crate::conn::tuple::TCP;
+use crate::conn::tuple::{DCCP, SCTP, TCP};
 use crate::conn::{Connection, Family, State, Tuple};
 use crate::source::SourceEvent;
 
-/// Why a message makes no sense.
+/// What a message says, and how much of it could not be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Malformed {
-    /// Shorter than its headers, or than its header says.
-    Short,
-    /// Neither NEW nor DELETE of conntrack.
-    Type,
-    /// Neither IPv4 nor IPv6.
-    Family,
-    /// An attribute that claims to be shorter than its header or longer than what is left.
-    AttributeLength,
-    /// A field that has not the size of its kind.
-    FieldSize,
-    /// No original tuple.
-    NoOriginal,
-    /// No reply tuple, in a message that is not a DELETE.
-    NoReply,
-    /// A tuple without both addresses.
-    NoAddress,
-    /// A tuple without a protocol.
-    NoProtocol,
-    /// Two tuples of different protocols.
-    TwoProtocols,
+pub struct Decoded {
+    /// What it says.
+    pub event: SourceEvent,
+    /// Attributes that we know, but not in this shape: a kernel newer than this program.
+    pub skipped: u32,
 }
 
-impl std::fmt::Display for Malformed {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Malformed::Short => "message shorter than it claims",
-            Malformed::Type => "not a conntrack message",
-            Malformed::Family => "neither IPv4 nor IPv6",
-            Malformed::AttributeLength => "attribute with an impossible length",
-            Malformed::FieldSize => "field of the wrong size",
-            Malformed::NoOriginal => "no original tuple",
-            Malformed::NoReply => "no reply tuple",
-            Malformed::NoAddress => "tuple without addresses",
-            Malformed::NoProtocol => "tuple without a protocol",
-            Malformed::TwoProtocols => "tuples of two protocols",
-        })
-    }
+/// Decodes one event. The bytes may be followed by others: the header's length counts.
+pub fn decode(message: &[u8]) -> Result<Decoded, Malformed> {
+    read(message, 0)
 }
 
-impl std::error::Error for Malformed {}
-
-/// The attributes in a piece of a message, one after the other: `(type, payload)`.
-pub struct Attributes<'a>(&'a [u8]);
-
-impl<'a> Attributes<'a> {
-    /// The attributes in `bytes`.
-    pub fn new(bytes: &'a [u8]) -> Attributes<'a> {
-        Attributes(bytes)
-    }
+/// Decodes one message that describes a whole entry: out of a dump, or the answer to a GET.
+pub fn decode_entry(message: &[u8]) -> Result<Decoded, Malformed> {
+    read(message, groups::MARK)
 }
 
-impl<'a> Iterator for Attributes<'a> {
-    type Item = Result<(u16, &'a [u8]), Malformed>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let rest = std::mem::take(&mut self.0); // after an error the iteration ends
-        let Some((header, _)) = rest.split_first_chunk::<4>() else {
-            return Some(Err(Malformed::AttributeLength));
-        };
-        let length = u16::from_ne_bytes([header[0], header[1]]) as usize;
-        let kind = u16::from_ne_bytes([header[2], header[3]]) & TYPE_MASK;
-        let Some(payload) = rest.get(4..length) else {
-            return Some(Err(Malformed::AttributeLength));
-        };
-        // The last attribute may come without its padding.
-        self.0 = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
-        Some(Ok((kind, payload)))
-    }
+/// Whether this message is about an expectation, not about a connection.
+pub fn is_expectation(message: &[u8]) -> bool {
+    message
+        .get(4..6)
+        .is_some_and(|kind| u16::from_ne_bytes([kind[0], kind[1]]) >> 8 == SUBSYSTEM_EXPECT as u16)
 }
 
-fn field<const N: usize>(payload: &[u8]) -> Result<[u8; N], Malformed> {
-    payload.try_into().map_err(|_| Malformed::FieldSize)
-}
-
-fn be16(payload: &[u8]) -> Result<u16, Malformed> {
-    field(payload).map(u16::from_be_bytes)
-}
-
-fn be32(payload: &[u8]) -> Result<u32, Malformed> {
-    field(payload).map(u32::from_be_bytes)
-}
-
-fn byte(payload: &[u8]) -> Result<u8, Malformed> {
-    field::<1>(payload).map(|b| b[0])
-}
-
-/// Decodes one conntrack message (an event, an entry of a dump, or the answer to a GET). The
-/// bytes may be followed by others: the header's length counts.
-pub fn decode(message: &[u8]) -> Result<SourceEvent, Malformed> {
+/// `zero` are the groups of which silence says that they are zero.
+fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let header = message.get(..HEADERS).ok_or(Malformed::Short)?;
     let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
     let kind = u16::from_ne_bytes([header[4], header[5]]);
@@ -120,47 +62,73 @@ pub fn decode(message: &[u8]) -> Result<SourceEvent, Malformed> {
     };
 
     let (mut original, mut reply, mut zone) = (None, None, 0);
-    let (mut has_status, mut has_tcp) = (false, false);
-    let mut state = State::default();
-    let mut known = groups::TUPLES;
+    let (mut has_status, mut protocol_state) = (false, None);
+    let (mut state, mut extra) = (State::default(), Extra::NONE);
+    let mut known = groups::TUPLES | zero;
+    let mut skipped = 0;
     for attribute in Attributes::new(body) {
         let (kind, payload) = attribute?;
-        match kind {
-            TUPLE_ORIG => original = Some(decode_tuple(payload, family)?),
-            TUPLE_REPLY => reply = Some(decode_tuple(payload, family)?),
-            ZONE => zone = be16(payload)?,
-            STATUS => {
-                state.status = be32(payload)?;
+        let outcome = match kind {
+            TUPLE_ORIG => Ok(original = Some(decode_tuple(payload, family)?)),
+            TUPLE_REPLY => Ok(reply = Some(decode_tuple(payload, family)?)),
+            ZONE => Ok(zone = be16(payload)?),
+            STATUS => be32(payload).map(|bits| {
+                state.status = bits;
                 has_status = true;
-            }
-            TIMEOUT => {
-                state.timeout_s = be32(payload)?;
+            }),
+            TIMEOUT => be32(payload).map(|seconds| {
+                state.timeout_s = seconds;
                 known |= groups::TIMEOUT;
-            }
+            }),
             MARK => {
-                state.mark = be32(payload)?;
-                known |= groups::MARK;
+                known &= !groups::MARK;
+                be32(payload).map(|mark| {
+                    state.mark = mark;
+                    known |= groups::MARK;
+                })
             }
-            PROTOINFO => has_tcp |= decode_protoinfo(payload, &mut state)?,
-            _ => {}
-        }
+            PROTOINFO => decode_protoinfo(payload).map(|found| protocol_state = found),
+            kind => decode_extra(kind, payload, &mut extra),
+        };
+        skipped += outcome.is_err() as u32;
     }
 
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;
     original.zone = own_zone.unwrap_or(zone);
     if kind == TYPE_DELETE {
-        return Ok(SourceEvent::Gone { original });
+        return Ok(Decoded { event: SourceEvent::Gone { original }, skipped });
     }
     let (mut reply, own_zone) = reply.ok_or(Malformed::NoReply)?;
     reply.zone = own_zone.unwrap_or(zone);
     if original.protocol != reply.protocol {
         return Err(Malformed::TwoProtocols);
     }
-    // Status and TCP are one group: half of it is not known.
-    if has_status && (has_tcp || original.protocol != TCP) {
-        known |= groups::STATE;
+    match (original.protocol, protocol_state) {
+        // Status and TCP are one group: half of it is not known.
+        (TCP, Some(ProtocolState::Tcp { tcp_state, scale, flags })) if has_status => {
+            state.tcp_state = tcp_state;
+            state.tcp_scale = scale;
+            [state.tcp_flags_original, state.tcp_flags_reply] = flags;
+            known |= groups::STATE;
+        }
+        (TCP, _) => {}
+        (protocol, found) => {
+            if has_status {
+                known |= groups::STATE;
+            }
+            if let (SCTP, Some(ProtocolState::Sctp(info))) | (DCCP, Some(ProtocolState::Dccp(info))) =
+                (protocol, found)
+            {
+                extra.protoinfo = info;
+                extra.parts |= parts::PROTOINFO;
+            }
+        }
     }
-    Ok(SourceEvent::Seen { connection: Connection::new(original, reply, state), known })
+    if !extra.is_none() {
+        known |= groups::EXTRA;
+    }
+    let connection = Connection { original, reply, state, extra };
+    Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
 }
 
 /// A tuple and the zone that belongs to its direction only, if there is one.
@@ -206,31 +174,56 @@ fn decode_tuple(payload: &[u8], family: Family) -> Result<(Tuple, Option<u16>), 
     Ok((Tuple { src, dst, sport, dport, zone: 0, protocol, family }, zone))
 }
 
-/// Whether there was a TCP state.
-fn decode_protoinfo(payload: &[u8], state: &mut State) -> Result<bool, Malformed> {
-    let mut found = false;
+/// What PROTOINFO says of a protocol that has states.
+#[derive(Clone, Copy)]
+enum ProtocolState {
+    Tcp { tcp_state: u8, scale: u8, flags: [u8; 2] },
+    Sctp(ProtoInfo),
+    Dccp(ProtoInfo),
+}
+
+/// `None` if it is about none of those protocols, or says less than all.
+fn decode_protoinfo(payload: &[u8]) -> Result<Option<ProtocolState>, Malformed> {
+    if let Some(tcp) = find(payload, PROTOINFO_TCP)? {
+        return decode_tcp(tcp);
+    }
+    if let Some(sctp) = find(payload, PROTOINFO_SCTP)? {
+        let state = find(sctp, SCTP_STATE)?.map(byte).transpose()?;
+        let original = find(sctp, SCTP_VTAG_ORIGINAL)?.map(be32).transpose()?;
+        let reply = find(sctp, SCTP_VTAG_REPLY)?.map(be32).transpose()?;
+        return Ok(state.zip(original).zip(reply).map(|((state, original), reply)| {
+            let value = (original as u64) << 32 | reply as u64;
+            ProtocolState::Sctp(ProtoInfo { state, role: 0, value })
+        }));
+    }
+    if let Some(dccp) = find(payload, PROTOINFO_DCCP)? {
+        let state = find(dccp, DCCP_STATE)?.map(byte).transpose()?;
+        let role = find(dccp, DCCP_ROLE)?.map(byte).transpose()?;
+        let handshake = find(dccp, DCCP_HANDSHAKE_SEQ)?.map(field).transpose()?.map(u64::from_be_bytes);
+        return Ok(state
+            .zip(role)
+            .zip(handshake)
+            .map(|((state, role), value)| ProtocolState::Dccp(ProtoInfo { state, role, value })));
+    }
+    Ok(None)
+}
+
+/// `None` without a state, as in what the kernel says of offloaded flows.
+fn decode_tcp(payload: &[u8]) -> Result<Option<ProtocolState>, Malformed> {
+    let (mut tcp_state, mut scale, mut flags) = (None, 0, [0; 2]);
     for attribute in Attributes::new(payload) {
         let (kind, payload) = attribute?;
-        if kind != PROTOINFO_TCP {
-            continue;
-        }
-        for attribute in Attributes::new(payload) {
-            let (kind, payload) = attribute?;
-            match kind {
-                TCP_STATE => {
-                    state.tcp_state = byte(payload)?;
-                    found = true;
-                }
-                TCP_WSCALE_ORIGINAL => state.tcp_scale = state.tcp_scale & 0xf0 | byte(payload)? & 15,
-                TCP_WSCALE_REPLY => state.tcp_scale = state.tcp_scale & 0x0f | (byte(payload)? & 15) << 4,
-                // Flags, then a mask that matters in requests only.
-                TCP_FLAGS_ORIGINAL => state.tcp_flags_original = field::<2>(payload)?[0],
-                TCP_FLAGS_REPLY => state.tcp_flags_reply = field::<2>(payload)?[0],
-                _ => {}
-            }
+        match kind {
+            TCP_STATE => tcp_state = Some(byte(payload)?),
+            TCP_WSCALE_ORIGINAL => scale = scale & 0xf0 | byte(payload)? & 15,
+            TCP_WSCALE_REPLY => scale = scale & 0x0f | (byte(payload)? & 15) << 4,
+            // Flags, then a mask that matters in requests only.
+            TCP_FLAGS_ORIGINAL => flags[0] = field::<2>(payload)?[0],
+            TCP_FLAGS_REPLY => flags[1] = field::<2>(payload)?[0],
+            _ => {}
         }
     }
-    Ok(found)
+    Ok(tcp_state.map(|tcp_state| ProtocolState::Tcp { tcp_state, scale, flags }))
 }
 
 /// What every answer has, whatever it says.

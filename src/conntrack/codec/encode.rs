@@ -8,17 +8,13 @@
 //! direction left out gets a "null binding", which may move a source port that is taken.
 //!
 //! Every function writes one message at the start of the caller's buffer, which has at least
-//! [`MESSAGE_MAX`] bytes, and returns its length.
+//! [`MESSAGE_MAX`](super::MESSAGE_MAX) bytes, and returns its length.
 
 use super::number::*;
-use super::{
-    HEADERS, TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, family_number, status,
-};
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_ports};
+use super::writer::Writer;
+use super::{TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, status};
+use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_ports_or_keys};
 use crate::conn::{Connection, Family, Tuple};
-
-/// Room that any request fits: the longest, a translated IPv6 connection in a zone, takes 424.
-pub const MESSAGE_MAX: usize = 512;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -33,7 +29,7 @@ const TCP_BE_LIBERAL: u8 = 0x08;
 /// translated tuple, is there already.
 pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, timeout_s: u32) -> usize {
     let flags = REQUEST | (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    let Connection { original, reply, state, .. } = connection;
+    let Connection { original, reply, state, extra } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
     let mirrored = original.mirrored();
     let (both, only_original, only_reply) = match (original.zone, reply.zone) {
@@ -49,14 +45,16 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
         w.field(MARK, &state.mark.to_be_bytes());
     }
     w.tcp(connection);
+    w.extra_of_new(extra, original.protocol);
     if connection.is_translated() {
+        let has_ports = has_ports_or_keys(original.protocol);
         // ICMP has one identifier, which conntrack keeps (and translates) with the source.
         let source_port = match original.protocol {
             ICMP | ICMPV6 => reply.sport,
             _ => reply.dport,
         };
-        w.nat(NAT_DST, reply.src, has_ports(original.protocol).then_some(reply.sport), reply.family);
-        let has_source = has_ports(original.protocol) || matches!(original.protocol, ICMP | ICMPV6);
+        w.nat(NAT_DST, reply.src, has_ports.then_some(reply.sport), reply.family);
+        let has_source = has_ports || matches!(original.protocol, ICMP | ICMPV6);
         w.nat(NAT_SRC, reply.dst, has_source.then_some(source_port), reply.family);
     }
     w.finish()
@@ -72,7 +70,7 @@ pub fn encode_update(
     timeout_s: u32,
     present: u32,
 ) -> usize {
-    let Connection { original, state, .. } = connection;
+    let Connection { original, state, extra, .. } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, REQUEST, sequence, Some(original.family));
     w.tuple(TUPLE_ORIG, original, 0);
     w.zone(ZONE, original.zone);
@@ -81,6 +79,7 @@ pub fn encode_update(
     w.field(TIMEOUT, &timeout_s.to_be_bytes());
     w.field(MARK, &state.mark.to_be_bytes());
     w.tcp(connection);
+    w.extra_of_present(extra, original.protocol);
     w.finish()
 }
 
@@ -122,63 +121,7 @@ fn copied_status(active: u32) -> u32 {
     status::CONFIRMED | active & (status::SEEN_REPLY | status::ASSURED)
 }
 
-struct Writer<'a> {
-    buffer: &'a mut [u8],
-    at: usize,
-}
-
-impl<'a> Writer<'a> {
-    fn new(buffer: &'a mut [u8], kind: u16, flags: u16, sequence: u32, family: Option<Family>) -> Writer<'a> {
-        assert!(buffer.len() >= MESSAGE_MAX, "a request needs room for MESSAGE_MAX bytes");
-        buffer[..HEADERS].fill(0);
-        buffer[4..6].copy_from_slice(&kind.to_ne_bytes());
-        buffer[6..8].copy_from_slice(&flags.to_ne_bytes());
-        buffer[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        buffer[16] = family.map_or(0, family_number);
-        Writer { buffer, at: HEADERS }
-    }
-
-    fn finish(self) -> usize {
-        self.buffer[..4].copy_from_slice(&(self.at as u32).to_ne_bytes());
-        self.at
-    }
-
-    /// One attribute with its padding.
-    fn field(&mut self, kind: u16, payload: &[u8]) {
-        let end = self.at + 4 + payload.len();
-        self.header(self.at, end, kind);
-        self.buffer[self.at + 4..end].copy_from_slice(payload);
-        let padded = end.next_multiple_of(4);
-        self.buffer[end..padded].fill(0);
-        self.at = padded;
-    }
-
-    /// An attribute that holds what `inside` writes.
-    fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Self)) {
-        let start = self.at;
-        self.at += 4;
-        inside(self);
-        self.header(start, self.at, kind | NESTED);
-    }
-
-    fn header(&mut self, start: usize, end: usize, kind: u16) {
-        self.buffer[start..start + 2].copy_from_slice(&((end - start) as u16).to_ne_bytes());
-        self.buffer[start + 2..start + 4].copy_from_slice(&kind.to_ne_bytes());
-    }
-
-    fn address(&mut self, v4: u16, v6: u16, family: Family, address: u128) {
-        match family {
-            Family::V4 => self.field(v4, &(address as u32).to_be_bytes()),
-            Family::V6 => self.field(v6, &address.to_be_bytes()),
-        }
-    }
-
-    fn zone(&mut self, kind: u16, zone: u16) {
-        if zone != 0 {
-            self.field(kind, &zone.to_be_bytes());
-        }
-    }
-
+impl Writer<'_> {
     fn tuple(&mut self, kind: u16, t: &Tuple, own_zone: u16) {
         self.nest(kind, |w| {
             w.nest(TUPLE_IP, |w| {
@@ -190,7 +133,7 @@ impl<'a> Writer<'a> {
                 let (id, code_of, type_of) = match t.protocol {
                     ICMP => (PROTO_ICMP_ID, PROTO_ICMP_CODE, PROTO_ICMP_TYPE),
                     ICMPV6 => (PROTO_ICMPV6_ID, PROTO_ICMPV6_CODE, PROTO_ICMPV6_TYPE),
-                    protocol if has_ports(protocol) => {
+                    protocol if has_ports_or_keys(protocol) => {
                         w.field(PROTO_SRC_PORT, &t.sport.to_be_bytes());
                         w.field(PROTO_DST_PORT, &t.dport.to_be_bytes());
                         return;

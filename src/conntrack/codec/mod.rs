@@ -15,16 +15,22 @@
 
 #![forbid(unsafe_code)]
 
+mod attribute;
 mod decode;
 mod encode;
+mod extra;
+#[cfg(test)]
+mod storm;
 #[cfg(test)]
 mod tests;
+mod writer;
 
-pub use decode::{Answer, Attributes, Malformed, answer, decode};
+pub use attribute::{Attributes, Malformed};
+pub use decode::{Answer, Decoded, answer, decode, decode_entry, is_expectation};
 pub use encode::{
-    MESSAGE_MAX, encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update,
-    request_ack,
+    encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update, request_ack,
 };
+pub use writer::MESSAGE_MAX;
 
 /// Bytes of a netlink header.
 pub const HEADER: usize = 16;
@@ -35,6 +41,9 @@ pub const HEADERS: usize = HEADER + 4;
 pub const TYPE_ERROR: u16 = 2;
 /// `NLMSG_DONE`: the end of a dump.
 pub const TYPE_DONE: u16 = 3;
+
+/// `NFNL_SUBSYS_CTNETLINK_EXP`: the high byte of the type of messages about expectations.
+pub const SUBSYSTEM_EXPECT: u8 = 2;
 
 const SUBSYSTEM: u16 = 1 << 8; // NFNL_SUBSYS_CTNETLINK
 const TYPE_NEW: u16 = SUBSYSTEM;
@@ -48,11 +57,17 @@ mod number {
     pub const TUPLE_REPLY: u16 = 2;
     pub const STATUS: u16 = 3;
     pub const PROTOINFO: u16 = 4;
+    pub const HELP: u16 = 5;
     pub const NAT_SRC: u16 = 6;
     pub const TIMEOUT: u16 = 7;
     pub const MARK: u16 = 8;
     pub const NAT_DST: u16 = 13;
+    pub const SEQ_ADJ_ORIGINAL: u16 = 15;
+    pub const SEQ_ADJ_REPLY: u16 = 16;
     pub const ZONE: u16 = 18;
+    pub const LABELS: u16 = 22;
+    pub const LABELS_MASK: u16 = 23;
+    pub const SYNPROXY: u16 = 24;
 
     pub const TUPLE_IP: u16 = 1;
     pub const TUPLE_PROTO: u16 = 2;
@@ -74,11 +89,24 @@ mod number {
     pub const PROTO_ICMPV6_CODE: u16 = 9;
 
     pub const PROTOINFO_TCP: u16 = 1;
+    pub const PROTOINFO_DCCP: u16 = 2;
+    pub const PROTOINFO_SCTP: u16 = 3;
+
     pub const TCP_STATE: u16 = 1;
     pub const TCP_WSCALE_ORIGINAL: u16 = 2;
     pub const TCP_WSCALE_REPLY: u16 = 3;
     pub const TCP_FLAGS_ORIGINAL: u16 = 4;
     pub const TCP_FLAGS_REPLY: u16 = 5;
+
+    pub const DCCP_STATE: u16 = 1;
+    pub const DCCP_ROLE: u16 = 2;
+    pub const DCCP_HANDSHAKE_SEQ: u16 = 3;
+
+    pub const SCTP_STATE: u16 = 1;
+    pub const SCTP_VTAG_ORIGINAL: u16 = 2;
+    pub const SCTP_VTAG_REPLY: u16 = 3;
+
+    pub const HELP_NAME: u16 = 1;
 
     pub const NAT_V4_MINIP: u16 = 1;
     pub const NAT_PROTO: u16 = 3;
@@ -104,6 +132,8 @@ pub mod status {
     pub const SRC_NAT: u32 = 1 << 4;
     /// The destination is translated.
     pub const DST_NAT: u32 = 1 << 5;
+    /// Sequence numbers are shifted.
+    pub const SEQ_ADJUST: u32 = 1 << 6;
     /// On its way out.
     pub const DYING: u32 = 1 << 9;
 }

@@ -72,8 +72,12 @@ fn tuple(text: &str) -> Tuple {
     text.parse().unwrap()
 }
 
+fn event(message: &[u8]) -> Result<SourceEvent, Malformed> {
+    decode(message).map(|decoded| decoded.event)
+}
+
 fn seen(message: &str) -> (Connection, u8) {
-    match decode(&bytes(message)) {
+    match event(&bytes(message)) {
         Ok(SourceEvent::Seen { connection, known }) => (connection, known),
         other => panic!("{other:?}"),
     }
@@ -94,7 +98,7 @@ fn a_translated_tcp_connection_is_followed_from_its_birth_to_its_end() {
         let known = groups::TUPLES | groups::STATE | groups::TIMEOUT;
         assert_eq!(seen(message), (Connection::new(original, reply, state), known));
     }
-    assert_eq!(decode(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original }));
+    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original }));
 }
 
 #[test]
@@ -123,7 +127,7 @@ fn what_a_message_leaves_out_is_not_known() {
             }
             at += length.next_multiple_of(4);
         }
-        let Ok(SourceEvent::Seen { known, .. }) = decode(&message) else { panic!("still a connection") };
+        let Ok(SourceEvent::Seen { known, .. }) = event(&message) else { panic!("still a connection") };
         assert_eq!(known & missing, 0, "attribute {kind}");
     }
 }
@@ -134,10 +138,10 @@ fn each_kind_of_nonsense_has_its_name() {
     let patched = |at: usize, value: u8| {
         let mut message = whole.clone();
         message[at] = value;
-        decode(&message)
+        event(&message)
     };
-    assert_eq!(decode(&whole[..19]), Err(Malformed::Short));
-    assert_eq!(decode(&whole[..40]), Err(Malformed::Short), "the header says more");
+    assert_eq!(event(&whole[..19]), Err(Malformed::Short));
+    assert_eq!(event(&whole[..40]), Err(Malformed::Short), "the header says more");
     assert_eq!(patched(5, 2), Err(Malformed::Type), "an expectation");
     assert_eq!(patched(16, 9), Err(Malformed::Family));
     assert_eq!(patched(16, 10), Err(Malformed::NoAddress), "IPv4 addresses are not IPv6 ones");
@@ -242,13 +246,13 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
         let mut buffer = [0; MESSAGE_MAX];
         let length = encode_create(&mut buffer, 1, &Connection { original, reply, ..snat() }, 5);
         assert!(length < 430, "{length}");
-        let Ok(SourceEvent::Seen { connection, known }) = decode(&buffer[..length]) else { panic!("{text}") };
+        let Ok(SourceEvent::Seen { connection, known }) = event(&buffer[..length]) else { panic!("{text}") };
         assert_eq!((connection.original, connection.reply), (original, original.mirrored()), "{text}");
         assert_eq!(
             (connection.state.mark, connection.state.timeout_s, known),
             (7, 5, groups::ALL & !groups::EXTRA)
         );
         let length = encode_delete(&mut buffer, 1, &original);
-        assert_eq!(decode(&buffer[..length]), Ok(SourceEvent::Gone { original }));
+        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original }));
     }
 }
