@@ -1,6 +1,7 @@
 //! Conntrack on the real kernel: every test in a network namespace of its own, of which
 //! nothing outside notices anything.
 
+mod kinds;
 mod listening;
 mod namespace;
 mod settings;

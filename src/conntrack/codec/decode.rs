@@ -7,8 +7,9 @@
 //!
 //! **What is left out** means one thing in an event and another in an entry. Events tell what has
 //! changed: a mark, labels, helper, TCP or SCTP state, shifts that are not there keep their last known
-//! value. A dump or the answer to a GET describes the whole entry, but leaves out a mark of zero:
-//! [`decode_entry`]. In both, the kernel omits timeout and protocol state of offloaded flows.
+//! value. A dump or the answer to a GET describes the whole entry: a mark that is not there, for some
+//! kernels leave out one of zero, is zero ([`decode_entry`]). In both, the kernel leaves out labels that
+//! are all zero, and timeout and protocol state of offloaded flows.
 
 use super::attribute::{Attributes, Malformed, be16, be32, byte, field};
 use super::extra::{decode_extra, find};

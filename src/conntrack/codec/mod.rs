@@ -20,6 +20,8 @@ mod decode;
 mod encode;
 mod extra;
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod storm;
 #[cfg(test)]
 mod tests;
