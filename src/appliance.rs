@@ -19,7 +19,8 @@ use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
-use crate::feed::Feed;
+use crate::feed::{Feed, KernelParts};
+use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
@@ -35,9 +36,6 @@ pub const EXIT_USAGE: u8 = 2;
 
 /// How long a change may wait for others to travel with.
 const FLUSH: Duration = Duration::from_millis(1);
-
-/// Bytes of kernel events that may wait for one shard: about 50,000 events.
-const EVENT_BUFFER: usize = 64 << 20;
 
 /// How long to wait for a port in use: it may be that of a member that was just killed.
 const PORT_PATIENCE: Duration = Duration::from_secs(1);
@@ -81,6 +79,7 @@ struct Parts<'b> {
     shard: u8,
     receiver: OwnedFd,
     committer: Option<Committer>,
+    may_be_unheard: bool,
     port_ids: Vec<u32>,
     strays: Receiver<Box<Stray>>,
     handover: Vec<SyncSender<Box<Stray>>>,
@@ -135,13 +134,22 @@ fn start(config: &Config) -> Result<(), Failure> {
     let is_kernel = options.source == SourceKind::Kernel;
     let mut committers = Vec::new();
     let mut changed = None;
+    let mut may_be_unheard = false;
     if is_kernel {
+        ADDRESSES.watch(config.rules.interfaces());
+        for name in config.rules.interfaces() {
+            if let Err(e) = Interface::named(name) {
+                log::warn!("a rule names an interface that may come later: {e}");
+            }
+        }
         ADDRESSES.refresh().map_err(usage)?;
         for _ in 0..config.shards {
             committers.push(Committer::open().map_err(usage)?);
         }
+        // With another value, what was born before we listened never raises an event.
+        may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
         changed = match options.sysctl {
-            SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
+            SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
             SysctlMode::Leave => {
                 for (name, now) in sysctl::unmet().map_err(usage)? {
                     log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
@@ -150,7 +158,7 @@ fn start(config: &Config) -> Result<(), Failure> {
             }
         };
     }
-    let outcome = serve(config, &region, incarnation, &interface, receivers, committers);
+    let outcome = serve(config, &region, incarnation, &interface, receivers, committers, may_be_unheard);
     if let Some(changed) = changed
         && let Err(e) = changed.put_back()
     {
@@ -180,6 +188,7 @@ fn serve(
     interface: &Interface,
     receivers: Vec<OwnedFd>,
     committers: Vec<Committer>,
+    may_be_unheard: bool,
 ) -> Result<(), Failure> {
     let options = &config.options;
     let shared = Arc::new(Shared::default());
@@ -206,6 +215,7 @@ fn serve(
             shard: shard as u8,
             receiver,
             committer: committers.next(),
+            may_be_unheard,
             port_ids: port_ids.clone(),
             strays,
             handover: senders.clone(),
@@ -303,7 +313,7 @@ fn run_shard(
 ) -> Result<(), String> {
     let _guard = FailOnPanic(shared);
     let options = &config.options;
-    let Parts { shard, receiver, committer, port_ids, strays, handover, bells, gate } = parts;
+    let Parts { shard, receiver, committer, may_be_unheard, port_ids, strays, handover, bells, gate } = parts;
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
@@ -323,11 +333,19 @@ fn run_shard(
     )
     .map_err(|e| e.to_string())?;
     let feed = match options.source {
-        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard))),
+        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
         SourceKind::Kernel => {
-            let source =
-                Source::open(shard, config.shards, &port_ids, EVENT_BUFFER).map_err(|e| e.to_string())?;
-            Feed::kernel(source, committer.filter(|_| config.commit_eager), &ADDRESSES)
+            let source = Source::open(shard, config.shards, &port_ids, options.event_buffer)
+                .map_err(|e| e.to_string())?;
+            Feed::kernel(KernelParts {
+                source,
+                committer: committer.ok_or("a committer was not opened")?,
+                addresses: &ADDRESSES,
+                rules: config.rules.clone(),
+                commit: config.commit,
+                may_be_unheard,
+                capacity: config.sizes.memory.capacity as u32,
+            })
         }
     };
     let replica = Replica::new(
@@ -342,7 +360,7 @@ fn run_shard(
             hold: options.hold,
             reprotect_after: options.reprotect_after,
             flush: FLUSH,
-            commit_eager: config.commit_eager,
+            commit: config.commit,
         },
         memory,
     );
@@ -361,7 +379,8 @@ fn run_shard(
         let settle = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
+        let hearing = Hearing::new(options.peer.clone(), settle, now);
+        Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
     let mut shard = Shard::new(

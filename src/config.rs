@@ -7,13 +7,15 @@ use std::time::Duration;
 use argh::FromArgs;
 
 use crate::limits::{
-    ARENA_MAX, ARENA_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, PEERS_MAX, SHARDS_MAX,
-    SLOTS_MAX, SLOTS_MIN,
+    ARENA_MAX, ARENA_MIN, EVENT_BUFFER_MAX, EVENT_BUFFER_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN,
+    MEMBERS_MAX, PEERS_MAX, SHARDS_MAX, SLOTS_MAX, SLOTS_MIN,
 };
 use crate::memory::MemorySize;
 use crate::net::SendMode;
 use crate::ring::Features;
+use crate::rules::Rules;
 use crate::shm::Sizes;
+use crate::source::CommitMode;
 
 /// The directory of the shared memory if none is given.
 pub const DEFAULT_SHM: &str = "/dev/shm/hypersync";
@@ -49,13 +51,23 @@ pub struct RunOptions {
     /// connections and copies that the table has room for, in all shards together (default 1000000)
     #[argh(option, default = "1_000_000")]
     pub capacity: usize,
+    /// connections that may have labels, a helper or the like (default: one in eight of the capacity)
+    #[argh(option)]
+    pub extras: Option<usize>,
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
     #[argh(option, default = "SourceKind::Kernel")]
     pub source: SourceKind,
-    /// whether copies are written to this host's kernel at once: eager or off (default eager with the
-    /// kernel source, off with the ring)
+    /// when copies are written to this host's kernel: eager (at once), takeover (when their active has
+    /// died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
+    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
+    /// rule that matches decides
+    #[argh(option)]
+    pub rule: Vec<String>,
+    /// file with further rules, one a line, that come after those of --rule
+    #[argh(option)]
+    pub rules: Option<PathBuf>,
     /// how long a connection must live before it is sent (default 3s)
     #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
     pub hold: Duration,
@@ -93,6 +105,9 @@ pub struct RunOptions {
     /// records of a shard's ingest ring, a power of two (default 16384)
     #[argh(option, default = "16_384")]
     pub ring: usize,
+    /// bytes of kernel events that may wait for one shard; an event takes about 1300 (default 67108864)
+    #[argh(option, default = "64 << 20")]
+    pub event_buffer: usize,
     /// kernel features that later kernels than 6.1 have: all or none (default all)
     #[argh(option, default = "Features::all()", from_str_fn(features))]
     pub features: Features,
@@ -108,15 +123,6 @@ pub enum SourceKind {
     Kernel,
     /// The ingest ring in shared memory.
     Ring,
-}
-
-/// Whether copies are written to the kernel.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum CommitMode {
-    /// At once.
-    Eager,
-    /// Never.
-    Off,
 }
 
 /// Whether hypersync sets sysctls.
@@ -143,7 +149,10 @@ macro_rules! words {
 }
 
 words!(SourceKind, "a source: write kernel or ring", "kernel" => SourceKind::Kernel, "ring" => SourceKind::Ring);
-words!(CommitMode, "a commit mode: write eager or off", "eager" => CommitMode::Eager, "off" => CommitMode::Off);
+words!(
+    CommitMode, "a commit mode: write eager, takeover or off",
+    "eager" => CommitMode::Eager, "takeover" => CommitMode::Takeover, "off" => CommitMode::Off
+);
 words!(SysctlMode, "a choice: write set or leave", "set" => SysctlMode::Set, "leave" => SysctlMode::Leave);
 
 fn span(text: &str) -> Result<Duration, String> {
@@ -180,8 +189,10 @@ pub struct Config {
     pub shards: u8,
     /// The multicast group, if heartbeats go to one.
     pub multicast: Option<IpAddr>,
-    /// Whether copies are written to the kernel at once.
-    pub commit_eager: bool,
+    /// When copies are written to the kernel.
+    pub commit: CommitMode,
+    /// What is copied.
+    pub rules: Rules,
     /// Sizes of the shared memory.
     pub sizes: Sizes,
 }
@@ -226,12 +237,16 @@ impl Config {
         lasting("hold", o.hold, Duration::ZERO, hour)?;
         lasting("reprotect-after", o.reprotect_after, Duration::ZERO, hour)?;
         within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;
+        within("event-buffer", o.event_buffer as u64, EVENT_BUFFER_MIN, EVENT_BUFFER_MAX)?;
         within("ring", o.ring as u64, INGEST_RECORDS_MIN as u64, INGEST_RECORDS_MAX as u64)?;
         if !o.ring.is_power_of_two() {
             return Err(format!("--ring {} is no power of two", o.ring));
         }
         let highest = (SLOTS_MAX / 9 * 8) as u64 * shards as u64;
         within("capacity", o.capacity as u64, SLOTS_MIN as u64 * shards as u64, highest)?;
+        if let Some(extras) = o.extras {
+            within("extras", extras as u64, 1, o.capacity as u64)?;
+        }
         if o.sync.is_unspecified() || o.sync.is_multicast() {
             return Err(format!("--sync {} is no address of this host", o.sync));
         }
@@ -273,23 +288,47 @@ impl Config {
             SourceKind::Kernel => CommitMode::Eager,
             SourceKind::Ring => CommitMode::Off,
         });
-        if commit == CommitMode::Eager && o.source == SourceKind::Ring {
-            return Err(
-                "--commit eager needs --source kernel: the ring's connections are not this kernel's".into()
-            );
+        if commit != CommitMode::Off && o.source == SourceKind::Ring {
+            return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
         }
+        let rules = rules(o)?;
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
-        let share = o.capacity.div_ceil(shards as usize);
-        let slots = (share + share / 8 + 256).min(SLOTS_MAX);
-        let memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        let with_reserve = |all: usize, least: usize| {
+            let share = all.div_ceil(shards as usize);
+            share + share / 8 + least
+        };
+        let slots = with_reserve(o.capacity, 256).min(SLOTS_MAX);
+        let mut memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        if let Some(extras) = o.extras {
+            memory.extras = with_reserve(extras, 32).min(slots);
+        }
         Ok(Config {
             shards,
             multicast,
-            commit_eager: commit == CommitMode::Eager,
+            commit,
+            rules,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
     }
+}
+
+fn rules(options: &RunOptions) -> Result<Rules, String> {
+    let mut rules = Rules::default();
+    for rule in &options.rule {
+        rules.add(rule).map_err(|e| format!("--rule: {e}"))?;
+    }
+    if let Some(file) = &options.rules {
+        let named = |e: &dyn std::fmt::Display| format!("--rules {}: {e}", file.display());
+        let text = std::fs::read_to_string(file).map_err(|e| named(&e))?;
+        rules.add_lines(&text).map_err(|e| named(&e))?;
+    }
+    if options.source == SourceKind::Ring && rules.uses_addresses() {
+        return Err("rules with address or local need --source kernel: the ring's connections are not \
+                    this host's"
+            .into());
+    }
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -307,10 +346,18 @@ mod tests {
     fn defaults_are_those_of_the_manual() {
         let config = check(&[]).unwrap();
         assert_eq!(config.multicast, Some(DEFAULT_MULTICAST));
-        assert!(config.commit_eager);
+        assert_eq!(config.commit, CommitMode::Eager);
         assert_eq!(config.options.hold, Duration::from_secs(3));
         let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
-        assert_eq!((ring.multicast, ring.commit_eager), (None, false));
+        assert_eq!((ring.multicast, ring.commit), (None, CommitMode::Off));
+        let rare = |words: &[&str]| {
+            let memory =
+                check(&[words, &["--shards", "2", "--capacity", "8000"]].concat()).unwrap().sizes.memory;
+            (memory.capacity, memory.extras)
+        };
+        assert_eq!(rare(&[]), (4756, 595), "one in eight");
+        assert_eq!(rare(&["--extras", "1"]), (4756, 33));
+        assert_eq!(rare(&["--extras", "8000"]), (4756, 4532));
     }
 
     #[test]
@@ -321,11 +368,14 @@ mod tests {
             ("--shards", "65"),
             ("--shards", "0"),
             ("--capacity", "1"),
+            ("--extras", "0"),
+            ("--extras", "1000001"),
             ("--heartbeat", "1ms"),
             ("--heartbeat", "fast"),
             ("--dead-after", "1"),
             ("--arena", "4096"),
             ("--ring", "1000"),
+            ("--event-buffer", "1000"),
             ("--sync", "0.0.0.0"),
             ("--multicast", "10.0.0.1"),
             ("--multicast", "ff02::74"),
@@ -335,6 +385,8 @@ mod tests {
             ("--commit", "later"),
             ("--send", "slow"),
             ("--features", "some"),
+            ("--rule", "allow"),
+            ("--rules", "/nosuch/rules"),
         ] {
             let error = match flag {
                 // Given twice it would be refused for that.

@@ -48,7 +48,11 @@ counters! {
     SourceShort, "source_short", "connections that closed within the hold time and were never sent";
     SourceUnknownGone, "source_unknown_gone", "closes of connections that are not in the table";
     SourceRejected, "source_rejected", "source events refused as malformed or for another shard";
-    SourceLocal, "source_local", "events of this host's own connections, which are never copied";
+    SourceSkipped, "source_skipped", "attributes of the kernel's messages that had another form than expected and were left out";
+    SourceExpectations, "source_expectations", "expectations that helpers created here; they are not copied";
+    SourceOffloaded, "source_offloaded", "events of offloaded flows, which lack timeout and protocol state: the last known values stay";
+    SourceLocal, "source_local", "events of this host's own connections, which are not copied unless a rule says so";
+    SourceFiltered, "source_filtered", "events of connections that a rule skips";
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
     SourceDumps, "source_dumps", "dumps of the kernel's table";
@@ -85,6 +89,8 @@ counters! {
     AcksReceived, "acks_received", "acks received";
     LeasesGranted, "leases_granted", "slots leased to peers since the start";
     Refused, "refused", "new connections refused to their active";
+    Declined, "declined", "gauge: connections whose backup's kernel does not have them; they count as exposed";
+    DeclinedByPeer, "declined_by_peer", "times that a backup said that its kernel does not have a copy";
     RefusedByPeer, "refused_by_peer", "new connections that a backup refused";
     Strays, "strays", "datagrams that arrived at the wrong shard and were handed over";
 
@@ -113,6 +119,13 @@ counters! {
     // The kernel.
     Commits, "commits", "copies written to the kernel";
     CommitDeletes, "commit_deletes", "entries removed from the kernel";
+    CommitUpdates, "commit_updates", "commits that found the entry in the kernel and brought it up to date";
+    CommitReplaced, "commit_replaced", "commits that found an entry with another translation and replaced it";
+    CommitVanished, "commit_vanished", "entries that went away while they were brought up to date";
+    CommitBusy, "commit_busy", "entries that changed while they were brought up to date";
+    CommitNoRoom, "commit_no_room", "commits refused because the kernel's table is full, or as full as it may be made";
+    CommitWithoutHelper, "commit_without_helper", "entries written without their helper, which this kernel does not have";
+    CommitMissing, "commit_missing", "gauge: copies that the kernel does not have; they are tried again";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";

@@ -99,6 +99,13 @@ pub const RECEIVE_PER_PASS: usize = 4096;
 /// Source events acted on in one pass of a shard.
 pub const INGEST_PER_PASS: usize = 512;
 
+/// Smallest buffer for kernel events that wait for a shard, bytes: a few dozen events. What does not fit is
+/// lost, counted (`source_overruns`) and repaired by a dump.
+pub const EVENT_BUFFER_MIN: u64 = 64 << 10;
+
+/// Largest such buffer, bytes: the kernel doubles it, and counts in an `int`.
+pub const EVENT_BUFFER_MAX: u64 = 512 << 20;
+
 /// Kernel commits in one pass of a shard: an insert is done inline at 3.7 to 4.7 us, so
 /// 32 keep a pass under 150 us.
 pub const COMMIT_PER_PASS: usize = 32;
@@ -115,6 +122,12 @@ pub const INGEST_RECORDS_MAX: usize = 1 << 20;
 
 /// Unicast peers on the command line: every other member.
 pub const PEERS_MAX: usize = MEMBERS_MAX - 1;
+
+/// Rules that say what is copied, those of `--rule` and of `--rules` together. More are refused at start.
+pub const RULES_MAX: usize = 256;
+
+/// Interfaces that rules name: a bit each in what is known of an address. More are refused at start.
+pub const RULE_INTERFACES_MAX: usize = 32;
 
 const _: () = assert!(MEMBERS_MAX < 64 && SHARDS_MAX <= 64);
 const _: () = assert!(SLOTS_MAX <= 1 << 26 && GENERATIONS as usize == 1 << 26);

@@ -132,7 +132,7 @@ impl<'m> Shard<'m> {
             self.feed.ingest(now, &mut self.replica, &self.counters).map_err(|e| e.to_string())?;
             self.receive(now);
             self.tick(now);
-            self.feed.commit(&mut self.replica, &self.counters);
+            self.feed.commit(now, &mut self.replica, &self.counters);
             self.transmit(now);
             self.publish(now);
             self.wait(now).map_err(|e| e.to_string())?;
@@ -155,6 +155,11 @@ impl<'m> Shard<'m> {
             }
             Event::Woken => {}
         });
+        while let Some((to, errno)) = self.port.poll_refusal() {
+            if let Some(line) = self.shared.refusals.note(now, to, errno) {
+                log::warn!("{line}");
+            }
+        }
     }
 
     /// Datagrams: heartbeats to the group, synchronization to the protocol.
@@ -271,6 +276,13 @@ impl<'m> Shard<'m> {
         let status = self.region.group().shard(self.shard);
         status.set_last_pass(now);
         status.set_view_version(self.view_version);
+        if let Some((_, asked)) = &mut self.settling {
+            if self.replica.is_taking_over() {
+                *asked = u64::MAX; // What the walk will ask for belongs to the death as well.
+            } else if *asked == u64::MAX {
+                *asked = self.replica.commits_asked();
+            }
+        }
         if let Some((version, asked)) = self.settling
             && self.replica.commits_done() >= asked
         {

@@ -32,6 +32,17 @@ impl SourceEvent {
     }
 }
 
+/// When copies are written to the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum CommitMode {
+    /// At once: a takeover needs no work.
+    Eager,
+    /// When their active has died.
+    Takeover,
+    /// Never.
+    Off,
+}
+
 /// Something to be written to the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Commit {

@@ -278,8 +278,13 @@ fn churn(seed: u64) {
         world.start(member, shards, priority);
     }
     world.run_for(ms(100));
-    world.network =
-        Network { loss: world.rng.below(20), repeats: world.rng.below(20), late: world.rng.below(20) };
+    let refusals = if seed.is_multiple_of(3) { 30 } else { 0 };
+    world.network = Network {
+        loss: world.rng.below(20),
+        repeats: world.rng.below(20),
+        late: world.rng.below(20),
+        refusals,
+    };
     let kills = world.rng.below(3);
     for round in 0..=kills {
         for _ in 0..400 {

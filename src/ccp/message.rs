@@ -74,8 +74,18 @@ pub enum Reason {
     NotHere = 2,
     /// The receiver holds a newer state of this connection.
     Superseded = 3,
-    /// The kernel has another connection in the way.
-    Clash = 4,
+}
+
+/// Why a backup's kernel does not have a copy.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Fault {
+    /// Another connection holds the translated tuple.
+    Clash = 1,
+    /// The kernel's table is full, or as full as it may be made.
+    NoRoom = 2,
+    /// The kernel refused it for another reason.
+    Refused = 3,
 }
 
 /// One message.
@@ -134,6 +144,17 @@ pub enum Message<'b> {
         /// Whether the sender saw traffic of it since.
         claimed: bool,
     },
+    /// The backup's kernel does not have this copy, or has it after all.
+    Decline {
+        /// Where the active has the connection.
+        target: Place,
+        /// Where the sender has the copy.
+        own: Place,
+        /// Counts the declines of the sender's shard, never 0: an earlier one may arrive later.
+        number: u32,
+        /// Why the kernel does not have it; `None` if it has.
+        fault: Option<Fault>,
+    },
     /// Slots that the receiver may fill from now on.
     Lease(Places<'b>),
     /// What the sender has received and applied of the stream in the other direction.
@@ -186,6 +207,7 @@ const REFUSE: u64 = 8;
 const SKIP: u64 = 9;
 const GOODBYE: u64 = 10;
 const OFFER: u64 = 11;
+const DECLINE: u64 = 12;
 
 /// A row of places in a datagram, eight bytes each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -402,6 +424,11 @@ impl<'b> Message<'b> {
                 put_stamp(w, *stamp);
                 w.u64(own.raw());
             }
+            Message::Decline { target, own, number, fault } => {
+                w.u64(head(DECLINE, fault.map_or(0, |fault| fault as u8), target.raw()));
+                w.u64(own.raw());
+                w.u32(*number);
+            }
             Message::Lease(_) => unreachable!("leases are written place by place, see `encode_lease`"),
             Message::Ack { .. } => unreachable!("acks are written from the receive window, see `encode_ack`"),
             Message::Want { total } => {
@@ -465,6 +492,16 @@ impl<'b> Message<'b> {
                 let stamp = get_stamp(r)?;
                 Message::Offer { target, own: Place::from_raw(r.u64()?), stamp, claimed: bits & 1 == 1 }
             }
+            DECLINE => {
+                let fault = match bits {
+                    0 => None,
+                    1 => Some(Fault::Clash),
+                    2 => Some(Fault::NoRoom),
+                    3 => Some(Fault::Refused),
+                    _ => return Err(Reject::Message),
+                };
+                Message::Decline { target, own: Place::from_raw(r.u64()?), number: r.u32()?, fault }
+            }
             LEASE => {
                 if low == 0 || low > LEASE_GRANT_MAX as u64 {
                     return Err(Reject::Message);
@@ -487,7 +524,6 @@ impl<'b> Message<'b> {
                     1 => Reason::NotLeased,
                     2 => Reason::NotHere,
                     3 => Reason::Superseded,
-                    4 => Reason::Clash,
                     _ => return Err(Reject::Message),
                 };
                 Message::Refuse {
@@ -581,6 +617,8 @@ mod tests {
             Message::Close { target, stamp: high },
             Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
+            Message::Decline { target, own, number: u32::MAX, fault: None },
+            Message::Decline { target, own, number: 1, fault: Some(Fault::NoRoom) },
             Message::Want { total: 64 },
             Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded, own: Some(own) },
             Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::NotHere, own: None },
@@ -654,7 +692,7 @@ mod tests {
                 *b = (rng >> 56) as u8;
             }
             // Types beyond the known ones are refused at once: make known ones likely.
-            buffer[0] %= 48;
+            buffer[0] %= 52;
             let mut r = Reader::new(&buffer[..(rng >> 32) as usize % 200]);
             while let Ok(Some(_)) = Message::decode(&mut r) {}
         }

@@ -35,6 +35,8 @@ pub enum On {
     Shelved,
     /// Connections and closes that a stream must send.
     Dirty,
+    /// Copies whose entry the kernel does not have, longest first.
+    Missing,
     /// Closes sent on a stream and not yet acknowledged, in the order of sending.
     Closing,
 }
@@ -76,6 +78,9 @@ struct Side {
     prev: u32,
     on: On,
     moving: bool,
+    declined: bool,
+    /// Of a connection: the number of the latest decline by its backup; 0: none.
+    heard: u32,
     since: Time,
 }
 
@@ -94,7 +99,15 @@ pub struct Table<'m> {
 impl<'m> Table<'m> {
     /// A table over zeroed memory: every slot is free.
     pub fn new(memory: &Memory<'m>, index_key: u64) -> Table<'m> {
-        let side = Side { next: NIL, prev: NIL, on: On::None, moving: false, since: Time(0) };
+        let side = Side {
+            next: NIL,
+            prev: NIL,
+            on: On::None,
+            moving: false,
+            declined: false,
+            heard: 0,
+            since: Time(0),
+        };
         let mut table = Table {
             slots: memory.slots,
             former: memory.former,
@@ -251,6 +264,31 @@ impl<'m> Table<'m> {
     /// Marks the connection as changing its backup, or not.
     pub fn set_moving(&mut self, slot: u32, moving: bool) {
         self.side[slot as usize].moving = moving;
+    }
+
+    /// Of a connection: whether its backup's kernel refused it. Of a copy: whether its active was told that.
+    pub fn is_declined(&self, slot: u32) -> bool {
+        self.side[slot as usize].declined
+    }
+
+    /// Sets what [`is_declined`](Self::is_declined) tells.
+    pub fn set_declined(&mut self, slot: u32, declined: bool) {
+        self.side[slot as usize].declined = declined;
+    }
+
+    /// Whether a decline is later than every other that was heard of this pair of copies; then it is remembered.
+    pub fn hear_decline(&mut self, slot: u32, number: u32) -> bool {
+        let side = &mut self.side[slot as usize];
+        let is_later = side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
+        if is_later {
+            side.heard = number;
+        }
+        is_later
+    }
+
+    /// The connection has another backup: none of its declines was heard.
+    pub fn forget_declines(&mut self, slot: u32) {
+        self.side[slot as usize].heard = 0;
     }
 
     /// The list that a slot stands in.

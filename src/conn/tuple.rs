@@ -16,12 +16,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub const ICMP: u8 = 1;
 /// IPPROTO_TCP.
 pub const TCP: u8 = 6;
+/// IPPROTO_GRE.
+pub const GRE: u8 = 47;
 /// IPPROTO_UDP.
 pub const UDP: u8 = 17;
 /// IPPROTO_DCCP.
 pub const DCCP: u8 = 33;
-/// IPPROTO_GRE.
-pub const GRE: u8 = 47;
 /// IPPROTO_ICMPV6.
 pub const ICMPV6: u8 = 58;
 /// IPPROTO_SCTP.
@@ -62,9 +62,9 @@ pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | DCCP | SCTP | UDPLITE)
 }
 
-/// Whether conntrack has two numbers where TCP has its ports: ports, or the keys of GRE, which
-/// `shard_of` leaves out.
-pub fn has_ports_or_keys(protocol: u8) -> bool {
+/// Whether conntrack tells connections of this protocol apart by two numbers that ctnetlink calls ports:
+/// real ones, or GRE's keys.
+pub fn has_keys(protocol: u8) -> bool {
     has_ports(protocol) || protocol == GRE
 }
 

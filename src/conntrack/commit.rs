@@ -16,20 +16,25 @@
 //!               |   Clash            DELETE, CREATE --ok--> Written, EEXIST --> Clash
 //!               + no room: GET; what is not there is refused (NoRoom)
 //!  delete -> DELETE --ok, ENOENT--> Removed
+//!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
 //!
 //! A **clash**: the kernel has no entry with this original tuple, and still refuses it,
 //! because another connection holds the translated tuple (two gateways behind one address
 //! that hand out the same ports). Comparing the reply tuples matters since an update by
 //! original tuple succeeds on an entry with another translation, and a translation cannot be changed.
+//!
+//! A **helper** can be given to a new entry only, and only if this kernel has it: an entry without it is
+//! replaced, and where there is no such helper the entry is written without, which is counted.
 
 use super::KernelError;
 use super::codec::{
-    self, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get, encode_statistics,
-    encode_update, request_ack,
+    self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
+    encode_statistics, encode_update, request_ack,
 };
 use super::netlink::{Mailbox, Socket};
 use super::sysctl::{TableFill, Timeouts};
+use crate::conn::extra::parts;
 use crate::conn::{Connection, Tuple};
 use crate::limits::COMMIT_PER_PASS;
 use crate::source::SourceEvent;
@@ -57,7 +62,9 @@ pub enum Lifetime {
 pub enum Outcome {
     /// It is in the kernel as it should be.
     Written,
-    /// It is not in the kernel any more.
+    /// It was asked for, and is there like this.
+    Present(Connection),
+    /// It is not in the kernel.
     Removed,
     /// Another connection holds the translated tuple.
     Clash,
@@ -78,6 +85,21 @@ pub struct CommitResult {
     pub outcome: Outcome,
 }
 
+/// What happened on the way to the results of a batch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Tally {
+    /// Entries that were there already and were brought up to date.
+    pub updated: u64,
+    /// Entries that were there with another translation, or without their helper, and were replaced.
+    pub replaced: u64,
+    /// Entries that went away while they were brought up to date.
+    pub vanished: u64,
+    /// Entries that changed while they were brought up to date.
+    pub busy: u64,
+    /// Entries written without their helper, which this kernel does not have.
+    pub without_helper: u64,
+}
+
 /// The batch takes no more, or has an entry with this original tuple: flush first. (Entries
 /// take rounds of different lengths, so two of one name would not stay in order.)
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,6 +109,7 @@ pub struct FlushFirst;
 enum Step {
     Create,
     Look,
+    Ask,
     Update { present: u32 },
     Replace,
     Delete,
@@ -108,6 +131,7 @@ pub struct Committer {
     requests: Vec<u8>,
     entries: Vec<Entry>,
     sequence: u32,
+    tally: Tally,
     timeouts: Timeouts,
     fill: TableFill,
 }
@@ -130,6 +154,7 @@ impl Committer {
             requests: vec![0; (2 * Committer::BATCH + 1) * MESSAGE_MAX],
             entries: Vec::with_capacity(Committer::BATCH),
             sequence: 1,
+            tally: Tally::default(),
             timeouts: Timeouts::read(),
             fill: TableFill::open()
                 .map_err(|_| KernelError::NoConntrack { doing: "read conntrack's limits" })?,
@@ -166,6 +191,11 @@ impl Committer {
         self.socket.port_id()
     }
 
+    /// Entries that may still be inserted.
+    pub fn room(&self) -> u64 {
+        self.fill.room()
+    }
+
     /// Entries in the batch.
     pub fn pending(&self) -> usize {
         self.entries.len()
@@ -182,8 +212,17 @@ impl Committer {
 
     /// Adds an entry to be removed.
     pub fn delete(&mut self, original: &Tuple) -> Result<(), FlushFirst> {
+        self.add_named(original, Step::Delete)
+    }
+
+    /// Adds an entry to be asked for.
+    pub fn look(&mut self, original: &Tuple) -> Result<(), FlushFirst> {
+        self.add_named(original, Step::Ask)
+    }
+
+    fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
         let connection = Connection::new(*original, original.mirrored(), Default::default());
-        self.add(Entry { connection, timeout_s: 0, may_create: false, step: Step::Delete })
+        self.add(Entry { connection, timeout_s: 0, may_create: false, step })
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
@@ -197,9 +236,9 @@ impl Committer {
     }
 
     /// Hands the batch to the kernel and tells what became of each entry, in their order.
-    pub fn flush(&mut self, results: &mut dyn FnMut(CommitResult)) {
+    pub fn flush(&mut self, results: &mut dyn FnMut(CommitResult)) -> Tally {
         if self.entries.is_empty() {
-            return;
+            return Tally::default();
         }
         self.respect_the_limit();
         for _ in 0..ROUNDS_MAX {
@@ -215,6 +254,7 @@ impl Committer {
             };
             results(CommitResult { index, original: entry.connection.original, outcome });
         }
+        std::mem::take(&mut self.tally)
     }
 
     /// Entries beyond the room in the kernel's table are only brought up to date.
@@ -245,7 +285,7 @@ impl Committer {
             let name = &connection.original;
             match entry.step {
                 Step::Create => put(sequence, &|b, s| encode_create(b, s, connection, *timeout_s)),
-                Step::Look => put(sequence, &|b, s| encode_get(b, s, name)),
+                Step::Look | Step::Ask => put(sequence, &|b, s| encode_get(b, s, name)),
                 Step::Update { present } => {
                     put(sequence, &|b, s| encode_update(b, s, connection, *timeout_s, present))
                 }
@@ -265,7 +305,7 @@ impl Committer {
         match answers {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
-                    entry.step = entry.next_step(answer);
+                    entry.step = entry.next_step(answer, &mut self.tally);
                 }
             }
             Err(errno) => {
@@ -298,8 +338,8 @@ impl Committer {
                 if answer.kind == TYPE_ERROR {
                     of_entry.errno[offset % 2] = answer.errno;
                     is_complete |= answer.sequence == last;
-                } else if let Ok(SourceEvent::Seen { connection, .. }) =
-                    decode_entry(message).map(|d| d.event)
+                } else if let Ok(Decoded { event: SourceEvent::Seen { connection, .. }, .. }) =
+                    decode_entry(message)
                 {
                     of_entry.found = Some(connection);
                 }
@@ -319,7 +359,19 @@ struct Answers {
 }
 
 impl Entry {
-    fn next_step(&self, answers: Answers) -> Step {
+    /// Without its helper, if it has one and this is how a kernel refuses a helper.
+    fn drop_helper(&mut self, errno: i32, tally: &mut Tally) -> bool {
+        let is_helpers_fault = matches!(errno, libc::EOPNOTSUPP | libc::EAGAIN);
+        let extra = &mut self.connection.extra;
+        if !is_helpers_fault || !extra.has(parts::HELPER) {
+            return false;
+        }
+        extra.parts &= !parts::HELPER;
+        tally.without_helper += 1;
+        true
+    }
+
+    fn next_step(&mut self, answers: Answers, tally: &mut Tally) -> Step {
         let refused = |errno| {
             Step::Done(match errno {
                 libc::ENOMEM | libc::ENOSPC => Outcome::NoRoom,
@@ -328,9 +380,26 @@ impl Entry {
         };
         match (self.step, answers.errno) {
             (Step::Done(outcome), _) => Step::Done(outcome),
-            (Step::Create, [0, _])
-            | (Step::Update { .. }, [0, _])
-            | (Step::Replace, [0 | libc::ENOENT, 0]) => Step::Done(Outcome::Written),
+            (Step::Create, [0, _]) => Step::Done(Outcome::Written),
+            (Step::Update { .. }, [0, _]) => {
+                tally.updated += 1;
+                Step::Done(Outcome::Written)
+            }
+            (Step::Replace, [0 | libc::ENOENT, 0]) => {
+                tally.replaced += 1;
+                Step::Done(Outcome::Written)
+            }
+            (Step::Create, [errno, _]) if self.drop_helper(errno, tally) => Step::Create,
+            (Step::Replace, [_, errno]) if self.drop_helper(errno, tally) => Step::Create,
+            // The entry has no helper, or another one, and cannot be given this one.
+            (Step::Update { .. }, [libc::EOPNOTSUPP, _]) if self.connection.extra.has(parts::HELPER) => {
+                Step::Replace
+            }
+            (Step::Ask, [0, _]) => match answers.found {
+                Some(there) => Step::Done(Outcome::Present(there)),
+                None => refused(libc::EBADMSG),
+            },
+            (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Look, [0, _]) => match answers.found {
                 Some(there) if there.reply == self.connection.reply => {
@@ -342,8 +411,14 @@ impl Entry {
             (Step::Look, [libc::ENOENT, _]) if self.may_create => Step::Done(Outcome::Clash),
             (Step::Look, [libc::ENOENT, _]) => Step::Done(Outcome::NoRoom),
             // It went away, or changed its status, between two rounds.
-            (Step::Update { .. }, [libc::ENOENT, _]) if self.may_create => Step::Create,
-            (Step::Update { .. }, [libc::EBUSY, _]) => Step::Look,
+            (Step::Update { .. }, [libc::ENOENT, _]) if self.may_create => {
+                tally.vanished += 1;
+                Step::Create
+            }
+            (Step::Update { .. }, [libc::EBUSY, _]) => {
+                tally.busy += 1;
+                Step::Look
+            }
             (Step::Replace, [0 | libc::ENOENT, libc::EEXIST]) => Step::Done(Outcome::Clash),
             (Step::Replace, [0 | libc::ENOENT, errno]) => refused(errno),
             (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Removed),

@@ -7,7 +7,7 @@
 //! which is why the events must be listened to before it starts.
 
 use super::KernelError;
-use super::codec::{self, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode_entry, encode_dump};
+use super::codec::{self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode_entry, encode_dump};
 use super::netlink::{Mailbox, Socket};
 use crate::source::SourceEvent;
 
@@ -34,6 +34,8 @@ pub struct DumpProgress {
     pub entries: usize,
     /// Messages that made no sense.
     pub malformed: usize,
+    /// Attributes that made no sense and were left out.
+    pub skipped: usize,
     /// Where the dump stands now.
     pub state: DumpState,
 }
@@ -71,7 +73,8 @@ impl Dump {
 
     /// Reads pieces until `cap` entries were looked at; `f` says whether it used the entry.
     pub(super) fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent) -> bool) -> DumpProgress {
-        let mut progress = DumpProgress { events: 0, entries: 0, malformed: 0, state: DumpState::Done };
+        let mut progress =
+            DumpProgress { events: 0, entries: 0, malformed: 0, skipped: 0, state: DumpState::Done };
         while self.is_running && progress.entries < cap {
             match self.mailbox.receive(&self.socket, 1) {
                 // Every piece is there as soon as the one before it was read: an empty queue is a lost piece.
@@ -89,8 +92,11 @@ impl Dump {
                     }
                     _ => {
                         progress.entries += 1;
-                        match decode_entry(message).map(|decoded| decoded.event) {
-                            Ok(event) => progress.events += f(event) as usize,
+                        match decode_entry(message) {
+                            Ok(Decoded { event, skipped }) => {
+                                progress.skipped += skipped as usize;
+                                progress.events += f(event) as usize;
+                            }
                             Err(_) => progress.malformed += 1,
                         }
                     }

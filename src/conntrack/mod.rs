@@ -11,11 +11,12 @@
 //! - [`netlink`]: the socket's system calls
 //! - [`events`], [`dump`]: listening, and reading the whole table once
 //! - [`commit`]: writing entries, and removing them
-//! - [`local`]: which connections are this host's own and never copied
+//! - [`local`]: which connections are this host's own; pure. [`addresses`] reads what makes them so
 //! - [`sysctl`]: settings that restored connections need, the table's limit, timeouts
 //!
 //! Everything concerns the network namespace of the thread that opens it.
 
+pub mod addresses;
 pub mod codec;
 pub mod commit;
 pub mod dump;

@@ -182,7 +182,7 @@ impl Replica<'_> {
                 self.unassign(place.slot);
                 match reason {
                     // There it is newer: asking again at once would be refused again.
-                    Reason::Superseded | Reason::Clash => self.shelve(now, place.slot),
+                    Reason::Superseded => self.shelve(now, place.slot),
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
                 }
             }

@@ -1,14 +1,14 @@
-//! Chores: releases and offers, the messages that belong to no single connection's delta.
+//! Chores: releases, offers and declines, the messages that belong to no single connection's delta.
 //!
 //! A **release** tells a previous backup to let its copy go, once the new backup has
 //! acknowledged its own (make before break), or tells a member that its copy was superseded. An
-//! **offer** asks a former active, after a stream was lost, whether a copy still stands. Both
-//! must arrive, so they travel in sequenced datagrams and are sent again if a datagram is
+//! **offer** asks a former active, after a stream was lost, whether a copy still stands. A
+//! **decline** tells an active whether the backup's kernel has its copy. All of them must arrive, so they travel in sequenced datagrams and are sent again if a datagram is
 //! given up. There is a fixed number of them; who finds none free waits, which paces walks.
 
 use super::history::Content;
 use super::replica::Replica;
-use crate::ccp::message::{Message, Place};
+use crate::ccp::message::{Fault, Message, Place};
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind, Stamp};
 use crate::limits::MOVES_MAX;
@@ -22,6 +22,8 @@ pub(super) enum Task {
     Release { of: Option<Place>, stamp: Stamp },
     /// Ask whether the copy in this slot still stands.
     Offer { own: Place, claimed: bool },
+    /// Tell the active whether the kernel has its copy in this slot.
+    Decline { own: Place, number: u32, fault: Option<Fault> },
 }
 
 /// What a chore is for, least urgent first.
@@ -94,7 +96,12 @@ impl Chores {
 }
 
 impl Replica<'_> {
-    fn add_chore(&mut self, rank: Rank, task: Task, target: Coordinate, phase: Phase) -> bool {
+    /// Begins a chore that is to be sent at once. `false` if there is no room for another.
+    pub(super) fn add_chore(&mut self, rank: Rank, task: Task, target: Coordinate) -> bool {
+        self.begin_chore(rank, task, target, Phase::Send)
+    }
+
+    fn begin_chore(&mut self, rank: Rank, task: Task, target: Coordinate, phase: Phase) -> bool {
         if !self.chores.has_room(rank) {
             return false;
         }
@@ -110,13 +117,13 @@ impl Replica<'_> {
         if !self.may_return(target.member()) {
             return true; // Its table is gone, or asks by itself when it returns.
         }
-        self.add_chore(rank, Task::Release { of: None, stamp }, target, Phase::Send)
+        self.add_chore(rank, Task::Release { of: None, stamp }, target)
     }
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
         let claimed = self.table.line(own.slot).is_claimed();
-        self.add_chore(Rank::Question, Task::Offer { own, claimed }, target, Phase::Send)
+        self.add_chore(Rank::Question, Task::Offer { own, claimed }, target)
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -126,7 +133,7 @@ impl Replica<'_> {
         assert!(previous.is_somewhere() && !self.table.is_moving(slot));
         let of = Some(Place { slot, generation });
         let task = Task::Release { of, stamp: line.stamp() };
-        if !self.add_chore(Rank::Question, task, previous, Phase::AwaitBackup) {
+        if !self.begin_chore(Rank::Question, task, previous, Phase::AwaitBackup) {
             return false;
         }
         self.unassign(slot);
@@ -185,6 +192,7 @@ impl Replica<'_> {
         self.chores.remove(id);
         let of = match chore.task {
             Task::Release { of, .. } => of,
+            Task::Decline { .. } => None,
             Task::Offer { own, claimed } => {
                 let line = self.table.line(own.slot);
                 let still = line.generation() == own.generation
@@ -197,7 +205,7 @@ impl Replica<'_> {
                 } else if arrived && still {
                     // Traffic came after the offer left: it has to know that as well.
                     let again = Task::Offer { own, claimed: true };
-                    let taken = self.add_chore(Rank::Consequence, again, chore.target, Phase::Send);
+                    let taken = self.add_chore(Rank::Consequence, again, chore.target);
                     assert!(taken, "the chore that just ended made room");
                 }
                 return;
@@ -242,6 +250,7 @@ impl Replica<'_> {
                 task = Task::Offer { own, claimed };
                 Message::Offer { target, own, stamp: line.stamp(), claimed }
             }
+            Task::Decline { own, number, fault } => Message::Decline { target, own, number, fault },
         };
         self.chores.chores[id as usize] = Some(Chore { task, phase: Phase::Sent(seq), ..chore });
         Some(message)

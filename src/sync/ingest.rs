@@ -11,7 +11,7 @@ use crate::conn::table::On;
 use crate::conn::{Connection, Coordinate, Kind, Stamp, State, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::seq::Seq;
-use crate::source::{Commit, SourceEvent};
+use crate::source::SourceEvent;
 use crate::time::Time;
 
 impl Replica<'_> {
@@ -37,27 +37,31 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether this original tuple is a copy here whose active lives: its kernel entry is ours to
+    /// The slot of a copy with this original tuple, if its active lives: its kernel entry is ours to
     /// keep, and its disappearance is no close.
-    pub fn is_living_copy(&self, original: &Tuple) -> Option<u32> {
-        let slot = self.table.find_original(original)?;
+    pub fn living_copy(&self, original: &Tuple) -> Option<u32> {
+        self.table.find_original(original).filter(|slot| self.is_living_copy(*slot))
+    }
+
+    /// Whether this slot holds a copy whose active lives.
+    pub fn is_living_copy(&self, slot: u32) -> bool {
         let line = self.table.line(slot);
-        (line.kind() == Kind::Backup && self.is_up(line.peer().member())).then_some(slot)
+        line.kind() == Kind::Backup && self.is_up(line.peer().member())
     }
 
-    /// Whether this original tuple is a copy here, living active or not.
-    pub fn is_copy(&self, original: &Tuple) -> bool {
-        self.table.find_original(original).is_some_and(|slot| self.table.kind(slot) == Kind::Backup)
-    }
-
-    /// The kernel's entry of this copy is gone and must be written again.
-    pub fn recommit(&mut self, original: &Tuple) {
-        if let Some(slot) = self.is_living_copy(original)
-            && self.can_receive()
-        {
-            let generation = self.table.line(slot).generation();
-            self.commit(Commit::Write { slot, generation });
+    /// Whether the connection in this slot is a copy, or was taken over without any traffic of it seen here
+    /// since: an entry in the kernel says nothing about its traffic.
+    pub fn is_unclaimed(&self, slot: u32) -> bool {
+        match self.table.kind(slot) {
+            Kind::Backup => true,
+            Kind::Active => self.is_presumed(slot),
+            _ => false,
         }
+    }
+
+    /// The kernel's entry of this living copy is gone and must be written again.
+    pub fn recommit(&mut self, now: Time, slot: u32) {
+        self.miss(now, slot);
     }
 
     pub(super) fn open(&mut self, now: Time, connection: &Connection) {
@@ -169,6 +173,7 @@ impl Replica<'_> {
     /// Traffic of a copy showed up here: this member is its active from now on.
     fn claim(&mut self, now: Time, slot: u32) {
         self.counters.count(Counter::Claims);
+        self.end_missing(slot);
         let mut line = self.table.line(slot);
         let peer = line.peer();
         let stream = self.stream_of(peer);
@@ -211,6 +216,7 @@ impl Replica<'_> {
                 // Presumed: no living member but the previous backup, if any, knows it.
                 self.leave_behind(line.peer().member());
                 let stream = self.stream_of(line.peer());
+                self.end_missing(slot);
                 self.streams[stream].copies -= 1;
                 let previous = self.table.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
@@ -236,6 +242,7 @@ impl Replica<'_> {
             return;
         }
         self.unlist(slot);
+        self.end_declined(slot);
         let stream = self.stream_of(peer);
         self.streams[stream].actives -= 1;
         self.table.update(slot, |line| {

@@ -14,6 +14,7 @@
 
 mod acks;
 mod chores;
+mod declined;
 pub mod history;
 mod ingest;
 pub mod lease;
@@ -23,5 +24,6 @@ pub mod stream;
 mod takeover;
 mod transmit;
 
+pub use declined::REWRITE_PERIOD;
 pub use replica::{Replica, ReplicaConfig};
 pub use transmit::{Token, Transmit};

@@ -144,6 +144,11 @@ impl Replica<'_> {
                 }
                 Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
                 Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
+                Message::Decline { target, own, number, fault } => {
+                    let own = self.sender(stream, own);
+                    self.apply_decline(now, target, own, number, fault);
+                    Applied
+                }
                 Message::Offer { target, own, stamp, claimed } => {
                     let own = self.sender(stream, own);
                     self.apply_offer(now, target, stamp, own, claimed)
@@ -245,6 +250,7 @@ impl Replica<'_> {
             Kind::Backup if here && stamp >= line.stamp() => {
                 // Another member is the active now: the one that took over, or that claimed.
                 let old = self.stream_of(line.peer());
+                self.table.set_declined(slot, false); // The new one was not told.
                 self.streams[old].copies -= 1;
                 self.streams[stream].copies += 1;
                 self.table.update(slot, |line| line.set_peer(own));
@@ -267,6 +273,8 @@ impl Replica<'_> {
                     line.set_claimed(false);
                     line.set_groups(0);
                 });
+                // It may believe what was said before the roles changed: a commit that succeeds is told.
+                self.table.set_declined(slot, true);
                 self.streams[stream].copies += 1;
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
@@ -300,6 +308,7 @@ impl Replica<'_> {
         if line.kind() == Kind::Backup {
             // Its active is gone, and the sender took over with the same state or a newer one.
             let stream = self.stream_of(line.peer());
+            self.end_missing(slot);
             self.streams[stream].copies -= 1;
             self.leave_behind(line.peer().member());
         } else {
@@ -479,6 +488,7 @@ impl Replica<'_> {
     }
 
     fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
+        self.end_missing(slot);
         let active = self.stream_of(self.table.line(slot).peer());
         self.streams[active].copies -= 1;
         self.drop_to_lease(slot, stream, reopen);

@@ -18,7 +18,7 @@ use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
 use crate::memory::Memory;
 use crate::seq::Seq;
-use crate::source::Commit;
+use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 /// How long a member without a leased slot is waited for before the next best is asked.
@@ -66,8 +66,8 @@ pub struct ReplicaConfig {
     pub reprotect_after: Duration,
     /// How long a change may wait for others to travel with.
     pub flush: Duration,
-    /// Whether copies are written to the kernel at once.
-    pub commit_eager: bool,
+    /// When copies are written to the kernel.
+    pub commit: CommitMode,
 }
 
 /// One shard's protocol.
@@ -98,6 +98,20 @@ pub struct Replica<'m> {
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
     pub(super) shelved: List,
+    /// Copies whose entry the kernel does not have.
+    pub(super) missing: List,
+    /// Active connections whose backup's kernel refused them, and since when there are any.
+    pub(super) declined: u64,
+    pub(super) declined_since: Time,
+    /// Declines said so far.
+    pub(super) declines: u32,
+    /// The next slots whose entries are written again, and when.
+    pub(super) rewrite_slot: u32,
+    pub(super) rewrite_at: Time,
+    /// Whether the kernel's table has room for further copies.
+    pub(super) kernel_has_room: bool,
+    /// Whether copies were ever written because their active died.
+    pub(super) took_over: bool,
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
@@ -133,6 +147,14 @@ impl<'m> Replica<'m> {
             held: List::default(),
             waiting: List::default(),
             shelved: List::default(),
+            missing: List::default(),
+            declined: 0,
+            declined_since: Time(0),
+            declines: 0,
+            rewrite_slot: 0,
+            rewrite_at: Time(0),
+            kernel_has_room: true,
+            took_over: false,
             retry_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
@@ -175,9 +197,14 @@ impl<'m> Replica<'m> {
         &self.table
     }
 
-    /// Free slots.
+    /// Slots that copies of other members may have: none while the kernel has no room for their entries.
     pub fn room(&self) -> u32 {
-        self.table.room()
+        if self.kernel_has_room { self.table.room() } else { 0 }
+    }
+
+    /// Says whether the kernel's table has room for further copies. Without it no slots are leased.
+    pub fn set_kernel_room(&mut self, has_room: bool) {
+        self.kernel_has_room = has_room;
     }
 
     /// The next commit that the kernel is owed.
@@ -275,6 +302,7 @@ impl<'m> Replica<'m> {
                 let stream = self.stream_of(line.peer());
                 self.table.unlink(&mut self.streams[stream].closing, slot);
             }
+            On::Missing => self.table.unlink(&mut self.missing, slot),
             On::Free => panic!("slot {slot} is free"),
         }
     }
@@ -384,6 +412,7 @@ impl<'m> Replica<'m> {
     /// The connection's backup is there from now on; everything must be sent to it.
     pub(super) fn assign(&mut self, now: Time, slot: u32, backup: Coordinate) {
         assert!(self.table.on(slot) == On::None);
+        self.table.forget_declines(slot);
         let stream = self.stream_of(backup);
         let life = self.durable(stream).peer_life();
         self.table.update(slot, |line| {
@@ -398,6 +427,7 @@ impl<'m> Replica<'m> {
     /// The connection has no backup from now on; it stands in no list afterwards.
     pub(super) fn unassign(&mut self, slot: u32) {
         self.unlist(slot);
+        self.end_declined(slot);
         let peer = self.table.line(slot).peer();
         if peer.is_somewhere() {
             let stream = self.stream_of(peer);
@@ -409,9 +439,19 @@ impl<'m> Replica<'m> {
         }
     }
 
-    /// Asks for a commit if copies are written to the kernel at once.
+    /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
-        if self.config.commit_eager {
+        let is_due = match (self.config.commit, commit) {
+            (CommitMode::Off, _) => false,
+            (CommitMode::Eager, _) => true,
+            (CommitMode::Takeover, Commit::Write { slot, .. }) => {
+                !self.is_up(self.table.line(slot).peer().member())
+            }
+            // It was written with the normal timeout already.
+            (CommitMode::Takeover, Commit::Refresh { .. }) => false,
+            (CommitMode::Takeover, Commit::Delete { .. }) => self.took_over,
+        };
+        if is_due {
             // `can_receive` keeps room for what one datagram can ask for.
             self.commits.push_back(commit);
             self.commits_asked += 1;
@@ -422,6 +462,7 @@ impl<'m> Replica<'m> {
     pub fn tick(&mut self, now: Time) {
         self.tick_holds(now);
         self.tick_waiting(now);
+        self.tick_missing(now);
         self.tick_chores();
         self.tick_walk(now);
         self.publish_gauges(now);
@@ -476,7 +517,7 @@ impl<'m> Replica<'m> {
             .map(|(member, _)| self.of_member(member))
             .sum();
         let waiting = (self.waiting.len() + self.shelved.len()) as u64;
-        self.dirty_actives + self.unacknowledged + waiting + orphaned
+        self.dirty_actives + self.unacknowledged + waiting + orphaned + self.declined
     }
 
     /// Connections whose other copy is at this member.
@@ -492,6 +533,8 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.len() as u64);
+        self.counters.set(Counter::CommitMissing, self.missing.len() as u64);
+        self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {
             for slot in [self.waiting.first(), self.shelved.first()].into_iter().flatten() {
@@ -506,6 +549,9 @@ impl<'m> Replica<'m> {
                     oldest = oldest.min(self.history.oldest_change(entry));
                 }
             }
+            if self.declined > 0 {
+                oldest = oldest.min(self.declined_since);
+            }
             for peer in &self.peers {
                 if let PeerState::Down { since, .. } = peer {
                     oldest = oldest.min(*since);
@@ -517,7 +563,10 @@ impl<'m> Replica<'m> {
 
     /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives before.
     pub fn poll_at(&self) -> Time {
-        let mut at = self.hold_at().min(self.walk_at()).min(self.shelf_at());
+        let mut at = self.hold_at().min(self.walk_at()).min(self.shelf_at()).min(self.missing_at());
+        if self.config.commit == CommitMode::Eager {
+            at = at.min(self.rewrite_at);
+        }
         if !self.waiting.is_empty() {
             at = at.min(self.retry_at);
         }

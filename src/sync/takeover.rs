@@ -31,7 +31,7 @@ use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
-use crate::source::Commit;
+use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 /// Connections that may wait to be sent before a walk pauses, so that live deltas do not queue
@@ -65,6 +65,8 @@ pub(super) enum PeerState {
 /// A walk over the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Job {
+    /// Copies of this member are written to the kernel, for it is gone.
+    Commit { member: MemberId },
     /// Every connection whose other copy was at this member finds a new one.
     Purge { member: MemberId },
     /// Backups at these members (bits) move to better ones.
@@ -126,6 +128,11 @@ impl Replica<'_> {
             PeerState::Up if seen.status.is_alive() && same_table => {}
             PeerState::Up => {
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind: false };
+                if self.config.commit == CommitMode::Takeover {
+                    self.took_over = true;
+                    self.jobs.insert(0, Job::Commit { member });
+                    self.walk_slot = 0;
+                }
                 for shard in 0..SHARDS_MAX as u8 {
                     let stream = stream_index(member, shard);
                     let sent = self.durable(stream).sent();
@@ -200,7 +207,8 @@ impl Replica<'_> {
             (s.want, s.want_at, s.grant_due, s.starved_since) = (0, Time::NEVER, 0, None);
         }
         // Before all walks that may wait for somebody; what such a walk did it does not do again.
-        let purges = self.jobs.iter().take_while(|job| matches!(job, Job::Purge { .. })).count();
+        let urgent = |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
+        let purges = self.jobs.iter().take_while(urgent).count();
         self.jobs.insert(purges, Job::Purge { member });
         if purges == 0 {
             self.walk_slot = 0;
@@ -340,7 +348,7 @@ impl Replica<'_> {
             }
             Job::Forget { .. } => self.retry_at = now,
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
-            Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
+            Job::Commit { .. } | Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
         }
     }
 
@@ -353,6 +361,7 @@ impl Replica<'_> {
     fn step(&mut self, now: Time, job: Job, slot: u32) -> bool {
         match job {
             Job::Purge { member } => self.purge_slot(now, member, slot),
+            Job::Commit { member } => self.commit_slot(member, slot),
             Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
             Job::Abandon { member } => self.abandon_slot(now, member, slot),
             Job::Verify { stream } => self.verify_slot(now, stream, slot),
@@ -379,6 +388,7 @@ impl Replica<'_> {
             }
             Kind::Backup => {
                 let stream = self.stream_of(peer);
+                self.end_missing(slot);
                 self.streams[stream].copies -= 1;
                 let original = self.table.tuples(slot).0;
                 if self.lives_besides(slot, &original) {
@@ -404,6 +414,19 @@ impl Replica<'_> {
             Kind::Held | Kind::Free => {}
         }
         true
+    }
+
+    fn commit_slot(&mut self, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        if line.kind() == Kind::Backup && line.peer().member() == member {
+            self.commit(Commit::Write { slot, generation: line.generation() });
+        }
+        true
+    }
+
+    /// Whether copies of a member that is gone are still to be written to the kernel.
+    pub fn is_taking_over(&self) -> bool {
+        self.jobs.iter().any(|job| matches!(job, Job::Commit { .. }))
     }
 
     /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in

@@ -460,7 +460,7 @@ impl Replica<'_> {
             return 0;
         }
         // An eighth of the table stays for connections that open here.
-        let spare = self.table.room().saturating_sub(self.table.capacity() / 8) as usize;
+        let spare = self.room().saturating_sub(self.table.capacity() / 8) as usize;
         let count = due.min(spare);
         if count == 0 {
             self.streams[stream].grant_due = 0; // The peer asks again.

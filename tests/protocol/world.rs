@@ -8,12 +8,14 @@ use std::time::Duration;
 use hypersync::ccp::bytes::{Reader, Writer};
 use hypersync::ccp::header::{Header, OPCODE_HEARTBEAT};
 use hypersync::ccp::heartbeat::Heartbeat;
+use hypersync::ccp::message::Fault;
+use hypersync::conn::extra::{Extra, parts};
 use hypersync::conn::{Connection, Kind, MemberId, Stamp, State, Tuple, shard_of};
 use hypersync::counters::{Counter, Counters};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
-use hypersync::source::SourceEvent;
+use hypersync::source::{Commit, CommitMode, SourceEvent};
 use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
@@ -45,12 +47,14 @@ impl Rng {
     }
 }
 
-/// What the network does to a datagram, in percent.
+/// What the network does to a datagram, and a kernel to a commit, in percent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Network {
     pub loss: u64,
     pub repeats: u64,
     pub late: u64,
+    /// Commits that the kernel has no room for.
+    pub refusals: u64,
 }
 
 /// A member that is running, or was.
@@ -61,6 +65,10 @@ pub struct Host<'m> {
     pub memory: Vec<Memory<'m>>,
     pub running: bool,
     pub leaving: bool,
+    /// What was committed to its kernel.
+    pub kernel: HashMap<Tuple, Connection>,
+    /// Its kernel takes no entries.
+    pub full: bool,
     view_version: u64,
 }
 
@@ -88,6 +96,9 @@ pub struct World<'m> {
     pub cut: Vec<(MemberId, MemberId)>,
     pub events: Vec<(MemberId, Event)>,
     pub fresh: u32,
+    /// How members that start from now on commit.
+    pub commit: CommitMode,
+    commit_rng: Rng,
     packets: BTreeMap<(Time, u64), Packet>,
     sequence: u64,
     memories: std::slice::Iter<'m, OwnedMemory>,
@@ -114,6 +125,7 @@ impl<'m> World<'m> {
         World {
             now: Time(1_000_000_000),
             rng: Rng(seed),
+            commit_rng: Rng(!seed),
             network: Network::default(),
             hosts: BTreeMap::new(),
             open: HashMap::new(),
@@ -121,6 +133,7 @@ impl<'m> World<'m> {
             cut: Vec::new(),
             events: Vec::new(),
             fresh: 0,
+            commit: CommitMode::Eager,
             packets: BTreeMap::new(),
             sequence: 0,
             memories: memories.iter(),
@@ -155,7 +168,7 @@ impl<'m> World<'m> {
                 hold: HOLD,
                 reprotect_after: REPROTECT,
                 flush: Duration::from_millis(1),
-                commit_eager: true,
+                commit: self.commit,
             };
             Replica::new(config, *memory)
         });
@@ -166,6 +179,8 @@ impl<'m> World<'m> {
             memory,
             running: true,
             leaving: false,
+            kernel: HashMap::new(),
+            full: false,
             view_version: 0,
         };
         self.hosts.insert(member, host);
@@ -194,7 +209,12 @@ impl<'m> World<'m> {
 
     fn connection(tuple: Tuple, mark: u32) -> Connection {
         let state = State { status: 0xe, tcp_state: 3, timeout_s: 432_000, mark, ..State::default() };
-        Connection::new(tuple, Tuple { dport: 9, ..tuple.mirrored() }, state)
+        let mut connection = Connection::new(tuple, Tuple { dport: 9, ..tuple.mirrored() }, state);
+        if tuple.sport.is_multiple_of(8) {
+            let labels = u128::from(mark).to_ne_bytes();
+            connection.extra = Extra { parts: parts::LABELS, labels, ..Extra::NONE };
+        }
+        connection
     }
 
     pub fn tell(&mut self, member: MemberId, event: &SourceEvent) {
@@ -327,7 +347,22 @@ impl<'m> World<'m> {
         }
         for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
             shard.tick(now);
-            while shard.poll_commit().is_some() {}
+            while let Some(commit) = shard.poll_commit() {
+                let refused = host.full || self.commit_rng.chance(self.network.refusals);
+                match commit {
+                    Commit::Delete { original } => drop(host.kernel.remove(&original)),
+                    Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
+                        if shard.table().line(slot).generation() == generation {
+                            let connection = shard.table().connection(slot);
+                            if !refused {
+                                host.kernel.insert(connection.original, connection);
+                            }
+                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(()) };
+                            shard.handle_commit(now, slot, generation, outcome);
+                        }
+                    }
+                }
+            }
             let mut landed = Vec::new();
             shard.transmit(now, &mut |transmit| {
                 let mut bytes = vec![0; transmit.len as usize];
@@ -438,6 +473,10 @@ impl<'m> World<'m> {
             for copy in found {
                 assert_eq!(copy.connection, Self::connection(*tuple, known.mark), "{tuple}: {found:?}");
                 assert_eq!(copy.stamp, found[0].stamp, "{tuple}: {found:?}");
+                if copy.kind == Kind::Backup && self.commit == CommitMode::Eager {
+                    let entry = self.hosts[&copy.member].kernel.get(tuple);
+                    assert_eq!(entry, Some(&copy.connection), "{tuple}: the backup's kernel");
+                }
                 if expected == 2 {
                     let other = found.iter().find(|c| c.member != copy.member).expect("two members");
                     assert_eq!(copy.peer, other.place, "{tuple}: {found:?}");

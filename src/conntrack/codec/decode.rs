@@ -27,7 +27,7 @@ pub struct Decoded {
     /// What it says.
     pub event: SourceEvent,
     /// Attributes that we know, but not in this shape: a kernel newer than this program.
-    pub skipped: u32,
+    pub skipped: u8,
 }
 
 /// Decodes one event. The bytes may be followed by others: the header's length counts.
@@ -66,7 +66,7 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let (mut has_status, mut protocol_state) = (false, None);
     let (mut state, mut extra) = (State::default(), Extra::NONE);
     let mut known = groups::TUPLES | zero;
-    let mut skipped = 0;
+    let mut skipped = 0u8;
     for attribute in Attributes::new(body) {
         let (kind, payload) = attribute?;
         let outcome = match kind {
@@ -91,7 +91,7 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
             PROTOINFO => decode_protoinfo(payload).map(|found| protocol_state = found),
             kind => decode_extra(kind, payload, &mut extra),
         };
-        skipped += outcome.is_err() as u32;
+        skipped = skipped.saturating_add(outcome.is_err() as u8);
     }
 
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;

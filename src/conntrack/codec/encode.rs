@@ -13,7 +13,7 @@
 use super::number::*;
 use super::writer::Writer;
 use super::{TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, status};
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_ports_or_keys};
+use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_keys};
 use crate::conn::{Connection, Family, Tuple};
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
@@ -47,14 +47,14 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     w.tcp(connection);
     w.extra_of_new(extra, original.protocol);
     if connection.is_translated() {
-        let has_ports = has_ports_or_keys(original.protocol);
+        let has_keys = has_keys(original.protocol);
         // ICMP has one identifier, which conntrack keeps (and translates) with the source.
         let source_port = match original.protocol {
             ICMP | ICMPV6 => reply.sport,
             _ => reply.dport,
         };
-        w.nat(NAT_DST, reply.src, has_ports.then_some(reply.sport), reply.family);
-        let has_source = has_ports || matches!(original.protocol, ICMP | ICMPV6);
+        w.nat(NAT_DST, reply.src, has_keys.then_some(reply.sport), reply.family);
+        let has_source = has_keys || matches!(original.protocol, ICMP | ICMPV6);
         w.nat(NAT_SRC, reply.dst, has_source.then_some(source_port), reply.family);
     }
     w.finish()
@@ -133,7 +133,7 @@ impl Writer<'_> {
                 let (id, code_of, type_of) = match t.protocol {
                     ICMP => (PROTO_ICMP_ID, PROTO_ICMP_CODE, PROTO_ICMP_TYPE),
                     ICMPV6 => (PROTO_ICMPV6_ID, PROTO_ICMPV6_CODE, PROTO_ICMPV6_TYPE),
-                    protocol if has_ports_or_keys(protocol) => {
+                    protocol if has_keys(protocol) => {
                         w.field(PROTO_SRC_PORT, &t.sport.to_be_bytes());
                         w.field(PROTO_DST_PORT, &t.dport.to_be_bytes());
                         return;

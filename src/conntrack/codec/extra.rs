@@ -86,25 +86,30 @@ fn padded(name: &[u8]) -> Option<[u8; HELPER_NAME]> {
 impl Writer<'_> {
     /// What a new entry gets. Labels of zero are what it has anyway.
     pub(super) fn extra_of_new(&mut self, extra: &Extra, protocol: u8) {
-        let helper = padded(&extra.helper).filter(|_| extra.has(parts::HELPER));
-        if let Some(name) = helper {
-            let end = name.iter().position(|b| *b == 0).unwrap_or(HELPER_NAME - 1);
-            self.nest(HELP, |w| w.field(HELP_NAME, &name[..end + 1]));
-        }
+        self.helper(extra);
         if extra.has(parts::LABELS) && extra.labels != [0; 16] {
             self.field(LABELS, &extra.labels);
         }
         self.shifts_and_state(extra, protocol);
     }
 
-    /// What can be changed in an entry that is there: all but its helper, which the kernel sets when
-    /// an entry is made and never again (EOPNOTSUPP, or EBUSY in an entry that has another one).
+    /// What an entry that is there is to have. Its helper the kernel only compares: where there is none
+    /// it answers EOPNOTSUPP, where there is another one EBUSY, before it changes anything. Labels come
+    /// last: where the entry has no room for any it answers ENOSPC, and has changed all the rest.
     pub(super) fn extra_of_present(&mut self, extra: &Extra, protocol: u8) {
+        self.helper(extra);
         if extra.has(parts::LABELS) {
             self.field(LABELS, &extra.labels);
             self.field(LABELS_MASK, &[0xff; 16]);
         }
         self.shifts_and_state(extra, protocol);
+    }
+
+    fn helper(&mut self, extra: &Extra) {
+        if let Some(name) = padded(&extra.helper).filter(|_| extra.has(parts::HELPER)) {
+            let end = name.iter().position(|b| *b == 0).unwrap_or(HELPER_NAME - 1);
+            self.nest(HELP, |w| w.field(HELP_NAME, &name[..=end]));
+        }
     }
 
     fn shifts_and_state(&mut self, extra: &Extra, protocol: u8) {

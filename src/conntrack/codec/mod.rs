@@ -128,6 +128,8 @@ pub mod status {
     pub const SEEN_REPLY: u32 = 1 << 1;
     /// Not to be dropped early when the table is full.
     pub const ASSURED: u32 = 1 << 2;
+    /// Another connection's helper expected it.
+    pub const EXPECTED: u32 = 1;
     /// In the table.
     pub const CONFIRMED: u32 = 1 << 3;
     /// The source is translated.
@@ -138,6 +140,8 @@ pub mod status {
     pub const SEQ_ADJUST: u32 = 1 << 6;
     /// On its way out.
     pub const DYING: u32 = 1 << 9;
+    /// Forwarded past conntrack, by a flow table.
+    pub const OFFLOADED: u32 = 1 << 14;
 }
 
 /// `TCP_CONNTRACK_ESTABLISHED`.

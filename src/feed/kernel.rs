@@ -1,0 +1,171 @@
+//! The kernel's conntrack, as a shard reads and writes it.
+//!
+//! Waking up per event is what costs: under load events are drained in batches a millisecond apart, at
+//! once when a single one arrives after silence.
+
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use super::admission::admits;
+use super::repair::Repair;
+use super::writer::Writer;
+use crate::conntrack::KernelError;
+use crate::conntrack::codec::status;
+use crate::conntrack::commit::Committer;
+use crate::conntrack::events::Source;
+use crate::conntrack::local::{LocalAddresses, LocalView};
+use crate::counters::{Counter, Counters};
+use crate::limits::INGEST_PER_PASS;
+use crate::net::Port;
+use crate::rules::Rules;
+use crate::source::{CommitMode, SourceEvent};
+use crate::sync::Replica;
+use crate::time::Time;
+
+/// Pause between two batches of kernel events under load.
+pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
+/// How often overruns, and room in the kernel's table, are looked at.
+pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
+/// The watch key of the kernel's events.
+pub const EVENTS_KEY: u64 = 1;
+
+/// What a shard's end of the kernel is made of.
+pub struct KernelParts {
+    /// Where events come from.
+    pub source: Source,
+    /// How entries are written and asked for.
+    pub committer: Committer,
+    /// This host's addresses.
+    pub addresses: &'static LocalAddresses,
+    /// What is copied.
+    pub rules: Rules,
+    /// When copies are written.
+    pub commit: CommitMode,
+    /// Whether connections may exist that raise no events, because they were born while nobody listened.
+    pub may_be_unheard: bool,
+    /// Slots of the shard.
+    pub capacity: u32,
+}
+
+/// A shard's end of the kernel.
+pub struct KernelFeed {
+    source: Source,
+    addresses: &'static LocalAddresses,
+    local: LocalView,
+    rules: Rules,
+    commit: CommitMode,
+    /// When to drain; `NEVER` while the socket is watched.
+    drain_at: Time,
+    overruns: u32,
+    check_at: Time,
+    repair: Repair,
+    writer: Writer,
+}
+
+impl KernelFeed {
+    pub(super) fn new(parts: KernelParts) -> KernelFeed {
+        KernelFeed {
+            source: parts.source,
+            addresses: parts.addresses,
+            local: LocalView::new(),
+            rules: parts.rules,
+            commit: parts.commit,
+            drain_at: Time(0),
+            overruns: 0,
+            check_at: Time(0),
+            repair: Repair::new(parts.capacity, parts.may_be_unheard, parts.commit),
+            writer: Writer::new(parts.committer),
+        }
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.repair.is_complete()
+    }
+
+    pub(super) fn ready(&mut self, now: Time) {
+        self.drain_at = now;
+    }
+
+    pub(super) fn ingest(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> Result<(), KernelError> {
+        self.local.follow(self.addresses);
+        if self.drain_at.reached(now) {
+            self.drain(now, replica, counters);
+        }
+        if self.check_at.reached(now) {
+            self.check(now, replica, counters);
+        }
+        self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters)
+    }
+
+    fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+        let KernelFeed { source, rules, local, .. } = self;
+        let drained = source.drain(INGEST_PER_PASS, &mut |event| {
+            match &event {
+                SourceEvent::Seen { connection, .. } => {
+                    if !admits(now, rules, Some(local), &event, replica, counters) {
+                        return;
+                    }
+                    if connection.state.status & status::OFFLOADED != 0 {
+                        counters.count(Counter::SourceOffloaded);
+                    }
+                }
+                // Somebody removed an entry that we keep for its active: it is written again.
+                SourceEvent::Gone { original } => {
+                    if let Some(slot) = replica.living_copy(original) {
+                        return replica.recommit(now, slot);
+                    }
+                }
+            }
+            replica.handle_source(now, &event);
+        });
+        counters.add(Counter::SourceRejected, drained.malformed as u64);
+        counters.add(Counter::SourceSkipped, drained.skipped as u64);
+        counters.add(Counter::SourceExpectations, drained.expectations as u64);
+        self.drain_at = if drained.more {
+            now
+        } else if drained.taken > 0 {
+            // The first after silence was read at once; what follows it comes in batches.
+            now.after(BATCH_PAUSE)
+        } else {
+            Time::NEVER
+        };
+    }
+
+    /// Overruns, and whether the kernel's table has room for copies.
+    fn check(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+        self.check_at = now.after(CHECK_PERIOD);
+        let overruns = self.source.overruns();
+        if overruns != self.overruns {
+            counters.add(Counter::SourceOverruns, overruns.wrapping_sub(self.overruns) as u64);
+            self.overruns = overruns;
+            self.repair.want();
+        }
+        if self.commit == CommitMode::Eager {
+            replica.set_kernel_room(self.writer.has_room());
+        }
+    }
+
+    /// When to look by itself.
+    pub(super) fn wake_at(&self, now: Time) -> Time {
+        let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
+        at.min(self.repair.wake_at(now))
+    }
+
+    pub(super) fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+        self.writer.write(now, &mut self.repair, replica, counters);
+    }
+
+    /// Watches the socket again if it was drained.
+    pub fn watch(&self, port: &mut Port<'_>) -> bool {
+        let idle = self.drain_at == Time::NEVER;
+        if idle {
+            port.watch(self.source.fd().as_raw_fd(), EVENTS_KEY);
+        }
+        idle
+    }
+}

@@ -1,0 +1,314 @@
+//! Repair: what events did not tell.
+//!
+//! Events are lost when too many wait, and connections that were born while nobody listened never raise
+//! any. A **dump** of the kernel's table finds the connections that are missing here; a **sweep** over our
+//! own table finds those that the dump did not show. A dump walks the table while it changes, so what it
+//! did not show may be there all the same: each is **looked up** before anything is believed. The
+//! same look-ups follow, once a minute, connections that raise no events.
+//!
+//! Dumps are a repair: after the one at the start, which finds what was there before, there is none
+//! unless events were lost. They are counted (`source_dumps`).
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::admission::admits;
+use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
+use crate::conn::slot::groups;
+use crate::conn::{Connection, Generation, Kind};
+use crate::conntrack::KernelError;
+use crate::conntrack::commit::KEPT_TIMEOUT_S;
+use crate::conntrack::dump::DumpState;
+use crate::conntrack::events::Source;
+use crate::conntrack::local::LocalView;
+use crate::conntrack::sysctl::Timeouts;
+use crate::counters::{Counter, Counters};
+use crate::rules::Rules;
+use crate::source::{CommitMode, SourceEvent};
+use crate::sync::{REWRITE_PERIOD, Replica};
+use crate::time::Time;
+
+/// Entries of a dump in one pass: well below two milliseconds.
+const DUMP_PER_PASS: usize = 256;
+/// Slots that one pass of a sweep looks at.
+const SWEEP_PER_PASS: u32 = 4096;
+/// Look-ups that may wait.
+const LOOKS_MAX: usize = 8192;
+/// Pause between two dumps.
+const DUMP_PAUSE: Duration = Duration::from_millis(500);
+/// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
+/// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
+/// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
+const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
+
+const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
+
+/// How long it takes to look up every connection that raises no events.
+const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Wanted,
+    Dumping,
+    /// The sweep has come to this slot.
+    Sweeping(u32),
+    Idle,
+}
+
+/// What a shard does about missed events.
+pub(super) struct Repair {
+    stage: Stage,
+    /// More events were lost since the dump under way began.
+    again: bool,
+    /// The dump at the start is done.
+    complete: bool,
+    /// When a dump may begin.
+    dump_at: Time,
+    /// Slots whose connection the dump has shown, as bits.
+    shown: Vec<u64>,
+    /// Slots whose connection raises no events, as bits; empty if there can be none.
+    unheard: Vec<u64>,
+    unheard_slot: u32,
+    unheard_at: Time,
+    looks: VecDeque<(u32, Generation)>,
+    capacity: u32,
+    commit: CommitMode,
+    timeouts: Timeouts,
+}
+
+impl Repair {
+    pub(super) fn new(capacity: u32, may_be_unheard: bool, commit: CommitMode) -> Repair {
+        let words = capacity.div_ceil(64) as usize;
+        Repair {
+            stage: Stage::Wanted,
+            again: false,
+            complete: false,
+            dump_at: Time(0),
+            shown: vec![0; words],
+            unheard: vec![0; if may_be_unheard { words } else { 0 }],
+            unheard_slot: 0,
+            unheard_at: if may_be_unheard { Time(0) } else { Time::NEVER },
+            looks: VecDeque::with_capacity(LOOKS_MAX),
+            capacity,
+            commit,
+            timeouts: Timeouts::read(),
+        }
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Events were lost.
+    pub(super) fn want(&mut self) {
+        match self.stage {
+            Stage::Idle => self.stage = Stage::Wanted,
+            Stage::Wanted => {}
+            Stage::Dumping | Stage::Sweeping(_) => self.again = true,
+        }
+    }
+
+    /// When [`step`](Self::step) has something to do.
+    pub(super) fn wake_at(&self, now: Time) -> Time {
+        let at = match self.stage {
+            Stage::Wanted => self.dump_at.max(now.after(BATCH_PAUSE)),
+            Stage::Dumping | Stage::Sweeping(_) => now.after(BATCH_PAUSE),
+            Stage::Idle if !self.looks.is_empty() => now.after(BATCH_PAUSE),
+            Stage::Idle => Time::NEVER,
+        };
+        at.min(self.unheard_at)
+    }
+
+    /// Goes on with whatever is under way.
+    pub(super) fn step(
+        &mut self,
+        now: Time,
+        source: &mut Source,
+        (rules, local): (&Rules, &LocalView),
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> Result<(), KernelError> {
+        if self.unheard_at.reached(now) {
+            self.ask_for_the_unheard(now, replica);
+        }
+        match self.stage {
+            Stage::Wanted if self.dump_at.reached(now) => match source.start_dump() {
+                Ok(true) => {
+                    counters.count(Counter::SourceDumps);
+                    self.shown.fill(0);
+                    self.again = false;
+                    self.stage = Stage::Dumping;
+                    self.dump(now, source, (rules, local), replica, counters);
+                }
+                Ok(false) => unreachable!("a dump that runs has its own stage"),
+                Err(e) => {
+                    log::warn!("{e}; it is tried again");
+                    self.dump_at = now.after(CHECK_PERIOD);
+                }
+            },
+            Stage::Dumping => self.dump(now, source, (rules, local), replica, counters),
+            Stage::Sweeping(slot) => self.sweep(now, slot, replica),
+            Stage::Wanted | Stage::Idle => {}
+        }
+        Ok(())
+    }
+
+    fn dump(
+        &mut self,
+        now: Time,
+        source: &mut Source,
+        (rules, local): (&Rules, &LocalView),
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) {
+        let Repair { shown, unheard, timeouts, complete, .. } = self;
+        let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
+            let SourceEvent::Seen { connection, known } = &event else { return };
+            if !admits(now, rules, Some(local), &event, replica, counters) {
+                return;
+            }
+            match replica.table().find_original(&connection.original) {
+                Some(slot) => {
+                    set(shown, slot);
+                    // An entry that we committed is in the dump as well: it says nothing about traffic.
+                    if !replica.is_unclaimed(slot) {
+                        replica.handle_source(now, &event);
+                    }
+                }
+                // Not ours, and its active may have closed it long ago.
+                None if known & groups::TIMEOUT != 0
+                    && connection.state.timeout_s > timeouts.of(connection).max(LEFTOVER_MIN_S) =>
+                {
+                    counters.count(Counter::SourceLeftovers);
+                }
+                None => {
+                    replica.handle_source(now, &event);
+                    if let Some(slot) = replica.table().find_original(&connection.original) {
+                        set(shown, slot);
+                        if !*complete && !unheard.is_empty() {
+                            set(unheard, slot);
+                        }
+                    }
+                }
+            }
+        });
+        counters.add(Counter::SourceRejected, progress.malformed as u64);
+        counters.add(Counter::SourceSkipped, progress.skipped as u64);
+        match progress.state {
+            DumpState::Running => {}
+            DumpState::Done if self.again => {
+                // What was lost meanwhile this dump may have passed before.
+                self.complete = true;
+                self.stage = Stage::Wanted;
+                self.dump_at = now.after(DUMP_PAUSE);
+            }
+            // The one at the start finds an empty table: nothing can be in it that is gone.
+            DumpState::Done if !self.complete => {
+                self.complete = true;
+                self.stage = Stage::Idle;
+            }
+            DumpState::Done => self.stage = Stage::Sweeping(0),
+            DumpState::Failed(errno) => {
+                log::warn!("reading the kernel's table broke off (errno {errno}); it begins again");
+                self.stage = Stage::Wanted;
+                self.dump_at = now.after(CHECK_PERIOD);
+            }
+        }
+    }
+
+    /// Connections that should be in the kernel and that the dump did not show are looked up.
+    fn sweep(&mut self, now: Time, from: u32, replica: &Replica<'_>) {
+        let end = (from + SWEEP_PER_PASS).min(self.capacity);
+        let mut slot = from;
+        while slot < end && self.looks.len() < LOOKS_MAX {
+            let line = replica.table().line(slot);
+            if !is_set(&self.shown, slot) && self.belongs_in_the_kernel(slot, line.kind(), replica) {
+                self.looks.push_back((slot, line.generation()));
+            }
+            slot += 1;
+        }
+        self.stage = match slot == self.capacity {
+            false => Stage::Sweeping(slot),
+            true if self.again => {
+                self.dump_at = now.after(DUMP_PAUSE);
+                Stage::Wanted
+            }
+            true => Stage::Idle,
+        };
+    }
+
+    fn belongs_in_the_kernel(&self, slot: u32, kind: Kind, replica: &Replica<'_>) -> bool {
+        match kind {
+            Kind::Held => true,
+            // What was only presumed is in the kernel if it was written there.
+            Kind::Active => self.commit != CommitMode::Off || !replica.is_unclaimed(slot),
+            Kind::Backup => self.commit == CommitMode::Eager && replica.is_living_copy(slot),
+            Kind::Free | Kind::Leased | Kind::Closing => false,
+        }
+    }
+
+    fn ask_for_the_unheard(&mut self, now: Time, replica: &Replica<'_>) {
+        let end = (self.unheard_slot + SWEEP_PER_PASS).min(self.capacity);
+        for slot in self.unheard_slot..end {
+            if !is_set(&self.unheard, slot) || self.looks.len() == LOOKS_MAX {
+                continue;
+            }
+            let line = replica.table().line(slot);
+            match line.kind() {
+                Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
+                _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
+            }
+        }
+        self.unheard_slot = if end == self.capacity { 0 } else { end };
+        self.unheard_at = now.after(UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS));
+    }
+
+    /// Look-ups waiting.
+    pub(super) fn looks_waiting(&self) -> usize {
+        self.looks.len()
+    }
+
+    /// The next look-up whose slot still is in the same life.
+    pub(super) fn next_look(&mut self, replica: &Replica<'_>) -> Option<(u32, Generation)> {
+        while let Some((slot, generation)) = self.looks.pop_front() {
+            let line = replica.table().line(slot);
+            if line.generation() == generation && line.kind().is_connection() {
+                return Some((slot, generation));
+            }
+        }
+        None
+    }
+
+    /// The answer to a look-up.
+    pub(super) fn found(
+        &mut self,
+        now: Time,
+        slot: u32,
+        generation: Generation,
+        there: Option<&Connection>,
+        replica: &mut Replica<'_>,
+    ) {
+        if replica.table().line(slot).generation() != generation {
+            return;
+        }
+        let original = replica.table().tuples(slot).0;
+        match there {
+            None if replica.is_living_copy(slot) => replica.recommit(now, slot),
+            None => replica.handle_source(now, &SourceEvent::Gone { original }),
+            Some(_) if replica.is_unclaimed(slot) => {}
+            // Its timeout says nothing new: it runs down, and grows with every packet.
+            Some(connection) => {
+                let known = groups::TUPLES | groups::STATE | groups::MARK;
+                replica.handle_source(now, &SourceEvent::Seen { connection: *connection, known });
+            }
+        }
+    }
+}
+
+fn set(bits: &mut [u64], slot: u32) {
+    bits[slot as usize / 64] |= 1 << (slot % 64);
+}
+
+fn is_set(bits: &[u64], slot: u32) -> bool {
+    bits[slot as usize / 64] >> (slot % 64) & 1 == 1
+}

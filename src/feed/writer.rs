@@ -1,0 +1,140 @@
+//! The commit stage: batches of entries for the kernel, and of questions to it.
+
+use super::repair::Repair;
+use crate::ccp::message::Fault;
+use crate::conn::{Generation, Kind};
+use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
+use crate::counters::{Counter, Counters};
+use crate::limits::COMMIT_PER_PASS;
+use crate::source::Commit;
+use crate::sync::Replica;
+use crate::time::Time;
+
+/// Questions in a batch, even if commits could fill it.
+const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
+
+/// What an entry of the batch is for.
+#[derive(Clone, Copy)]
+enum For {
+    /// The copy in this slot.
+    Copy(u32, Generation),
+    /// The connection in this slot, which was taken over.
+    Own,
+    /// Removing an entry.
+    Nobody,
+    /// The question whether the connection in this slot is there.
+    Look(u32, Generation),
+}
+
+/// A shard's pen.
+pub(super) struct Writer {
+    committer: Committer,
+    batch: Vec<For>,
+}
+
+impl Writer {
+    pub(super) fn new(committer: Committer) -> Writer {
+        Writer { committer, batch: Vec::with_capacity(Committer::BATCH) }
+    }
+
+    /// Whether the kernel's table has room for further copies.
+    pub(super) fn has_room(&self) -> bool {
+        self.committer.room() > COMMIT_PER_PASS as u64
+    }
+
+    /// Writes and asks, up to the cap of a pass.
+    pub(super) fn write(
+        &mut self,
+        now: Time,
+        repair: &mut Repair,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) {
+        let looks = repair.looks_waiting().min(LOOKS_MIN);
+        for _ in 0..COMMIT_PER_PASS - looks {
+            let Some(commit) = replica.poll_commit() else { break };
+            if self.add(replica, &commit).is_err() {
+                self.flush(now, repair, replica, counters);
+                assert!(self.add(replica, &commit).is_ok(), "an empty batch takes everything");
+            }
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((slot, generation)) = repair.next_look(replica)
+        {
+            let original = replica.table().tuples(slot).0;
+            if self.committer.look(&original).is_err() {
+                break; // It is being written just now.
+            }
+            self.batch.push(For::Look(slot, generation));
+        }
+        self.flush(now, repair, replica, counters);
+    }
+
+    fn add(&mut self, replica: &Replica<'_>, commit: &Commit) -> Result<(), FlushFirst> {
+        let entry = match commit {
+            Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
+                let line = replica.table().line(*slot);
+                let (lifetime, entry) = match (line.kind(), commit) {
+                    _ if line.generation() != *generation => return Ok(()),
+                    (Kind::Backup, _) if replica.is_living_copy(*slot) => {
+                        (Lifetime::Kept, For::Copy(*slot, *generation))
+                    }
+                    (Kind::Backup, _) => (Lifetime::Normal, For::Copy(*slot, *generation)),
+                    (Kind::Active, Commit::Refresh { .. }) => (Lifetime::Normal, For::Own),
+                    _ => return Ok(()), // Ours by now: the kernel knows it better.
+                };
+                self.committer.write(&replica.table().connection(*slot), lifetime)?;
+                entry
+            }
+            Commit::Delete { original } => {
+                self.committer.delete(original)?;
+                For::Nobody
+            }
+        };
+        self.batch.push(entry);
+        Ok(())
+    }
+
+    fn flush(&mut self, now: Time, repair: &mut Repair, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+        let Writer { committer, batch } = self;
+        if batch.is_empty() {
+            return;
+        }
+        let tally = committer.flush(&mut |result: CommitResult| {
+            let outcome = match (result.outcome, batch[result.index]) {
+                (Outcome::Present(connection), For::Look(slot, generation)) => {
+                    return repair.found(now, slot, generation, Some(&connection), replica);
+                }
+                (Outcome::Removed, For::Look(slot, generation)) => {
+                    return repair.found(now, slot, generation, None, replica);
+                }
+                (Outcome::Written, _) => {
+                    counters.count(Counter::Commits);
+                    Ok(())
+                }
+                (Outcome::Removed, _) => return counters.count(Counter::CommitDeletes),
+                (Outcome::Clash, _) => {
+                    counters.count(Counter::CommitClashes);
+                    Err(Fault::Clash)
+                }
+                (Outcome::NoRoom, _) => {
+                    counters.count(Counter::CommitNoRoom);
+                    Err(Fault::NoRoom)
+                }
+                (Outcome::Failed(_) | Outcome::Present(_), _) => {
+                    counters.count(Counter::CommitErrors);
+                    Err(Fault::Refused)
+                }
+            };
+            if let For::Copy(slot, generation) = batch[result.index] {
+                replica.handle_commit(now, slot, generation, outcome);
+            }
+        });
+        batch.clear();
+        counters.add(Counter::CommitUpdates, tally.updated);
+        counters.add(Counter::CommitReplaced, tally.replaced);
+        counters.add(Counter::CommitVanished, tally.vanished);
+        counters.add(Counter::CommitBusy, tally.busy);
+        counters.add(Counter::CommitWithoutHelper, tally.without_helper);
+    }
+}

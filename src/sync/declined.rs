@@ -1,0 +1,200 @@
+//! Copies that the kernel does not take: told to their active, tried again, and shown.
+//!
+//! An ack says that a copy is in the table. Its entry in the kernel is written a little later, and may be
+//! refused: the kernel's table is full, or another connection holds the translated tuple. Such a copy
+//! cannot carry traffic. The backup keeps it, tries again once a second, and **declines** it: its active
+//! counts the connection as exposed, and moves it to another backup if there is one. When the
+//! kernel takes the entry after all, the backup says that too.
+//!
+//! Entries that are there are written again long before their timeout ends, for refreshes raise no
+//! events, and no event means alive.
+
+use std::time::Duration;
+
+use super::chores::{Rank, Task};
+use super::replica::{Found, Replica};
+use crate::ccp::message::{Fault, Place};
+use crate::conn::table::On;
+use crate::conn::{Coordinate, Generation, Kind};
+use crate::counters::Counter;
+use crate::source::{Commit, CommitMode};
+use crate::time::Time;
+
+/// How long a copy that the kernel refused waits before it is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+/// Copies that are tried again in one tick.
+const TRIES_PER_TICK: usize = 64;
+
+/// Every copy's entry is written again within this time, whatever happens.
+pub const REWRITE_PERIOD: Duration = Duration::from_secs(6 * 24 * 3600);
+
+/// Slots that one step of that walk looks at.
+const REWRITE_STEP: u32 = 64;
+
+impl Replica<'_> {
+    /// What became of the commit of the copy in this slot.
+    pub fn handle_commit(
+        &mut self,
+        now: Time,
+        slot: u32,
+        generation: Generation,
+        outcome: Result<(), Fault>,
+    ) {
+        let line = self.table.line(slot);
+        if line.generation() != generation || line.kind() != Kind::Backup {
+            return;
+        }
+        let is_missing = match self.table.on(slot) {
+            On::None => false,
+            On::Missing => true,
+            on => panic!("a copy stands in {on:?}"),
+        };
+        match outcome {
+            Ok(()) => {
+                if is_missing {
+                    self.table.unlink(&mut self.missing, slot);
+                }
+                if self.table.is_declined(slot) {
+                    match self.decline(slot, None) {
+                        true => self.table.set_declined(slot, false),
+                        // No chore is free: it is tried, and told, again.
+                        false => self.table.push(&mut self.missing, On::Missing, slot, now),
+                    }
+                }
+            }
+            Err(fault) => {
+                if !is_missing {
+                    self.table.push(&mut self.missing, On::Missing, slot, now);
+                }
+                if self.decline(slot, Some(fault)) {
+                    self.table.set_declined(slot, true);
+                }
+            }
+        }
+    }
+
+    /// The kernel's entry of this living copy is gone, or there was no time to write it: it is written again.
+    pub(super) fn miss(&mut self, now: Time, slot: u32) {
+        let generation = self.table.line(slot).generation();
+        if self.config.commit != CommitMode::Eager {
+            return;
+        }
+        if self.can_receive() {
+            self.commit(Commit::Write { slot, generation });
+        } else if self.table.on(slot) == On::None {
+            self.table.push(&mut self.missing, On::Missing, slot, now);
+        }
+    }
+
+    /// A copy stops being one: whether the kernel has it does not matter any more.
+    pub(super) fn end_missing(&mut self, slot: u32) {
+        if self.table.on(slot) == On::Missing {
+            self.table.unlink(&mut self.missing, slot);
+        }
+        self.table.set_declined(slot, false);
+    }
+
+    fn decline(&mut self, slot: u32, fault: Option<Fault>) -> bool {
+        let line = self.table.line(slot);
+        if !self.is_up(line.peer().member()) {
+            return true; // Nobody to tell; who takes over sees by itself.
+        }
+        let own = Place { slot, generation: line.generation() };
+        if !self.chores.has_room(Rank::Question) {
+            return false;
+        }
+        self.declines = self.declines.wrapping_add(1).max(1);
+        let number = self.declines;
+        self.add_chore(Rank::Question, Task::Decline { own, number, fault }, line.peer())
+    }
+
+    /// The backup of one of our connections says whether its kernel has it.
+    pub(super) fn apply_decline(
+        &mut self,
+        now: Time,
+        target: Place,
+        own: Coordinate,
+        number: u32,
+        fault: Option<Fault>,
+    ) {
+        if target.slot >= self.table.capacity() {
+            return self.counters.count(Counter::RejectTarget);
+        }
+        let slot = target.slot;
+        let line = self.table.line(slot);
+        if line.generation() != target.generation || line.kind() != Kind::Active || line.peer() != own {
+            return; // It has another backup by now, or none.
+        }
+        if !self.table.hear_decline(slot, number) {
+            return; // A later one overtook it.
+        }
+        if fault.is_none() {
+            return self.set_declined(now, slot, false);
+        }
+        self.counters.count(Counter::DeclinedByPeer);
+        self.set_declined(now, slot, true);
+        let may_move = !self.table.is_moving(slot)
+            && matches!(self.table.on(slot), On::None | On::Dirty)
+            && self.chores.has_room(Rank::Question);
+        if may_move && let Found::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
+            let taken = self.move_backup(now, slot, backup);
+            assert!(taken, "a chore was free");
+        }
+    }
+
+    /// Notes of an active connection whether its backup's kernel refused it.
+    pub(super) fn set_declined(&mut self, now: Time, slot: u32, declined: bool) {
+        match (self.table.is_declined(slot), declined) {
+            (false, true) => {
+                if self.declined == 0 {
+                    self.declined_since = now;
+                }
+                self.declined += 1;
+            }
+            (true, false) => self.declined -= 1,
+            _ => return,
+        }
+        self.table.set_declined(slot, declined);
+    }
+
+    /// An active connection has no backup any more, or another one.
+    pub(super) fn end_declined(&mut self, slot: u32) {
+        self.declined -= self.table.is_declined(slot) as u64;
+        self.table.set_declined(slot, false);
+    }
+
+    /// Copies that the kernel refused, and those whose entry is due to be written again.
+    pub(super) fn tick_missing(&mut self, now: Time) {
+        for _ in 0..TRIES_PER_TICK {
+            if !self.missing_at().reached(now) || !self.can_receive() {
+                break;
+            }
+            let Some(slot) = self.table.pop(&mut self.missing) else { break };
+            let generation = self.table.line(slot).generation();
+            self.commit(Commit::Write { slot, generation });
+        }
+        if self.config.commit != CommitMode::Eager || !self.rewrite_at.reached(now) || !self.can_receive() {
+            return;
+        }
+        let first = self.rewrite_slot;
+        let end = (first + REWRITE_STEP).min(self.table.capacity());
+        // Not before the first period has begun: at the start there is nothing to write again.
+        if self.rewrite_at != Time(0) {
+            for slot in first..end {
+                let line = self.table.line(slot);
+                if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
+                    self.commit(Commit::Write { slot, generation: line.generation() });
+                }
+            }
+            self.rewrite_slot = if end == self.table.capacity() { 0 } else { end };
+        }
+        let steps = self.table.capacity().div_ceil(REWRITE_STEP);
+        self.rewrite_at = now.after(REWRITE_PERIOD / steps);
+    }
+
+    /// When [`tick_missing`](Self::tick_missing) has something to do.
+    pub(super) fn missing_at(&self) -> Time {
+        self.missing.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(TRY_AGAIN))
+    }
+}

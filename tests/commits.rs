@@ -1,0 +1,138 @@
+//! Commits, as the protocol asks for them: what the kernel refuses, what waits for a takeover, what is
+//! written again before it runs out.
+
+#[path = "protocol/world.rs"]
+#[allow(dead_code)]
+mod world;
+
+use std::time::Duration;
+
+use hypersync::counters::Counter;
+use hypersync::source::{Commit, CommitMode};
+use hypersync::sync::REWRITE_PERIOD;
+use world::{HOLD, World, memories};
+
+const SECOND: Duration = Duration::from_secs(1);
+const CONNECTIONS: u64 = 100;
+
+/// Members with these priorities; member 1 has connections that are older than the hold time.
+fn group<'m>(
+    memories: &'m [hypersync::memory::OwnedMemory],
+    priorities: &[u8],
+    mode: CommitMode,
+) -> World<'m> {
+    let mut world = World::new(1, memories);
+    world.commit = mode;
+    for (i, priority) in priorities.iter().enumerate() {
+        world.start(i as u8 + 1, 2, *priority);
+    }
+    world.run_for(SECOND / 10);
+    world
+}
+
+fn open(world: &mut World<'_>) {
+    for _ in 0..CONNECTIONS {
+        world.open_at(1);
+    }
+    world.run_for(HOLD + SECOND / 50);
+}
+
+#[test]
+fn a_copy_that_the_kernel_refuses_counts_as_exposed_until_it_is_there() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND * 3);
+    assert_eq!(world.counter(2, Counter::ConnectionsBackup), CONNECTIONS, "the table keeps it");
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    assert_eq!(world.counter(1, Counter::Exposure), CONNECTIONS);
+    assert!(world.counter(1, Counter::ExposureOldestUs) > 2_000_000);
+    assert!(world.host(2).kernel.is_empty());
+    // What is closed meanwhile is exposed no more.
+    for _ in 0..CONNECTIONS / 2 {
+        let tuple = world.any_open().expect("some are open");
+        world.close(tuple);
+    }
+    world.run_for(SECOND / 10);
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS / 2);
+    world.host(2).full = false;
+    world.run_until(SECOND * 5, "the copies are there after all", |w| w.is_quiet());
+    assert_eq!((world.counter(1, Counter::Declined), world.counter(2, Counter::CommitMissing)), (0, 0));
+    world.check();
+}
+
+#[test]
+fn a_copy_that_one_kernel_refuses_finds_another_member() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_until(SECOND * 10, "member 3 has all copies", |w| {
+        w.is_quiet() && w.counter(3, Counter::ConnectionsBackup) == CONNECTIONS
+    });
+    assert_eq!(world.counter(2, Counter::ConnectionsBackup), 0, "member 2 was released");
+    world.check();
+}
+
+#[test]
+fn without_room_in_the_kernel_no_slots_are_leased() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Eager);
+    for shard in &mut world.host(2).shards {
+        shard.set_kernel_room(false);
+    }
+    // What was leased before may still be filled.
+    let leased = world.counter(2, Counter::SlotsLeased);
+    for _ in 0..8 {
+        open(&mut world);
+    }
+    world.run_until(SECOND * 5, "all are protected", |w| w.is_quiet());
+    assert!(world.counter(2, Counter::ConnectionsBackup) <= leased);
+    assert!(world.counter(3, Counter::ConnectionsBackup) >= 8 * CONNECTIONS - leased);
+    world.check();
+}
+
+#[test]
+fn with_commit_takeover_copies_are_written_when_their_active_dies_and_not_before() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Takeover);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let tuple = world.any_open().expect("some are open");
+    world.close(tuple);
+    world.run_for(SECOND / 10);
+    assert!(world.host(2).kernel.is_empty(), "the active lives");
+    world.kill(1);
+    world.run_until(SECOND, "the copies are written", |w| {
+        let host = &w.hosts[&2];
+        host.kernel.len() as u64 == CONNECTIONS - 1 && !host.shards.iter().any(|s| s.is_taking_over())
+    });
+    assert_eq!(world.counter(2, Counter::Promotions), 0, "long before they get new backups");
+    assert!(world.hosts[&3].kernel.is_empty());
+}
+
+#[test]
+fn every_copy_is_written_again_before_its_timeout_can_run_out() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let mut now = world.now;
+    let end = now.after(REWRITE_PERIOD).after(REWRITE_PERIOD / 50);
+    let mut written = 0;
+    while !end.reached(now) {
+        now = now.after(REWRITE_PERIOD / 1000);
+        for shard in &mut world.host(2).shards {
+            shard.tick(now);
+            let mut asked = 0;
+            while let Some(commit) = shard.poll_commit() {
+                assert!(matches!(commit, Commit::Write { .. }));
+                asked += 1;
+            }
+            assert!(asked <= 64, "{asked} at once");
+            written += asked;
+        }
+    }
+    assert!((CONNECTIONS..=CONNECTIONS * 3 / 2).contains(&written), "{written} writes");
+}
