@@ -63,35 +63,16 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     };
 
     let (mut original, mut reply, mut zone) = (None, None, 0);
-    let (mut has_status, mut protocol_state) = (false, None);
-    let (mut state, mut extra) = (State::default(), Extra::NONE);
-    let mut known = groups::TUPLES | zero;
+    let mut rest = Rest { known: groups::TUPLES | zero, ..Rest::default() };
     let mut skipped = 0u8;
     for attribute in Attributes::new(body) {
         let (kind, payload) = attribute?;
-        let outcome = match kind {
-            TUPLE_ORIG => Ok(original = Some(decode_tuple(payload, family)?)),
-            TUPLE_REPLY => Ok(reply = Some(decode_tuple(payload, family)?)),
-            ZONE => Ok(zone = be16(payload)?),
-            STATUS => be32(payload).map(|bits| {
-                state.status = bits;
-                has_status = true;
-            }),
-            TIMEOUT => be32(payload).map(|seconds| {
-                state.timeout_s = seconds;
-                known |= groups::TIMEOUT;
-            }),
-            MARK => {
-                known &= !groups::MARK;
-                be32(payload).map(|mark| {
-                    state.mark = mark;
-                    known |= groups::MARK;
-                })
-            }
-            PROTOINFO => decode_protoinfo(payload).map(|found| protocol_state = found),
-            kind => decode_extra(kind, payload, &mut extra),
-        };
-        skipped = skipped.saturating_add(outcome.is_err() as u8);
+        match kind {
+            TUPLE_ORIG => original = Some(decode_tuple(payload, family)?),
+            TUPLE_REPLY => reply = Some(decode_tuple(payload, family)?),
+            ZONE => zone = be16(payload)?,
+            kind => skipped = skipped.saturating_add(rest.take(kind, payload).is_err() as u8),
+        }
     }
 
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;
@@ -104,32 +85,68 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     if original.protocol != reply.protocol {
         return Err(Malformed::TwoProtocols);
     }
-    match (original.protocol, protocol_state) {
-        // Status and TCP are one group: half of it is not known.
-        (TCP, Some(ProtocolState::Tcp { tcp_state, scale, flags })) if has_status => {
-            state.tcp_state = tcp_state;
-            state.tcp_scale = scale;
-            [state.tcp_flags_original, state.tcp_flags_reply] = flags;
-            known |= groups::STATE;
-        }
-        (TCP, _) => {}
-        (protocol, found) => {
-            if has_status {
-                known |= groups::STATE;
-            }
-            if let (SCTP, Some(ProtocolState::Sctp(info))) | (DCCP, Some(ProtocolState::Dccp(info))) =
-                (protocol, found)
-            {
-                extra.protoinfo = info;
-                extra.parts |= parts::PROTOINFO;
-            }
-        }
-    }
-    if !extra.is_none() {
-        known |= groups::EXTRA;
-    }
+    let Rest { state, extra, known, .. } = rest.settled(original.protocol);
     let connection = Connection { original, reply, state, extra };
     Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
+}
+
+/// What a message says besides names.
+#[derive(Default)]
+struct Rest {
+    state: State,
+    extra: Extra,
+    known: u8,
+    has_status: bool,
+    protocol_state: Option<ProtocolState>,
+}
+
+impl Rest {
+    /// Takes what one attribute says; nothing, if that is an error.
+    fn take(&mut self, kind: u16, payload: &[u8]) -> Result<(), Malformed> {
+        match kind {
+            STATUS => {
+                self.state.status = be32(payload)?;
+                self.has_status = true;
+            }
+            TIMEOUT => {
+                self.state.timeout_s = be32(payload)?;
+                self.known |= groups::TIMEOUT;
+            }
+            MARK => {
+                self.known &= !groups::MARK; // it is there, so it is not zero by silence
+                self.state.mark = be32(payload)?;
+                self.known |= groups::MARK;
+            }
+            PROTOINFO => self.protocol_state = decode_protoinfo(payload)?,
+            kind => decode_extra(kind, payload, &mut self.extra)?,
+        }
+        Ok(())
+    }
+
+    /// Brings together what depends on the protocol.
+    fn settled(mut self, protocol: u8) -> Rest {
+        match (protocol, self.protocol_state) {
+            (TCP, Some(ProtocolState::Tcp { tcp_state, scale, flags })) => {
+                self.state.tcp_state = tcp_state;
+                self.state.tcp_scale = scale;
+                [self.state.tcp_flags_original, self.state.tcp_flags_reply] = flags;
+            }
+            // Status and TCP are one group: half of it is not known.
+            (TCP, _) => self.has_status = false,
+            (SCTP, Some(ProtocolState::Sctp(info))) | (DCCP, Some(ProtocolState::Dccp(info))) => {
+                self.extra.protoinfo = info;
+                self.extra.parts |= parts::PROTOINFO;
+            }
+            _ => {}
+        }
+        if self.has_status {
+            self.known |= groups::STATE;
+        }
+        if !self.extra.is_none() {
+            self.known |= groups::EXTRA;
+        }
+        self
+    }
 }
 
 /// A tuple and the zone that belongs to its direction only, if there is one.
