@@ -23,8 +23,11 @@ const SRC_NAT: u32 = 1 << 4;
 const DST_NAT: u32 = 1 << 5;
 const SRC_NAT_DONE: u32 = 1 << 7;
 const DST_NAT_DONE: u32 = 1 << 8;
-/// What makes an entry translate; it never changes.
-const TRANSLATION: u32 = SRC_NAT | DST_NAT | SRC_NAT_DONE | DST_NAT_DONE;
+/// What is translated; it never changes.
+const TRANSLATION: u32 = SRC_NAT | DST_NAT;
+/// That there is no more to decide about translation. An entry that was written into the kernel without
+/// a translation lacks these bits, and needs them as little: it is confirmed.
+const DECIDED: u32 = SRC_NAT_DONE | DST_NAT_DONE;
 /// What grows while traffic flows.
 const CLAIMS: u32 = SEEN_REPLY | ASSURED;
 
@@ -85,7 +88,8 @@ impl Entry {
     /// What this copy has not, or has otherwise than its active. Windows, timeouts and ids are a kernel's own.
     pub fn difference(&self, active: &Entry) -> Option<String> {
         let tcp = |e: &Entry| (e.tcp_state, e.tcp_scales, e.tcp_flags.map(|flags| flags & HANDSHAKE_FLAGS));
-        let status = |e: &Entry| e.status & (CONFIRMED | CLAIMS | TRANSLATION);
+        let decided = if active.status & TRANSLATION == 0 { 0 } else { DECIDED };
+        let status = |e: &Entry| e.status & (CONFIRMED | CLAIMS | TRANSLATION | decided);
         let fields = [
             ("original tuple", self.original == active.original),
             ("reply tuple", self.reply == active.reply),

@@ -160,9 +160,9 @@ impl Mix {
             .flat_map(|(class, traffic)| originals(traffic).map(move |original| (original, class)))
     }
 
-    /// How many flows have an entry.
-    pub fn count(&self, entries: &Entries) -> usize {
-        self.originals().filter(|(original, _)| entries.contains_key(original)).count()
+    /// The entries of these flows.
+    pub fn entries<'e>(&self, entries: &'e Entries) -> Vec<&'e Entry> {
+        self.originals().filter_map(|(original, _)| entries.get(&original)).collect()
     }
 
     /// Whether this gateway has an established entry of every flow, translated as it should be.
