@@ -6,10 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::common::namespace::Namespace;
+use crate::common::wait_for;
 use crate::entries::{self, Entries};
 use crate::entries::{Entry, TCP, Tuple, UDP, originals};
 use crate::topology::{SERVER, SERVER_V6, SERVICE, SERVICE_V6, Topology};
-use crate::traffic::Traffic;
+use crate::traffic::{Hearers, Traffic};
 
 /// What gateways do to addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -111,16 +112,12 @@ impl Mix {
 
     /// Waits until each side of every flow has received `words` more than now.
     pub fn wait_for_more(&self, words: u64, limit: Duration, what: &str) {
-        for (class, traffic) in &self.flows {
-            traffic.wait_for_more(words, limit, &format!("{class}: {what}"));
-        }
+        wait_for_all(self.flows.iter(), Hearers::Both, words, limit, what);
     }
 
     /// Waits until every UDP client has received `words` more than now.
     pub fn wait_for_more_at_udp_clients(&self, words: u64, limit: Duration, what: &str) {
-        for (class, traffic) in self.udp() {
-            traffic.wait_for_more_at_client(words, limit, &format!("{class}: {what}"));
-        }
+        wait_for_all(self.udp(), Hearers::Client, words, limit, what);
     }
 
     /// Stops sending and waits until every byte has been received where that can be expected.
@@ -200,6 +197,21 @@ impl Mix {
             }
         }
         all
+    }
+}
+
+fn wait_for_all<'m>(
+    flows: impl Iterator<Item = &'m (Class, Traffic)>,
+    hearers: Hearers,
+    words: u64,
+    limit: Duration,
+    what: &str,
+) {
+    // All from now on, and one after another only to tell which is late.
+    let goals: Vec<_> =
+        flows.map(|(class, traffic)| (class, traffic, traffic.more(hearers, words))).collect();
+    for (class, traffic, goal) in &goals {
+        wait_for(&format!("{class}: {what}"), limit, || traffic.has_reached(goal));
     }
 }
 

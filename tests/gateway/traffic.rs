@@ -195,6 +195,20 @@ struct Side {
     quiet: bool,
 }
 
+/// Whose words are waited for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Hearers {
+    /// Client and server.
+    Both,
+    /// Only the client.
+    Client,
+}
+
+/// How many words each side is to have received.
+pub struct Goal {
+    least: Vec<u64>,
+}
+
 /// Connections between two hosts, with traffic on them until dropped.
 pub struct Traffic {
     shared: Arc<Shared>,
@@ -285,26 +299,34 @@ impl Traffic {
 
     /// Waits until each side of every connection has received `words` more than now.
     pub fn wait_for_more(&self, words: u64, limit: Duration, what: &str) {
-        self.wait_for_more_at(2, words, limit, what);
+        let goal = self.more(Hearers::Both, words);
+        wait_for(what, limit, || self.has_reached(&goal));
     }
 
-    /// Waits until the client's side of every connection has received `words` more than now.
-    pub fn wait_for_more_at_client(&self, words: u64, limit: Duration, what: &str) {
-        self.wait_for_more_at(1, words, limit, what);
-    }
-
-    fn wait_for_more_at(&self, ends: usize, words: u64, limit: Duration, what: &str) {
-        let count = ends * self.client_addresses.len();
-        let sides = || self.client().into_iter().chain(self.server()).take(count).collect::<Vec<_>>();
+    /// That so many more words have been received than now.
+    pub fn more(&self, hearers: Hearers, words: u64) -> Goal {
+        let count = self.client_addresses.len();
         // Until all have been accepted there are fewer server sides: those start from 0.
-        let mut start: Vec<u64> = sides().iter().map(|side| side.received).collect();
-        start.resize(count, 0);
-        wait_for(what, limit, || {
-            let now = sides();
-            let faults: Vec<_> = now.iter().filter_map(|side| side.fault.as_ref()).collect();
-            assert!(faults.is_empty(), "{} sides failed, the first: {}", faults.len(), faults[0]);
-            now.len() == count && now.iter().zip(&start).all(|(now, start)| now.received >= start + words)
-        });
+        let mut least: Vec<u64> = self.sides().iter().map(|side| side.received + words).collect();
+        least.resize(2 * count, words);
+        if hearers == Hearers::Client {
+            least.truncate(count);
+        }
+        Goal { least }
+    }
+
+    /// Whether every side has what is wanted of it; fails the test if one gave up.
+    pub fn has_reached(&self, goal: &Goal) -> bool {
+        let sides = self.sides();
+        let faults: Vec<_> = sides.iter().filter_map(|side| side.fault.as_ref()).collect();
+        assert!(faults.is_empty(), "{} sides failed, the first: {}", faults.len(), faults[0]);
+        sides.len() >= goal.least.len()
+            && sides.iter().zip(&goal.least).all(|(side, least)| side.received >= *least)
+    }
+
+    /// The client's sides, then the server's.
+    fn sides(&self) -> Vec<Progress> {
+        self.client().into_iter().chain(self.server()).collect()
     }
 
     /// Stops sending and waits until both sides have every word that was sent; for TCP.
