@@ -4,6 +4,7 @@
 mod kinds;
 mod listening;
 mod namespace;
+mod nat;
 mod real;
 mod settings;
 mod traffic;

@@ -7,6 +7,14 @@
 //! the same reason both directions are written out as soon as one of them is translated: a
 //! direction left out gets a "null binding", which may move a source port that is taken.
 //!
+//! What no request restores (seen on 6.18; tests/conntrack/kinds.rs): different zones for the two
+//! directions (EINVAL); keys of GRE that PPTP's helper translated (they stay as they were); that an entry
+//! was expected by another; TCP windows (hence BE_LIBERAL), and window scales unless both sides' flags say
+//! that they are used; labels where no rule sets any; a helper that this kernel does not have
+//! (EOPNOTSUPP), and what a helper remembers besides its name; counters, the time of birth, a timeout
+//! policy, a security context, offloading. A GRE entry has timeouts of its own, which are zero in one that
+//! was restored: its first packet ends it, and the next one begins another.
+//!
 //! Every function writes one message at the start of the caller's buffer, which has at least
 //! [`MESSAGE_MAX`](super::MESSAGE_MAX) bytes, and returns its length.
 
