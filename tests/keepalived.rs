@@ -15,10 +15,14 @@
 //! ```
 
 mod common;
+#[allow(dead_code)] // Only TCP here.
+#[path = "gateway/datagrams.rs"]
+mod datagrams;
 #[path = "keepalived/gateway.rs"]
 mod gateway;
 #[path = "keepalived/topology.rs"]
 mod topology;
+#[allow(dead_code)]
 #[path = "gateway/traffic.rs"]
 mod traffic;
 

@@ -34,7 +34,8 @@ use super::codec::{
 };
 use super::netlink::{Mailbox, Socket};
 use super::sysctl::{TableFill, Timeouts};
-use crate::conn::extra::parts;
+use crate::conn::extra::{HELPER_NAME, parts};
+use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Tuple};
 use crate::limits::COMMIT_PER_PASS;
 use crate::source::SourceEvent;
@@ -44,6 +45,9 @@ use crate::source::SourceEvent;
 /// default (5 days for an established TCP connection); short enough that what a crash leaves
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
+
+/// Helpers remembered as refused: a kernel has about a dozen.
+const HELPERS_MAX: usize = 16;
 
 /// Rounds that one entry may take; more means that somebody else keeps changing it.
 const ROUNDS_MAX: usize = 6;
@@ -98,6 +102,10 @@ pub struct Tally {
     pub busy: u64,
     /// Entries written without their helper, which this kernel does not have.
     pub without_helper: u64,
+    /// Entries that have no room for labels, because no rule here uses labels.
+    pub without_labels: u64,
+    /// Entries that end with their first packet: ctnetlink cannot set the timeouts that GRE keeps in them.
+    pub fleeting: u64,
 }
 
 /// The batch takes no more, or has an entry with this original tuple: flush first. (Entries
@@ -132,6 +140,8 @@ pub struct Committer {
     entries: Vec<Entry>,
     sequence: u32,
     tally: Tally,
+    /// Helpers that this kernel refused, at most [`HELPERS_MAX`].
+    refused: Vec<[u8; HELPER_NAME]>,
     timeouts: Timeouts,
     fill: TableFill,
 }
@@ -155,6 +165,7 @@ impl Committer {
             entries: Vec::with_capacity(Committer::BATCH),
             sequence: 1,
             tally: Tally::default(),
+            refused: Vec::with_capacity(HELPERS_MAX),
             timeouts: Timeouts::read(),
             fill: TableFill::open()
                 .map_err(|_| KernelError::NoConntrack { doing: "read conntrack's limits" })?,
@@ -207,7 +218,16 @@ impl Committer {
             Lifetime::Kept => KEPT_TIMEOUT_S,
             Lifetime::Normal => self.timeouts.of(connection),
         };
-        self.add(Entry { connection: *connection, timeout_s, may_create: true, step: Step::Create })
+        let mut connection = *connection;
+        let extra = &mut connection.extra;
+        let is_without = extra.has(parts::HELPER) && self.refused.contains(&extra.helper);
+        if is_without {
+            extra.parts &= !parts::HELPER;
+        }
+        self.add(Entry { connection, timeout_s, may_create: true, step: Step::Create })?;
+        self.tally.without_helper += is_without as u64;
+        self.tally.fleeting += (connection.original.protocol == GRE) as u64;
+        Ok(())
     }
 
     /// Adds an entry to be removed.
@@ -305,7 +325,7 @@ impl Committer {
         match answers {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
-                    entry.step = entry.next_step(answer, &mut self.tally);
+                    entry.step = entry.next_step(answer, &mut self.tally, &mut self.refused);
                 }
             }
             Err(errno) => {
@@ -360,7 +380,7 @@ struct Answers {
 
 impl Entry {
     /// Without its helper, if it has one and this is how a kernel refuses a helper.
-    fn drop_helper(&mut self, errno: i32, tally: &mut Tally) -> bool {
+    fn drop_helper(&mut self, errno: i32, tally: &mut Tally, refused: &mut Vec<[u8; HELPER_NAME]>) -> bool {
         let is_helpers_fault = matches!(errno, libc::EOPNOTSUPP | libc::EAGAIN);
         let extra = &mut self.connection.extra;
         if !is_helpers_fault || !extra.has(parts::HELPER) {
@@ -368,10 +388,25 @@ impl Entry {
         }
         extra.parts &= !parts::HELPER;
         tally.without_helper += 1;
+        // EAGAIN: a module was loaded just now, and the next one may have it.
+        if errno == libc::EOPNOTSUPP && refused.len() < HELPERS_MAX && !refused.contains(&extra.helper) {
+            refused.push(extra.helper);
+        }
         true
     }
 
-    fn next_step(&mut self, answers: Answers, tally: &mut Tally) -> Step {
+    /// Whether the entry that is there lacks the helper that this one should have.
+    fn wants_a_helper_besides(&self, there: &Connection) -> bool {
+        let wanted = &self.connection.extra;
+        wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
+    }
+
+    fn next_step(
+        &mut self,
+        answers: Answers,
+        tally: &mut Tally,
+        refused_helpers: &mut Vec<[u8; HELPER_NAME]>,
+    ) -> Step {
         let refused = |errno| {
             Step::Done(match errno {
                 libc::ENOMEM | libc::ENOSPC => Outcome::NoRoom,
@@ -389,11 +424,12 @@ impl Entry {
                 tally.replaced += 1;
                 Step::Done(Outcome::Written)
             }
-            (Step::Create, [errno, _]) if self.drop_helper(errno, tally) => Step::Create,
-            (Step::Replace, [_, errno]) if self.drop_helper(errno, tally) => Step::Create,
-            // The entry has no helper, or another one, and cannot be given this one.
-            (Step::Update { .. }, [libc::EOPNOTSUPP, _]) if self.connection.extra.has(parts::HELPER) => {
-                Step::Replace
+            (Step::Create, [errno, _]) if self.drop_helper(errno, tally, refused_helpers) => Step::Create,
+            (Step::Replace, [_, errno]) if self.drop_helper(errno, tally, refused_helpers) => Step::Create,
+            // The entry has no room for labels; everything else was applied.
+            (Step::Update { .. }, [libc::ENOSPC, _]) if self.connection.extra.has(parts::LABELS) => {
+                tally.without_labels += 1;
+                Step::Done(Outcome::Written)
             }
             (Step::Ask, [0, _]) => match answers.found {
                 Some(there) => Step::Done(Outcome::Present(there)),
@@ -402,7 +438,10 @@ impl Entry {
             (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Look, [0, _]) => match answers.found {
-                Some(there) if there.reply == self.connection.reply => {
+                // A translation, or a helper, cannot be given to an entry that is there.
+                Some(there)
+                    if there.reply == self.connection.reply && !self.wants_a_helper_besides(&there) =>
+                {
                     Step::Update { present: there.state.status }
                 }
                 Some(_) => Step::Replace,

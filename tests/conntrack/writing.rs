@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use hypersync::conn::Extra;
+use hypersync::conn::extra::{HELPER_NAME, parts};
 use hypersync::conntrack::commit::KEPT_TIMEOUT_S;
 use hypersync::conntrack::sysctl;
 
@@ -37,6 +39,47 @@ fn a_restored_entry_is_what_the_active_had() {
         assert_eq!(outcomes(&mut committer), [Outcome::Written]);
         let normal = sysctl::read("net.netfilter.nf_conntrack_tcp_timeout_established").expect("a setting");
         assert!((normal as u32 - 30..=normal as u32).contains(&dump(&mut source)[0].state.timeout_s));
+    });
+}
+
+#[test]
+fn a_helper_or_labels_that_this_host_cannot_give_cost_nothing_else() {
+    in_namespace("helpers and labels that conntrack refuses", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
+        let mut write = |c: &Connection| {
+            committer.write(c, Lifetime::Kept).expect("an empty batch");
+            let mut outcome = None;
+            let tally = committer.flush(&mut |result| outcome = Some(result.outcome));
+            assert_eq!(outcome, Some(Outcome::Written));
+            tally
+        };
+        let named = |name: &[u8]| {
+            let mut helper = [0; HELPER_NAME];
+            helper[..name.len()].copy_from_slice(name);
+            Extra { parts: parts::HELPER, helper, ..Extra::NONE }
+        };
+        // One that this kernel does not have: remembered, so that the entry is not made anew each time.
+        let unknown = Connection { extra: named(b"nobody"), ..numbered(0) };
+        for round in 0..3 {
+            let tally = write(&unknown);
+            assert_eq!((tally.without_helper, tally.updated), (1, (round > 0) as u64));
+        }
+        assert!(events(&mut source).iter().all(|e| matches!(e, SourceEvent::Seen { .. })), "never removed");
+        // One that the entry which is there lacks: it is made anew once.
+        let mut plain = numbered(1);
+        (plain.original.dport, plain.reply.sport) = (21, 21);
+        write(&plain);
+        let tallies = [0; 2].map(|_| write(&Connection { extra: named(b"ftp"), ..plain }));
+        assert_eq!(tallies.map(|t| (t.replaced, t.updated)), [(1, 0), (0, 1)]);
+        // Labels that no rule here uses: the rest is brought up to date.
+        let labels = Extra { parts: parts::LABELS, labels: [1; 16], ..Extra::NONE };
+        let mut labelled = Connection { extra: labels, ..numbered(2) };
+        write(&labelled);
+        labelled.state.mark = 99;
+        assert_eq!(write(&labelled).without_labels, 1);
+        let marks: Vec<u32> = dump(&mut source).iter().map(|c| c.state.mark).collect();
+        assert!(marks.contains(&99), "{marks:?}");
     });
 }
 

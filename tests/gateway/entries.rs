@@ -6,13 +6,10 @@ use std::io::Error;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use hypersync::conn::tuple::{TCP, UDP};
+
 use crate::common::namespace::Namespace;
 use crate::traffic::Traffic;
-
-/// TCP's protocol number.
-pub const TCP: u8 = 6;
-/// UDP's protocol number.
-pub const UDP: u8 = 17;
 
 // Bits of an entry's status.
 const SEEN_REPLY: u32 = 1 << 1;

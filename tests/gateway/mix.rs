@@ -5,10 +5,12 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use hypersync::conn::tuple::{TCP, UDP};
+
 use crate::common::namespace::Namespace;
 use crate::common::wait_for;
 use crate::entries::{self, Entries};
-use crate::entries::{Entry, TCP, Tuple, UDP, originals};
+use crate::entries::{Entry, Tuple, originals};
 use crate::topology::{SERVER, SERVER_V6, SERVICE, SERVICE_V6, Topology};
 use crate::traffic::{Hearers, Traffic};
 

@@ -12,10 +12,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hypersync::conn::tuple::{TCP, UDP};
+
 use crate::common::namespace::Namespace;
 use crate::common::wait_for;
 use crate::datagrams;
-use crate::entries::{TCP, UDP};
 
 /// How often every socket is looked at. The gaps that are measured are this coarse.
 const TICK: Duration = Duration::from_millis(5);
