@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -117,7 +117,17 @@ pub fn difference(one: &Table, other: &Table) -> Option<String> {
         let missing: Vec<&Tuple> = a.keys().filter(|name| !b.contains_key(name)).collect();
         missing.first().map(|first| format!("the {what} lacks {} entries, {first} say", missing.len()))
     };
-    let value = |c: &Connection| Connection { state: State { timeout_s: 0, ..c.state }, ..*c };
+    // The kernel's notes on the packet seen last, and that committed entries are liberal, are of one side only.
+    const LASTING: u8 = 0x07;
+    let value = |c: &Connection| Connection {
+        state: State {
+            timeout_s: 0,
+            tcp_flags_original: c.state.tcp_flags_original & LASTING,
+            tcp_flags_reply: c.state.tcp_flags_reply & LASTING,
+            ..c.state
+        },
+        ..*c
+    };
     lacks("second", one, other).or_else(|| lacks("first", other, one)).or_else(|| {
         let other_value = |c: &Connection| value(&other[&c.original]);
         let differs = one.values().find(|c| value(c) != other_value(c));
@@ -162,16 +172,22 @@ pub struct Churned {
 /// A thread that opens and closes connections in a gateway's kernel.
 pub struct Churn {
     stop: Arc<AtomicBool>,
+    opened: Arc<AtomicU32>,
     thread: Option<JoinHandle<Churned>>,
 }
 
 impl Churn {
     pub fn start(gateway: &Namespace, plan: Plan) -> Churn {
-        let stop = Arc::new(AtomicBool::new(false));
+        let (stop, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
         let mut hand = Hand::on(gateway);
-        let stopped = stop.clone();
-        let thread = std::thread::spawn(move || churn(&mut hand, plan, &stopped));
-        Churn { stop, thread: Some(thread) }
+        let (stopped, counted) = (stop.clone(), opened.clone());
+        let thread = std::thread::spawn(move || churn(&mut hand, plan, &stopped, &counted));
+        Churn { stop, opened, thread: Some(thread) }
+    }
+
+    /// Connections opened so far.
+    pub fn opened(&self) -> u32 {
+        self.opened.load(Ordering::Relaxed)
     }
 
     /// Ends it: what was not to be kept is closed.
@@ -196,7 +212,7 @@ impl Drop for Churn {
     }
 }
 
-fn churn(hand: &mut Hand, plan: Plan, stop: &AtomicBool) -> Churned {
+fn churn(hand: &mut Hand, plan: Plan, stop: &AtomicBool, counted: &AtomicU32) -> Churned {
     let started = Instant::now();
     let mut kept = Vec::new();
     let is_kept = |i: u32| i % plan.keep_one_of == 0;
@@ -213,6 +229,7 @@ fn churn(hand: &mut Hand, plan: Plan, stop: &AtomicBool) -> Churned {
         let now = Instant::now();
         kept.extend((opened..end).filter(|i| is_kept(*i)).map(|i| (plan.first + i, now)));
         opened = end;
+        counted.store(opened, Ordering::Relaxed);
         let close_until = opened.saturating_sub(plan.open);
         let closing = (open_until..close_until).filter(|i| !is_kept(*i));
         closed += closing.clone().count() as u32;

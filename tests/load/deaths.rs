@@ -26,7 +26,9 @@ const CHURN: Plan = Plan { rate: 20_000, first: 0, open: 2_000, keep_one_of: 200
 const ROUNDS: usize = 10;
 /// What was opened so long before a death may be lost by it: the hold, and what copying takes on a
 /// machine that has no processor to spare.
-const YOUNG: Duration = HOLD.saturating_add(Duration::from_secs(2));
+const YOUNG: Duration = HOLD.saturating_add(Duration::from_secs(1));
+/// Connections that open between two deaths: for longer than that.
+const BETWEEN: u32 = CHURN.rate * 5 / 2;
 
 /// What a gateway lets through. Without a connection nothing but a new one from the client passes.
 const RULES: &str = "
@@ -134,6 +136,8 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
     let mut churn = Churn::start(gateways.gateway(active), CHURN);
     for round in 0..ROUNDS {
         let death = [Death::Power, Death::Process, Death::Restart][round % 3];
+        let before = churn.opened();
+        wait_for("connections open and close", LATEST, || churn.opened() >= before + BETWEEN);
         wait_for_two_copies(&site, &members, &wanted);
         let started = Instant::now();
         let victim = active;
