@@ -34,7 +34,10 @@ pub fn established(original: Tuple, reply: Tuple) -> Connection {
 pub type Table = HashMap<Tuple, Connection>;
 
 /// The connections of these numbers.
-pub fn connections(numbers: impl IntoIterator<Item = u32>) -> impl Iterator<Item = Connection> {
+pub fn connections<I>(numbers: I) -> impl Iterator<Item = Connection> + Clone
+where
+    I: IntoIterator<Item = u32, IntoIter: Clone>,
+{
     numbers.into_iter().map(connection)
 }
 
@@ -76,6 +79,16 @@ impl Hand {
             self.put(|committer| committer.write(&c, Lifetime::Normal));
         }
         assert_eq!(self.take_failed(), 0, "the kernel takes every connection");
+    }
+
+    /// Ends these connections as TCP does: their last packets change their state, then they are gone.
+    pub fn finish(&mut self, connections: impl Iterator<Item = Connection> + Clone) {
+        const TIME_WAIT: u8 = 7;
+        self.open(connections.clone().map(|mut c| {
+            c.state.tcp_state = TIME_WAIT;
+            c
+        }));
+        self.close(connections);
     }
 
     /// Closes these connections.
