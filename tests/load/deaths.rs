@@ -220,7 +220,9 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
             .map(|name| format!("{name} is lost"))
             .or_else(|| strange.map(|name| format!("{name} should be closed")))
             .or_else(|| difference(&tables[at(active)], &tables[2 - usize::from(active)]))
-            .or_else(|| members.iter().find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into())));
+            .or_else(|| {
+                members.iter().find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into()))
+            });
         why.is_none()
     };
     let began = Instant::now();

@@ -41,9 +41,8 @@ impl Gateways {
 
     /// Another bridge.
     pub fn bridge(&self, name: &str) {
-        self.switch.ip(&format!(
-            "link add {name} type bridge forward_delay 0 mcast_snooping 0\nlink set {name} up"
-        ));
+        self.switch
+            .ip(&format!("link add {name} type bridge forward_delay 0 mcast_snooping 0\nlink set {name} up"));
     }
 
     /// Another host.

@@ -25,14 +25,8 @@ fn names(table: &Table) -> HashSet<Tuple> {
 /// Nothing of this member is left to dump, and for two seconds nothing is.
 fn no_more_dumps(member: &Member) {
     let dumps = member.counter(Counter::SourceDumps);
-    stays("no dump without a loss", Duration::from_secs(2), || {
-        member.counter(Counter::SourceDumps) == dumps
-    });
-    println!(
-        "member {}: {} events lost, {dumps} dumps",
-        member.id,
-        member.counter(Counter::SourceOverruns)
-    );
+    stays("no dump without a loss", Duration::from_secs(2), || member.counter(Counter::SourceDumps) == dumps);
+    println!("member {}: {} events lost, {dumps} dumps", member.id, member.counter(Counter::SourceOverruns));
 }
 
 #[test]
@@ -105,9 +99,8 @@ fn of_a_hundred_thousand_events_a_second_none_stays_lost() {
     let (one, two) = (gateways.start(1, &[]), gateways.start(2, &[]));
     wait_until_ready(&[&one, &two]);
     let plan = Plan { rate: 30_000, first: 0, open: 3_000, keep_one_of: 50, most: EACH };
-    let churns: Vec<Churn> = (0..WRITERS)
-        .map(|n| Churn::start(gateways.gateway(1), Plan { first: n * EACH, ..plan }))
-        .collect();
+    let churns: Vec<Churn> =
+        (0..WRITERS).map(|n| Churn::start(gateways.gateway(1), Plan { first: n * EACH, ..plan })).collect();
     let mut rate = 0.0;
     let mut kept = HashSet::new();
     for churn in churns {
