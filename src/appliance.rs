@@ -20,6 +20,7 @@ use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
 use crate::feed::{Feed, KernelParts};
+use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
@@ -135,6 +136,12 @@ fn start(config: &Config) -> Result<(), Failure> {
     let mut changed = None;
     let mut may_be_unheard = false;
     if is_kernel {
+        ADDRESSES.watch(config.rules.interfaces());
+        for name in config.rules.interfaces() {
+            if let Err(e) = Interface::named(name) {
+                log::warn!("a rule names an interface that may come later: {e}");
+            }
+        }
         ADDRESSES.refresh().map_err(usage)?;
         for _ in 0..config.shards {
             committers.push(Committer::open().map_err(usage)?);
@@ -142,7 +149,7 @@ fn start(config: &Config) -> Result<(), Failure> {
         // With another value, what was born before we listened never raises an event.
         may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
         changed = match options.sysctl {
-            SysctlMode::Set => Some(sysctl::set_needed().map_err(usage)?),
+            SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
             SysctlMode::Leave => {
                 for (name, now) in sysctl::unmet().map_err(usage)? {
                     log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
@@ -326,7 +333,7 @@ fn run_shard(
     )
     .map_err(|e| e.to_string())?;
     let feed = match options.source {
-        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard))),
+        SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
         SourceKind::Kernel => {
             let source = Source::open(shard, config.shards, &port_ids, options.event_buffer)
                 .map_err(|e| e.to_string())?;
@@ -334,6 +341,7 @@ fn run_shard(
                 source,
                 committer: committer.ok_or("a committer was not opened")?,
                 addresses: &ADDRESSES,
+                rules: config.rules.clone(),
                 commit: config.commit,
                 may_be_unheard,
                 capacity: config.sizes.memory.capacity as u32,
@@ -371,7 +379,8 @@ fn run_shard(
         let settle = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        Membership::new(group, options.group, region, shared, notifier, counters, settle, now)
+        let hearing = Hearing::new(options.peer.clone(), settle, now);
+        Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
     let mut shard = Shard::new(

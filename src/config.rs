@@ -13,6 +13,7 @@ use crate::limits::{
 use crate::memory::MemorySize;
 use crate::net::SendMode;
 use crate::ring::Features;
+use crate::rules::Rules;
 use crate::shm::Sizes;
 use crate::source::CommitMode;
 
@@ -50,6 +51,9 @@ pub struct RunOptions {
     /// connections and copies that the table has room for, in all shards together (default 1000000)
     #[argh(option, default = "1_000_000")]
     pub capacity: usize,
+    /// connections that may have labels, a helper or the like (default: one in eight of the capacity)
+    #[argh(option)]
+    pub extras: Option<usize>,
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
     #[argh(option, default = "SourceKind::Kernel")]
     pub source: SourceKind,
@@ -57,6 +61,13 @@ pub struct RunOptions {
     /// died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
+    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
+    /// rule that matches decides
+    #[argh(option)]
+    pub rule: Vec<String>,
+    /// file with further rules, one a line, that come after those of --rule
+    #[argh(option)]
+    pub rules: Option<PathBuf>,
     /// how long a connection must live before it is sent (default 3s)
     #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
     pub hold: Duration,
@@ -180,6 +191,8 @@ pub struct Config {
     pub multicast: Option<IpAddr>,
     /// When copies are written to the kernel.
     pub commit: CommitMode,
+    /// What is copied.
+    pub rules: Rules,
     /// Sizes of the shared memory.
     pub sizes: Sizes,
 }
@@ -231,6 +244,9 @@ impl Config {
         }
         let highest = (SLOTS_MAX / 9 * 8) as u64 * shards as u64;
         within("capacity", o.capacity as u64, SLOTS_MIN as u64 * shards as u64, highest)?;
+        if let Some(extras) = o.extras {
+            within("extras", extras as u64, 1, o.capacity as u64)?;
+        }
         if o.sync.is_unspecified() || o.sync.is_multicast() {
             return Err(format!("--sync {} is no address of this host", o.sync));
         }
@@ -275,18 +291,44 @@ impl Config {
         if commit != CommitMode::Off && o.source == SourceKind::Ring {
             return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
         }
+        let rules = rules(o)?;
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
-        let share = o.capacity.div_ceil(shards as usize);
-        let slots = (share + share / 8 + 256).min(SLOTS_MAX);
-        let memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        let with_reserve = |all: usize, least: usize| {
+            let share = all.div_ceil(shards as usize);
+            share + share / 8 + least
+        };
+        let slots = with_reserve(o.capacity, 256).min(SLOTS_MAX);
+        let mut memory = MemorySize::new(slots, o.arena.next_multiple_of(4096));
+        if let Some(extras) = o.extras {
+            memory.extras = with_reserve(extras, 32).min(slots);
+        }
         Ok(Config {
             shards,
             multicast,
             commit,
+            rules,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
     }
+}
+
+fn rules(options: &RunOptions) -> Result<Rules, String> {
+    let mut rules = Rules::default();
+    for rule in &options.rule {
+        rules.add(rule).map_err(|e| format!("--rule: {e}"))?;
+    }
+    if let Some(file) = &options.rules {
+        let named = |e: &dyn std::fmt::Display| format!("--rules {}: {e}", file.display());
+        let text = std::fs::read_to_string(file).map_err(|e| named(&e))?;
+        rules.add_lines(&text).map_err(|e| named(&e))?;
+    }
+    if options.source == SourceKind::Ring && rules.uses_addresses() {
+        return Err("rules with address or local need --source kernel: the ring's connections are not \
+                    this host's"
+            .into());
+    }
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -308,6 +350,14 @@ mod tests {
         assert_eq!(config.options.hold, Duration::from_secs(3));
         let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
         assert_eq!((ring.multicast, ring.commit), (None, CommitMode::Off));
+        let rare = |words: &[&str]| {
+            let memory =
+                check(&[words, &["--shards", "2", "--capacity", "8000"]].concat()).unwrap().sizes.memory;
+            (memory.capacity, memory.extras)
+        };
+        assert_eq!(rare(&[]), (4756, 595), "one in eight");
+        assert_eq!(rare(&["--extras", "1"]), (4756, 33));
+        assert_eq!(rare(&["--extras", "8000"]), (4756, 4532));
     }
 
     #[test]
@@ -318,6 +368,8 @@ mod tests {
             ("--shards", "65"),
             ("--shards", "0"),
             ("--capacity", "1"),
+            ("--extras", "0"),
+            ("--extras", "1000001"),
             ("--heartbeat", "1ms"),
             ("--heartbeat", "fast"),
             ("--dead-after", "1"),
@@ -333,6 +385,8 @@ mod tests {
             ("--commit", "later"),
             ("--send", "slow"),
             ("--features", "some"),
+            ("--rule", "allow"),
+            ("--rules", "/nosuch/rules"),
         ] {
             let error = match flag {
                 // Given twice it would be refused for that.

@@ -48,7 +48,11 @@ counters! {
     SourceShort, "source_short", "connections that closed within the hold time and were never sent";
     SourceUnknownGone, "source_unknown_gone", "closes of connections that are not in the table";
     SourceRejected, "source_rejected", "source events refused as malformed or for another shard";
-    SourceLocal, "source_local", "events of this host's own connections, which are never copied";
+    SourceSkipped, "source_skipped", "attributes of the kernel's messages that had another form than expected and were left out";
+    SourceExpectations, "source_expectations", "expectations that helpers created here; they are not copied";
+    SourceOffloaded, "source_offloaded", "events of offloaded flows, which lack timeout and protocol state: the last known values stay";
+    SourceLocal, "source_local", "events of this host's own connections, which are not copied unless a rule says so";
+    SourceFiltered, "source_filtered", "events of connections that a rule skips";
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
     SourceDumps, "source_dumps", "dumps of the kernel's table";

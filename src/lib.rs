@@ -49,7 +49,7 @@
 //! 3. [`ccp`]: the bytes on the wire, and nothing else. docs/PROTOCOL.md draws them.
 //! 4. [`group`]: who is there, who is dead, who should be a backup.
 //! 5. [`sync`]: the protocol of one shard, [`Replica`](sync::Replica); its page says in which order.
-//! 6. [`source`], [`memory`]: what goes in and out of it, and what it stands on.
+//! 6. [`source`], [`rules`], [`memory`]: what goes in and out of it, what is copied at all, and what it stands on.
 //! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they meet.
 //! 8. [`membership`], [`notify`], [`config`], [`appliance`]: the process around the shards.
 //!
@@ -79,6 +79,7 @@ pub mod net;
 pub mod notify;
 pub mod prefetch;
 pub mod ring;
+pub mod rules;
 pub mod seq;
 pub mod shard;
 pub mod shm;

@@ -123,6 +123,12 @@ pub const INGEST_RECORDS_MAX: usize = 1 << 20;
 /// Unicast peers on the command line: every other member.
 pub const PEERS_MAX: usize = MEMBERS_MAX - 1;
 
+/// Rules that say what is copied, those of `--rule` and of `--rules` together. More are refused at start.
+pub const RULES_MAX: usize = 256;
+
+/// Interfaces that rules name: a bit each in what is known of an address. More are refused at start.
+pub const RULE_INTERFACES_MAX: usize = 32;
+
 const _: () = assert!(MEMBERS_MAX < 64 && SHARDS_MAX <= 64);
 const _: () = assert!(SLOTS_MAX <= 1 << 26 && GENERATIONS as usize == 1 << 26);
 const _: () = assert!(DATAGRAM_MAX.is_multiple_of(8) && DATAGRAM_MAX <= MTU_MIN - 48);

@@ -16,6 +16,7 @@ struct Options {
 
 #[derive(FromArgs)]
 #[argh(subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, and it is taken apart at once")]
 enum Command {
     Run(RunOptions),
     Demo(hypersync::demo::DemoOptions),

@@ -8,12 +8,14 @@ use std::time::Duration;
 use crate::ccp::bytes::Writer;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
+use crate::group::hearing::{EXPECTED, Hearing, Trouble};
 use crate::group::view::{Status, View};
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
-use crate::net::{Port, Target};
+use crate::net::{Port, Refusals, Target};
 use crate::notify::Notifier;
 use crate::shm::Region;
+use crate::shm::group::Standing;
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -35,12 +37,15 @@ pub struct Shared {
     pub failed: AtomicBool,
     /// Shards whose source is complete.
     pub complete: AtomicU8,
+    /// What was told of sends that this host refuses.
+    pub refusals: Refusals,
 }
 
 /// Shard 0's view of the group, and its duties.
 pub struct Membership<'m> {
     group: Group,
     group_number: u16,
+    hearing: Hearing,
     region: &'m Region,
     shared: &'m Shared,
     notifier: Notifier,
@@ -65,6 +70,7 @@ impl<'m> Membership<'m> {
     pub fn new(
         group: Group,
         group_number: u16,
+        hearing: Hearing,
         region: &'m Region,
         shared: &'m Shared,
         notifier: Notifier,
@@ -79,6 +85,7 @@ impl<'m> Membership<'m> {
             heartbeat: group.heartbeat(),
             group,
             group_number,
+            hearing,
             region,
             shared,
             notifier,
@@ -157,6 +164,7 @@ impl<'m> Membership<'m> {
             }
         }
         self.tell_dead();
+        self.tell_troubles(now);
         self.become_ready(now);
         self.region.group().version() != before
     }
@@ -188,10 +196,33 @@ impl<'m> Membership<'m> {
         });
     }
 
+    /// Whoever leaves need not be heard any more.
+    fn tell_troubles(&mut self, now: Time) {
+        if self.leaving_since.is_some() {
+            return;
+        }
+        let (group, seconds) = (self.group_number, EXPECTED.as_secs());
+        self.hearing.tick(now, self.group.view(), &mut |trouble| match trouble {
+            Trouble::NotHeardBy { member, address } => log::warn!(
+                "member {member} at {address} does not hear this member: UDP port 8116 is blocked on the way \
+                 there (this host's output, the network, or that host's input rules)"
+            ),
+            Trouble::NothingFrom(address) => log::warn!(
+                "no heartbeat of group {group} from peer {address} yet: it is not running, or UDP port 8116 is \
+                 blocked on the way here"
+            ),
+            Trouble::Alone => log::info!(
+                "alone in group {group} so far: no heartbeat of another member in {seconds} s; none is running, \
+                 or multicast to UDP port 8116 does not get here"
+            ),
+        });
+    }
+
     fn become_ready(&mut self, now: Time) {
         let complete = self.shared.complete.load(Ordering::Relaxed) == self.shards;
         if !self.ready && complete && now.since(self.started) >= self.settle && self.leaving_since.is_none() {
             self.ready = true;
+            self.region.group().shard(0).set_standing(Standing::Ready);
             self.notifier.tell("self-ready", self.me);
         }
     }
@@ -232,6 +263,7 @@ impl<'m> Membership<'m> {
             Some(since) => since,
             None => {
                 self.leaving_since = Some(now);
+                self.region.group().shard(0).set_standing(Standing::Leaving);
                 if std::mem::take(&mut self.ready) {
                     self.notifier.tell("self-not-ready", self.me);
                 }

@@ -155,6 +155,11 @@ impl<'m> Shard<'m> {
             }
             Event::Woken => {}
         });
+        while let Some((to, errno)) = self.port.poll_refusal() {
+            if let Some(line) = self.shared.refusals.note(now, to, errno) {
+                log::warn!("{line}");
+            }
+        }
     }
 
     /// Datagrams: heartbeats to the group, synchronization to the protocol.

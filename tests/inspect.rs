@@ -8,13 +8,16 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hypersync::clock;
+use hypersync::conn::extra::{ProtoInfo, SeqAdj, Synproxy, parts};
+use hypersync::conn::extras::Extras;
 use hypersync::conn::index::Index;
-use hypersync::conn::{Connection, Coordinate, Generation, Kind, Stamp, State, Tuple, shard_of};
+use hypersync::conn::{Connection, Coordinate, Extra, Generation, Kind, Stamp, State, Tuple, shard_of};
 use hypersync::counters::{COUNTERS, Counter, Counters};
 use hypersync::group::view::{Member, Status};
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::MemorySize;
 use hypersync::seq::Seq;
+use hypersync::shm::group::Standing;
 use hypersync::shm::layout::shard_layout;
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes};
 use hypersync::sync::stream::{WORD_SEND_FLOOR, stream_index};
@@ -143,6 +146,82 @@ fn a_connection_is_found_by_either_tuple_with_its_other_copy() {
 }
 
 #[test]
+fn what_only_few_connections_have_is_shown_with_them() {
+    let a = appliance("extra");
+    let (tcp, plain, other) = (connection(1), connection(2), connection(3));
+    let sctp = Connection::new(
+        Tuple { protocol: 132, ..connection(4).original },
+        Tuple { protocol: 132, ..connection(4).reply },
+        State::default(),
+    );
+    let mut helper = [0; 16];
+    helper[..3].copy_from_slice(b"ftp");
+    let seqadj = [
+        SeqAdj { correction_position: 9, offset_before: 0, offset_after: (-3i32) as u32 },
+        SeqAdj { correction_position: 8, offset_before: 1, offset_after: 2 },
+    ];
+    let full = Extra {
+        parts: parts::ALL & !parts::PROTOINFO,
+        labels: std::array::from_fn(|i| i as u8),
+        helper,
+        seqadj,
+        synproxy: Synproxy { isn: 10, its: 11, tsoff: 12 },
+        ..Extra::NONE
+    };
+    let vtags = ProtoInfo { state: 3, role: 0, value: 0xdead_beef_0000_0001 };
+    let of_sctp = Extra { parts: parts::PROTOINFO, protoinfo: vtags, ..Extra::NONE };
+    let mut pools: Vec<Extras<'_>> = (0..2)
+        .map(|shard| a.region.shard(shard))
+        .map(|memory| Extras::new(memory.extras, memory.extra_of))
+        .collect();
+    for (slot, c, extra) in
+        [(1, &tcp, full), (2, &plain, Extra::NONE), (3, &other, full), (4, &sctp, of_sctp)]
+    {
+        let shard = a.put(slot, c, Kind::Active, Coordinate::NOWHERE);
+        assert!(pools[shard as usize].set(slot, &extra));
+    }
+
+    let page = |c: &Connection| text(&a.run(&["find", &c.original.to_string()]));
+    let said = page(&tcp);
+    for line in [
+        "  labels        000102030405060708090a0b0c0d0e0f",
+        "  helper        ftp",
+        "  seqadj        original +0/-3@9, reply +1/+2@8",
+        "  synproxy      isn 10, its 11, tsoff 12",
+    ] {
+        assert!(said.lines().any(|l| l == line), "{line} is not in\n{said}");
+    }
+    assert!(page(&sctp).contains("  sctp          state 3, tags 0xdeadbeef 0x00000001\n"), "{}", page(&sctp));
+    assert!(page(&plain).ends_with("timeout 432000 s\n"), "{}", page(&plain));
+
+    let extra = |c: &Connection| a.json(&["find", "--json", &c.original.to_string()])[0]["extra"].clone();
+    assert_eq!(extra(&plain), serde_json::json!({}));
+    let tags = serde_json::json!({"state": 3, "vtag_original": 0xdead_beef_u32, "vtag_reply": 1});
+    assert_eq!(extra(&sctp), serde_json::json!({ "sctp": tags }));
+    let shown = extra(&tcp);
+    assert_eq!(
+        (&shown["helper"], &shown["labels"]),
+        (&"ftp".into(), &"000102030405060708090a0b0c0d0e0f".into())
+    );
+    assert_eq!(
+        (&shown["seqadj"]["original"]["offset_after"], &shown["synproxy"]["tsoff"]),
+        (&(-3).into(), &12.into())
+    );
+
+    // A crash in the middle of a write leaves an odd count in the record: the connection is still shown.
+    let memory = a.region.shard(shard_of(&other.original, 2));
+    let record = memory.extra_of[3].load(Ordering::Relaxed) as usize - 1;
+    let count = &memory.extras[record].0[0];
+    count.store(count.load(Ordering::Relaxed) | 1, Ordering::Relaxed);
+    assert_eq!(extra(&other), Value::Null);
+    let list = text(&a.run(&["connections"]));
+    assert_eq!(list.lines().count(), 1 + 4, "{list}");
+    let line = |words: &str| list.lines().any(|l| l.contains("10.0.0.") && l.ends_with(words));
+    assert!(line("  extra half written") && line("  sctp state 3, tags 0xdeadbeef 0x00000001"), "{list}");
+    assert!(line("reply +1/+2@8  synproxy isn 10, its 11, tsoff 12"), "{list}");
+}
+
+#[test]
 fn every_connection_is_listed_once_and_a_torn_slot_never() {
     let a = appliance("connections");
     for n in 1..=20 {
@@ -239,6 +318,52 @@ fn counters_are_summed_where_a_sum_means_something() {
     let wanted =
         |l: &str| l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection");
     assert!(said.lines().any(wanted), "{said}");
+}
+
+#[test]
+fn the_check_says_ready_only_of_a_member_that_is_so_now() {
+    let a = appliance("check");
+    let group = a.region.group();
+    let pass = |shard, seconds_ago: u64| {
+        group.shard(shard).set_last_pass(Time(clock::now().0 - seconds_ago * 1_000_000_000));
+    };
+    // Whatever this machine does meanwhile, a pass "now" was made at most a moment ago.
+    let check = |status: i32, name: &str, why: &str, last: [u64; 2]| {
+        let mut said = (None, String::new());
+        for _ in 0..20 {
+            last.iter().enumerate().for_each(|(shard, ago)| pass(shard as u8, *ago));
+            let output = a.run(&["check"]);
+            said = (output.status.code(), text(&output));
+            if said.0 == Some(status) && said.1.contains(why) {
+                break;
+            }
+        }
+        assert_eq!(said.0, Some(status), "{said:?}");
+        assert!(said.1.starts_with(&format!("{name}: member 3 of group 7")), "{said:?}");
+        assert!(said.1.contains(why) && said.1.lines().count() == 1, "{said:?}");
+    };
+    check(2, "not-ready", "is starting", [0, 0]);
+    group.shard(0).set_standing(Standing::Ready);
+    check(0, "ready", "can carry", [0, 0]);
+    // One shard of two hangs: half of the connections are not cared for.
+    check(2, "stale", "shard 1 has done nothing for 3 s", [0, 3]);
+    group.shard(0).set_standing(Standing::Leaving);
+    check(2, "not-ready", "is leaving", [0, 0]);
+
+    let output = a.run(&["check", "--json"]);
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&answer["member"], &answer["group"]), (&3.into(), &7.into()));
+    assert!(["not-ready", "stale"].contains(&answer["status"].as_str().unwrap()), "{answer}");
+
+    // Nothing to read, and not ours: there is no appliance, as far as can be told.
+    let none = inspect("/nonexistent", &["check"]);
+    assert_eq!(none.status.code(), Some(1));
+    assert!(text(&none).starts_with("not-running: there is no "), "{none:?}");
+    let none = inspect("/nonexistent", &["check", "--json"]);
+    assert_eq!(none.status.code(), Some(1));
+    let answer: Value = serde_json::from_slice(&none.stdout).unwrap();
+    assert_eq!((&answer["status"], &answer["member"]), (&"not-running".into(), &Value::Null));
+    assert_eq!(a.run(&["check", "it"]).status.code(), Some(2), "a wrong call is never a yes");
 }
 
 #[test]

@@ -1,10 +1,14 @@
-//! How the appliance meets its users: bad input, signals, events, two members with one number, and
-//! stock Wireshark. Nothing here depends on how datagrams are sent.
+//! How the appliance meets its users: bad input, signals, events, two members with one number, members that
+//! do not hear each other, sysctls and stock Wireshark. Nothing here depends on how datagrams are sent.
 
 #[path = "usage/bad_input.rs"]
 mod bad_input;
+#[path = "usage/blocked.rs"]
+mod blocked;
 mod common;
 #[path = "usage/events.rs"]
 mod events;
+#[path = "usage/sysctls.rs"]
+mod sysctls;
 #[path = "usage/tshark.rs"]
 mod tshark;

@@ -15,6 +15,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub const ICMP: u8 = 1;
 /// IPPROTO_TCP.
 pub const TCP: u8 = 6;
+/// IPPROTO_GRE.
+pub const GRE: u8 = 47;
 /// IPPROTO_UDP.
 pub const UDP: u8 = 17;
 /// IPPROTO_DCCP.
@@ -57,6 +59,12 @@ pub struct Tuple {
 /// Whether the protocol has ports that conntrack tracks and `shard_of` may use.
 pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | DCCP | SCTP | UDPLITE)
+}
+
+/// Whether conntrack tells connections of this protocol apart by two numbers that ctnetlink calls ports:
+/// real ones, or GRE's keys.
+pub fn has_keys(protocol: u8) -> bool {
+    has_ports(protocol) || protocol == GRE
 }
 
 impl Tuple {

@@ -29,8 +29,8 @@
 
 use super::KernelError;
 use super::codec::{
-    self, MESSAGE_MAX, TYPE_ERROR, decode, encode_create, encode_delete, encode_get, encode_statistics,
-    encode_update, request_ack,
+    self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
+    encode_statistics, encode_update, request_ack,
 };
 use super::netlink::{Mailbox, Socket};
 use super::sysctl::{TableFill, Timeouts};
@@ -338,7 +338,9 @@ impl Committer {
                 if answer.kind == TYPE_ERROR {
                     of_entry.errno[offset % 2] = answer.errno;
                     is_complete |= answer.sequence == last;
-                } else if let Ok(SourceEvent::Seen { connection, .. }) = decode(message) {
+                } else if let Ok(Decoded { event: SourceEvent::Seen { connection, .. }, .. }) =
+                    decode_entry(message)
+                {
                     of_entry.found = Some(connection);
                 }
             }

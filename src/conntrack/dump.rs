@@ -7,9 +7,8 @@
 //! which is why the events must be listened to before it starts.
 
 use super::KernelError;
-use super::codec::{self, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, encode_dump};
+use super::codec::{self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode_entry, encode_dump};
 use super::netlink::{Mailbox, Socket};
-use crate::conn::Family;
 use crate::source::SourceEvent;
 
 /// Bytes of the largest piece: what the kernel offers a reader with buffers this large.
@@ -35,6 +34,8 @@ pub struct DumpProgress {
     pub entries: usize,
     /// Messages that made no sense.
     pub malformed: usize,
+    /// Attributes that made no sense and were left out.
+    pub skipped: usize,
     /// Where the dump stands now.
     pub state: DumpState,
 }
@@ -62,8 +63,7 @@ impl Dump {
         assert!(!self.is_running, "one dump at a time");
         self.sequence = self.sequence.wrapping_add(1);
         let mut request = [0; MESSAGE_MAX];
-        // Only the family that is copied (see `is_copied`): the kernel skips the rest cheaply.
-        let length = encode_dump(&mut request, self.sequence, Some(Family::V4));
+        let length = encode_dump(&mut request, self.sequence, None);
         self.socket
             .send(&request[..length])
             .map_err(|e| KernelError::new("dump the kernel's connection table", &e))?;
@@ -73,7 +73,8 @@ impl Dump {
 
     /// Reads pieces until `cap` entries were looked at; `f` says whether it used the entry.
     pub(super) fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent) -> bool) -> DumpProgress {
-        let mut progress = DumpProgress { events: 0, entries: 0, malformed: 0, state: DumpState::Done };
+        let mut progress =
+            DumpProgress { events: 0, entries: 0, malformed: 0, skipped: 0, state: DumpState::Done };
         while self.is_running && progress.entries < cap {
             match self.mailbox.receive(&self.socket, 1) {
                 // Every piece is there as soon as the one before it was read: an empty queue is a lost piece.
@@ -91,8 +92,11 @@ impl Dump {
                     }
                     _ => {
                         progress.entries += 1;
-                        match decode(message) {
-                            Ok(event) => progress.events += f(event) as usize,
+                        match decode_entry(message) {
+                            Ok(Decoded { event, skipped }) => {
+                                progress.skipped += skipped as usize;
+                                progress.events += f(event) as usize;
+                            }
                             Err(_) => progress.malformed += 1,
                         }
                     }

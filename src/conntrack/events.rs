@@ -18,16 +18,18 @@
 use std::collections::HashSet;
 use std::os::fd::BorrowedFd;
 
-use super::codec::{decode, status};
+use super::codec::{Decoded, decode, is_expectation, status};
 use super::dump::{Dump, DumpProgress};
 use super::netlink::{Mailbox, Socket};
-use super::{KernelError, filter, is_copied};
+use super::{KernelError, filter};
 use crate::conn::slot::groups;
 use crate::conn::{Tuple, shard_of};
 use crate::source::SourceEvent;
 
 /// Groups of conntrack events: `NFNLGRP_CONNTRACK_NEW`, `_UPDATE`, `_DESTROY`.
 const GROUPS: [i32; 3] = [1, 2, 3];
+/// `NFNLGRP_CONNTRACK_EXP_NEW`: one shard hears of all expectations, to count them.
+const EXPECTATIONS: i32 = 4;
 
 /// Bytes of the largest event: tuples, NAT, helper, labels and a security context stay far below.
 const EVENT_MAX: usize = 4096;
@@ -44,6 +46,10 @@ pub struct Drained {
     pub events: usize,
     /// Messages that made no sense.
     pub malformed: usize,
+    /// Attributes that made no sense and were left out.
+    pub skipped: usize,
+    /// Expectations that helpers created.
+    pub expectations: usize,
     /// Whether more may be waiting.
     pub more: bool,
 }
@@ -65,8 +71,7 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Whether the caller wants to hear of this: its shard, a kind that is copied, and an entry
-    /// that is in the table and stays there.
+    /// Whether the caller wants to hear of this: its shard, and an entry that is in the table and stays there.
     pub(super) fn wants(&self, event: &SourceEvent) -> bool {
         let original = match event {
             SourceEvent::Seen { connection, known } => {
@@ -79,7 +84,7 @@ impl Share {
             }
             SourceEvent::Gone { original } => original,
         };
-        is_copied(original) && shard_of(original, self.shards) == self.shard
+        shard_of(original, self.shards) == self.shard
     }
 }
 
@@ -98,7 +103,7 @@ impl Source {
         socket.set_netlink_option(libc::NETLINK_NO_ENOBUFS, 1, "set up a netlink socket")?;
         // The filter before the groups: nothing of other shards is ever queued.
         socket.attach_filter(&filter::program(own_port_ids, shard, shards))?;
-        for group in GROUPS {
+        for group in GROUPS.into_iter().chain((shard == 0).then_some(EXPECTATIONS)) {
             socket.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen to conntrack events")?;
         }
         Ok(Source {
@@ -127,7 +132,15 @@ impl Source {
             let batch = left.min(Mailbox::BATCH);
             let taken = self.mailbox.receive(&self.socket, batch).unwrap_or(0);
             for message in self.mailbox.messages() {
-                match decode(message) {
+                if is_expectation(message) {
+                    drained.expectations += 1;
+                    continue;
+                }
+                let decoded = decode(message).map(|Decoded { event, skipped }| {
+                    drained.skipped += skipped as usize;
+                    event
+                });
+                match decoded {
                     Ok(event) if self.share.wants(&event) => {
                         if self.dump.is_running() && self.recent.len() < RECENT_MAX {
                             self.recent.extend(newer_than_a_dump(&event));

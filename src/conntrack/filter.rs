@@ -111,6 +111,9 @@ pub fn program(own_port_ids: &[u32], shard: u8, shards: u8) -> Vec<Instruction> 
     let mut p = Vec::new();
     // Anything shorter than a tuple passes: a load beyond the end would drop it.
     p.extend([plain(LOAD_LENGTH, 0), test(IF_AT_LEAST, 20, 1, 0), PASS]);
+    // What is about expectations is no connection: the subsystem is the type's high byte, in the host's order.
+    let subsystem = if cfg!(target_endian = "little") { 5 } else { 4 };
+    p.extend([plain(LOAD_BYTE, subsystem), test(IF_EQUAL, 2, 0, 1), PASS]);
     p.push(plain(LOAD_WORD, 12));
     for id in own_port_ids {
         p.extend([test(IF_EQUAL, u32::from_be_bytes(id.to_ne_bytes()), 0, 1), DROP]);

@@ -1,5 +1,5 @@
-#![allow(unsafe_code)]
-//! Which connections are this host's own, so that they are never copied.
+//! Which connections are this host's own, which are not copied unless a rule says so, and which
+//! of its interfaces have the address of one of their ends.
 //!
 //! A connection is local if this host opened it (the original source is ours) or answers it
 //! (the reply comes from us: addressed to us, or redirected to us). Not local is what is
@@ -8,23 +8,37 @@
 //!
 //! One thread reads the host's addresses now and then and publishes them; the shards compare
 //! a version at each pass and copy the list when it has moved. Nobody waits: a shard that
-//! meets a half-written list keeps the one it has and tries again.
+//! meets a half-written list keeps the one it has and tries again. How the addresses are read is
+//! the business of [`addresses`](super::addresses).
+//!
+//! Of the interfaces that have an address only those count that the [rules](crate::rules) name: an
+//! address carries a bit for each of them, [`Interfaces`].
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 
-use super::KernelError;
-use crate::conn::{Connection, Tuple};
+use crate::conn::{Connection, Family};
+use crate::limits::RULE_INTERFACES_MAX;
 
 /// Addresses that are published. Connections of further ones are taken for forwarded ones,
 /// and [`LocalAddresses::is_overfull`] says so.
 pub const ADDRESSES_MAX: usize = 256;
 
+/// Interfaces that have an address: bit `i` is the `i`th of those that are watched.
+pub type Interfaces = u32;
+
+const _: () = assert!(RULE_INTERFACES_MAX <= Interfaces::BITS as usize);
+
+/// Words of a published address: its low half, its high half, its interfaces.
+const WORDS: usize = 3;
+
 /// The addresses of this host, as one thread publishes them.
 pub struct LocalAddresses {
+    watched: OnceLock<Vec<String>>,
     version: AtomicU64, // odd while being written
     count: AtomicUsize,
-    words: [AtomicU64; 2 * ADDRESSES_MAX],
+    words: [AtomicU64; WORDS * ADDRESSES_MAX],
     is_overfull: AtomicBool,
 }
 
@@ -38,34 +52,38 @@ impl LocalAddresses {
     /// An empty list.
     pub const fn new() -> LocalAddresses {
         LocalAddresses {
+            watched: OnceLock::new(),
             version: AtomicU64::new(0),
             count: AtomicUsize::new(0),
-            words: [const { AtomicU64::new(0) }; 2 * ADDRESSES_MAX],
+            words: [const { AtomicU64::new(0) }; WORDS * ADDRESSES_MAX],
             is_overfull: AtomicBool::new(false),
         }
     }
 
-    /// Reads the addresses of the calling thread's network namespace and publishes them. For
-    /// one thread only, and not for a shard: it makes system calls and allocates.
-    pub fn refresh(&self) -> Result<(), KernelError> {
-        self.publish(host_addresses()?);
-        Ok(())
+    /// Says which interfaces' addresses are told apart, at most [`RULE_INTERFACES_MAX`]. Once, before
+    /// the first list is published; without it none are.
+    pub fn watch(&self, interfaces: &[String]) {
+        assert!(interfaces.len() <= RULE_INTERFACES_MAX, "the rules name no more");
+        assert!(self.watched.set(interfaces.to_vec()).is_ok(), "interfaces are named once");
     }
 
-    /// Publishes a list. For one thread only.
-    pub fn publish(&self, addresses: impl IntoIterator<Item = IpAddr>) {
-        let mut list: Vec<u128> = addresses.into_iter().map(number).collect();
+    /// The bit of an interface; none if it is not watched.
+    pub fn bit_of(&self, interface: &str) -> Interfaces {
+        let at = self.watched.get().and_then(|names| names.iter().position(|name| name == interface));
+        at.map_or(0, |at| 1 << at)
+    }
+
+    /// Publishes a list: addresses, each with the interfaces that have it. One that occurs more than
+    /// once, like a link-local address, has the interfaces of all. For one thread only.
+    pub fn publish(&self, addresses: impl IntoIterator<Item = (IpAddr, Interfaces)>) {
+        let mut list: Vec<(u128, Interfaces)> = addresses.into_iter().map(|(a, i)| (number(a), i)).collect();
         list.sort_unstable();
-        list.dedup();
-        let is_overfull = list.len() > ADDRESSES_MAX;
-        if is_overfull && !self.is_overfull.load(Ordering::Relaxed) {
-            log::warn!(
-                "this host has {} addresses, {ADDRESSES_MAX} are looked at: connections of the others \
-                 are copied like forwarded ones",
-                list.len()
-            );
-        }
-        self.is_overfull.store(is_overfull, Ordering::Relaxed);
+        list.dedup_by(|later, kept| {
+            let is_same = later.0 == kept.0;
+            kept.1 |= if is_same { later.1 } else { 0 };
+            is_same
+        });
+        self.is_overfull.store(list.len() > ADDRESSES_MAX, Ordering::Relaxed);
         list.truncate(ADDRESSES_MAX);
         if list == self.list() {
             return;
@@ -75,9 +93,10 @@ impl LocalAddresses {
         // Pairs with the acquire fence at the end of `LocalView::follow`.
         fence(Ordering::Release);
         self.count.store(list.len(), Ordering::Relaxed);
-        for (i, address) in list.iter().enumerate() {
-            self.words[2 * i].store(*address as u64, Ordering::Relaxed);
-            self.words[2 * i + 1].store((*address >> 64) as u64, Ordering::Relaxed);
+        for (words, (address, interfaces)) in self.words.chunks_exact(WORDS).zip(&list) {
+            words[0].store(*address as u64, Ordering::Relaxed);
+            words[1].store((*address >> 64) as u64, Ordering::Relaxed);
+            words[2].store(*interfaces as u64, Ordering::Relaxed);
         }
         // Pairs with the first load in `LocalView::follow`.
         self.version.store(version + 2, Ordering::Release);
@@ -88,14 +107,14 @@ impl LocalAddresses {
         self.is_overfull.load(Ordering::Relaxed)
     }
 
-    fn list(&self) -> Vec<u128> {
+    fn list(&self) -> Vec<(u128, Interfaces)> {
         let count = self.count.load(Ordering::Relaxed).min(ADDRESSES_MAX);
-        (0..count).map(|i| self.address(i)).collect()
+        (0..count).map(|i| self.entry(i)).collect()
     }
 
-    fn address(&self, i: usize) -> u128 {
-        (self.words[2 * i + 1].load(Ordering::Relaxed) as u128) << 64
-            | self.words[2 * i].load(Ordering::Relaxed) as u128
+    fn entry(&self, i: usize) -> (u128, Interfaces) {
+        let word = |at: usize| self.words[WORDS * i + at].load(Ordering::Relaxed);
+        ((word(1) as u128) << 64 | word(0) as u128, word(2) as Interfaces)
     }
 }
 
@@ -104,6 +123,7 @@ pub struct LocalView {
     version: u64,
     count: usize,
     sorted: [u128; ADDRESSES_MAX],
+    interfaces: [Interfaces; ADDRESSES_MAX],
 }
 
 impl Default for LocalView {
@@ -115,7 +135,7 @@ impl Default for LocalView {
 impl LocalView {
     /// An empty copy, which follows nothing yet.
     pub const fn new() -> LocalView {
-        LocalView { version: 0, count: 0, sorted: [0; ADDRESSES_MAX] }
+        LocalView { version: 0, count: 0, sorted: [0; ADDRESSES_MAX], interfaces: [0; ADDRESSES_MAX] }
     }
 
     /// Takes over the published list if it has changed; one load if it has not. Returns
@@ -125,32 +145,51 @@ impl LocalView {
         if version == self.version || version & 1 == 1 {
             return false;
         }
-        let mut fresh = [0; ADDRESSES_MAX];
-        let count = published.count.load(Ordering::Relaxed).min(ADDRESSES_MAX);
-        for (i, address) in fresh[..count].iter_mut().enumerate() {
-            *address = published.address(i);
+        let mut fresh = LocalView::new();
+        fresh.version = version;
+        fresh.count = published.count.load(Ordering::Relaxed).min(ADDRESSES_MAX);
+        for i in 0..fresh.count {
+            (fresh.sorted[i], fresh.interfaces[i]) = published.entry(i);
         }
         fence(Ordering::Acquire);
         if published.version.load(Ordering::Relaxed) != version {
             return false;
         }
-        *self = LocalView { version, count, sorted: fresh };
+        *self = fresh;
         true
     }
 
     /// Whether this host opened or answers the connection.
     pub fn is_local(&self, connection: &Connection) -> bool {
-        self.is_ours(source(&connection.original)) || self.is_ours(source(&connection.reply))
+        let (original, reply) = (&connection.original, &connection.reply);
+        original.src_ip().is_loopback()
+            || reply.src_ip().is_loopback()
+            || self.find(original.family, original.src).is_some()
+            || self.find(reply.family, reply.src).is_some()
     }
 
-    fn is_ours(&self, address: IpAddr) -> bool {
-        address.is_loopback() || self.sorted[..self.count].binary_search(&number(address)).is_ok()
+    /// Whether one of the connection's ends, before or after translation, is an address of one of
+    /// these interfaces.
+    pub fn is_of(&self, interfaces: Interfaces, connection: &Connection) -> bool {
+        let (original, reply) = (&connection.original, &connection.reply);
+        [(original, original.src), (original, original.dst), (reply, reply.src), (reply, reply.dst)]
+            .into_iter()
+            .filter_map(|(tuple, address)| self.find(tuple.family, address))
+            .any(|i| self.interfaces[i] & interfaces != 0)
+    }
+
+    /// Where an address is in the list.
+    fn find(&self, family: Family, address: u128) -> Option<usize> {
+        let number = match family {
+            Family::V4 => IPV4 | address,
+            Family::V6 => address,
+        };
+        self.sorted[..self.count].binary_search(&number).ok()
     }
 }
 
-fn source(tuple: &Tuple) -> IpAddr {
-    tuple.src_ip()
-}
+/// What stands before an IPv4 address in the place that IPv6 keeps for them, `::ffff:0:0/96`.
+const IPV4: u128 = 0xffff << 32;
 
 /// IPv4 addresses in the place that IPv6 keeps for them, so that no two are alike.
 fn number(address: IpAddr) -> u128 {
@@ -160,43 +199,11 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-fn host_addresses() -> Result<Vec<IpAddr>, KernelError> {
-    let mut first: *mut libc::ifaddrs = std::ptr::null_mut();
-    // SAFETY: `first` is a valid place for the result.
-    if unsafe { libc::getifaddrs(&mut first) } < 0 {
-        return Err(KernelError::last("read this host's addresses"));
-    }
-    let mut addresses = Vec::new();
-    let mut next = first;
-    // SAFETY: getifaddrs succeeded: `first` is a list of valid entries that ends with null and is
-    // ours until freeifaddrs. It may be null when there is nothing.
-    while let Some(entry) = unsafe { next.as_ref() } {
-        next = entry.ifa_next;
-        // SAFETY: `ifa_addr` is null or points to an address of the list.
-        let Some(family) = (unsafe { entry.ifa_addr.as_ref() }).map(|a| a.sa_family as i32) else { continue };
-        match family {
-            libc::AF_INET => {
-                // SAFETY: an address of this family is a sockaddr_in; unaligned reads ask nothing of the list.
-                let a = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
-                addresses.push(IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr))));
-            }
-            libc::AF_INET6 => {
-                // SAFETY: an address of this family is a sockaddr_in6.
-                let a = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
-                addresses.push(IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr)));
-            }
-            _ => {}
-        }
-    }
-    // SAFETY: `first` came from getifaddrs, and nothing refers to the list any more.
-    unsafe { libc::freeifaddrs(first) };
-    Ok(addresses)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::conn::State;
+    use std::net::Ipv4Addr;
 
     const OURS: [u8; 4] = [203, 0, 113, 1];
 
@@ -208,7 +215,16 @@ mod tests {
     fn view() -> LocalView {
         let published = LocalAddresses::new();
         let inside = Ipv4Addr::new(10, 0, 0, 1);
-        published.publish([IpAddr::from(OURS), inside.into(), "2001:db8::1".parse().expect("an address")]);
+        published.watch(&["wan0".into(), "lan0".into(), "lan1".into()]);
+        let (wan, lan) = (published.bit_of("wan0"), published.bit_of("lan0") | published.bit_of("lan1"));
+        assert_eq!((wan, lan, published.bit_of("lan")), (0b001, 0b110, 0));
+        published.publish([
+            (IpAddr::from(OURS), wan),
+            (inside.into(), published.bit_of("lan1")),
+            (inside.into(), published.bit_of("lan0")),
+            ("2001:db8::1".parse().expect("an address"), 0),
+            ("2001:db8:1::1".parse().expect("an address"), wan),
+        ]);
         let mut view = LocalView::new();
         assert!(view.follow(&published) && !view.follow(&published));
         view
@@ -246,22 +262,81 @@ mod tests {
     }
 
     #[test]
+    fn an_end_on_either_side_of_a_translation_is_of_the_interface_that_has_its_address() {
+        let view = view();
+        let (wan, lan0, lan1) = (0b001, 0b010, 0b100);
+        for (what, original, reply, interfaces) in [
+            ("routed", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 10.0.0.5:1000", 0),
+            ("masquerade", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 203.0.113.1:1", wan),
+            ("DNAT", "tcp 198.51.100.7:1 > 203.0.113.1:80", "tcp 10.0.0.5:8080 > 198.51.100.7:1", wan),
+            (
+                "hairpin",
+                "tcp 10.0.0.5:1000 > 203.0.113.1:80",
+                "tcp 10.0.0.6:80 > 10.0.0.1:1000",
+                wan | lan0 | lan1,
+            ),
+            ("redirect", "tcp 10.0.0.5:1 > 198.51.100.7:80", "tcp 10.0.0.1:3128 > 10.0.0.5:1", lan0 | lan1),
+            (
+                "opened here",
+                "tcp 203.0.113.1:1 > 198.51.100.7:80",
+                "tcp 198.51.100.7:80 > 203.0.113.1:1",
+                wan,
+            ),
+            ("loopback", "tcp 127.0.0.1:1000 > 127.0.0.53:53", "tcp 127.0.0.53:53 > 127.0.0.1:1000", 0),
+            (
+                "IPv6",
+                "udp [2001:db8::9]:1 > [2001:db8:1::1]:2",
+                "udp [2001:db8:1::1]:2 > [2001:db8::9]:1",
+                wan,
+            ),
+            ("IPv6 too", "udp [2001:db8::9]:1 > [2001:db8::1]:2", "udp [2001:db8::1]:2 > [2001:db8::9]:1", 0),
+        ] {
+            let connection = connection(original, reply);
+            for interface in [wan, lan0, lan1, 1 << 31] {
+                assert_eq!(
+                    view.is_of(interface, &connection),
+                    interfaces & interface != 0,
+                    "{what} {interface}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_address_that_moves_to_another_interface_is_published_again() {
+        let published = LocalAddresses::new();
+        published.watch(&["a".into(), "b".into()]);
+        let mut view = LocalView::new();
+        let ours = connection("tcp 10.0.0.5:1 > 203.0.113.1:2", "tcp 203.0.113.1:2 > 10.0.0.5:1");
+        for interfaces in [0b01, 0b10, 0b11, 0] {
+            published.publish([(IpAddr::from(OURS), interfaces)]);
+            assert!(view.follow(&published));
+            assert_eq!(
+                (view.is_of(0b01, &ours), view.is_of(0b10, &ours)),
+                (interfaces & 0b01 != 0, interfaces & 0b10 != 0)
+            );
+            assert!(view.is_local(&ours), "whatever the interface");
+        }
+    }
+
+    #[test]
     fn more_addresses_than_fit_raise_the_flag() {
         let published = LocalAddresses::new();
-        published.publish((0..ADDRESSES_MAX as u32 + 1).map(|n| Ipv4Addr::from(0x0a00_0000 + n).into()));
+        published.publish((0..ADDRESSES_MAX as u32 + 1).map(|n| (Ipv4Addr::from(0x0a00_0000 + n).into(), 0)));
         assert!(published.is_overfull());
         let mut view = LocalView::new();
         assert!(view.follow(&published));
-        assert!(view.is_ours(Ipv4Addr::new(10, 0, 0, 255).into()) && !view.is_ours([10, 0, 1, 0].into()));
-        published.publish([Ipv4Addr::new(10, 9, 9, 9).into()]);
+        let is_ours = |view: &LocalView, address| view.find(Family::V4, address).is_some();
+        assert!(is_ours(&view, 0x0a00_00ff) && !is_ours(&view, 0x0a00_0100));
+        published.publish([(Ipv4Addr::new(10, 9, 9, 9).into(), 0)]);
         assert!(!published.is_overfull() && view.follow(&published));
-        assert!(!view.is_ours(Ipv4Addr::new(10, 0, 0, 255).into()));
+        assert!(!is_ours(&view, 0x0a00_00ff));
     }
 
     #[test]
     fn a_view_never_mixes_two_lists() {
         let published = LocalAddresses::new();
-        let list = |n: u8| (0..50).map(move |i| IpAddr::from([n, n, n, i]));
+        let list = |n: u8| (0..50).map(move |i| (IpAddr::from([n, n, n, i]), n as Interfaces));
         std::thread::scope(|scope| {
             scope.spawn(|| (0..5000u32).for_each(|n| published.publish(list((n % 200) as u8))));
             let mut view = LocalView::new();
@@ -269,13 +344,8 @@ mod tests {
                 view.follow(&published);
                 let first = view.sorted[0] >> 8;
                 assert!(view.sorted[..view.count].iter().all(|a| a >> 8 == first));
+                assert!(view.interfaces[..view.count].iter().all(|i| *i == first as Interfaces & 0xff));
             }
         });
-    }
-
-    #[test]
-    fn this_host_has_addresses_that_can_be_read() {
-        let published = LocalAddresses::new();
-        published.refresh().expect("getifaddrs works everywhere");
     }
 }

@@ -11,11 +11,12 @@
 //! - [`netlink`]: the socket's system calls
 //! - [`events`], [`dump`]: listening, and reading the whole table once
 //! - [`commit`]: writing entries, and removing them
-//! - [`local`]: which connections are this host's own and never copied
+//! - [`local`]: which connections are this host's own; pure. [`addresses`] reads what makes them so
 //! - [`sysctl`]: settings that restored connections need, the table's limit, timeouts
 //!
 //! Everything concerns the network namespace of the thread that opens it.
 
+pub mod addresses;
 pub mod codec;
 pub mod commit;
 pub mod dump;
@@ -24,15 +25,6 @@ pub mod filter;
 pub mod local;
 pub mod netlink;
 pub mod sysctl;
-
-use crate::conn::tuple::TCP;
-use crate::conn::{Family, Tuple};
-
-/// Whether connections of this kind are copied to other members: at present IPv4 TCP. Which
-/// state they are in does not matter here, for their age is judged by the hold.
-pub fn is_copied(original: &Tuple) -> bool {
-    original.family == Family::V4 && original.protocol == TCP
-}
 
 /// Why the kernel does not do what we need.
 #[derive(Clone, PartialEq, Eq, Debug)]

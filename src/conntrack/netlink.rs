@@ -33,7 +33,12 @@ impl Socket {
             )
         };
         if fd < 0 {
-            return Err(KernelError::last("open a netfilter netlink socket"));
+            let (doing, error) = ("open a netfilter netlink socket", io::Error::last_os_error());
+            return Err(match error.raw_os_error() {
+                // No capability is asked for here: it is a policy that forbids it.
+                Some(errno @ (libc::EPERM | libc::EACCES)) => KernelError::Refused { doing, errno },
+                _ => KernelError::new(doing, &error),
+            });
         }
         // SAFETY: `fd` was just made, and nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -126,6 +131,29 @@ impl Socket {
             libc::send(self.fd.as_raw_fd(), requests.as_ptr().cast(), requests.len(), libc::MSG_DONTWAIT)
         };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// A number for the calling thread's network namespace that no other one of this boot ever has; the inode
+/// number of its file is given to another one once it is gone.
+pub fn namespace_cookie() -> Result<u64, KernelError> {
+    const SO_NETNS_COOKIE: libc::c_int = 71; // Linux 5.14
+    // SAFETY: takes no pointers.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(KernelError::last("open a socket"));
+    }
+    // SAFETY: `fd` was just made, and nobody else knows it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut cookie = 0u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    let pointer = (&raw mut cookie).cast();
+    // SAFETY: pointer and length describe `cookie`, which outlives the call.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, pointer, &mut length) };
+    match result {
+        0 => Ok(cookie),
+        _ => Err(KernelError::last("ask for the cookie of the network namespace")),
     }
 }
 

@@ -1,16 +1,18 @@
 //! Settings of conntrack in this network namespace, as far as hypersync needs them.
 //!
 //! Two settings must have a certain value for restored connections to work; they are set at
-//! the start and put back at the end. The others are read: the table's limit, and the timeouts
-//! that the kernel would have given a connection.
+//! the start and put back at the end, by the next run if this one is killed
+//! ([`OldValues`] remembers). The others are read: the table's limit, and the timeouts that
+//! the kernel would have given a connection.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::KernelError;
+use super::{KernelError, netlink};
 use crate::conn::Connection;
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, UDP, UDPLITE};
+use crate::conn::tuple::{DCCP, GRE, ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE};
+use crate::shm::old_values::{OldValues, SYSCTLS};
 
 /// Which connections raise events: 0 none, 1 all, 2 those that are born while somebody listens.
 pub const EVENTS: &str = "net.netfilter.nf_conntrack_events";
@@ -22,6 +24,8 @@ pub const EVENTS: &str = "net.netfilter.nf_conntrack_events";
 /// - `nf_conntrack_tcp_be_liberal=1`: TCP windows are not replicated, and a flow that moves to
 ///   another gateway and back would be judged by old ones.
 pub const NEEDED: [(&str, u64); 2] = [(EVENTS, 1), ("net.netfilter.nf_conntrack_tcp_be_liberal", 1)];
+
+const _: () = assert!(NEEDED.len() == SYSCTLS);
 
 /// Inserts stop when the table is this full, per cent: what is left is for the gateway's own traffic.
 pub const FILL_MAX_PERCENT: u64 = 90;
@@ -45,43 +49,62 @@ fn failed(name: &'static str, error: &io::Error) -> KernelError {
     KernelError::Setting { name, errno: error.raw_os_error().unwrap_or(libc::EIO) }
 }
 
-/// Settings that were changed, with their old values.
-#[derive(Debug, Default)]
-#[must_use = "the old values are lost with this"]
-pub struct Changed(Vec<(&'static str, u64)>);
+/// Settings that must be put back; what they were is in the record.
+#[derive(Debug)]
+#[must_use = "the settings stay changed without"]
+pub struct Changed<'r>(OldValues<'r>);
 
-impl Changed {
-    /// What was changed: name and old value.
-    pub fn old_values(&self) -> &[(&'static str, u64)] {
-        &self.0
-    }
-
-    /// Puts the old values back, in the network namespace of the calling thread.
+impl Changed<'_> {
+    /// Puts the old values back, in the network namespace of the calling thread, and strikes them out.
     pub fn put_back(self) -> Result<(), KernelError> {
         // All of them, whatever becomes of one; the first error is told.
-        self.0.into_iter().map(|(name, old)| write(name, old)).fold(Ok(()), Result::and)
+        let put_back = |(i, (name, _)): (usize, &(&'static str, u64))| match self.0.get(i) {
+            None => Ok(()),
+            Some(old) => write(name, old).map(|()| self.0.set(i, None)),
+        };
+        NEEDED.iter().enumerate().map(put_back).fold(Ok(()), Result::and)
     }
 }
 
-/// Gives every setting of [`NEEDED`] its value. If one cannot be set, those before it are put back.
-pub fn set_needed() -> Result<Changed, KernelError> {
-    let mut changed = Changed::default();
-    for (name, value) in NEEDED {
-        let set = read(name).and_then(|old| match old == value {
-            true => Ok(None),
-            false => write(name, value).map(|()| Some((name, old))),
-        });
-        match set {
-            Ok(old) => changed.0.extend(old),
-            Err(e) => {
-                if let Err(again) = changed.put_back() {
-                    log::warn!("{again}");
-                }
-                return Err(e);
+/// Gives every setting of [`NEEDED`] its value in the network namespace of the calling thread. What it was is
+/// recorded first; or it was by a run that a crash kept from putting it back, and then that counts. If one
+/// cannot be set, those before it are put back.
+pub fn set_needed(record: OldValues<'_>) -> Result<Changed<'_>, KernelError> {
+    let here = netlink::namespace_cookie()?;
+    if record.namespace() != here {
+        for (i, (name, _)) in NEEDED.iter().enumerate() {
+            if let Some(old) = record.get(i) {
+                log::warn!(
+                    "an earlier run left sysctl {name} changed in another network namespace: it was {old} there"
+                );
             }
         }
+        record.begin(here);
     }
-    Ok(changed)
+    for (i, (name, value)) in NEEDED.into_iter().enumerate() {
+        if let Err(e) = set(record, i, name, value) {
+            if let Err(again) = Changed(record).put_back() {
+                log::warn!("{again}");
+            }
+            return Err(e);
+        }
+    }
+    Ok(Changed(record))
+}
+
+fn set(record: OldValues<'_>, i: usize, name: &'static str, value: u64) -> Result<(), KernelError> {
+    let now = read(name)?;
+    match record.get(i) {
+        Some(old) if now == value => {
+            log::info!("an earlier run did not put sysctl {name} back: it will be {old} again at the end");
+            Ok(())
+        }
+        _ if now == value => Ok(()),
+        _ => {
+            record.set(i, Some(now));
+            write(name, value)
+        }
+    }
 }
 
 /// Settings of [`NEEDED`] that have another value than they should: name and value now.
@@ -139,6 +162,10 @@ impl TableFill {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Timeouts {
     tcp: [u32; 10], // by TCP_CONNTRACK_*
+    sctp: [u32; 9], // by SCTP_CONNTRACK_*
+    dccp: [u32; 8], // by CT_DCCP_*
+    gre: u32,
+    gre_stream: u32,
     udp: u32,
     udp_stream: u32,
     icmp: u32,
@@ -170,6 +197,29 @@ impl Timeouts {
                 seconds("net.netfilter.nf_conntrack_tcp_timeout_close", 10),
                 syn_sent, // SYN_SENT2
             ],
+            sctp: [
+                0, // NONE: see `of`
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_closed", 10),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_wait", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_echoed", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_established", 210),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_sent", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_recd", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_ack_sent", 3),
+                seconds("net.netfilter.nf_conntrack_sctp_timeout_heartbeat_sent", 30),
+            ],
+            dccp: [
+                0, // NONE: see `of`
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_request", 240),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_respond", 480),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_partopen", 480),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_open", 43_200),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_closereq", 64),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_closing", 64),
+                seconds("net.netfilter.nf_conntrack_dccp_timeout_timewait", 240),
+            ],
+            gre: seconds("net.netfilter.nf_conntrack_gre_timeout", 30),
+            gre_stream: seconds("net.netfilter.nf_conntrack_gre_timeout_stream", 180),
             udp: seconds("net.netfilter.nf_conntrack_udp_timeout", 30),
             udp_stream: seconds("net.netfilter.nf_conntrack_udp_timeout_stream", 120),
             icmp: seconds("net.netfilter.nf_conntrack_icmp_timeout", 30),
@@ -181,18 +231,27 @@ impl Timeouts {
     /// What the kernel gives a connection in this state when a packet of it passes.
     pub fn of(&self, connection: &Connection) -> u32 {
         let state = &connection.state;
+        let is_assured = state.status & super::codec::status::ASSURED != 0;
+        let by_state = |timeouts: &[u32]| match timeouts.get(connection.extra.protoinfo.state as usize) {
+            // A state that was never reported.
+            Some(0) | None => self.generic,
+            Some(seconds) => *seconds,
+        };
         match connection.original.protocol {
             TCP => {
                 // Offloaded flows are reported without their state: ASSURED means established.
-                let assured = state.status & super::codec::status::ASSURED != 0;
                 let known =
-                    if state.tcp_state == 0 && assured { ESTABLISHED } else { state.tcp_state as usize };
+                    if state.tcp_state == 0 && is_assured { ESTABLISHED } else { state.tcp_state as usize };
                 self.tcp.get(known).copied().unwrap_or(self.tcp[0])
             }
-            UDP | UDPLITE if state.status & super::codec::status::ASSURED != 0 => self.udp_stream,
+            UDP | UDPLITE if is_assured => self.udp_stream,
             UDP | UDPLITE => self.udp,
             ICMP => self.icmp,
             ICMPV6 => self.icmpv6,
+            SCTP => by_state(&self.sctp),
+            DCCP => by_state(&self.dccp),
+            GRE if is_assured => self.gre_stream,
+            GRE => self.gre,
             _ => self.generic,
         }
     }

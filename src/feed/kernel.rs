@@ -6,15 +6,18 @@
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use super::admission::admits;
 use super::repair::Repair;
 use super::writer::Writer;
 use crate::conntrack::KernelError;
+use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::{LocalAddresses, LocalView};
 use crate::counters::{Counter, Counters};
 use crate::limits::INGEST_PER_PASS;
 use crate::net::Port;
+use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
@@ -34,6 +37,8 @@ pub struct KernelParts {
     pub committer: Committer,
     /// This host's addresses.
     pub addresses: &'static LocalAddresses,
+    /// What is copied.
+    pub rules: Rules,
     /// When copies are written.
     pub commit: CommitMode,
     /// Whether connections may exist that raise no events, because they were born while nobody listened.
@@ -47,6 +52,7 @@ pub struct KernelFeed {
     source: Source,
     addresses: &'static LocalAddresses,
     local: LocalView,
+    rules: Rules,
     commit: CommitMode,
     /// When to drain; `NEVER` while the socket is watched.
     drain_at: Time,
@@ -62,6 +68,7 @@ impl KernelFeed {
             source: parts.source,
             addresses: parts.addresses,
             local: LocalView::new(),
+            rules: parts.rules,
             commit: parts.commit,
             drain_at: Time(0),
             overruns: 0,
@@ -92,15 +99,20 @@ impl KernelFeed {
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
-        self.repair.step(now, &mut self.source, &self.local, replica, counters)
+        self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters)
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        let local = &self.local;
-        let drained = self.source.drain(INGEST_PER_PASS, &mut |event| {
+        let KernelFeed { source, rules, local, .. } = self;
+        let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
-                SourceEvent::Seen { connection, .. } if local.is_local(connection) => {
-                    return counters.count(Counter::SourceLocal);
+                SourceEvent::Seen { connection, .. } => {
+                    if !admits(now, rules, Some(local), &event, replica, counters) {
+                        return;
+                    }
+                    if connection.state.status & status::OFFLOADED != 0 {
+                        counters.count(Counter::SourceOffloaded);
+                    }
                 }
                 // Somebody removed an entry that we keep for its active: it is written again.
                 SourceEvent::Gone { original } => {
@@ -108,11 +120,12 @@ impl KernelFeed {
                         return replica.recommit(now, slot);
                     }
                 }
-                _ => {}
             }
             replica.handle_source(now, &event);
         });
         counters.add(Counter::SourceRejected, drained.malformed as u64);
+        counters.add(Counter::SourceSkipped, drained.skipped as u64);
+        counters.add(Counter::SourceExpectations, drained.expectations as u64);
         self.drain_at = if drained.more {
             now
         } else if drained.taken > 0 {

@@ -1,12 +1,13 @@
 //! The feed: a shard's end of its source, and of the kernel's table where copies are committed.
 //!
 //! ```text
-//!  ring    records -----------------------------> Replica
+//!  ring    records -------------> rules ---------> Replica
 //!  kernel  events, in batches --> rules ---------> Replica
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
 //!          writer <--- commits ------------------- Replica
 //! ```
 
+mod admission;
 mod kernel;
 mod repair;
 mod ring;
@@ -17,6 +18,7 @@ pub use kernel::{EVENTS_KEY, KernelFeed, KernelParts};
 use crate::conntrack::KernelError;
 use crate::counters::Counters;
 use crate::net::Port;
+use crate::rules::Rules;
 use crate::shm::ingest::Consumer;
 use crate::sync::Replica;
 use crate::time::Time;
@@ -32,8 +34,8 @@ pub enum Feed<'m> {
 
 impl<'m> Feed<'m> {
     /// A shard's end of the ring.
-    pub fn ring(consumer: Consumer<'m>) -> Feed<'m> {
-        Feed::Ring(RingFeed::new(consumer))
+    pub fn ring(consumer: Consumer<'m>, rules: Rules) -> Feed<'m> {
+        Feed::Ring(RingFeed::new(consumer, rules))
     }
 
     /// A shard's end of the kernel.

@@ -12,17 +12,20 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind};
 use crate::conntrack::KernelError;
+use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
 use crate::conntrack::sysctl::Timeouts;
 use crate::counters::{Counter, Counters};
+use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
-use crate::sync::Replica;
+use crate::sync::{REWRITE_PERIOD, Replica};
 use crate::time::Time;
 
 /// Entries of a dump in one pass: well below two milliseconds.
@@ -33,6 +36,13 @@ const SWEEP_PER_PASS: u32 = 4096;
 const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
+/// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
+/// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
+/// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
+const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
+
+const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
+
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
 
@@ -114,7 +124,7 @@ impl Repair {
         &mut self,
         now: Time,
         source: &mut Source,
-        local: &LocalView,
+        (rules, local): (&Rules, &LocalView),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) -> Result<(), KernelError> {
@@ -128,7 +138,7 @@ impl Repair {
                     self.shown.fill(0);
                     self.again = false;
                     self.stage = Stage::Dumping;
-                    self.dump(now, source, local, replica, counters);
+                    self.dump(now, source, (rules, local), replica, counters);
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
@@ -136,7 +146,7 @@ impl Repair {
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
-            Stage::Dumping => self.dump(now, source, local, replica, counters),
+            Stage::Dumping => self.dump(now, source, (rules, local), replica, counters),
             Stage::Sweeping(slot) => self.sweep(now, slot, replica),
             Stage::Wanted | Stage::Idle => {}
         }
@@ -147,15 +157,15 @@ impl Repair {
         &mut self,
         now: Time,
         source: &mut Source,
-        local: &LocalView,
+        (rules, local): (&Rules, &LocalView),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
         let Repair { shown, unheard, timeouts, complete, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
-            if local.is_local(connection) {
-                return counters.count(Counter::SourceLocal);
+            if !admits(now, rules, Some(local), &event, replica, counters) {
+                return;
             }
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
@@ -165,10 +175,9 @@ impl Repair {
                         replica.handle_source(now, &event);
                     }
                 }
-                // One with a longer timeout than the kernel gives was committed, by a run before this one, and
-                // has seen no packet here since: not ours, and its active may have closed it long ago.
+                // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0
-                    && connection.state.timeout_s > timeouts.of(connection) =>
+                    && connection.state.timeout_s > timeouts.of(connection).max(LEFTOVER_MIN_S) =>
                 {
                     counters.count(Counter::SourceLeftovers);
                 }
@@ -184,6 +193,7 @@ impl Repair {
             }
         });
         counters.add(Counter::SourceRejected, progress.malformed as u64);
+        counters.add(Counter::SourceSkipped, progress.skipped as u64);
         match progress.state {
             DumpState::Running => {}
             DumpState::Done if self.again => {

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::admission::admits;
 use crate::counters::{Counter, Counters};
 use crate::limits::INGEST_PER_PASS;
 use crate::net::Port;
+use crate::rules::Rules;
 use crate::shm::ingest::{BadRecord, Consumer};
 use crate::sync::Replica;
 use crate::time::Time;
@@ -15,17 +17,20 @@ const RING_PAUSE: Duration = Duration::from_millis(1);
 /// A shard's end of the ring.
 pub struct RingFeed<'m> {
     consumer: Consumer<'m>,
+    rules: Rules,
     more: bool,
 }
 
 impl<'m> RingFeed<'m> {
-    pub(super) fn new(consumer: Consumer<'m>) -> RingFeed<'m> {
-        RingFeed { consumer, more: false }
+    pub(super) fn new(consumer: Consumer<'m>, rules: Rules) -> RingFeed<'m> {
+        RingFeed { consumer, rules, more: false }
     }
 
     pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         self.consumer.awake();
-        let taken = self.consumer.drain(INGEST_PER_PASS, &mut |record| match record {
+        let RingFeed { consumer, rules, .. } = self;
+        let taken = consumer.drain(INGEST_PER_PASS, &mut |record| match record {
+            Ok(event) if !admits(now, rules, None, &event, replica, counters) => {}
             Ok(event) => replica.handle_source(now, &event),
             Err(BadRecord::Position) => counters.count(Counter::SourceOverruns),
             Err(_) => counters.count(Counter::SourceRejected),

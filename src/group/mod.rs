@@ -5,6 +5,7 @@
 //! from it, so a death costs no work per connection.
 
 pub mod detector;
+pub mod hearing;
 pub mod selection;
 pub mod view;
 

@@ -36,6 +36,17 @@ pub enum NetError {
     Ring(RingError),
 }
 
+impl NetError {
+    /// The errno of a send that could not be made for this reason.
+    pub(super) fn errno(&self) -> i32 {
+        match self {
+            NetError::Socket { errno, .. } => *errno,
+            NetError::AddressNotLocal(_) => libc::EADDRNOTAVAIL,
+            _ => libc::ENOTCONN,
+        }
+    }
+}
+
 impl From<RingError> for NetError {
     fn from(error: RingError) -> NetError {
         NetError::Ring(error)

@@ -16,6 +16,7 @@
 mod error;
 mod interface;
 mod port;
+mod refusals;
 mod segmentation;
 mod senders;
 mod sockets;
@@ -26,5 +27,6 @@ mod tests;
 pub use error::NetError;
 pub use interface::{Interface, interface_of};
 pub use port::{Event, Port, PortConfig, PortCounts};
+pub use refusals::Refusals;
 pub use senders::{SENDS_MAX, SendMode, Target};
 pub use steering::bind_group;

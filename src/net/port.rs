@@ -29,6 +29,9 @@ const WATCHES_MAX: usize = 64;
 /// Failed sends that can wait for `reap`.
 const FAILED_MAX: usize = 4 * (PEERS_MAX + 1);
 
+/// Failed sends whose targets wait to be asked for. Further ones come again.
+const REFUSED_MAX: usize = 64;
+
 /// How a shard uses the network.
 #[derive(Clone, Debug)]
 pub struct PortConfig<'m> {
@@ -110,6 +113,7 @@ pub struct Port<'m> {
     operations: Slab<InFlight>,
     arrived: VecDeque<Train>,
     failed: VecDeque<(u64, i32)>,
+    refused: Vec<(IpAddr, i32)>,
     watches: VecDeque<(RawFd, u64)>,
     futex_armed: bool,
     counts: PortCounts,
@@ -147,6 +151,7 @@ impl<'m> Port<'m> {
             operations: Slab::with_capacity(SENDS_MAX + HEARTBEATS_RESERVED + WATCHES_MAX + 4),
             arrived: VecDeque::with_capacity(config.receive_buffers.next_power_of_two()),
             failed: VecDeque::with_capacity(FAILED_MAX),
+            refused: Vec::with_capacity(REFUSED_MAX),
             watches: VecDeque::with_capacity(WATCHES_MAX),
             futex_armed: false,
             counts: PortCounts::default(),
@@ -212,10 +217,26 @@ impl<'m> Port<'m> {
                 Ok(())
             }
             Err(NotSent::Failed(result)) if self.failed.len() < FAILED_MAX => {
+                if let Target::Heartbeat(target) = to {
+                    let address = self.senders.heartbeat_address(target);
+                    self.refuse(address, result);
+                }
                 self.failed.push_back((token, result));
                 Ok(())
             }
             Err(NotSent::Failed(_) | NotSent::Full) => Err(Full),
+        }
+    }
+
+    /// Where a send failed, and the errno. The same is kept once until it is asked for.
+    pub fn poll_refusal(&mut self) -> Option<(IpAddr, i32)> {
+        self.refused.pop()
+    }
+
+    fn refuse(&mut self, to: IpAddr, result: i32) {
+        let refusal = (to, -result);
+        if result < 0 && self.refused.len() < REFUSED_MAX && !self.refused.contains(&refusal) {
+            self.refused.push(refusal);
         }
     }
 
@@ -336,8 +357,9 @@ impl<'m> Port<'m> {
             InFlight::Send(sending) => {
                 let result = self.senders.complete(&mut self.ring, key as u64, sending, &completion);
                 if let Some(result) = result {
-                    let token = sending.token;
+                    let (token, address) = (sending.token, sending.address);
                     self.operations.remove(key);
+                    self.refuse(address, result);
                     report(Event::Sent { token, result });
                 }
             }

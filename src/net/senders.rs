@@ -67,6 +67,8 @@ impl From<Full> for NotSent {
 /// A send in flight.
 pub(super) struct Sending {
     to: Target,
+    /// Whose address that is.
+    pub(super) address: IpAddr,
     /// Which socket: the target may have been closed and opened since.
     socket: u64,
     offset: u32,
@@ -85,6 +87,7 @@ pub(super) struct Sending {
 struct Socket {
     fd: OwnedFd,
     id: u64,
+    address: IpAddr,
     gso: bool,
 }
 
@@ -145,7 +148,7 @@ impl<'m> Senders<'m> {
     fn heartbeat_socket(&mut self, to: SocketAddr, interface: Option<u32>) -> Result<Socket, NetError> {
         let fd = sockets::heartbeat_sender(self.local, to, interface)?;
         self.sockets_made += 1;
-        Ok(Socket { fd, id: self.sockets_made, gso: false })
+        Ok(Socket { fd, id: self.sockets_made, address: to.ip(), gso: false })
     }
 
     /// Heartbeat targets.
@@ -158,7 +161,7 @@ impl<'m> Senders<'m> {
         let fd = sockets::stream_sender(self.local, SocketAddr::new(peer, self.port))?;
         let gso = self.gso && sockets::set_gso(&fd, true);
         self.sockets_made += 1;
-        self.streams[stream] = Some(Socket { fd, id: self.sockets_made, gso });
+        self.streams[stream] = Some(Socket { fd, id: self.sockets_made, address: peer, gso });
         Ok(())
     }
 
@@ -175,6 +178,11 @@ impl<'m> Senders<'m> {
     /// Whether so many sockets wait to be released that it should be done now.
     pub(super) fn should_release(&self) -> bool {
         self.closing.len() >= STREAMS_MAX
+    }
+
+    /// Where a heartbeat target is.
+    pub(super) fn heartbeat_address(&self, target: usize) -> IpAddr {
+        self.heartbeats[target].to.ip()
     }
 
     fn socket(&mut self, to: Target) -> Option<&mut Socket> {
@@ -204,13 +212,25 @@ impl<'m> Senders<'m> {
             && self.heartbeats[target].socket.is_none()
         {
             let Heartbeat { to, interface, .. } = self.heartbeats[target];
-            self.heartbeats[target].socket = self.heartbeat_socket(to, interface).ok();
+            let socket = self.heartbeat_socket(to, interface).map_err(|e| NotSent::Failed(-e.errno()))?;
+            self.heartbeats[target].socket = Some(socket);
         }
         let Some(socket) = self.socket(to) else { return Err(NotSent::Failed(-libc::ENOTCONN)) };
-        let (socket, gso) = (socket.id, socket.gso);
+        let Socket { id: socket, address, gso, .. } = *socket;
         let how = self.choice.peek(to);
-        let mut sending =
-            Sending { to, socket, offset, len, token, how, gso, pending: 0, result: 0, copied: false };
+        let mut sending = Sending {
+            to,
+            address,
+            socket,
+            offset,
+            len,
+            token,
+            how,
+            gso,
+            pending: 0,
+            result: 0,
+            copied: false,
+        };
         self.launch(ring, key, &mut sending)?;
         self.choice.started(to, how);
         Ok(sending)

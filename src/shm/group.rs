@@ -17,6 +17,7 @@
 //!  shard   word 0  last pass, ns
 //!               1  version of the group that the shard has acted on
 //!               2  version of the group for which its kernel commits have settled
+//!               3  of shard 0: the member's standing: 0 starting, 1 ready, 2 leaving
 //! ```
 //!
 //! One thread writes a record (shard 0) or a line (its shard); anybody reads, without locks. The
@@ -159,6 +160,17 @@ impl GroupWords {
     }
 }
 
+/// Whether this member can carry the group's traffic.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// Not yet.
+    Starting,
+    /// It can.
+    Ready,
+    /// No longer: it was told to end.
+    Leaving,
+}
+
 /// How far a shard is. Its shard writes, anybody reads.
 #[derive(Clone, Copy)]
 pub struct ShardStatus<'m>(&'m LineWords);
@@ -192,6 +204,20 @@ impl ShardStatus<'_> {
     /// Says that the kernel commits of this version of the group are done.
     pub fn set_settled_version(&self, version: u64) {
         self.0.0[2].store(version, Ordering::Release);
+    }
+
+    /// The member's standing, on the line of shard 0.
+    pub fn standing(&self) -> Standing {
+        match self.load(3) {
+            1 => Standing::Ready,
+            2 => Standing::Leaving,
+            _ => Standing::Starting,
+        }
+    }
+
+    /// Says how the member stands.
+    pub fn set_standing(&self, standing: Standing) {
+        self.0.0[3].store(standing as u64, Ordering::Release);
     }
 
     fn load(&self, word: usize) -> u64 {

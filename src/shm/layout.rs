@@ -29,13 +29,15 @@
 //!       3  bytes of this header    10  boot id, first 8 bytes     17  started, CLOCK_MONOTONIC ns
 //!       4  shards                  11  boot id, last 8 bytes      18  extras a shard
 //!       5  slots a shard           12  table id (never 0)         19  READY: written last
-//!       6  arena bytes a shard     13  incarnation                20.. zero
+//!       6  arena bytes a shard     13  incarnation                20  old values of sysctls (see `old_values`)
+//!                                                               23.. zero
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::group::GroupWords;
 use super::ingest::{RecordWords, RingWords};
+use super::old_values::OLD_VALUES_WORDS;
 use crate::conn::{MemberId, Slot};
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
@@ -59,6 +61,9 @@ const READY: u64 = u64::from_be_bytes(*b"ready\0\0\0");
 
 /// Words of the header before READY.
 pub const HEADER_WORDS: usize = 19;
+
+/// The words behind READY that hold the old values of sysctls.
+pub const OLD_VALUES: std::ops::Range<usize> = HEADER_WORDS + 1..HEADER_WORDS + 1 + OLD_VALUES_WORDS;
 
 /// What the layout follows from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -258,13 +263,10 @@ impl Header {
         if total_bytes(&sizes) as u64 != w[2] {
             return Err(NotAHeader::OtherBuild);
         }
-        let mut boot_id = [0; 16];
-        boot_id[..8].copy_from_slice(&w[10].to_be_bytes());
-        boot_id[8..].copy_from_slice(&w[11].to_be_bytes());
         Ok(Header {
             sizes,
             pid: w[9] as u32,
-            boot_id,
+            boot_id: boot_id_of(w),
             table_id: w[12] as u32,
             incarnation: w[13],
             index_key: w[14],
@@ -287,6 +289,11 @@ pub fn check_identity(w: &[u64; HEADER_WORDS], file_bytes: u64) -> Result<(), No
         return Err(NotAHeader::WrongSize(w[2]));
     }
     Ok(())
+}
+
+/// The boot that header words name.
+pub fn boot_id_of(w: &[u64; HEADER_WORDS]) -> [u8; 16] {
+    ((w[10] as u128) << 64 | w[11] as u128).to_be_bytes()
 }
 
 /// Copies the header's words, READY excepted.

@@ -8,7 +8,7 @@
 //!
 //! Reading order: [`layout`] (where what lies), [`mapping`] (the one cast from bytes to
 //! atomics), [`region`] (the appliance's side), [`view`] (the reader's side), [`group`] (the
-//! table that shard 0 publishes), [`ingest`] (the ring source).
+//! table that shard 0 publishes), [`ingest`] (the ring source), [`old_values`] (sysctls to be put back).
 //!
 //! Everything is a slice of atomics, whoever looks: no reader can make a writer wait, and no
 //! writer can make a reader's program undefined. Who may open the file may read and write all
@@ -18,6 +18,7 @@ pub mod group;
 pub mod ingest;
 pub mod layout;
 pub mod mapping;
+pub mod old_values;
 pub mod region;
 pub mod view;
 
@@ -25,6 +26,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use layout::{Header, Sizes};
+pub use old_values::OldValues;
 pub use region::{Place, Region, RegionConfig};
 pub use view::RegionView;
 

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use super::layout::{self, HEADER, HEADER_BYTES, Header, Sizes, total_bytes};
 use super::mapping::Mapping;
+use super::old_values::{OLD_VALUES_WORDS, OldValues};
 use super::view::{RegionView, boot_id, file_bytes, open_file, refusal};
 use super::{FILE, LOCK, ShmError};
 use crate::conn::MemberId;
@@ -60,6 +61,8 @@ impl Deref for Region {
 pub struct Place {
     dir: PathBuf,
     lock: File,
+    /// What the region that lies there says of sysctls; zeros if there is none.
+    old_values: [u64; OLD_VALUES_WORDS],
 }
 
 impl Place {
@@ -71,8 +74,8 @@ impl Place {
     pub fn claim(dir: &Path) -> Result<Place, ShmError> {
         make_directory(dir)?;
         let lock = take_lock(dir)?;
-        check_replaceable(&dir.join(FILE))?;
-        Ok(Place { dir: dir.into(), lock })
+        let old_values = check_replaceable(&dir.join(FILE))?;
+        Ok(Place { dir: dir.into(), lock, old_values })
     }
 }
 
@@ -85,7 +88,8 @@ impl Region {
         Region::create_in(Place::claim(dir)?, config)
     }
 
-    /// Makes a new, zeroed region with a new table id, in the place of the one that may be there.
+    /// Makes a new, zeroed region with a new table id, in the place of the one that may be there. Only
+    /// [what sysctls were](super::old_values) is taken over from that.
     /// Readers refuse it until [`publish_ready`](Region::publish_ready).
     ///
     /// # Errors
@@ -96,7 +100,7 @@ impl Region {
     pub fn create_in(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
         assert!(config.sizes.is_valid() && config.member >= 1);
         assert!(config.member as usize <= crate::limits::MEMBERS_MAX);
-        let Place { dir, lock } = place;
+        let Place { dir, lock, old_values } = place;
         let path = dir.join(FILE);
 
         let mut random = [0; 12];
@@ -116,7 +120,7 @@ impl Region {
         };
         // Under the lock, so a file of this name is what a killed start left.
         let fresh = dir.join(format!("{FILE}.new"));
-        let mapping = write_file(&fresh, &header).and_then(|mapping| {
+        let mapping = write_file(&fresh, &header, &old_values).and_then(|mapping| {
             fs::rename(&fresh, &path).map_err(ShmError::io("put the new region in the place of", &path))?;
             Ok(mapping)
         });
@@ -183,24 +187,35 @@ fn take_lock(dir: &Path) -> Result<File, ShmError> {
     Ok(lock)
 }
 
-/// Whether what lies at `path` may be replaced: nothing, or a whole region of this layout version.
-fn check_replaceable(path: &Path) -> Result<(), ShmError> {
+/// Whether what lies at `path` may be replaced: nothing, or a whole region of this layout version. Returns its
+/// record of sysctls, if that still means something.
+fn check_replaceable(path: &Path) -> Result<[u64; OLD_VALUES_WORDS], ShmError> {
     let file = match open_file(path, OpenOptions::new().read(true)) {
-        Err(ShmError::Missing(_)) => return Ok(()),
+        Err(ShmError::Missing(_)) => return Ok([0; OLD_VALUES_WORDS]),
         other => other?,
     };
     let bytes = file_bytes(&file, path)?;
-    let mut raw = [0; 8 * layout::HEADER_WORDS];
+    let mut raw = [0; 8 * layout::OLD_VALUES.end];
     file.read_exact_at(&mut raw, 0).map_err(ShmError::io("read", path))?;
-    let mut words = [0; layout::HEADER_WORDS];
+    let mut words = [0; layout::OLD_VALUES.end];
     for (word, bytes) in words.iter_mut().zip(raw.as_chunks().0) {
         *word = u64::from_ne_bytes(*bytes);
     }
-    layout::check_identity(&words, bytes).map_err(|why| refusal(why, path, bytes))
+    let header = std::array::from_fn(|i| words[i]);
+    layout::check_identity(&header, bytes).map_err(|why| refusal(why, path, bytes))?;
+    // Counted in words, not read as a header: another build's region has the record in the same place.
+    match layout::boot_id_of(&header) == boot_id()? {
+        true => Ok(std::array::from_fn(|i| words[layout::OLD_VALUES.start + i])),
+        false => Ok([0; OLD_VALUES_WORDS]),
+    }
 }
 
 /// Makes the file with its header, all of its memory reserved.
-fn write_file(path: &Path, header: &Header) -> Result<Mapping, ShmError> {
+fn write_file(
+    path: &Path,
+    header: &Header,
+    old_values: &[u64; OLD_VALUES_WORDS],
+) -> Result<Mapping, ShmError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(ShmError::io("remove", path)(error));
@@ -219,6 +234,7 @@ fn write_file(path: &Path, header: &Header) -> Result<Mapping, ShmError> {
     })?;
     let mapping = Mapping::read_write(&file, 0, bytes).map_err(ShmError::io("map", path))?;
     header.write(mapping.slice(HEADER));
+    OldValues::new(&mapping.slice(HEADER)[layout::OLD_VALUES]).copy_from(old_values);
     for shard in 0..header.sizes.shards {
         let l = layout::shard_layout(&header.sizes, shard);
         mapping.slice::<super::ingest::RingWords>(l.ring)[0].set_up(header.sizes.ring_records as u64);
@@ -254,7 +270,7 @@ fn fill_random(into: &mut [u8; 12]) -> io::Result<()> {
     }
 }
 
-const _: () = assert!(8 * layout::HEADER_WORDS <= HEADER_BYTES);
+const _: () = assert!(8 * layout::OLD_VALUES.end <= HEADER_BYTES);
 
 #[cfg(test)]
 #[path = "region_tests.rs"]

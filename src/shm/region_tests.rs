@@ -175,3 +175,31 @@ fn a_region_larger_than_memory_is_refused_with_the_bytes_it_needs() {
     assert!(matches!(error, ShmError::NoSpace { needed, .. } if needed == total_bytes(&large.sizes) as u64));
     assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 1, "only the lock file stays");
 }
+
+#[test]
+fn what_sysctls_were_survives_a_crash_and_a_start_that_fails_but_no_boot() {
+    let dir = TestDir::new("old-values");
+    let region = Region::create(&dir.0, &config()).unwrap();
+    assert_eq!((region.old_values().namespace(), region.old_values().get(0)), (0, None));
+    region.old_values().begin(77);
+    region.old_values().set(0, Some(2));
+    region.old_values().set(1, Some(0));
+    drop(region);
+    // One that goes no further than the directory, and one that never becomes ready.
+    drop(Place::claim(&dir.0).unwrap());
+    drop(Region::create(&dir.0, &config()).unwrap());
+    let region = Region::create(&dir.0, &config()).unwrap();
+    region.publish_ready();
+    let record = region.old_values();
+    assert_eq!((record.namespace(), record.get(0), record.get(1)), (77, Some(2), Some(0)));
+    assert_eq!(RegionView::open(&dir.0).unwrap().old_values().get(1), Some(0));
+    record.begin(78);
+    assert_eq!((record.namespace(), record.get(0), record.get(1)), (78, None, None));
+
+    record.set(0, Some(2));
+    drop(region);
+    let file = OpenOptions::new().write(true).open(dir.0.join(FILE)).unwrap();
+    file.write_all_at(&[0; 8], 10 * 8).unwrap(); // another boot's id
+    let region = Region::create(&dir.0, &config()).unwrap();
+    assert_eq!((region.old_values().namespace(), region.old_values().get(0)), (0, None));
+}

@@ -14,6 +14,7 @@ use super::group::GroupWords;
 use super::ingest::Ring;
 use super::layout::{self, GROUP, HEADER, HEADER_BYTES, Header, NotAHeader, ShardLayout, shard_layout};
 use super::mapping::Mapping;
+use super::old_values::OldValues;
 use super::{FILE, ShmError};
 use crate::memory::Memory;
 
@@ -83,6 +84,16 @@ impl RegionView {
         &self.mapping.slice(GROUP)[0]
     }
 
+    /// What sysctls were before the appliance changed them.
+    pub fn old_values(&self) -> OldValues<'_> {
+        OldValues::new(&self.mapping.slice(HEADER)[layout::OLD_VALUES])
+    }
+
+    /// Whether the region was made in this boot of the host.
+    pub fn is_of_this_boot(&self) -> bool {
+        boot_id().is_ok_and(|id| id == self.header.boot_id)
+    }
+
     /// A shard's ingest ring.
     pub fn ring(&self, shard: u8) -> Ring<'_> {
         let l = self.layout(shard);
@@ -96,8 +107,7 @@ impl RegionView {
 
     /// Whether the appliance that made this region still runs (as far as this pid namespace tells).
     pub fn is_running(&self) -> bool {
-        boot_id().is_ok_and(|id| id == self.header.boot_id)
-            && Path::new("/proc").join(self.header.pid.to_string()).exists()
+        self.is_of_this_boot() && Path::new("/proc").join(self.header.pid.to_string()).exists()
     }
 
     pub(super) fn layout(&self, shard: u8) -> ShardLayout {

@@ -1,16 +1,17 @@
-//! An inspector is a guest that nobody notices.
+//! An inspector is a guest that nobody notices; and what `check` says of a real process.
 
 use std::collections::HashSet;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hypersync::source::SourceEvent;
 use serde_json::Value;
 
 use crate::common::Rng;
 use crate::common::copies::{Wanted, connection, push, push_all, wait_for_agreement};
-use crate::common::member::{Lab, SOON, dies_with_us, wait_until_ready};
+use crate::common::member::{Lab, Member, SOON, dies_with_us, wait_until_ready};
+use crate::common::wait_for;
 
 const CONNECTIONS: u32 = 1000;
 
@@ -104,4 +105,38 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
     wait_for_agreement("the newest is on both", &[&one, &two], &last, SOON);
     assert!(one.is_running() && two.is_running());
     assert!(one.events().iter().chain(&two.events()).all(|event| !event.contains("dead")), "nobody was late");
+}
+
+/// What `hypersync-inspect check` answers: its exit status, and the word that it begins with.
+fn check(member: &Member) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
+    command.arg("--shm").arg(&member.shm).arg("check");
+    let output = command.output().expect("the inspector is built");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    (output.status.code(), said.split(':').next().unwrap_or_default().to_owned())
+}
+
+#[test]
+fn the_check_follows_a_member_from_its_start_to_its_end() {
+    let lab = Lab::new();
+    let is = |status, word: &str| (Some(status), word.to_owned());
+    // It listens for 2 s before it says that it is ready.
+    let started = Instant::now();
+    let mut one = lab.start(1, &[2], &["--heartbeat", "200ms", "--dead-after", "10"]);
+    let first = check(&one);
+    if started.elapsed() < Duration::from_secs(1) {
+        assert_eq!(first, is(2, "not-ready"));
+    }
+    wait_for("member 1 is ready", SOON, || check(&one) == is(0, "ready"));
+    assert!(started.elapsed() >= Duration::from_secs(2), "it was not ready before it could be");
+
+    // Stopped, it cannot care for its connections, and says nothing of itself.
+    one.signal(libc::SIGSTOP);
+    wait_for("a member that hangs is noticed", SOON, || check(&one) == is(2, "stale"));
+    one.signal(libc::SIGCONT);
+    wait_for("member 1 is ready again", SOON, || check(&one) == is(0, "ready"));
+
+    one.kill();
+    assert_eq!(check(&one), is(1, "not-running"));
 }

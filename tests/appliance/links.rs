@@ -9,20 +9,7 @@ use hypersync::source::SourceEvent;
 use crate::common::copies::{connection, connections, push, push_all, wait_for_agreement};
 use crate::common::may_make_namespaces;
 use crate::common::member::{Lab, Member, SOON, hypersync, wait_until_ready, words};
-use crate::common::namespace::{Namespace, unique_prefix};
-
-/// Two hosts on one link, `sy0`, as 10.9.0.1 and .2, fd00::1 and ::2.
-fn hosts() -> [Namespace; 2] {
-    let prefix = unique_prefix();
-    let hosts = [1, 2].map(|n| Namespace::new(&prefix, &format!("host{n}")));
-    hosts[0].ip(&format!("link add sy0 type veth peer name sy0 netns {}", hosts[1].name()));
-    for (host, n) in hosts.iter().zip(1..) {
-        host.ip(&format!(
-            "address add 10.9.0.{n}/24 dev sy0\naddress add fd00::{n}/64 dev sy0 nodad\nlink set sy0 up"
-        ));
-    }
-    hosts
-}
+use crate::common::namespace::{Namespace, two_hosts};
 
 /// A member on each host; `others` says how member n finds the other one.
 fn pair(lab: &Lab, hosts: &[Namespace; 2], sync: &str, others: impl Fn(u8) -> [String; 2]) -> [Member; 2] {
@@ -43,7 +30,7 @@ fn becomes_ready_and_syncs(what: &str, sync: &str, others: impl Fn(u8) -> [Strin
         return;
     }
     let lab = Lab::new();
-    let hosts = hosts();
+    let hosts = two_hosts();
     let [one, two] = pair(&lab, &hosts, sync, others);
     wait_until_ready(&[&one, &two]);
     let wanted = connections(0..1000);
@@ -73,7 +60,7 @@ fn a_link_that_loses_five_percent_under_load_leaves_no_difference() {
         return;
     }
     let lab = Lab::new();
-    let hosts = hosts();
+    let hosts = two_hosts();
     let [one, two] = pair(&lab, &hosts, "10.9.0.", |n| ["--peer".into(), format!("10.9.0.{}", 3 - n)]);
     wait_until_ready(&[&one, &two]);
     for host in &hosts {

@@ -85,6 +85,19 @@ impl Namespace {
     }
 }
 
+/// Two hosts on one link, `sy0`, as 10.9.0.1 and .2, fd00::1 and ::2.
+pub fn two_hosts() -> [Namespace; 2] {
+    let prefix = unique_prefix();
+    let hosts = [1, 2].map(|n| Namespace::new(&prefix, &format!("host{n}")));
+    hosts[0].ip(&format!("link add sy0 type veth peer name sy0 netns {}", hosts[1].name()));
+    for (host, n) in hosts.iter().zip(1..) {
+        host.ip(&format!(
+            "address add 10.9.0.{n}/24 dev sy0\naddress add fd00::{n}/64 dev sy0 nodad\nlink set sy0 up"
+        ));
+    }
+    hosts
+}
+
 impl Drop for Namespace {
     fn drop(&mut self) {
         let _ = Command::new("ip").args(["netns", "del", &self.name]).output();

@@ -7,10 +7,12 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use hypersync::conntrack::local::{LocalAddresses, LocalView};
 use hypersync::conntrack::sysctl;
+use hypersync::shm::old_values::{OLD_VALUES_WORDS, OldValues};
 
 use super::*;
 use crate::namespace::{DEADLINE, Host, wait_for};
@@ -51,7 +53,8 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
         server.link("server", "10.0.2.1", "10.0.2.2");
         client.inside(|| run("ip route add default via 10.0.1.1"));
         run(RULES);
-        let changed = sysctl::set_needed().expect("settings");
+        let record = [const { AtomicU64::new(0) }; OLD_VALUES_WORDS];
+        let changed = sysctl::set_needed(OldValues::new(&record)).expect("settings");
         let mut committer = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
         let addresses = LocalAddresses::new();

@@ -46,6 +46,22 @@ fn member(lab: &Lab, extra: &[&str]) -> Command {
     command
 }
 
+/// The program, run by a user who may nothing (or by this one, if that is not root).
+fn as_nobody(lab: &Lab) -> Command {
+    // SAFETY: geteuid has no arguments, no preconditions and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        return hypersync();
+    }
+    // The program may lie where only root can go: it is opened before the user changes.
+    let program = lab.path("hypersync");
+    // Copied by another process: a writing descriptor that leaked into a child would make it busy.
+    run(Command::new("cp").arg(env!("CARGO_BIN_EXE_hypersync")).arg(&program));
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let mut command = Command::new(&program);
+    command.uid(65534).gid(65534);
+    command
+}
+
 fn assert_says(line: &str, words: &[&str]) {
     for word in words {
         assert!(line.contains(word), "'{word}' is not in: {line}");
@@ -63,6 +79,8 @@ fn flags_that_make_no_sense_are_named_with_their_range() {
         ("--shards", "0", "1 to 64"),
         ("--shards", "65", "1 to 64"),
         ("--capacity", "1", "is out of range"),
+        ("--extras", "0", "--extras 0 is out of range: 1 to 20000"),
+        ("--extras", "20001", "1 to 20000"),
         ("--arena", "4096", "524288 to 1073741824"),
         ("--ring", "1000", "power of two"),
         ("--heartbeat", "1ms", "1ms is out of range: 10ms to 10s"),
@@ -79,10 +97,25 @@ fn flags_that_make_no_sense_are_named_with_their_range() {
         ("--send", "slow", "fixed, zc, copy or auto"),
         ("--features", "some", "all or none"),
         ("--sysctl", "maybe", "set or leave"),
+        ("--rule", "skip proto tpc", "rule 'skip proto tpc': 'tpc' is no protocol: write tcp"),
+        ("--rule", "allow dport 53", "'allow' is no verdict: begin with copy or skip"),
+        ("--rule", "skip local", "--source kernel"),
+        ("--rules", "/nosuch/rules", "--rules /nosuch/rules: No such file"),
     ] {
         assert_says(&refused(&mut member(&lab, &[flag, value])), &[says]);
     }
     refused(&mut member(&lab, &["--colour", "blue"]));
+    assert!(!lab.path("m1").exists(), "nothing was made");
+}
+
+#[test]
+fn a_bad_rule_of_a_file_is_named_with_its_line() {
+    let lab = Lab::new();
+    let file = lab.path("rules");
+    fs::write(&file, "# what is copied\n\nskip dport 53 # names\nskip src 10.0.0.1/8\n").unwrap();
+    let mut command = member(&lab, &["--rule", "copy proto tcp"]);
+    let line = refused(command.arg("--rules").arg(&file));
+    assert_says(&line, &[file.to_str().unwrap(), "line 4", "'10.0.0.1/8'", "write 10.0.0.0/8"]);
     assert!(!lab.path("m1").exists(), "nothing was made");
 }
 
@@ -115,23 +148,12 @@ fn a_directory_that_cannot_be_used_is_named() {
 
 #[test]
 fn a_directory_of_another_user_is_named() {
-    // SAFETY: geteuid has no arguments, no preconditions and cannot fail.
-    let root = unsafe { libc::geteuid() } == 0;
     let lab = Lab::new();
     let shut = lab.path("shut");
     fs::create_dir(&shut).unwrap();
     fs::set_permissions(&shut, PermissionsExt::from_mode(0o500)).unwrap();
-    let mut command = hypersync();
+    let mut command = as_nobody(&lab);
     command.args(lab.words(1, &[2])).arg("--shm").arg(&shut);
-    if root {
-        // The program may lie where only root can go: it is opened before the user changes.
-        let program = lab.path("hypersync");
-        // Copied by another process: a writing descriptor that leaked into a child would make it busy.
-        run(Command::new("cp").arg(env!("CARGO_BIN_EXE_hypersync")).arg(&program));
-        fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-        command = Command::new(&program);
-        command.args(lab.words(1, &[2])).arg("--shm").arg(&shut).uid(65534).gid(65534);
-    }
     assert_says(&refused(&mut command), &[shut.to_str().unwrap(), "Permission denied"]);
     assert_eq!(fs::read_dir(&shut).unwrap().count(), 0);
 }
@@ -287,4 +309,60 @@ fn io_uring_refused_is_named_with_errno_sysctl_and_kernel() {
     let disabled = format!("kernel.io_uring_disabled={}", disabled.trim());
     assert_says(&line, &["os error 1", &disabled, kernel.trim()]);
     assert!(RegionView::open(&lab.path("m1")).is_err(), "it never was ready");
+}
+
+#[test]
+fn the_kernel_source_without_cap_net_admin_is_named_with_what_to_do() {
+    let lab = Lab::new();
+    let own = lab.path("m1");
+    fs::create_dir(&own).unwrap();
+    fs::set_permissions(&own, PermissionsExt::from_mode(0o700)).unwrap();
+    // SAFETY: geteuid has no arguments, no preconditions and cannot fail.
+    if unsafe { libc::geteuid() } == 0 {
+        std::os::unix::fs::chown(&own, Some(65534), Some(65534)).unwrap();
+    }
+    let mut command = as_nobody(&lab);
+    command.args(with(lab.words(1, &[2]), &["--source", "kernel"])).arg("--shm").arg(&own);
+    assert_says(&refused(&mut command), &["CAP_NET_ADMIN is missing", "run as root"]);
+    assert!(RegionView::open(&own).is_err(), "it never was ready");
+}
+
+#[test]
+fn netlink_refused_is_named_with_what_to_do() {
+    let lab = Lab::new();
+    let ctnetlink = (libc::AF_NETLINK as u32, libc::NETLINK_NETFILTER as u32);
+    for (errno, says) in [
+        (libc::EPERM, ["Operation not permitted", "seccomp or LSM"]),
+        (libc::EPROTONOSUPPORT, ["no ctnetlink", "nf_conntrack_netlink"]),
+    ] {
+        let mut command = member(&lab, &["--source", "kernel", "--shards", "1"]);
+        // SAFETY: as in the test above.
+        unsafe {
+            command.pre_exec(move || {
+                let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+                let load = |offset| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
+                let unless = |k, skip| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, k);
+                let end = |k| step(libc::BPF_RET | libc::BPF_K, 0, 0, k);
+                // The system call's number is the first word; arguments of 8 bytes each begin at byte 16.
+                let mut filter = [
+                    load(0),
+                    unless(libc::SYS_socket as u32, 5),
+                    load(16),
+                    unless(ctnetlink.0, 3),
+                    load(32),
+                    unless(ctnetlink.1, 1),
+                    end(libc::SECCOMP_RET_ERRNO | errno as u32),
+                    end(libc::SECCOMP_RET_ALLOW),
+                ];
+                let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+                let quiet = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+                let set = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
+                if quiet != 0 || set != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            })
+        };
+        assert_says(&refused(&mut command), &says);
+    }
 }

@@ -29,6 +29,8 @@ pub enum Command {
     Connections(Connections),
     /// Every counter.
     Counters(Counters),
+    /// Whether traffic may be sent here.
+    Check(Check),
 }
 
 /// The member, its shards, the exposure right now, and the group as this member sees it.
@@ -66,6 +68,16 @@ pub struct Connections {
 #[derive(FromArgs)]
 #[argh(subcommand, name = "counters")]
 pub struct Counters {
+    /// as JSON
+    #[argh(switch)]
+    pub json: bool,
+}
+
+/// Whether this member can carry the group's traffic, for scripts. Exit status 0: it can; 1: it does not
+/// run; 2: it runs and is not ready (starting, leaving, or it hangs).
+#[derive(FromArgs)]
+#[argh(subcommand, name = "check")]
+pub struct Check {
     /// as JSON
     #[argh(switch)]
     pub json: bool,

@@ -6,9 +6,12 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
+use hypersync::conn::extra::parts;
+use hypersync::conn::extras;
 use hypersync::conn::index::Index;
 use hypersync::conn::slot::{Addresses, Line};
-use hypersync::conn::{Coordinate, Kind, Slot, State, Tuple, shard_of};
+use hypersync::conn::tuple::DCCP;
+use hypersync::conn::{Coordinate, Extra, Kind, Slot, State, Tuple, shard_of};
 use hypersync::memory::Memory;
 use hypersync::seq::Seq;
 use hypersync::shm::RegionView;
@@ -34,12 +37,30 @@ pub fn snapshot(slot: &Slot) -> Option<(Line, Addresses)> {
     })
 }
 
+/// A whole copy of a slot and what belongs to it in the sparse table; that is missing if it is torn for good.
+fn snapshot_with_extra(memory: &Memory, slot: u32) -> Option<(Line, Addresses, Option<Extra>)> {
+    let words = &memory.slots[slot as usize];
+    let (mut line, mut addresses) = snapshot(words)?;
+    for _ in 0..TRIES {
+        let extra = extras::snapshot(memory.extras, memory.extra_of, slot);
+        let again = snapshot(words)?;
+        // The slot counts its writes: the same twice means that it was the same in between.
+        if extra.is_some() && again == (line, addresses) {
+            return Some((line, addresses, extra));
+        }
+        (line, addresses) = again;
+    }
+    Some((line, addresses, None))
+}
+
 /// A connection as it is shown.
 struct Shown {
     kind: Kind,
     original: Tuple,
     reply: Tuple,
     state: State,
+    /// Missing if it cannot be read.
+    extra: Option<Extra>,
     here: Coordinate,
     other: Coordinate,
     former: Coordinate,
@@ -52,7 +73,7 @@ struct Shown {
 
 impl Shown {
     fn read(view: &RegionView, memory: &Memory, shard: u8, slot: u32) -> Option<Shown> {
-        let (line, addresses) = snapshot(&memory.slots[slot as usize])?;
+        let (line, addresses, extra) = snapshot_with_extra(memory, slot)?;
         if !line.kind().is_connection() && line.kind() != Kind::Closing {
             return None;
         }
@@ -67,6 +88,7 @@ impl Shown {
             original,
             reply,
             state: line.state(),
+            extra,
             here: Coordinate::new(view.header().member, shard, slot, line.generation()),
             other,
             former: Coordinate::from_raw(former),
@@ -111,6 +133,9 @@ impl Shown {
         if self.reply != self.original.mirrored() {
             write!(out, "  reply {}", self.reply)?;
         }
+        for (name, value) in self.extra_words() {
+            write!(out, "  {name} {value}")?;
+        }
         writeln!(out)
     }
 
@@ -138,7 +163,88 @@ impl Shown {
             s.status,
             s.mark,
             s.timeout_s
-        )
+        )?;
+        for (name, value) in self.extra_words() {
+            writeln!(out, "  {name:<12}  {value}")?;
+        }
+        Ok(())
+    }
+
+    /// What only few connections have, in words.
+    fn extra_words(&self) -> Vec<(&'static str, String)> {
+        let Some(x) = &self.extra else { return vec![("extra", "half written".into())] };
+        let mut words = Vec::new();
+        if x.has(parts::LABELS) {
+            words.push(("labels", labels_hex(x)));
+        }
+        if x.has(parts::HELPER) {
+            words.push(("helper", x.helper_name().unwrap_or("(no text)").into()));
+        }
+        if x.has(parts::SEQADJ) {
+            let [original, reply] = x.seqadj.map(|s| {
+                let (before, after) = (s.offset_before as i32, s.offset_after as i32);
+                format!("{before:+}/{after:+}@{}", s.correction_position)
+            });
+            words.push(("seqadj", format!("original {original}, reply {reply}")));
+        }
+        if x.has(parts::SYNPROXY) {
+            let s = &x.synproxy;
+            words.push(("synproxy", format!("isn {}, its {}, tsoff {}", s.isn, s.its, s.tsoff)));
+        }
+        if x.has(parts::PROTOINFO) {
+            let p = &x.protoinfo;
+            words.push(match self.original.protocol {
+                DCCP => (
+                    "dccp",
+                    format!("state {}, role {}, handshake sequence number {}", p.state, p.role, p.value),
+                ),
+                _ => (
+                    "sctp",
+                    format!("state {}, tags {:#010x} {:#010x}", p.state, p.value >> 32, p.value as u32),
+                ),
+            });
+        }
+        words
+    }
+
+    /// The parts that are there; null if they cannot be read.
+    fn extra_json(&self) -> Value {
+        let Some(x) = &self.extra else { return Value::Null };
+        let mut object = json!({});
+        if x.has(parts::LABELS) {
+            object["labels"] = labels_hex(x).into();
+        }
+        if x.has(parts::HELPER) {
+            object["helper"] = x.helper_name().into();
+        }
+        if x.has(parts::SEQADJ) {
+            let [original, reply] = x.seqadj.map(|s| {
+                json!({
+                    "correction_position": s.correction_position,
+                    "offset_before": s.offset_before as i32,
+                    "offset_after": s.offset_after as i32,
+                })
+            });
+            object["seqadj"] = json!({ "original": original, "reply": reply });
+        }
+        if x.has(parts::SYNPROXY) {
+            let s = &x.synproxy;
+            object["synproxy"] = json!({ "isn": s.isn, "its": s.its, "tsoff": s.tsoff });
+        }
+        if x.has(parts::PROTOINFO) {
+            let p = &x.protoinfo;
+            match self.original.protocol {
+                DCCP => {
+                    object["dccp"] = json!({ "state": p.state, "role": p.role, "handshake_seq": p.value });
+                }
+                _ => {
+                    let (original, reply) = (p.value >> 32, p.value & 0xffff_ffff);
+                    object["sctp"] =
+                        json!({ "state": p.state, "vtag_original": original, "vtag_reply": reply });
+                }
+            }
+        }
+        object
     }
 
     fn to_json(&self) -> Value {
@@ -165,6 +271,7 @@ impl Shown {
                 "timeout_s": s.timeout_s,
                 "mark": s.mark,
             },
+            "extra": self.extra_json(),
         })
     }
 }
@@ -188,6 +295,11 @@ fn state_word(original: &Tuple, state: &State) -> &'static str {
         hypersync::conn::tuple::TCP => TCP_STATES.get(state.tcp_state as usize).unwrap_or(&"unknown"),
         _ => "-",
     }
+}
+
+/// Sixteen bytes as two digits each, in the order in which ctnetlink has them.
+fn labels_hex(x: &Extra) -> String {
+    x.labels.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn tuple_json(t: &Tuple) -> Value {

@@ -3,9 +3,11 @@
 //! It maps the memory read-only and loads words, so it cannot disturb the appliance, and works
 //! as well on what a killed one left behind. A record that is being written is read again,
 //! never shown torn. Exit status: 0; 1 if `find` finds nothing; 2 if it was called wrongly or
-//! there is nothing to read (one line on standard error says what).
+//! there is nothing to read (one line on standard error says what). `check` answers by its status
+//! alone: 0 ready, 1 not running, 2 not ready; what there is to say it says on standard output.
 
 mod args;
+mod check;
 mod connections;
 mod counters;
 mod state;
@@ -21,15 +23,17 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(status) => return status,
     };
-    let view = match RegionView::open(&args.shm) {
-        Ok(view) => view,
-        Err(error) => {
+    let view = RegionView::open(&args.shm);
+    let mut out = BufWriter::new(io::stdout().lock());
+    let outcome = match (&args.command, &view) {
+        (Command::Check(c), view) => check::print(view, c.json, &mut out),
+        (command, Ok(view)) => run(view, command, &mut out),
+        (_, Err(error)) => {
             eprintln!("hypersync-inspect: {error}");
             return ExitCode::from(2);
         }
     };
-    let mut out = BufWriter::new(io::stdout().lock());
-    match run(&view, &args.command, &mut out).and_then(|status| out.flush().map(|()| status)) {
+    match outcome.and_then(|status| out.flush().map(|()| status)) {
         Ok(status) => status,
         // Whoever reads us has seen enough.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
@@ -45,6 +49,7 @@ fn run(view: &RegionView, command: &Command, out: &mut dyn Write) -> io::Result<
         Command::State(c) => state::print(view, c.json, out)?,
         Command::Connections(c) => connections::print_all(view, c.json, out)?,
         Command::Counters(c) => counters::print(view, c.json, out)?,
+        Command::Check(_) => unreachable!("it is answered without a region, too"),
         Command::Find(c) => match c.tuple.join(" ").parse() {
             Ok(tuple) => return connections::print_found(view, &tuple, c.json, out),
             Err(error) => {

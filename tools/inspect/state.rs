@@ -7,6 +7,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use hypersync::conn::{Kind, MemberId};
+use hypersync::conntrack::sysctl::NEEDED;
 use hypersync::counters::{Counter, Counters, delay_percentile};
 use hypersync::group::view::{Member, Status};
 use hypersync::limits::MEMBERS_MAX;
@@ -141,7 +142,16 @@ fn print_text(
     write!(out, "member {} of group {}, pid {}, table {:08x}, ", h.member, h.group, h.pid, h.table_id)?;
     match view.is_running() {
         true => writeln!(out, "up {}", span(now.since(h.started)))?,
-        false => writeln!(out, "NOT RUNNING: this is what it left behind")?,
+        false => {
+            writeln!(out, "NOT RUNNING: this is what it left behind")?;
+            for (name, old) in changed_sysctls(view) {
+                writeln!(
+                    out,
+                    "sysctl {name}: was {old} before; the process ended without putting it back: the next start \
+                     takes care of it, or: sysctl -w {name}={old}"
+                )?;
+            }
+        }
     }
     writeln!(
         out,
@@ -239,6 +249,8 @@ fn print_json(
             })
         })
         .collect();
+    let sysctls: serde_json::Map<String, Value> =
+        changed_sysctls(view).map(|(name, old)| (name.into(), old.into())).collect();
     let delays = delays(view);
     let state = json!({
         "member": h.member,
@@ -252,6 +264,7 @@ fn print_json(
         "capacity_per_shard": h.sizes.memory.capacity,
         "arena_bytes_per_shard": h.sizes.memory.arena,
         "ring_records_per_shard": h.sizes.ring_records,
+        "sysctls_before": sysctls,
         "delay_p50_us": delay_percentile(&delays, 0.5),
         "delay_p99_us": delay_percentile(&delays, 0.99),
         "shards": shards.iter().map(|shard| shard.to_json(now)).collect::<Vec<Value>>(),
@@ -259,6 +272,12 @@ fn print_json(
         "members": members,
     });
     writeln!(out, "{state}")
+}
+
+/// Sysctls that the member changed and has not put back, with what they were before.
+fn changed_sysctls(view: &RegionView) -> impl Iterator<Item = (&'static str, u64)> {
+    let record = view.is_of_this_boot().then(|| view.old_values());
+    NEEDED.iter().enumerate().filter_map(move |(i, (name, _))| Some((*name, record?.get(i)?)))
 }
 
 fn age_ns(at: Time, now: Time) -> Option<u64> {

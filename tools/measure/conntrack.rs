@@ -58,7 +58,7 @@ fn write(rate: u32, count: u32, is_delete: bool) -> Result<(), String> {
                 let c = connection(n);
                 let taken = match is_delete {
                     true => committer.delete(&c.original),
-                    false => committer.write(&c, Lifetime::Kept),
+                    false => committer.write(&c, Lifetime::Normal),
                 };
                 taken.map_err(|_| "one connection twice in a batch")?;
                 n += 1;

@@ -1,14 +1,16 @@
 //! From the kernel's bytes to a [`SourceEvent`].
 //!
-//! Every length is checked where it is used; an attribute that we do not know is skipped, one
-//! that is left out is left out of `known` too: ctnetlink omits what has not changed, and the
+//! Every length is checked where it is used. An attribute that we do not know is skipped; so is one that
+//! we know and that has another form than we do (a newer kernel's), and that is counted: only what names the
+//! connection must be right. One that is left out is left out of `known` too: ctnetlink omits what has not changed, and the
 //! timeout and TCP state of offloaded flows altogether.
 
 use super::number::*;
-use super::{HEADER, HEADERS, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use super::{HEADER, HEADERS, SUBSYSTEM_EXPECTATIONS, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use crate::conn::extra::{HELPER_NAME, parts};
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
-use crate::conn::{Connection, Family, State, Tuple};
+use crate::conn::{Connection, Extra, Family, State, Tuple};
 use crate::source::SourceEvent;
 
 /// Why a message makes no sense.
@@ -103,9 +105,28 @@ fn byte(payload: &[u8]) -> Result<u8, Malformed> {
     field::<1>(payload).map(|b| b[0])
 }
 
-/// Decodes one conntrack message (an event, an entry of a dump, or the answer to a GET). The
-/// bytes may be followed by others: the header's length counts.
-pub fn decode(message: &[u8]) -> Result<SourceEvent, Malformed> {
+/// A message's meaning.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Decoded {
+    /// What it says.
+    pub event: SourceEvent,
+    /// Attributes that are known here and made no sense, so that they were left out.
+    pub skipped: u8,
+}
+
+/// Decodes one event. What it leaves out has not changed. The bytes may be followed by others: the
+/// header's length counts.
+pub fn decode(message: &[u8]) -> Result<Decoded, Malformed> {
+    decode_as(message, false)
+}
+
+/// Decodes a message that describes a whole entry: one of a dump, or the answer to a GET. There the kernel
+/// leaves out a mark of 0.
+pub fn decode_entry(message: &[u8]) -> Result<Decoded, Malformed> {
+    decode_as(message, true)
+}
+
+fn decode_as(message: &[u8], is_whole: bool) -> Result<Decoded, Malformed> {
     let header = message.get(..HEADERS).ok_or(Malformed::Short)?;
     let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
     let kind = u16::from_ne_bytes([header[4], header[5]]);
@@ -120,47 +141,168 @@ pub fn decode(message: &[u8]) -> Result<SourceEvent, Malformed> {
     };
 
     let (mut original, mut reply, mut zone) = (None, None, 0);
-    let (mut has_status, mut has_tcp) = (false, false);
-    let mut state = State::default();
-    let mut known = groups::TUPLES;
+    let mut value = Value::default();
+    let mut skipped = 0u8;
     for attribute in Attributes::new(body) {
         let (kind, payload) = attribute?;
         match kind {
             TUPLE_ORIG => original = Some(decode_tuple(payload, family)?),
             TUPLE_REPLY => reply = Some(decode_tuple(payload, family)?),
             ZONE => zone = be16(payload)?,
-            STATUS => {
-                state.status = be32(payload)?;
-                has_status = true;
+            _ => {
+                // What it changed before it failed is not named as known.
+                let before = value;
+                if value.take(kind, payload).is_err() {
+                    value = before;
+                    skipped = skipped.saturating_add(1);
+                }
             }
-            TIMEOUT => {
-                state.timeout_s = be32(payload)?;
-                known |= groups::TIMEOUT;
-            }
-            MARK => {
-                state.mark = be32(payload)?;
-                known |= groups::MARK;
-            }
-            PROTOINFO => has_tcp |= decode_protoinfo(payload, &mut state)?,
-            _ => {}
         }
     }
 
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;
     original.zone = own_zone.unwrap_or(zone);
     if kind == TYPE_DELETE {
-        return Ok(SourceEvent::Gone { original });
+        return Ok(Decoded { event: SourceEvent::Gone { original }, skipped });
     }
     let (mut reply, own_zone) = reply.ok_or(Malformed::NoReply)?;
     reply.zone = own_zone.unwrap_or(zone);
     if original.protocol != reply.protocol {
         return Err(Malformed::TwoProtocols);
     }
+    let Value { state, extra, mut known, has_status, has_tcp } = value;
+    known |= groups::TUPLES;
     // Status and TCP are one group: half of it is not known.
     if has_status && (has_tcp || original.protocol != TCP) {
         known |= groups::STATE;
     }
-    Ok(SourceEvent::Seen { connection: Connection::new(original, reply, state), known })
+    if is_whole {
+        known |= groups::MARK;
+    }
+    let connection = Connection { original, reply, state, extra };
+    Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
+}
+
+/// What a message says besides the tuples.
+#[derive(Clone, Copy, Default)]
+struct Value {
+    state: State,
+    extra: Extra,
+    known: u8,
+    has_status: bool,
+    has_tcp: bool,
+}
+
+impl Value {
+    /// Takes what one attribute says.
+    fn take(&mut self, kind: u16, payload: &[u8]) -> Result<(), Malformed> {
+        let Value { state, extra, .. } = self;
+        match kind {
+            STATUS => {
+                state.status = be32(payload)?;
+                self.has_status = true;
+            }
+            TIMEOUT => {
+                state.timeout_s = be32(payload)?;
+                self.known |= groups::TIMEOUT;
+            }
+            MARK => {
+                state.mark = be32(payload)?;
+                self.known |= groups::MARK;
+            }
+            PROTOINFO => self.take_protoinfo(payload)?,
+            LABELS => {
+                extra.labels = field(payload)?;
+                extra.parts |= parts::LABELS;
+            }
+            HELP => {
+                if let Some(name) = find(payload, HELP_NAME)? {
+                    // The last byte is always zero.
+                    let text = name.split(|b| *b == 0).next().unwrap_or(&[]);
+                    let room = extra.helper[..HELPER_NAME - 1].get_mut(..text.len());
+                    room.ok_or(Malformed::FieldSize)?.copy_from_slice(text);
+                    extra.parts |= parts::HELPER;
+                }
+            }
+            SEQ_ADJ_ORIG | SEQ_ADJ_REPLY => {
+                let direction = &mut extra.seqadj[(kind == SEQ_ADJ_REPLY) as usize];
+                for attribute in Attributes::new(payload) {
+                    let (kind, payload) = attribute?;
+                    match kind {
+                        CORRECTION_POSITION => direction.correction_position = be32(payload)?,
+                        OFFSET_BEFORE => direction.offset_before = be32(payload)?,
+                        OFFSET_AFTER => direction.offset_after = be32(payload)?,
+                        _ => {}
+                    }
+                }
+                extra.parts |= parts::SEQADJ;
+            }
+            SYNPROXY => {
+                for attribute in Attributes::new(payload) {
+                    let (kind, payload) = attribute?;
+                    match kind {
+                        SYNPROXY_ISN => extra.synproxy.isn = be32(payload)?,
+                        SYNPROXY_ITS => extra.synproxy.its = be32(payload)?,
+                        SYNPROXY_TSOFF => extra.synproxy.tsoff = be32(payload)?,
+                        _ => {}
+                    }
+                }
+                extra.parts |= parts::SYNPROXY;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn take_protoinfo(&mut self, payload: &[u8]) -> Result<(), Malformed> {
+        for attribute in Attributes::new(payload) {
+            let (kind, payload) = attribute?;
+            match kind {
+                PROTOINFO_TCP => self.has_tcp |= take_tcp(payload, &mut self.state)?,
+                PROTOINFO_SCTP => {
+                    let info = &mut self.extra.protoinfo;
+                    let (mut original, mut reply) = (0, 0);
+                    for attribute in Attributes::new(payload) {
+                        let (kind, payload) = attribute?;
+                        match kind {
+                            SCTP_STATE => info.state = byte(payload)?,
+                            SCTP_VTAG_ORIGINAL => original = be32(payload)?,
+                            SCTP_VTAG_REPLY => reply = be32(payload)?,
+                            _ => {}
+                        }
+                    }
+                    info.value = (original as u64) << 32 | reply as u64;
+                    self.extra.parts |= parts::PROTOINFO;
+                }
+                PROTOINFO_DCCP => {
+                    let info = &mut self.extra.protoinfo;
+                    for attribute in Attributes::new(payload) {
+                        let (kind, payload) = attribute?;
+                        match kind {
+                            DCCP_STATE => info.state = byte(payload)?,
+                            DCCP_ROLE => info.role = byte(payload)?,
+                            DCCP_HANDSHAKE_SEQ => info.value = u64::from_be_bytes(field(payload)?),
+                            _ => {}
+                        }
+                    }
+                    self.extra.parts |= parts::PROTOINFO;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The first attribute of this type.
+fn find(payload: &[u8], wanted: u16) -> Result<Option<&[u8]>, Malformed> {
+    for attribute in Attributes::new(payload) {
+        let (kind, payload) = attribute?;
+        if kind == wanted {
+            return Ok(Some(payload));
+        }
+    }
+    Ok(None)
 }
 
 /// A tuple and the zone that belongs to its direction only, if there is one.
@@ -207,30 +349,31 @@ fn decode_tuple(payload: &[u8], family: Family) -> Result<(Tuple, Option<u16>), 
 }
 
 /// Whether there was a TCP state.
-fn decode_protoinfo(payload: &[u8], state: &mut State) -> Result<bool, Malformed> {
+fn take_tcp(payload: &[u8], state: &mut State) -> Result<bool, Malformed> {
     let mut found = false;
     for attribute in Attributes::new(payload) {
         let (kind, payload) = attribute?;
-        if kind != PROTOINFO_TCP {
-            continue;
-        }
-        for attribute in Attributes::new(payload) {
-            let (kind, payload) = attribute?;
-            match kind {
-                TCP_STATE => {
-                    state.tcp_state = byte(payload)?;
-                    found = true;
-                }
-                TCP_WSCALE_ORIGINAL => state.tcp_scale = state.tcp_scale & 0xf0 | byte(payload)? & 15,
-                TCP_WSCALE_REPLY => state.tcp_scale = state.tcp_scale & 0x0f | (byte(payload)? & 15) << 4,
-                // Flags, then a mask that matters in requests only.
-                TCP_FLAGS_ORIGINAL => state.tcp_flags_original = field::<2>(payload)?[0],
-                TCP_FLAGS_REPLY => state.tcp_flags_reply = field::<2>(payload)?[0],
-                _ => {}
+        match kind {
+            TCP_STATE => {
+                state.tcp_state = byte(payload)?;
+                found = true;
             }
+            TCP_WSCALE_ORIGINAL => state.tcp_scale = state.tcp_scale & 0xf0 | byte(payload)? & 15,
+            TCP_WSCALE_REPLY => state.tcp_scale = state.tcp_scale & 0x0f | (byte(payload)? & 15) << 4,
+            // Flags, then a mask that matters in requests only.
+            TCP_FLAGS_ORIGINAL => state.tcp_flags_original = field::<2>(payload)?[0],
+            TCP_FLAGS_REPLY => state.tcp_flags_reply = field::<2>(payload)?[0],
+            _ => {}
         }
     }
     Ok(found)
+}
+
+/// Whether a message is about an expectation, not about a connection.
+pub fn is_expectation(message: &[u8]) -> bool {
+    message
+        .get(4..6)
+        .is_some_and(|kind| u16::from_ne_bytes([kind[0], kind[1]]) >> 8 == SUBSYSTEM_EXPECTATIONS)
 }
 
 /// What every answer has, whatever it says.

@@ -14,11 +14,12 @@ use super::number::*;
 use super::{
     HEADERS, TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, family_number, status,
 };
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_ports};
-use crate::conn::{Connection, Family, Tuple};
+use crate::conn::extra::{HELPER_NAME, parts};
+use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_keys};
+use crate::conn::{Connection, Extra, Family, Tuple};
 
-/// Room that any request fits: the longest, a translated IPv6 connection in a zone, takes 424.
-pub const MESSAGE_MAX: usize = 512;
+/// Room that any request fits: the longest, a translated IPv6 connection with everything that only few have.
+pub const MESSAGE_MAX: usize = 640;
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -33,7 +34,7 @@ const TCP_BE_LIBERAL: u8 = 0x08;
 /// translated tuple, is there already.
 pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, timeout_s: u32) -> usize {
     let flags = REQUEST | (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    let Connection { original, reply, state, .. } = connection;
+    let Connection { original, reply, state, extra } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
     let mirrored = original.mirrored();
     let (both, only_original, only_reply) = match (original.zone, reply.zone) {
@@ -48,15 +49,16 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     if state.mark != 0 {
         w.field(MARK, &state.mark.to_be_bytes());
     }
-    w.tcp(connection);
+    w.protoinfo(connection);
+    w.extra(extra, false);
     if connection.is_translated() {
         // ICMP has one identifier, which conntrack keeps (and translates) with the source.
         let source_port = match original.protocol {
             ICMP | ICMPV6 => reply.sport,
             _ => reply.dport,
         };
-        w.nat(NAT_DST, reply.src, has_ports(original.protocol).then_some(reply.sport), reply.family);
-        let has_source = has_ports(original.protocol) || matches!(original.protocol, ICMP | ICMPV6);
+        w.nat(NAT_DST, reply.src, has_keys(original.protocol).then_some(reply.sport), reply.family);
+        let has_source = has_keys(original.protocol) || matches!(original.protocol, ICMP | ICMPV6);
         w.nat(NAT_SRC, reply.dst, has_source.then_some(source_port), reply.family);
     }
     w.finish()
@@ -72,7 +74,7 @@ pub fn encode_update(
     timeout_s: u32,
     present: u32,
 ) -> usize {
-    let Connection { original, state, .. } = connection;
+    let Connection { original, state, extra, .. } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, REQUEST, sequence, Some(original.family));
     w.tuple(TUPLE_ORIG, original, 0);
     w.zone(ZONE, original.zone);
@@ -80,7 +82,8 @@ pub fn encode_update(
     w.field(STATUS, &(present | copied_status(state.status)).to_be_bytes());
     w.field(TIMEOUT, &timeout_s.to_be_bytes());
     w.field(MARK, &state.mark.to_be_bytes());
-    w.tcp(connection);
+    w.protoinfo(connection);
+    w.extra(extra, true);
     w.finish()
 }
 
@@ -190,7 +193,7 @@ impl<'a> Writer<'a> {
                 let (id, code_of, type_of) = match t.protocol {
                     ICMP => (PROTO_ICMP_ID, PROTO_ICMP_CODE, PROTO_ICMP_TYPE),
                     ICMPV6 => (PROTO_ICMPV6_ID, PROTO_ICMPV6_CODE, PROTO_ICMPV6_TYPE),
-                    protocol if has_ports(protocol) => {
+                    protocol if has_keys(protocol) => {
                         w.field(PROTO_SRC_PORT, &t.sport.to_be_bytes());
                         w.field(PROTO_DST_PORT, &t.dport.to_be_bytes());
                         return;
@@ -206,11 +209,31 @@ impl<'a> Writer<'a> {
         });
     }
 
+    fn protoinfo(&mut self, connection: &Connection) {
+        let info = connection.extra.protoinfo;
+        let is_known = connection.extra.has(parts::PROTOINFO);
+        match connection.original.protocol {
+            TCP => self.tcp(connection),
+            SCTP if is_known => self.nest(PROTOINFO, |w| {
+                w.nest(PROTOINFO_SCTP, |w| {
+                    w.field(SCTP_STATE, &[info.state]);
+                    w.field(SCTP_VTAG_ORIGINAL, &((info.value >> 32) as u32).to_be_bytes());
+                    w.field(SCTP_VTAG_REPLY, &(info.value as u32).to_be_bytes());
+                });
+            }),
+            DCCP if is_known => self.nest(PROTOINFO, |w| {
+                w.nest(PROTOINFO_DCCP, |w| {
+                    w.field(DCCP_STATE, &[info.state]);
+                    w.field(DCCP_ROLE, &[info.role]);
+                    w.field(DCCP_HANDSHAKE_SEQ, &info.value.to_be_bytes());
+                });
+            }),
+            _ => {}
+        }
+    }
+
     fn tcp(&mut self, connection: &Connection) {
         let s = connection.state;
-        if connection.original.protocol != TCP {
-            return;
-        }
         // A state that was never reported: an assured connection had been established; about others nothing is said.
         let tcp_state = match s.tcp_state {
             0 if s.status & status::ASSURED != 0 => TCP_ESTABLISHED,
@@ -228,6 +251,37 @@ impl<'a> Writer<'a> {
                 w.field(TCP_FLAGS_REPLY, &flags(s.tcp_flags_reply));
             });
         });
+    }
+
+    /// What only few connections have, except protocol state. A new entry has no labels; those of one that is
+    /// there are replaced.
+    fn extra(&mut self, extra: &Extra, is_there: bool) {
+        if extra.has(parts::LABELS) && (is_there || extra.labels != [0; 16]) {
+            self.field(LABELS, &extra.labels);
+            self.field(LABELS_MASK, &[0xff; 16]);
+        }
+        if extra.has(parts::HELPER) {
+            let end = extra.helper.iter().position(|b| *b == 0).unwrap_or(HELPER_NAME - 1);
+            let mut name = [0; HELPER_NAME];
+            name[..end].copy_from_slice(&extra.helper[..end]);
+            self.nest(HELP, |w| w.field(HELP_NAME, &name[..=end]));
+        }
+        if extra.has(parts::SEQADJ) {
+            for (kind, direction) in [SEQ_ADJ_ORIG, SEQ_ADJ_REPLY].into_iter().zip(extra.seqadj) {
+                self.nest(kind, |w| {
+                    w.field(CORRECTION_POSITION, &direction.correction_position.to_be_bytes());
+                    w.field(OFFSET_BEFORE, &direction.offset_before.to_be_bytes());
+                    w.field(OFFSET_AFTER, &direction.offset_after.to_be_bytes());
+                });
+            }
+        }
+        if extra.has(parts::SYNPROXY) {
+            self.nest(SYNPROXY, |w| {
+                w.field(SYNPROXY_ISN, &extra.synproxy.isn.to_be_bytes());
+                w.field(SYNPROXY_ITS, &extra.synproxy.its.to_be_bytes());
+                w.field(SYNPROXY_TSOFF, &extra.synproxy.tsoff.to_be_bytes());
+            });
+        }
     }
 
     fn nat(&mut self, kind: u16, address: u128, port: Option<u16>, family: Family) {

@@ -20,7 +20,7 @@ mod encode;
 #[cfg(test)]
 mod tests;
 
-pub use decode::{Answer, Attributes, Malformed, answer, decode};
+pub use decode::{Answer, Attributes, Decoded, Malformed, answer, decode, decode_entry, is_expectation};
 pub use encode::{
     MESSAGE_MAX, encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update,
     request_ack,
@@ -37,6 +37,7 @@ pub const TYPE_ERROR: u16 = 2;
 pub const TYPE_DONE: u16 = 3;
 
 const SUBSYSTEM: u16 = 1 << 8; // NFNL_SUBSYS_CTNETLINK
+const SUBSYSTEM_EXPECTATIONS: u16 = 2; // NFNL_SUBSYS_CTNETLINK_EXP
 const TYPE_NEW: u16 = SUBSYSTEM;
 const TYPE_GET: u16 = SUBSYSTEM | 1;
 const TYPE_DELETE: u16 = SUBSYSTEM | 2;
@@ -51,8 +52,14 @@ mod number {
     pub const NAT_SRC: u16 = 6;
     pub const TIMEOUT: u16 = 7;
     pub const MARK: u16 = 8;
+    pub const HELP: u16 = 5;
     pub const NAT_DST: u16 = 13;
+    pub const SEQ_ADJ_ORIG: u16 = 15;
+    pub const SEQ_ADJ_REPLY: u16 = 16;
     pub const ZONE: u16 = 18;
+    pub const LABELS: u16 = 22;
+    pub const LABELS_MASK: u16 = 23;
+    pub const SYNPROXY: u16 = 24;
 
     pub const TUPLE_IP: u16 = 1;
     pub const TUPLE_PROTO: u16 = 2;
@@ -74,11 +81,30 @@ mod number {
     pub const PROTO_ICMPV6_CODE: u16 = 9;
 
     pub const PROTOINFO_TCP: u16 = 1;
+    pub const PROTOINFO_DCCP: u16 = 2;
+    pub const PROTOINFO_SCTP: u16 = 3;
     pub const TCP_STATE: u16 = 1;
     pub const TCP_WSCALE_ORIGINAL: u16 = 2;
     pub const TCP_WSCALE_REPLY: u16 = 3;
     pub const TCP_FLAGS_ORIGINAL: u16 = 4;
     pub const TCP_FLAGS_REPLY: u16 = 5;
+
+    pub const DCCP_STATE: u16 = 1;
+    pub const DCCP_ROLE: u16 = 2;
+    pub const DCCP_HANDSHAKE_SEQ: u16 = 3;
+    pub const SCTP_STATE: u16 = 1;
+    pub const SCTP_VTAG_ORIGINAL: u16 = 2;
+    pub const SCTP_VTAG_REPLY: u16 = 3;
+
+    pub const HELP_NAME: u16 = 1;
+
+    pub const CORRECTION_POSITION: u16 = 1;
+    pub const OFFSET_BEFORE: u16 = 2;
+    pub const OFFSET_AFTER: u16 = 3;
+
+    pub const SYNPROXY_ISN: u16 = 1;
+    pub const SYNPROXY_ITS: u16 = 2;
+    pub const SYNPROXY_TSOFF: u16 = 3;
 
     pub const NAT_V4_MINIP: u16 = 1;
     pub const NAT_PROTO: u16 = 3;
@@ -98,6 +124,8 @@ pub mod status {
     pub const SEEN_REPLY: u32 = 1 << 1;
     /// Not to be dropped early when the table is full.
     pub const ASSURED: u32 = 1 << 2;
+    /// Another connection's helper expected it.
+    pub const EXPECTED: u32 = 1;
     /// In the table.
     pub const CONFIRMED: u32 = 1 << 3;
     /// The source is translated.
@@ -106,6 +134,8 @@ pub mod status {
     pub const DST_NAT: u32 = 1 << 5;
     /// On its way out.
     pub const DYING: u32 = 1 << 9;
+    /// Forwarded past conntrack, by a flow table.
+    pub const OFFLOADED: u32 = 1 << 14;
 }
 
 /// `TCP_CONNTRACK_ESTABLISHED`.

@@ -1,8 +1,10 @@
 //! Golden messages, both ways, and a storm of broken ones.
 
 use super::*;
+use crate::conn::extra::{HELPER_NAME, ProtoInfo, SeqAdj, Synproxy, parts};
 use crate::conn::slot::groups;
-use crate::conn::{Connection, State, Tuple};
+use crate::conn::tuple::{DCCP, TCP};
+use crate::conn::{Connection, Extra, State, Tuple};
 use crate::source::SourceEvent;
 
 // Taken from a kernel 6.18 (x86-64): one TCP connection over lo with DNAT and SNAT by nftables
@@ -68,12 +70,17 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// What one event says.
+fn event(message: &[u8]) -> Result<SourceEvent, Malformed> {
+    decode(message).map(|decoded| decoded.event)
+}
+
 fn tuple(text: &str) -> Tuple {
     text.parse().unwrap()
 }
 
 fn seen(message: &str) -> (Connection, u8) {
-    match decode(&bytes(message)) {
+    match event(&bytes(message)) {
         Ok(SourceEvent::Seen { connection, known }) => (connection, known),
         other => panic!("{other:?}"),
     }
@@ -94,7 +101,7 @@ fn a_translated_tcp_connection_is_followed_from_its_birth_to_its_end() {
         let known = groups::TUPLES | groups::STATE | groups::TIMEOUT;
         assert_eq!(seen(message), (Connection::new(original, reply, state), known));
     }
-    assert_eq!(decode(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original }));
+    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original }));
 }
 
 #[test]
@@ -123,7 +130,7 @@ fn what_a_message_leaves_out_is_not_known() {
             }
             at += length.next_multiple_of(4);
         }
-        let Ok(SourceEvent::Seen { known, .. }) = decode(&message) else { panic!("still a connection") };
+        let Ok(SourceEvent::Seen { known, .. }) = event(&message) else { panic!("still a connection") };
         assert_eq!(known & missing, 0, "attribute {kind}");
     }
 }
@@ -134,10 +141,10 @@ fn each_kind_of_nonsense_has_its_name() {
     let patched = |at: usize, value: u8| {
         let mut message = whole.clone();
         message[at] = value;
-        decode(&message)
+        event(&message)
     };
-    assert_eq!(decode(&whole[..19]), Err(Malformed::Short));
-    assert_eq!(decode(&whole[..40]), Err(Malformed::Short), "the header says more");
+    assert_eq!(event(&whole[..19]), Err(Malformed::Short));
+    assert_eq!(event(&whole[..40]), Err(Malformed::Short), "the header says more");
     assert_eq!(patched(5, 2), Err(Malformed::Type), "an expectation");
     assert_eq!(patched(16, 9), Err(Malformed::Family));
     assert_eq!(patched(16, 10), Err(Malformed::NoAddress), "IPv4 addresses are not IPv6 ones");
@@ -175,7 +182,7 @@ fn no_broken_message_is_more_than_an_error() {
             _ => {}
         }
         answer(&message);
-        outcomes[decode(&message).is_ok() as usize] += 1;
+        outcomes[event(&message).is_ok() as usize] += 1;
     }
     assert!(outcomes.iter().all(|&n| n > 10_000), "both paths are walked: {outcomes:?}");
 }
@@ -242,13 +249,104 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
         let mut buffer = [0; MESSAGE_MAX];
         let length = encode_create(&mut buffer, 1, &Connection { original, reply, ..snat() }, 5);
         assert!(length < 430, "{length}");
-        let Ok(SourceEvent::Seen { connection, known }) = decode(&buffer[..length]) else { panic!("{text}") };
+        let Ok(SourceEvent::Seen { connection, known }) = event(&buffer[..length]) else { panic!("{text}") };
         assert_eq!((connection.original, connection.reply), (original, original.mirrored()), "{text}");
         assert_eq!(
             (connection.state.mark, connection.state.timeout_s, known),
             (7, 5, groups::ALL & !groups::EXTRA)
         );
         let length = encode_delete(&mut buffer, 1, &original);
-        assert_eq!(decode(&buffer[..length]), Ok(SourceEvent::Gone { original }));
+        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original }));
     }
+}
+
+fn rich() -> Extra {
+    let mut helper = [0; HELPER_NAME];
+    helper[..15].copy_from_slice(b"fifteen-letters");
+    let adjustment = |n| SeqAdj { correction_position: n, offset_before: n + 1, offset_after: u32::MAX };
+    Extra {
+        parts: parts::ALL,
+        labels: std::array::from_fn(|i| i as u8 + 1),
+        seqadj: [adjustment(1000), adjustment(2000)],
+        helper,
+        synproxy: Synproxy { isn: 7, its: 8, tsoff: 9 },
+        protoinfo: ProtoInfo { state: 3, role: 0, value: 0x1234_5678_9abc_def0 },
+    }
+}
+
+#[test]
+fn what_only_few_connections_have_reads_back_and_fits() {
+    for text in [
+        "tcp 10.0.0.1:1 > 10.0.0.2:2",
+        "sctp [2001:db8::1]:1000 > [2001:db8::2]:80",
+        "dccp 10.0.0.1:1 > 10.0.0.2:2",
+    ] {
+        let mut original = tuple(text);
+        original.zone = 3;
+        let mut reply = Tuple { zone: 4, ..original.mirrored() };
+        (reply.src, reply.dst) = (reply.src + 1, reply.dst + 1);
+        let protocol = original.protocol;
+        let mut extra = rich();
+        match protocol {
+            TCP => (extra.parts, extra.protoinfo) = (parts::ALL & !parts::PROTOINFO, ProtoInfo::default()),
+            DCCP => extra.protoinfo.role = 1,
+            _ => {}
+        }
+        let connection = Connection { original, reply, extra, ..snat() };
+        // One byte more than is said to be enough would be overwritten.
+        let mut buffer = [0x55; MESSAGE_MAX + 1];
+        for length in [
+            encode_create(&mut buffer[..MESSAGE_MAX], 1, &connection, 5),
+            encode_update(&mut buffer[..MESSAGE_MAX], 1, &connection, 5, 0),
+        ] {
+            assert!(length <= MESSAGE_MAX && buffer[MESSAGE_MAX] == 0x55);
+        }
+        let length = encode_create(&mut buffer, 1, &connection, 5);
+        let Ok(SourceEvent::Seen { connection: read, .. }) = event(&buffer[..length]) else {
+            panic!("{text}")
+        };
+        assert_eq!((read.extra, read.original), (extra, original), "{text}");
+        assert_eq!(read.reply.zone, 4);
+    }
+}
+
+#[test]
+fn what_a_newer_kernel_writes_in_another_form_is_left_out_and_counted() {
+    let connection = Connection { extra: rich(), ..snat() };
+    let mut buffer = [0; MESSAGE_MAX];
+    let length = encode_create(&mut buffer, 1, &connection, 5);
+    let (mut at, mut cut) = (HEADERS, 0);
+    while at < length {
+        let size = u16::from_ne_bytes([buffer[at], buffer[at + 1]]) as usize;
+        let kind = u16::from_ne_bytes([buffer[at + 2], buffer[at + 3]]) & number::TYPE_MASK;
+        if !matches!(kind, number::TUPLE_ORIG | number::TUPLE_REPLY | number::ZONE | number::LABELS_MASK)
+            && !matches!(kind, number::NAT_SRC | number::NAT_DST)
+        {
+            // Its payload ends in the middle of a field.
+            let mut message = buffer[..at].to_vec();
+            message.extend(((size - 2) as u16).to_ne_bytes());
+            message.extend(&buffer[at + 2..length]);
+            let decoded = decode(&message).expect("the rest is used");
+            assert_eq!(decoded.skipped, 1, "attribute {kind}");
+            let SourceEvent::Seen { connection: read, .. } = decoded.event else { panic!() };
+            assert_eq!((read.original, read.reply), (connection.original, connection.original.mirrored()));
+            cut += 1;
+        }
+        at += size.next_multiple_of(4);
+    }
+    assert_eq!(cut, 9, "status, timeout, mark, protoinfo, labels, helper, two adjustments, SYN proxy");
+}
+
+#[test]
+fn an_entry_without_a_mark_has_none_and_an_event_without_one_leaves_it() {
+    let mut connection = snat();
+    connection.state.mark = 0;
+    let mut buffer = [0; MESSAGE_MAX];
+    let length = encode_create(&mut buffer, 1, &connection, 5);
+    let known = |decoded: Decoded| match decoded.event {
+        SourceEvent::Seen { known, .. } => known,
+        gone => panic!("{gone:?}"),
+    };
+    assert_eq!(known(decode(&buffer[..length]).unwrap()) & groups::MARK, 0);
+    assert_eq!(known(decode_entry(&buffer[..length]).unwrap()) & groups::MARK, groups::MARK);
 }

@@ -1,0 +1,153 @@
+//! Why members do not find each other, as far as heartbeats tell.
+//!
+//! A heartbeat says whom its sender hears. So a member that is heard but does not hear this one points at
+//! the way there, and one that was named as a peer and never was heard points at the way back. Each is told
+//! once, when it has lasted too long to be the start of somebody or a lost datagram.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use super::view::{Status, View};
+use crate::conn::MemberId;
+use crate::limits::MEMBERS_MAX;
+use crate::time::Time;
+
+/// How long after the start the others should have been heard.
+pub const EXPECTED: Duration = Duration::from_secs(10);
+
+/// The shortest time after which a member should hear this one.
+const DEAF_MIN: Duration = Duration::from_secs(2);
+
+/// What does not work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Trouble {
+    /// A member is heard but does not hear this one.
+    NotHeardBy {
+        /// The member.
+        member: MemberId,
+        /// Where it is.
+        address: IpAddr,
+    },
+    /// A peer from which no heartbeat ever came.
+    NothingFrom(IpAddr),
+    /// Without a list of peers: nobody was ever heard.
+    Alone,
+}
+
+/// Who should be heard, and who should hear.
+pub struct Hearing {
+    started: Time,
+    patience: Duration,
+    /// Peers that were not heard yet, or nothing once that was told.
+    awaited: Vec<IpAddr>,
+    /// Without a list of peers: whether anybody is awaited.
+    anybody: bool,
+    /// Since when a member that is heard does not hear this one, and whether that was told.
+    deaf: [Option<(Time, bool)>; MEMBERS_MAX + 1],
+}
+
+impl Hearing {
+    /// These peers should be heard, or anybody if there is no list. `silence`: after which a member is dead.
+    pub fn new(peers: Vec<IpAddr>, silence: Duration, now: Time) -> Hearing {
+        Hearing {
+            started: now,
+            patience: DEAF_MIN.max(silence * 3),
+            anybody: peers.is_empty(),
+            awaited: peers,
+            deaf: [None; MEMBERS_MAX + 1],
+        }
+    }
+
+    /// Tells what has lasted too long by now.
+    pub fn tick(&mut self, now: Time, view: &View, tell: &mut dyn FnMut(Trouble)) {
+        for (id, member) in view.others() {
+            let deaf = &mut self.deaf[id as usize];
+            match (member.address, deaf.as_mut()) {
+                (Some(address), Some((since, told))) if is_deaf(member) => {
+                    if !*told && now.since(*since) > self.patience {
+                        *told = true;
+                        tell(Trouble::NotHeardBy { member: id, address });
+                    }
+                }
+                (Some(_), None) if is_deaf(member) => *deaf = Some((now, false)),
+                (_, Some(_)) => *deaf = None,
+                (_, None) => {}
+            }
+        }
+        if now.since(self.started) > EXPECTED && (self.anybody || !self.awaited.is_empty()) {
+            let heard = |peer: IpAddr| view.others().any(|(_, m)| m.address == Some(peer));
+            self.awaited.drain(..).filter(|peer| !heard(*peer)).for_each(|p| tell(Trouble::NothingFrom(p)));
+            if std::mem::take(&mut self.anybody) && view.others().all(|(_, m)| m.status == Status::Absent) {
+                tell(Trouble::Alone);
+            }
+        }
+    }
+}
+
+fn is_deaf(member: &super::view::Member) -> bool {
+    member.status.is_alive() && !member.hears_me
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::view::Member;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn troubles(hearing: &mut Hearing, at_s: u64, view: &View) -> Vec<Trouble> {
+        let mut told = Vec::new();
+        hearing.tick(Time(at_s * SECOND), view, &mut |trouble| told.push(trouble));
+        told
+    }
+
+    fn heard(view: &mut View, id: MemberId, status: Status, hears_me: bool) -> IpAddr {
+        let address = IpAddr::from([10, 9, 0, id]);
+        view.set(id, Member { status, hears_me, address: Some(address), ..Member::default() });
+        address
+    }
+
+    #[test]
+    fn a_member_that_does_not_hear_us_is_told_once_until_it_does() {
+        let (mut view, start) = (View::new(1), Time(0));
+        let mut hearing = Hearing::new(vec![[10, 9, 0, 2].into()], Duration::from_secs(1), start);
+        let address = heard(&mut view, 2, Status::Joining, false);
+        let deaf = vec![Trouble::NotHeardBy { member: 2, address }];
+        assert_eq!(troubles(&mut hearing, 1, &view), []);
+        assert_eq!(troubles(&mut hearing, 4, &view), [], "three times the silence");
+        assert_eq!(troubles(&mut hearing, 5, &view), deaf);
+        assert_eq!(troubles(&mut hearing, 60, &view), []);
+        heard(&mut view, 2, Status::Ready, true);
+        assert_eq!(troubles(&mut hearing, 61, &view), []);
+        heard(&mut view, 2, Status::Joining, false);
+        assert_eq!(troubles(&mut hearing, 62, &view), []);
+        heard(&mut view, 2, Status::Dead, false);
+        assert_eq!(troubles(&mut hearing, 63, &view), []);
+        heard(&mut view, 2, Status::Joining, false);
+        assert_eq!(troubles(&mut hearing, 64, &view), [], "counted from its return");
+        assert_eq!(troubles(&mut hearing, 68, &view), deaf);
+    }
+
+    #[test]
+    fn peers_that_were_never_heard_are_told_once() {
+        let mut view = View::new(1);
+        let three = IpAddr::from([10, 9, 0, 3]);
+        let mut hearing = Hearing::new(vec![[10, 9, 0, 2].into(), three], Duration::from_secs(1), Time(0));
+        heard(&mut view, 2, Status::Dead, false);
+        assert_eq!(troubles(&mut hearing, 10, &view), []);
+        assert_eq!(troubles(&mut hearing, 11, &view), [Trouble::NothingFrom(three)]);
+        assert_eq!(troubles(&mut hearing, 12, &view), []);
+    }
+
+    #[test]
+    fn with_multicast_nobody_at_all_is_told_once() {
+        let mut view = View::new(1);
+        let alone = |view: &View| {
+            let mut hearing = Hearing::new(Vec::new(), Duration::from_secs(1), Time(0));
+            [10, 11, 12].map(|at_s| troubles(&mut hearing, at_s, view))
+        };
+        assert_eq!(alone(&view), [vec![], vec![Trouble::Alone], vec![]]);
+        heard(&mut view, 2, Status::Left, false);
+        assert_eq!(alone(&view), [vec![], vec![], vec![]]);
+    }
+}
