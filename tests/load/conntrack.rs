@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use hypersync::conn::tuple::TCP;
 use hypersync::conn::{Connection, State, Tuple};
 use hypersync::conntrack::commit::{Committer, FlushFirst, Lifetime, Outcome};
 use hypersync::conntrack::dump::DumpState;
@@ -20,7 +21,7 @@ use crate::common::namespace::Namespace;
 pub fn connection(n: u32) -> Connection {
     let (server, port) = (n / 50_000, (1024 + n % 50_000) as u16);
     let client = (Ipv4Addr::from(0x0a01_0100 + server), port);
-    let original = Tuple::v4(6, client, (Ipv4Addr::from(0x0a02_0100 + server), 443));
+    let original = Tuple::v4(TCP, client, (Ipv4Addr::from(0x0a02_0100 + server), 443));
     established(original, Tuple { dst: 0x0a03_0001, ..original.mirrored() })
 }
 
@@ -108,7 +109,9 @@ pub fn table(gateway: &Namespace) -> Table {
         let mut table = Table::new();
         loop {
             let progress = source.drain_dump(100_000, &mut |event| {
-                if let SourceEvent::Seen { connection, .. } = event {
+                if let SourceEvent::Seen { connection, .. } = event
+                    && connection.original.protocol == TCP
+                {
                     table.insert(connection.original, connection);
                 }
             });

@@ -142,11 +142,11 @@ fn copies_whose_translation_is_in_use_are_exposed_until_it_is_free() {
         one.counter(Counter::ConnectionsActive) == CONNECTIONS as u64
             && one.counter(Counter::Declined) == clashing
             && one.counter(Counter::Exposure) == clashing
-            && count(kernel2) == CONNECTIONS as u64
     };
-    wait_for("the clashes are told, the other copies written", LATEST, is_told);
-    // While copies are tried again they do not count as missing for a moment.
-    wait_for("they are missing", LATEST, || two.counter(Counter::CommitMissing) == clashing);
+    // While copies are tried again they do not count as missing for a moment, and the kernel counts them.
+    wait_for("the clashes are told, the other copies written", LATEST, || {
+        is_told() && two.counter(Counter::CommitMissing) == clashing && count(kernel2) == CONNECTIONS as u64
+    });
     stays("they stay exposed", Duration::from_secs(2), is_told);
     assert!(two.counter(Counter::CommitClashes) >= clashing);
     println!("{} clashes counted for {CLASHING} copies", two.counter(Counter::CommitClashes));
