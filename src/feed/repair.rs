@@ -312,3 +312,7 @@ fn set(bits: &mut [u64], slot: u32) {
 fn is_set(bits: &[u64], slot: u32) -> bool {
     bits[slot as usize / 64] >> (slot % 64) & 1 == 1
 }
+
+#[cfg(test)]
+#[path = "repair_tests.rs"]
+mod tests;

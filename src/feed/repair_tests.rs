@@ -1,0 +1,95 @@
+//! What a sweep asks for, and what the answers bring about; without a kernel.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use super::*;
+use crate::conn::{State, Tuple};
+use crate::limits::ARENA_MIN;
+use crate::memory::{MemorySize, OwnedMemory};
+use crate::sync::ReplicaConfig;
+
+const NOW: Time = Time(1_000_000_000);
+
+fn connection(n: u16, tcp_state: u8) -> Connection {
+    let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), n), (Ipv4Addr::new(10, 0, 0, 2), 80));
+    let state = State { status: 0xe, tcp_state, timeout_s: 300, ..State::default() };
+    Connection::new(original, original.mirrored(), state)
+}
+
+fn replica(memory: &OwnedMemory) -> Replica<'_> {
+    let config = ReplicaConfig {
+        group: 1,
+        member: 1,
+        shard: 0,
+        shards: 1,
+        site: 0,
+        table_id: 1,
+        index_key: 1,
+        hold: Duration::from_secs(1),
+        reprotect_after: Duration::from_secs(1),
+        flush: Duration::from_millis(1),
+        commit: CommitMode::Eager,
+    };
+    Replica::new(config, memory.parts())
+}
+
+/// A shard with ten connections, and their slots.
+fn ten(replica: &mut Replica<'_>) -> Vec<u32> {
+    for n in 0..10 {
+        replica.handle_source(NOW, &SourceEvent::seen(connection(n, 3)));
+    }
+    let slot = |n| replica.table().find_original(&connection(n, 3).original).expect("it was told");
+    (0..10).map(slot).collect()
+}
+
+#[test]
+fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slots = ten(&mut replica);
+    let mut repair = Repair::new(64, false, CommitMode::Eager);
+    slots[..7].iter().for_each(|slot| set(&mut repair.shown, *slot));
+    repair.stage = Stage::Sweeping(0);
+    repair.sweep(NOW, 0, &replica);
+    assert!(repair.stage == Stage::Idle);
+    let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();
+    assert_eq!(asked.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots[7..]);
+    // One is there, in another state; one is gone; one ended and its slot is used again before the answer comes.
+    repair.found(NOW, asked[0].0, asked[0].1, Some(&connection(7, 5)), &mut replica);
+    assert_eq!(replica.table().line(asked[0].0).state().tcp_state, 5);
+    repair.found(NOW, asked[1].0, asked[1].1, None, &mut replica);
+    assert_eq!(replica.table().find_original(&connection(8, 3).original), None);
+    replica.handle_source(NOW, &SourceEvent::Gone { original: connection(9, 3).original });
+    replica.handle_source(NOW, &SourceEvent::seen(connection(99, 3)));
+    repair.found(NOW, asked[2].0, asked[2].1, None, &mut replica);
+    assert!(replica.table().find_original(&connection(99, 3).original).is_some());
+}
+
+#[test]
+fn events_lost_during_a_sweep_bring_another_dump() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let replica = replica(&memory);
+    let mut repair = Repair::new(64, false, CommitMode::Eager);
+    repair.stage = Stage::Sweeping(0);
+    repair.want();
+    repair.sweep(NOW, 0, &replica);
+    assert!(repair.stage == Stage::Wanted && repair.wake_at(NOW) == NOW.after(DUMP_PAUSE));
+}
+
+#[test]
+fn connections_that_raise_no_events_are_looked_up_once_a_period() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slots = ten(&mut replica);
+    let mut repair = Repair::new(64, true, CommitMode::Eager);
+    slots[..4].iter().for_each(|slot| set(&mut repair.unheard, *slot));
+    replica.handle_source(NOW, &SourceEvent::Gone { original: connection(3, 3).original });
+    repair.ask_for_the_unheard(NOW, &replica);
+    assert_eq!(repair.unheard_at, NOW.after(UNHEARD_PERIOD));
+    let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();
+    assert_eq!(asked.len(), 3, "one is gone");
+    repair.found(NOW, asked[0].0, asked[0].1, None, &mut replica);
+    repair.ask_for_the_unheard(repair.unheard_at, &replica);
+    assert_eq!(repair.looks_waiting(), 2);
+}
