@@ -231,7 +231,7 @@ impl Drop for Churn {
 fn churn(hand: &mut Hand, plan: Plan, stop: &AtomicBool, counted: &AtomicU32) -> Churned {
     let started = Instant::now();
     let mut kept = Vec::new();
-    let is_kept = |i: u32| i % plan.keep_one_of == 0;
+    let is_kept = |i: u32| i.is_multiple_of(plan.keep_one_of);
     let (mut opened, mut closed, mut open_until) = (0, 0, 0);
     while opened < plan.most && !stop.load(Ordering::Relaxed) {
         // What is due by now, a few milliseconds' worth at most: then look whether it is to stop.
