@@ -239,6 +239,12 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
         longest_gap.as_millis()
     );
     for member in &members {
+        println!(
+            "member {}, since it was started last: {} conflicts, {} copies refused to their active",
+            member.id,
+            member.counter(Counter::Conflicts),
+            member.counter(Counter::Refused)
+        );
         check_dumps(&[member]);
         print_passes(member);
     }

@@ -78,7 +78,7 @@ fn a_full_kernel_table_declines_copies_until_there_is_room() {
             && two.counter(Counter::CommitNoRoom) > 0
             && missing > 0
             && one.counter(Counter::Declined) == missing
-            && exposed >= missing
+            && exposed == missing + one.counter(Counter::Unprotected)
             && exposed >= (ALL - FIRST) as u64 - ROOM
     });
     println!(
