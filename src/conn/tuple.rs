@@ -2,7 +2,8 @@
 //!
 //! A tuple is addresses, ports, protocol and zone, as conntrack has them. Protocols without
 //! ports keep what conntrack uses instead: ICMP and ICMPv6 have the identifier as source
-//! port and `type << 8 | code` as destination port; others have zero.
+//! port and `type << 8 | code` as destination port; GRE has its two keys, which are the call
+//! ids of PPTP and otherwise zero; others have zero.
 //!
 //! [`shard_of`] is part of the protocol: the kernel's filter (classic BPF), the producer of
 //! the ring and the sender of a delta all compute it, so that a copy lies where the events
@@ -194,6 +195,7 @@ impl std::fmt::Display for Tuple {
             SCTP => f.write_str("sctp")?,
             DCCP => f.write_str("dccp")?,
             UDPLITE => f.write_str("udplite")?,
+            GRE => f.write_str("gre")?,
             other => write!(f, "{other}")?,
         }
         match self.family {
@@ -242,6 +244,7 @@ impl std::str::FromStr for Tuple {
             "sctp" => SCTP,
             "dccp" => DCCP,
             "udplite" => UDPLITE,
+            "gre" => GRE,
             number => number.parse().map_err(|_| NotATuple)?,
         };
         let src: std::net::SocketAddr = src.parse().map_err(|_| NotATuple)?;

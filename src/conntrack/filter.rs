@@ -3,7 +3,8 @@
 //! A classic BPF program that the kernel runs on every conntrack event before it is queued.
 //! It drops the echo of our own commits (every shard's commit socket, not only this one's)
 //! and the connections of other shards, and passes everything that it does not understand:
-//! whoever reads the socket checks the shard again.
+//! whoever reads the socket checks the shard again. Expectations pass: they are messages of
+//! another kind, with other things where a connection has its tuple.
 //!
 //! The program computes [`shard_of`](crate::conn::shard_of) from fixed offsets into the
 //! message. They hold because ctnetlink always writes the original tuple first, addresses
@@ -18,6 +19,7 @@
 //! Classic BPF loads are big-endian whatever the host: right for tuples, so the port ids,
 //! which are in the host's order, are compared with their bytes turned.
 
+use super::codec;
 use crate::conn::tuple::{DCCP, SCTP, SHARD_MULTIPLIERS, TCP, UDP, UDPLITE};
 
 /// One classic BPF instruction, laid out as the kernel's `struct sock_filter`.
@@ -98,6 +100,8 @@ struct Layout {
     destination_port: u32,
 }
 
+/// Where the subsystem is: in the high byte of the type, which is in the host's order.
+const SUBSYSTEM: u32 = if cfg!(target_endian = "little") { 5 } else { 4 };
 const SOURCE: u32 = 32;
 const V4: Layout =
     Layout { destination: 40, address_words: 1, protocol: 52, source_port: 60, destination_port: 68 };
@@ -111,14 +115,13 @@ pub fn program(own_port_ids: &[u32], shard: u8, shards: u8) -> Vec<Instruction> 
     let mut p = Vec::new();
     // Anything shorter than a tuple passes: a load beyond the end would drop it.
     p.extend([plain(LOAD_LENGTH, 0), test(IF_AT_LEAST, 20, 1, 0), PASS]);
-    // What is about expectations is no connection: the subsystem is the type's high byte, in the host's order.
-    let subsystem = if cfg!(target_endian = "little") { 5 } else { 4 };
-    p.extend([plain(LOAD_BYTE, subsystem), test(IF_EQUAL, 2, 0, 1), PASS]);
     p.push(plain(LOAD_WORD, 12));
     for id in own_port_ids {
         p.extend([test(IF_EQUAL, u32::from_be_bytes(id.to_ne_bytes()), 0, 1), DROP]);
     }
     if shards > 1 {
+        let expectation = codec::SUBSYSTEM_EXPECT as u32;
+        p.extend([plain(LOAD_BYTE, SUBSYSTEM), test(IF_EQUAL, expectation, 0, 1), PASS]);
         let v4 = shard_test(&V4, shard, shards);
         p.extend([plain(LOAD_BYTE, 16), test(IF_EQUAL, libc::AF_INET as u32, 1, 0)]);
         p.push(plain(JUMP, v4.len() as u32));
@@ -245,7 +248,7 @@ mod tests {
         };
         for n in 0..20_000u32 {
             let (a, b) = (next() as u128, next() as u128);
-            let protocol = [TCP, UDP, DCCP, SCTP, UDPLITE, 1, 47, 58][next() as usize % 8];
+            let protocol = [TCP, UDP, DCCP, SCTP, UDPLITE, 1, 47, 50, 58, 89, 115][next() as usize % 11];
             let ports = (next() as u16, next() as u16);
             let mut original = match n % 3 {
                 0 => Tuple::v6(protocol, ((a << 71 ^ b).into(), ports.0), ((b << 64 | a).into(), ports.1)),
@@ -273,6 +276,22 @@ mod tests {
             for other in [0, 2, own[1].swap_bytes(), u32::MAX] {
                 assert!(passes(&program, &message(original, other)), "{other}");
             }
+        }
+    }
+
+    #[test]
+    fn an_expectation_passes_at_every_shard_and_is_not_taken_for_a_connection() {
+        let original: Tuple = "tcp 10.0.0.1:1000 > 10.0.0.2:80".parse().expect("a tuple");
+        for kind in 0..3u16 {
+            let mut expectation = message(original, 0);
+            let of_subsystem = (codec::SUBSYSTEM_EXPECT as u16) << 8 | kind;
+            expectation[4..6].copy_from_slice(&of_subsystem.to_ne_bytes());
+            assert!((0..8).all(|shard| passes(&program(&[5], shard, 8), &expectation)));
+            assert!(codec::is_expectation(&expectation));
+            assert_eq!(codec::decode(&expectation).err(), Some(codec::Malformed::Type));
+            assert!(
+                !codec::is_expectation(&message(original, 0)) && !codec::is_expectation(&expectation[..5])
+            );
         }
     }
 

@@ -1,8 +1,10 @@
 //! Conntrack on the real kernel: every test in a network namespace of its own, of which
 //! nothing outside notices anything.
 
+mod kinds;
 mod listening;
 mod namespace;
+mod real;
 mod settings;
 mod traffic;
 mod writing;

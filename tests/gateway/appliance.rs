@@ -20,20 +20,26 @@ pub enum Discovery {
     Peers,
 }
 
-/// The running appliances of both gateways; dropped while a test fails, they tell what they saw.
+/// Priorities of gateways 1, 2 and 3: the next in turn is the backup, and gets the traffic.
+const PRIORITIES: [u8; 3] = [150, 120, 100];
+
+/// The running appliances of all gateways; dropped while a test fails, they tell what they saw.
 pub struct Appliances<'a> {
     topology: &'a Topology,
     directory: PathBuf,
     memory: PathBuf,
-    children: [Child; 2],
+    /// By gateway; none where it was powered off.
+    children: Vec<Option<Child>>,
 }
 
 impl<'a> Appliances<'a> {
     /// Starts one appliance in each gateway, with these numbers of shards.
-    pub fn start(topology: &'a Topology, discovery: Discovery, shards: [u8; 2]) -> Appliances<'a> {
+    pub fn start(topology: &'a Topology, discovery: Discovery, shards: &[u8]) -> Appliances<'a> {
+        assert_eq!(shards.len(), topology.gateways.len(), "a number of shards for each gateway");
         let directory = std::env::temp_dir().join(&topology.prefix);
         let memory = Path::new("/dev/shm").join(&topology.prefix);
-        let children = [1, 2].map(|member| {
+        let children = topology.members().map(|member| {
+            let place = usize::from(member) - 1;
             let shared_memory = memory.join(format!("gw{member}"));
             for needed in [&directory, &shared_memory] {
                 std::fs::create_dir_all(needed).unwrap_or_else(|e| panic!("{}: {e}", needed.display()));
@@ -45,12 +51,15 @@ impl<'a> Appliances<'a> {
             command.args(["--sync", &format!("10.9.0.{member}"), "--interface", "sy0"]);
             match discovery {
                 Discovery::Multicast => command.args(["--multicast", "224.0.0.116"]),
-                Discovery::Peers => command.args(["--peer", &format!("10.9.0.{}", 3 - member)]),
+                Discovery::Peers => {
+                    let others = topology.members().filter(|other| *other != member);
+                    command.args(others.flat_map(|other| ["--peer".into(), format!("10.9.0.{other}")]))
+                }
             };
-            command.args(["--shards", &shards[usize::from(member) - 1].to_string()]);
+            command.args(["--shards", &shards[place].to_string()]);
             command.args(["--source", "kernel", "--commit", "eager", "--capacity", "20000"]);
             command.args(["--hold", "1s", "--heartbeat", "100ms", "--dead-after", "3"]);
-            command.args(["--reprotect-after", "2s", "--priority", "100"]);
+            command.args(["--reprotect-after", "2s", "--priority", &PRIORITIES[place].to_string()]);
             command.arg("--shm").arg(shared_memory).arg("--notify").arg(notify).args(forced_flags());
             command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
             // SAFETY: prctl(PR_SET_PDEATHSIG) is one system call without pointers, allowed between
@@ -61,36 +70,41 @@ impl<'a> Appliances<'a> {
                     _ => Err(std::io::Error::last_os_error()),
                 })
             };
-            command.spawn().expect("iproute2 is installed")
+            Some(command.spawn().expect("iproute2 is installed"))
         });
-        Appliances { topology, directory, memory, children }
+        Appliances { children: children.collect(), topology, directory, memory }
     }
 
     /// Waits for a condition, and fails early if an appliance ends meanwhile.
     pub fn wait_for(&mut self, what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
         wait_for(what, limit, || {
-            for member in [1, 2] {
-                assert!(
-                    self.is_running(member),
-                    "appliance {member} ended while this was waited for: {what}"
-                );
-            }
+            self.assert_running(what);
             condition()
         });
     }
 
-    /// Whether an appliance's process has not ended.
-    pub fn is_running(&mut self, member: u8) -> bool {
-        let child = &mut self.children[usize::from(member) - 1];
-        child.try_wait().expect("a child can be asked for its status").is_none()
+    /// Fails the test if an appliance has ended that was not powered off.
+    pub fn assert_running(&mut self, what: &str) {
+        for (member, child) in self.topology.members().zip(&mut self.children) {
+            let Some(child) = child else { continue };
+            let ended = child.try_wait().expect("a child can be asked for its status");
+            assert_eq!(ended, None, "appliance {member} ended: {what}");
+        }
     }
 
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.
     pub fn power_off(&mut self, member: u8) {
-        let child = &mut self.children[usize::from(member) - 1];
+        let mut child = self.children[usize::from(member) - 1].take().expect("it was not powered off before");
         child.kill().expect("it was running");
         self.topology.unplug(member);
         child.wait().expect("it was killed");
+    }
+
+    /// Waits until a gateway's notify script has been told of a death and has moved the routes.
+    pub fn wait_until_told_dead(&mut self, member: u8, dead: u8) {
+        let what = format!("gateway {member} tells of the death of {dead}, its copies ready");
+        wait_for(&what, Duration::from_secs(10), || self.is_told_dead(member, dead));
+        self.assert_running("a survivor survives");
     }
 
     /// The events that a gateway's notify script was called with, such as `member-dead 1`.
@@ -105,7 +119,7 @@ impl<'a> Appliances<'a> {
     }
 
     fn tell_what_they_saw(&self) {
-        for member in [1, 2] {
+        for member in self.topology.members() {
             let log = std::fs::read_to_string(log_of(&self.directory, member)).unwrap_or_default();
             let lines: Vec<&str> = log.lines().collect();
             println!("--- the last lines of appliance {member}:");
@@ -126,7 +140,7 @@ impl Drop for Appliances<'_> {
         if std::thread::panicking() {
             self.tell_what_they_saw();
         }
-        for child in &mut self.children {
+        for child in self.children.iter_mut().flatten() {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -135,13 +149,14 @@ impl Drop for Appliances<'_> {
     }
 }
 
-/// The survivor's script: it notes each event, and once the dead member's copies can carry
-/// traffic it moves the routes.
+/// A gateway's script: it notes each event, and once its copies of the gateway before it, which died,
+/// can carry traffic, it moves the routes.
 fn write_notify_script(topology: &Topology, directory: &Path, member: u8) -> PathBuf {
     let path = directory.join(format!("notify{member}"));
     let script = format!(
         "#!/bin/sh\nset -e\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
-         if [ \"$1\" = member-dead ]; then\n{}fi\necho \"$1 $2\" >> {}\n",
+         if [ \"$1 $2\" = \"member-dead {}\" ]; then\n{}fi\necho \"$1 $2\" >> {}\n",
+        member - 1,
         topology.move_routes_script(member),
         events_of(directory, member).display()
     );

@@ -8,18 +8,13 @@
 //! direction left out gets a "null binding", which may move a source port that is taken.
 //!
 //! Every function writes one message at the start of the caller's buffer, which has at least
-//! [`MESSAGE_MAX`] bytes, and returns its length.
+//! [`MESSAGE_MAX`](super::MESSAGE_MAX) bytes, and returns its length.
 
 use super::number::*;
-use super::{
-    HEADERS, TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, family_number, status,
-};
-use crate::conn::extra::{HELPER_NAME, parts};
-use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_keys};
-use crate::conn::{Connection, Extra, Family, Tuple};
-
-/// Room that any request fits: the longest, a translated IPv6 connection with everything that only few have.
-pub const MESSAGE_MAX: usize = 640;
+use super::writer::Writer;
+use super::{TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, status};
+use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_keys};
+use crate::conn::{Connection, Family, Tuple};
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
 const ACK: u16 = libc::NLM_F_ACK as u16;
@@ -49,16 +44,17 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     if state.mark != 0 {
         w.field(MARK, &state.mark.to_be_bytes());
     }
-    w.protoinfo(connection);
-    w.extra(extra, false);
+    w.tcp(connection);
+    w.extra_of_new(extra, original.protocol);
     if connection.is_translated() {
+        let has_keys = has_keys(original.protocol);
         // ICMP has one identifier, which conntrack keeps (and translates) with the source.
         let source_port = match original.protocol {
             ICMP | ICMPV6 => reply.sport,
             _ => reply.dport,
         };
-        w.nat(NAT_DST, reply.src, has_keys(original.protocol).then_some(reply.sport), reply.family);
-        let has_source = has_keys(original.protocol) || matches!(original.protocol, ICMP | ICMPV6);
+        w.nat(NAT_DST, reply.src, has_keys.then_some(reply.sport), reply.family);
+        let has_source = has_keys || matches!(original.protocol, ICMP | ICMPV6);
         w.nat(NAT_SRC, reply.dst, has_source.then_some(source_port), reply.family);
     }
     w.finish()
@@ -82,8 +78,8 @@ pub fn encode_update(
     w.field(STATUS, &(present | copied_status(state.status)).to_be_bytes());
     w.field(TIMEOUT, &timeout_s.to_be_bytes());
     w.field(MARK, &state.mark.to_be_bytes());
-    w.protoinfo(connection);
-    w.extra(extra, true);
+    w.tcp(connection);
+    w.extra_of_present(extra, original.protocol);
     w.finish()
 }
 
@@ -125,63 +121,7 @@ fn copied_status(active: u32) -> u32 {
     status::CONFIRMED | active & (status::SEEN_REPLY | status::ASSURED)
 }
 
-struct Writer<'a> {
-    buffer: &'a mut [u8],
-    at: usize,
-}
-
-impl<'a> Writer<'a> {
-    fn new(buffer: &'a mut [u8], kind: u16, flags: u16, sequence: u32, family: Option<Family>) -> Writer<'a> {
-        assert!(buffer.len() >= MESSAGE_MAX, "a request needs room for MESSAGE_MAX bytes");
-        buffer[..HEADERS].fill(0);
-        buffer[4..6].copy_from_slice(&kind.to_ne_bytes());
-        buffer[6..8].copy_from_slice(&flags.to_ne_bytes());
-        buffer[8..12].copy_from_slice(&sequence.to_ne_bytes());
-        buffer[16] = family.map_or(0, family_number);
-        Writer { buffer, at: HEADERS }
-    }
-
-    fn finish(self) -> usize {
-        self.buffer[..4].copy_from_slice(&(self.at as u32).to_ne_bytes());
-        self.at
-    }
-
-    /// One attribute with its padding.
-    fn field(&mut self, kind: u16, payload: &[u8]) {
-        let end = self.at + 4 + payload.len();
-        self.header(self.at, end, kind);
-        self.buffer[self.at + 4..end].copy_from_slice(payload);
-        let padded = end.next_multiple_of(4);
-        self.buffer[end..padded].fill(0);
-        self.at = padded;
-    }
-
-    /// An attribute that holds what `inside` writes.
-    fn nest(&mut self, kind: u16, inside: impl FnOnce(&mut Self)) {
-        let start = self.at;
-        self.at += 4;
-        inside(self);
-        self.header(start, self.at, kind | NESTED);
-    }
-
-    fn header(&mut self, start: usize, end: usize, kind: u16) {
-        self.buffer[start..start + 2].copy_from_slice(&((end - start) as u16).to_ne_bytes());
-        self.buffer[start + 2..start + 4].copy_from_slice(&kind.to_ne_bytes());
-    }
-
-    fn address(&mut self, v4: u16, v6: u16, family: Family, address: u128) {
-        match family {
-            Family::V4 => self.field(v4, &(address as u32).to_be_bytes()),
-            Family::V6 => self.field(v6, &address.to_be_bytes()),
-        }
-    }
-
-    fn zone(&mut self, kind: u16, zone: u16) {
-        if zone != 0 {
-            self.field(kind, &zone.to_be_bytes());
-        }
-    }
-
+impl Writer<'_> {
     fn tuple(&mut self, kind: u16, t: &Tuple, own_zone: u16) {
         self.nest(kind, |w| {
             w.nest(TUPLE_IP, |w| {
@@ -209,31 +149,11 @@ impl<'a> Writer<'a> {
         });
     }
 
-    fn protoinfo(&mut self, connection: &Connection) {
-        let info = connection.extra.protoinfo;
-        let is_known = connection.extra.has(parts::PROTOINFO);
-        match connection.original.protocol {
-            TCP => self.tcp(connection),
-            SCTP if is_known => self.nest(PROTOINFO, |w| {
-                w.nest(PROTOINFO_SCTP, |w| {
-                    w.field(SCTP_STATE, &[info.state]);
-                    w.field(SCTP_VTAG_ORIGINAL, &((info.value >> 32) as u32).to_be_bytes());
-                    w.field(SCTP_VTAG_REPLY, &(info.value as u32).to_be_bytes());
-                });
-            }),
-            DCCP if is_known => self.nest(PROTOINFO, |w| {
-                w.nest(PROTOINFO_DCCP, |w| {
-                    w.field(DCCP_STATE, &[info.state]);
-                    w.field(DCCP_ROLE, &[info.role]);
-                    w.field(DCCP_HANDSHAKE_SEQ, &info.value.to_be_bytes());
-                });
-            }),
-            _ => {}
-        }
-    }
-
     fn tcp(&mut self, connection: &Connection) {
         let s = connection.state;
+        if connection.original.protocol != TCP {
+            return;
+        }
         // A state that was never reported: an assured connection had been established; about others nothing is said.
         let tcp_state = match s.tcp_state {
             0 if s.status & status::ASSURED != 0 => TCP_ESTABLISHED,
@@ -251,37 +171,6 @@ impl<'a> Writer<'a> {
                 w.field(TCP_FLAGS_REPLY, &flags(s.tcp_flags_reply));
             });
         });
-    }
-
-    /// What only few connections have, except protocol state. A new entry has no labels; those of one that is
-    /// there are replaced.
-    fn extra(&mut self, extra: &Extra, is_there: bool) {
-        if extra.has(parts::LABELS) && (is_there || extra.labels != [0; 16]) {
-            self.field(LABELS, &extra.labels);
-            self.field(LABELS_MASK, &[0xff; 16]);
-        }
-        if extra.has(parts::HELPER) {
-            let end = extra.helper.iter().position(|b| *b == 0).unwrap_or(HELPER_NAME - 1);
-            let mut name = [0; HELPER_NAME];
-            name[..end].copy_from_slice(&extra.helper[..end]);
-            self.nest(HELP, |w| w.field(HELP_NAME, &name[..=end]));
-        }
-        if extra.has(parts::SEQADJ) {
-            for (kind, direction) in [SEQ_ADJ_ORIG, SEQ_ADJ_REPLY].into_iter().zip(extra.seqadj) {
-                self.nest(kind, |w| {
-                    w.field(CORRECTION_POSITION, &direction.correction_position.to_be_bytes());
-                    w.field(OFFSET_BEFORE, &direction.offset_before.to_be_bytes());
-                    w.field(OFFSET_AFTER, &direction.offset_after.to_be_bytes());
-                });
-            }
-        }
-        if extra.has(parts::SYNPROXY) {
-            self.nest(SYNPROXY, |w| {
-                w.field(SYNPROXY_ISN, &extra.synproxy.isn.to_be_bytes());
-                w.field(SYNPROXY_ITS, &extra.synproxy.its.to_be_bytes());
-                w.field(SYNPROXY_TSOFF, &extra.synproxy.tsoff.to_be_bytes());
-            });
-        }
     }
 
     fn nat(&mut self, kind: u16, address: u128, port: Option<u16>, family: Family) {

@@ -15,16 +15,24 @@
 
 #![forbid(unsafe_code)]
 
+mod attribute;
 mod decode;
 mod encode;
+mod extra;
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod storm;
 #[cfg(test)]
 mod tests;
+mod writer;
 
-pub use decode::{Answer, Attributes, Decoded, Malformed, answer, decode, decode_entry, is_expectation};
+pub use attribute::{Attributes, Malformed};
+pub use decode::{Answer, Decoded, answer, decode, decode_entry, is_expectation};
 pub use encode::{
-    MESSAGE_MAX, encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update,
-    request_ack,
+    encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update, request_ack,
 };
+pub use writer::MESSAGE_MAX;
 
 /// Bytes of a netlink header.
 pub const HEADER: usize = 16;
@@ -36,8 +44,10 @@ pub const TYPE_ERROR: u16 = 2;
 /// `NLMSG_DONE`: the end of a dump.
 pub const TYPE_DONE: u16 = 3;
 
+/// `NFNL_SUBSYS_CTNETLINK_EXP`: the high byte of the type of messages about expectations.
+pub const SUBSYSTEM_EXPECT: u8 = 2;
+
 const SUBSYSTEM: u16 = 1 << 8; // NFNL_SUBSYS_CTNETLINK
-const SUBSYSTEM_EXPECTATIONS: u16 = 2; // NFNL_SUBSYS_CTNETLINK_EXP
 const TYPE_NEW: u16 = SUBSYSTEM;
 const TYPE_GET: u16 = SUBSYSTEM | 1;
 const TYPE_DELETE: u16 = SUBSYSTEM | 2;
@@ -49,12 +59,12 @@ mod number {
     pub const TUPLE_REPLY: u16 = 2;
     pub const STATUS: u16 = 3;
     pub const PROTOINFO: u16 = 4;
+    pub const HELP: u16 = 5;
     pub const NAT_SRC: u16 = 6;
     pub const TIMEOUT: u16 = 7;
     pub const MARK: u16 = 8;
-    pub const HELP: u16 = 5;
     pub const NAT_DST: u16 = 13;
-    pub const SEQ_ADJ_ORIG: u16 = 15;
+    pub const SEQ_ADJ_ORIGINAL: u16 = 15;
     pub const SEQ_ADJ_REPLY: u16 = 16;
     pub const ZONE: u16 = 18;
     pub const LABELS: u16 = 22;
@@ -83,6 +93,7 @@ mod number {
     pub const PROTOINFO_TCP: u16 = 1;
     pub const PROTOINFO_DCCP: u16 = 2;
     pub const PROTOINFO_SCTP: u16 = 3;
+
     pub const TCP_STATE: u16 = 1;
     pub const TCP_WSCALE_ORIGINAL: u16 = 2;
     pub const TCP_WSCALE_REPLY: u16 = 3;
@@ -92,19 +103,12 @@ mod number {
     pub const DCCP_STATE: u16 = 1;
     pub const DCCP_ROLE: u16 = 2;
     pub const DCCP_HANDSHAKE_SEQ: u16 = 3;
+
     pub const SCTP_STATE: u16 = 1;
     pub const SCTP_VTAG_ORIGINAL: u16 = 2;
     pub const SCTP_VTAG_REPLY: u16 = 3;
 
     pub const HELP_NAME: u16 = 1;
-
-    pub const CORRECTION_POSITION: u16 = 1;
-    pub const OFFSET_BEFORE: u16 = 2;
-    pub const OFFSET_AFTER: u16 = 3;
-
-    pub const SYNPROXY_ISN: u16 = 1;
-    pub const SYNPROXY_ITS: u16 = 2;
-    pub const SYNPROXY_TSOFF: u16 = 3;
 
     pub const NAT_V4_MINIP: u16 = 1;
     pub const NAT_PROTO: u16 = 3;
@@ -132,6 +136,8 @@ pub mod status {
     pub const SRC_NAT: u32 = 1 << 4;
     /// The destination is translated.
     pub const DST_NAT: u32 = 1 << 5;
+    /// Sequence numbers are shifted.
+    pub const SEQ_ADJUST: u32 = 1 << 6;
     /// On its way out.
     pub const DYING: u32 = 1 << 9;
     /// Forwarded past conntrack, by a flow table.

@@ -1,4 +1,4 @@
-//! Golden messages, both ways, and a storm of broken ones.
+//! Golden messages of translated connections, both ways, and what may be written.
 
 use super::*;
 use crate::conn::extra::{HELPER_NAME, ProtoInfo, SeqAdj, Synproxy, parts};
@@ -58,10 +58,11 @@ const RESTORED: &str = "\
     090f000020000d8008000100c633640714000380060001000050000006000200005000002000068008000100cb007101\
     140003800600010007d000000600020007d00000";
 
-const ALL: [&str; 7] =
+/// Those of them that the kernel sent.
+pub const TRANSLATED: [&str; 7] =
     [TCP_NEW, TCP_SYN_RECV, TCP_ESTABLISHED_UPDATE, TCP_DESTROY, UDP_ZONE, TCP_V6, SNAT_ORIGINAL_ZONE];
 
-fn bytes(hex: &str) -> Vec<u8> {
+pub fn bytes(hex: &str) -> Vec<u8> {
     let digit = |c: u8| (c as char).to_digit(16).unwrap() as u8;
     hex.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
 }
@@ -70,13 +71,12 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// What one event says.
-fn event(message: &[u8]) -> Result<SourceEvent, Malformed> {
-    decode(message).map(|decoded| decoded.event)
+pub fn tuple(text: &str) -> Tuple {
+    text.parse().unwrap()
 }
 
-fn tuple(text: &str) -> Tuple {
-    text.parse().unwrap()
+fn event(message: &[u8]) -> Result<SourceEvent, Malformed> {
+    decode(message).map(|decoded| decoded.event)
 }
 
 fn seen(message: &str) -> (Connection, u8) {
@@ -157,36 +157,6 @@ fn each_kind_of_nonsense_has_its_name() {
     assert_eq!(patched(74, 99), Err(Malformed::NoReply));
 }
 
-#[test]
-fn no_broken_message_is_more_than_an_error() {
-    let mut rng = 0x9e37_79b9_7f4a_7c15u64;
-    let mut next = move |below: usize| {
-        rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (rng >> 33) as usize % below
-    };
-    let originals = ALL.map(bytes);
-    let mut outcomes = [0; 2];
-    for _ in 0..300_000 {
-        let mut message = originals[next(ALL.len())].clone();
-        for _ in 0..next(8) {
-            let at = next(message.len());
-            // Small values and extremes are what lengths and types stumble over.
-            message[at] = [next(256), next(16), 0, 255, 128][next(5)] as u8;
-        }
-        match next(4) {
-            0 => message.truncate(next(message.len() + 1)),
-            1 => {
-                let length = (next(message.len()) as u32).to_ne_bytes();
-                message[..4].copy_from_slice(&length);
-            }
-            _ => {}
-        }
-        answer(&message);
-        outcomes[event(&message).is_ok() as usize] += 1;
-    }
-    assert!(outcomes.iter().all(|&n| n > 10_000), "both paths are walked: {outcomes:?}");
-}
-
 fn snat() -> Connection {
     Connection::new(
         tuple("tcp 10.0.0.1:1000 > 198.51.100.7:80"),
@@ -242,7 +212,13 @@ fn a_restored_connection_claims_no_more_than_the_active_had() {
 fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
     let six = "tcp [2001:db8::1]:1000 > [2001:db8::2]:80 zone 5";
     let ping = "icmp 10.0.0.1:77 > 10.0.0.2:2048";
-    for text in ["tcp 10.0.0.1:1 > 10.0.0.2:2", "47 10.0.0.1:0 > 10.0.0.2:0", six, ping] {
+    for text in [
+        "tcp 10.0.0.1:1 > 10.0.0.2:2",
+        "gre 10.0.0.1:7 > 10.0.0.2:9",
+        "50 10.0.0.1:0 > 10.0.0.2:0",
+        six,
+        ping,
+    ] {
         let original = tuple(text);
         let mut reply = original.mirrored();
         reply.dst += 1; // translated
@@ -257,6 +233,56 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
         );
         let length = encode_delete(&mut buffer, 1, &original);
         assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original }));
+    }
+}
+
+#[test]
+fn the_longest_request_fits() {
+    // All that a translated TCP connection over IPv6 can have, in zones of its own.
+    let original = tuple("tcp [2001:db8::1]:1000 > [2001:db8::2]:80 zone 5");
+    let reply = tuple("tcp [2001:db8::3]:81 > [2001:db8::4]:1001 zone 6");
+    let extra = Extra { parts: parts::ALL, labels: [0xff; 16], helper: [b'x'; 16], ..Extra::NONE };
+    let mut buffer = [0; MESSAGE_MAX];
+    let mut lengths = [0; 2];
+    for protocol in 0..=255 {
+        for state in [snat().state, State { mark: 1, ..snat().state }] {
+            let mut connection = Connection { original, reply, state, extra };
+            (connection.original.protocol, connection.reply.protocol) = (protocol, protocol);
+            let short = encode_create(&mut buffer, 1, &connection, 5);
+            // Sixteen bytes without a zero behind are no name.
+            connection.extra.helper[15] = 0;
+            let length = encode_create(&mut buffer, 1, &connection, 5);
+            assert_eq!(length - short, 24);
+            lengths[0] = lengths[0].max(length);
+            lengths[1] = lengths[1].max(encode_update(&mut buffer, 1, &connection, 5, 0x19e));
+        }
+    }
+    assert_eq!(lengths, [LONGEST_CREATE, LONGEST_UPDATE]);
+    assert!(lengths.iter().all(|length| *length <= MESSAGE_MAX));
+}
+const LONGEST_CREATE: usize = 476;
+const LONGEST_UPDATE: usize = 324;
+
+#[test]
+fn labels_are_replaced_and_a_helper_that_has_no_name_is_not_handed_on() {
+    let mut connection = snat();
+    connection.extra = Extra {
+        parts: parts::LABELS | parts::HELPER,
+        helper: *b"ftp\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        ..Extra::NONE
+    };
+    let mut buffer = [0; MESSAGE_MAX];
+    let length = encode_update(&mut buffer, 1, &connection, 600, 0x19e);
+    let last: Vec<_> = Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap()).skip(6).collect();
+    assert_eq!(last, [(number::LABELS, &[0; 16][..]), (number::LABELS_MASK, &[0xff; 16][..])]);
+    let length = encode_create(&mut buffer, 1, &connection, 600);
+    let kinds: Vec<u16> = Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap().0).collect();
+    assert!(kinds.contains(&number::HELP) && !kinds.contains(&number::LABELS), "a new entry has no labels");
+    // The kernel loads modules by this name: what is no name is not handed on.
+    for bad in [[0; 16], [b'x'; 16], *b"a b\0\0\0\0\0\0\0\0\0\0\0\0\0", [200; 16]] {
+        connection.extra.helper = bad;
+        let length = encode_create(&mut buffer, 1, &connection, 600);
+        assert!(Attributes::new(&buffer[HEADERS..length]).all(|a| a.unwrap().0 != number::HELP), "{bad:?}");
     }
 }
 
