@@ -73,7 +73,9 @@ impl Gateways {
             words.extend(["--peer".to_owned(), address(other).to_string()]);
         }
         let usual = ["--source", "kernel", "--capacity", "150000", "--arena", "4194304", "--hold", &hold];
-        let words = with(with(words, &usual), &["--reprotect-after", &format!("{reprotect}ms")]);
+        // Dead after 0.8 s: a machine whose processors are shared stands still for half a second now and then.
+        let reprotect = format!("{reprotect}ms");
+        let words = with(with(words, &usual), &["--reprotect-after", &reprotect, "--dead-after", "8"]);
         let command = {
             let mut command = self.gateway(member).command(hypersync().get_program());
             command.env("RUST_BACKTRACE", "1");
