@@ -62,6 +62,7 @@ pub enum Lifetime {
 }
 
 /// What became of one entry of the batch.
+#[allow(clippy::large_enum_variant)] // A batch has one at a time, and a box would be an allocation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
     /// It is in the kernel as it should be.
@@ -113,6 +114,7 @@ pub struct Tally {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FlushFirst;
 
+#[allow(clippy::large_enum_variant)] // As above.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
     Create,

@@ -1,0 +1,39 @@
+//! The kernel's side under load and with faults: real appliances, real conntrack, two shards each.
+//!
+//! Gateways are network namespaces on one bridge. Most tests make their connections by ctnetlink, in
+//! a gateway's own namespace: to the appliance there that is traffic, and it takes no other host. Every
+//! test prints what it measured.
+//!
+//! | where | what |
+//! |---|---|
+//! | `load/gateways.rs` | gateways and their appliances |
+//! | `load/conntrack.rs` | making, closing and listing connections in a gateway's kernel; churn at a rate |
+//! | `load/overruns.rs` | events that are lost, and 100,000 a second of which none may stay lost |
+//! | `load/refusals.rs` | what a kernel does not take: a full table, a translation that is in use |
+//! | `load/committed.rs` | committed entries: flushed, before and after a takeover, their timeouts, many at once |
+//! | `load/deaths.rs` | ten deaths in a row with traffic and churn |
+
+#[path = "load/committed.rs"]
+mod committed;
+mod common;
+#[path = "load/conntrack.rs"]
+mod conntrack;
+#[path = "gateway/datagrams.rs"]
+#[allow(dead_code)] // Of the gateways' tests only TCP traffic is needed, and what that is made of.
+mod datagrams;
+#[path = "load/deaths.rs"]
+mod deaths;
+/// What the traffic takes from the gateways' entries.
+mod entries {
+    pub const TCP: u8 = 6;
+    pub const UDP: u8 = 17;
+}
+#[path = "load/gateways.rs"]
+mod gateways;
+#[path = "load/overruns.rs"]
+mod overruns;
+#[path = "load/refusals.rs"]
+mod refusals;
+#[path = "gateway/traffic.rs"]
+#[allow(dead_code)]
+mod traffic;
