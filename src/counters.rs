@@ -57,6 +57,7 @@ counters! {
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
     SourceDumps, "source_dumps", "dumps of the kernel's table";
     ExtrasFull, "extras_full", "times that labels, a helper or the like were left out because no record was free";
+    KernelFull, "kernel_full", "leases withheld because the kernel's table is full, or as full as it may be made";
     TableFull, "table_full", "connections or copies refused because no slot was free";
     Claims, "claims", "copies claimed here because their traffic showed up";
     ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";

@@ -23,11 +23,6 @@ mod conntrack;
 mod datagrams;
 #[path = "load/deaths.rs"]
 mod deaths;
-/// What the traffic takes from the gateways' entries.
-mod entries {
-    pub const TCP: u8 = 6;
-    pub const UDP: u8 = 17;
-}
 #[path = "load/gateways.rs"]
 mod gateways;
 #[path = "load/overruns.rs"]

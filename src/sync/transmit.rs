@@ -464,7 +464,7 @@ impl Replica<'_> {
         let count = due.min(spare);
         if count == 0 {
             self.streams[stream].grant_due = 0; // The peer asks again.
-            self.counters.count(Counter::TableFull);
+            self.counters.count(if self.kernel_has_room { Counter::TableFull } else { Counter::KernelFull });
             return 0;
         }
         let durable = self.durable(stream);

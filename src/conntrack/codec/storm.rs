@@ -127,7 +127,7 @@ fn neither_order_nor_unknown_attributes_change_what_a_message_says() {
             for _ in 0..dice.below(4) {
                 let payload: Vec<u8> = (0..dice.below(40)).map(|_| dice.below(256) as u8).collect();
                 let flags = [0, 0x8000, 0x4000][dice.below(3)];
-                let unknown = attribute(27 + dice.below(1000) as u16 | flags, &payload);
+                let unknown = attribute((27 + dice.below(1000) as u16) | flags, &payload);
                 parts.insert(dice.below(parts.len() + 1), unknown);
             }
             assert_eq!(decode(&assembled(&message, &parts)), meaning);
