@@ -20,14 +20,18 @@ pub(super) fn admits(
     counters: &Counters<'_>,
 ) -> bool {
     let SourceEvent::Seen { connection, known } = event else { return true };
-    let mut connection = *connection;
-    if rules.uses_mark() && known & groups::MARK == 0 {
+    let verdict = if rules.uses_mark()
+        && known & groups::MARK == 0
+        && let Some(slot) = replica.table().find_original(&connection.original)
+    {
         // What the event left out has not changed.
-        if let Some(slot) = replica.table().find_original(&connection.original) {
-            connection.state.mark = replica.table().line(slot).state().mark;
-        }
-    }
-    match rules.verdict(&connection, local) {
+        let mut connection = *connection;
+        connection.state.mark = replica.table().line(slot).state().mark;
+        rules.verdict(&connection, local)
+    } else {
+        rules.verdict(connection, local)
+    };
+    match verdict {
         Verdict::Copy => true,
         Verdict::Local => {
             counters.count(Counter::SourceLocal);
