@@ -83,9 +83,11 @@ fn the_first_rule_that_matches_decides_also_when_a_mark_changes() {
     }
     let mut wanted: Vec<String> = all.iter().filter(|c| c.2).map(|c| c.0.to_owned()).collect();
     wanted.sort();
-    wait_for("the member has what the rules let it have", SOON, || taken(&member) == wanted);
-    assert_eq!(member.counter(Counter::SourceFiltered), 3);
-    assert_eq!(member.counter(Counter::SourceLocal), 1);
+    wait_for("every connection was heard", SOON, || {
+        [Counter::SourceEvents, Counter::SourceFiltered, Counter::SourceLocal].map(|c| member.counter(c))
+            == [4, 3, 1]
+    });
+    assert_eq!(taken(&member), wanted);
 
     // A mark that is set later counts from then on, both ways.
     let conntrack = |words: &str| {
