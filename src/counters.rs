@@ -127,7 +127,6 @@ counters! {
     CommitNoRoom, "commit_no_room", "commits refused because the kernel's table is full, or as full as it may be made";
     CommitWithoutHelper, "commit_without_helper", "entries written without their helper, which this kernel does not have";
     CommitWithoutLabels, "commit_without_labels", "entries without room for their labels: no rule of this host uses labels";
-    CommitFleeting, "commit_fleeting", "GRE entries written: they end with their first packet, as the kernel lets nobody set their timeouts";
     CommitMissing, "commit_missing", "gauge: copies that the kernel does not have; they are tried again";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";

@@ -30,7 +30,7 @@
 use super::KernelError;
 use super::codec::{
     self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
-    encode_statistics, encode_update, request_ack,
+    encode_statistics, encode_update, request_ack, status,
 };
 use super::netlink::{Mailbox, Socket};
 use super::sysctl::{TableFill, Timeouts};
@@ -45,6 +45,10 @@ use crate::source::SourceEvent;
 /// default (5 days for an established TCP connection); short enough that what a crash leaves
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
+
+/// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is fixed, since the kernel
+/// lets nobody set those that GRE entries carry. The packet after that begins a new one.
+pub const GRE_TIMEOUT_S: u32 = 3600;
 
 /// Helpers remembered as refused: a kernel has about a dozen.
 const HELPERS_MAX: usize = 16;
@@ -105,8 +109,6 @@ pub struct Tally {
     pub without_helper: u64,
     /// Entries that have no room for labels, because no rule here uses labels.
     pub without_labels: u64,
-    /// Entries that end with their first packet: ctnetlink cannot set the timeouts that GRE keeps in them.
-    pub fleeting: u64,
 }
 
 /// The batch takes no more, or has an entry with this original tuple: flush first. (Entries
@@ -218,6 +220,7 @@ impl Committer {
     pub fn write(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
         let timeout_s = match lifetime {
             Lifetime::Kept => KEPT_TIMEOUT_S,
+            Lifetime::Normal if connection.original.protocol == GRE => GRE_TIMEOUT_S,
             Lifetime::Normal => self.timeouts.of(connection),
         };
         let mut connection = *connection;
@@ -228,7 +231,6 @@ impl Committer {
         }
         self.add(Entry { connection, timeout_s, may_create: true, step: Step::Create })?;
         self.tally.without_helper += is_without as u64;
-        self.tally.fleeting += (connection.original.protocol == GRE) as u64;
         Ok(())
     }
 
@@ -398,6 +400,13 @@ impl Entry {
     }
 
     /// Whether the entry that is there lacks the helper that this one should have.
+    /// Whether the entry that is there has a fixed timeout that is not, or will not be for long, the wanted one.
+    fn wants_another_fixed_timeout(&self, there: &Connection) -> bool {
+        let rest = there.state.timeout_s;
+        there.state.status & status::FIXED_TIMEOUT != 0
+            && (self.timeout_s < rest || self.timeout_s / 2 > rest)
+    }
+
     fn wants_a_helper_besides(&self, there: &Connection) -> bool {
         let wanted = &self.connection.extra;
         wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
@@ -440,9 +449,11 @@ impl Entry {
             (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Look, [0, _]) => match answers.found {
-                // A translation, or a helper, cannot be given to an entry that is there.
+                // A translation, a helper or a fixed timeout cannot be given to an entry that is there.
                 Some(there)
-                    if there.reply == self.connection.reply && !self.wants_a_helper_besides(&there) =>
+                    if there.reply == self.connection.reply
+                        && !self.wants_a_helper_besides(&there)
+                        && !self.wants_another_fixed_timeout(&there) =>
                 {
                     Step::Update { present: there.state.status }
                 }

@@ -137,6 +137,5 @@ impl Writer {
         counters.add(Counter::CommitBusy, tally.busy);
         counters.add(Counter::CommitWithoutHelper, tally.without_helper);
         counters.add(Counter::CommitWithoutLabels, tally.without_labels);
-        counters.add(Counter::CommitFleeting, tally.fleeting);
     }
 }

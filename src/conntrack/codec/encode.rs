@@ -21,7 +21,7 @@
 use super::number::*;
 use super::writer::Writer;
 use super::{TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, status};
-use crate::conn::tuple::{ICMP, ICMPV6, TCP, has_keys};
+use crate::conn::tuple::{GRE, ICMP, ICMPV6, TCP, has_keys};
 use crate::conn::{Connection, Family, Tuple};
 
 const REQUEST: u16 = libc::NLM_F_REQUEST as u16;
@@ -47,7 +47,10 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     w.tuple(TUPLE_ORIG, original, only_original);
     w.tuple(TUPLE_REPLY, &mirrored, only_reply);
     w.zone(ZONE, both);
-    w.field(STATUS, &copied_status(state.status).to_be_bytes());
+    // GRE entries carry their timeouts with them, which their first packet sets and ctnetlink cannot: with zeros, the
+    // first packet after a takeover would end the entry. One with a fixed timeout no packet ends.
+    let fixed = if original.protocol == GRE { status::FIXED_TIMEOUT } else { 0 };
+    w.field(STATUS, &(copied_status(state.status) | fixed).to_be_bytes());
     w.field(TIMEOUT, &timeout_s.to_be_bytes());
     if state.mark != 0 {
         w.field(MARK, &state.mark.to_be_bytes());
@@ -69,7 +72,8 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
 }
 
 /// The request that brings an entry up to date; ENOENT if it is not there. `present` is the
-/// status that the entry has: bits of it that were set cannot be taken back (EBUSY).
+/// status that the entry has: bits of it that were set cannot be taken back (EBUSY), and a fixed timeout
+/// stays as it is.
 /// Translations cannot be changed: delete and create instead.
 pub fn encode_update(
     buffer: &mut [u8],
@@ -84,7 +88,9 @@ pub fn encode_update(
     w.zone(ZONE, original.zone);
     // Bits that cannot be changed must be as they are, and the kernel looks at EXPECTED and DYING as well.
     w.field(STATUS, &(present | copied_status(state.status)).to_be_bytes());
-    w.field(TIMEOUT, &timeout_s.to_be_bytes());
+    if present & status::FIXED_TIMEOUT == 0 {
+        w.field(TIMEOUT, &timeout_s.to_be_bytes()); // EPERM otherwise
+    }
     w.field(MARK, &state.mark.to_be_bytes());
     w.tcp(connection);
     w.extra_of_present(extra, original.protocol);

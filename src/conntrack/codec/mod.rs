@@ -140,6 +140,8 @@ pub mod status {
     pub const SEQ_ADJUST: u32 = 1 << 6;
     /// On its way out.
     pub const DYING: u32 = 1 << 9;
+    /// Packets do not refresh the timeout, and nothing can change it.
+    pub const FIXED_TIMEOUT: u32 = 1 << 10;
     /// Forwarded past conntrack, by a flow table.
     pub const OFFLOADED: u32 = 1 << 14;
 }
