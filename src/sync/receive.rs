@@ -418,12 +418,17 @@ impl Replica<'_> {
                 let witnessed = line.is_claimed();
                 self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection)));
             }
-            Kind::Active if from_pair && stamp.epoch > line.stamp().epoch => {
-                // Claimed and closed by the pair's other side.
-                self.counters.count(Counter::ClaimsLost);
-                self.end_move(target.slot);
-                self.unassign(target.slot);
+            Kind::Active if stamp.epoch > line.stamp().epoch => {
+                // Claimed and closed there. This member may have let go of the pair before it heard of that,
+                // or have found another slot for the copy.
+                if !self.chores.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
                 self.drop_to_lease(target.slot, stream, None);
+                if !from_pair {
+                    self.table.recycle(target.slot); // Not agreed to be anybody's lease.
+                }
             }
             Kind::Active
                 if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
@@ -466,9 +471,11 @@ impl Replica<'_> {
                 self.drop_copy(target.slot, stream, None);
             }
             Kind::Active
-                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
+                if stamp.epoch > line.stamp().epoch
+                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
-                // Presumed while the former active lived: its answer wins.
+                // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
+                // to another backup, before the claim arrived here: late, it must not find its place.
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }

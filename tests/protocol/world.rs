@@ -1,16 +1,17 @@
 //! A world of a few members in one process: the shipped protocol over memory of its own, a
 //! network that loses, repeats and delays, and simulated time. Everything follows from a seed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use hypersync::ccp::bytes::{Reader, Writer};
 use hypersync::ccp::header::{Header, OPCODE_HEARTBEAT};
 use hypersync::ccp::heartbeat::Heartbeat;
-use hypersync::ccp::message::Fault;
+use hypersync::ccp::message::{Fault, Message};
+use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::extra::{Extra, parts};
-use hypersync::conn::{Connection, Kind, MemberId, Stamp, State, Tuple, shard_of};
+use hypersync::conn::{Connection, Coordinate, Kind, MemberId, Stamp, State, Tuple, shard_of};
 use hypersync::counters::{Counter, Counters};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
@@ -67,16 +68,50 @@ pub struct Host<'m> {
     pub leaving: bool,
     /// What was committed to its kernel.
     pub kernel: HashMap<Tuple, Connection>,
+    /// This life of its table.
+    pub table_id: u32,
     /// Its kernel takes no entries.
     pub full: bool,
+    /// No pass is made; what arrives waits.
+    pub paused: bool,
+    /// How much faster its clock runs than time does, millionths.
+    pub drift_ppm: i64,
+    mail: VecDeque<Packet>,
+    last_pass: Time,
     view_version: u64,
 }
 
-struct Packet {
-    from: MemberId,
-    to: MemberId,
-    bytes: Vec<u8>,
+/// Datagrams that wait for a member that makes no pass; further ones are lost.
+const MAIL_MAX: usize = 300;
+
+/// When every clock showed the same.
+const BEGINNING: Time = Time(1_000_000_000);
+
+impl Host<'_> {
+    /// The time that this member's clock shows.
+    pub fn clock(&self, now: Time) -> Time {
+        let passed = now.since(BEGINNING).as_nanos() as i64;
+        Time((BEGINNING.0 as i64 + passed + passed / 1_000_000 * self.drift_ppm) as u64)
+    }
 }
+
+/// What happens on the way from one member to another, besides what the whole network does.
+#[derive(Clone, Copy, Default)]
+pub struct Link {
+    /// Nothing arrives before.
+    pub clogged_until: Time,
+    /// Datagrams of more than 1200 bytes are lost before.
+    pub narrow_until: Time,
+}
+
+/// A datagram as it left its sender.
+pub struct Sent {
+    pub from: MemberId,
+    pub to: MemberId,
+    pub bytes: Vec<u8>,
+}
+
+type Packet = Sent;
 
 /// A connection as its user knows it.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +129,14 @@ pub struct World<'m> {
     pub open: HashMap<Tuple, Known>,
     pub closed: Vec<Tuple>,
     pub cut: Vec<(MemberId, MemberId)>,
+    pub links: HashMap<(MemberId, MemberId), Link>,
+    /// What was sent in this step, if anybody wants to know.
+    pub sent: Option<Vec<Sent>>,
+    /// Told of everything that happens, a line each: member, what, detail.
+    pub log: Option<fn(Time, MemberId, &str, std::fmt::Arguments<'_>)>,
+    /// Bytes that each member's protocol has allocated and not freed since it was made, measured by this.
+    pub allocated: Option<fn() -> isize>,
+    pub grown: HashMap<MemberId, isize>,
     pub events: Vec<(MemberId, Event)>,
     pub fresh: u32,
     /// How members that start from now on commit.
@@ -116,14 +159,14 @@ pub fn memories_of(n: usize, size: MemorySize) -> Vec<OwnedMemory> {
     (0..n).map(|_| OwnedMemory::new(&size)).collect()
 }
 
-fn address(member: MemberId) -> IpAddr {
+pub fn address(member: MemberId) -> IpAddr {
     IpAddr::V4(Ipv4Addr::new(10, 9, 0, member))
 }
 
 impl<'m> World<'m> {
     pub fn new(seed: u64, memories: &'m [OwnedMemory]) -> World<'m> {
         World {
-            now: Time(1_000_000_000),
+            now: BEGINNING,
             rng: Rng(seed),
             commit_rng: Rng(!seed),
             network: Network::default(),
@@ -131,6 +174,11 @@ impl<'m> World<'m> {
             open: HashMap::new(),
             closed: Vec::new(),
             cut: Vec::new(),
+            links: HashMap::new(),
+            sent: None,
+            log: None,
+            allocated: None,
+            grown: HashMap::new(),
             events: Vec::new(),
             fresh: 0,
             commit: CommitMode::Eager,
@@ -179,10 +227,16 @@ impl<'m> World<'m> {
             memory,
             running: true,
             leaving: false,
-            kernel: HashMap::new(),
+            kernel: HashMap::with_capacity(8192),
+            table_id,
             full: false,
+            paused: false,
+            drift_ppm: 0,
+            mail: VecDeque::new(),
+            last_pass: self.now,
             view_version: 0,
         };
+        self.grown.insert(member, 0);
         self.hosts.insert(member, host);
     }
 
@@ -194,6 +248,19 @@ impl<'m> World<'m> {
 
     pub fn host(&mut self, member: MemberId) -> &mut Host<'m> {
         self.hosts.get_mut(&member).expect("the member was started")
+    }
+
+    /// What a member sent and has not arrived by then never does.
+    pub fn forget_mail_of(&mut self, member: MemberId, by: Time) {
+        self.packets.retain(|(at, _), p| p.from != member || at.reached(by));
+    }
+
+    /// A datagram arrives that nobody in the group sent, or not like this.
+    pub fn inject(&mut self, member: MemberId, source: IpAddr, shard: u8, bytes: &[u8]) {
+        let now = self.now;
+        let host = self.host(member);
+        let now = host.clock(now);
+        host.shards[shard as usize].handle_datagram(now, Some(source), bytes);
     }
 
     pub fn counter(&self, member: MemberId, counter: Counter) -> u64 {
@@ -218,14 +285,43 @@ impl<'m> World<'m> {
     }
 
     pub fn tell(&mut self, member: MemberId, event: &SourceEvent) {
-        let now = self.now;
-        let host = self.host(member);
         let original = match event {
             SourceEvent::Seen { connection, .. } => connection.original,
             SourceEvent::Gone { original } => *original,
         };
+        match event {
+            SourceEvent::Seen { connection, .. } => {
+                self.note(
+                    member,
+                    "seen",
+                    format_args!(
+                        "{original} status {} mark {} timeout {}",
+                        connection.state.status, connection.state.mark, connection.state.timeout_s
+                    ),
+                );
+            }
+            SourceEvent::Gone { .. } => self.note(member, "gone", format_args!("{original}")),
+        }
+        let now = self.now;
+        let before = self.allocated.map_or(0, |allocated| allocated());
+        let host = self.host(member);
+        let now = host.clock(now);
         let shard = shard_of(&original, host.shards.len() as u8);
         host.shards[shard as usize].handle_source(now, event);
+        self.account(member, before);
+    }
+
+    /// Tells the log, if there is one.
+    pub fn note(&self, member: MemberId, what: &str, detail: std::fmt::Arguments<'_>) {
+        if let Some(log) = self.log {
+            log(self.now, member, what, detail);
+        }
+    }
+
+    fn account(&mut self, member: MemberId, before: isize) {
+        if let Some(allocated) = self.allocated {
+            *self.grown.entry(member).or_default() += allocated() - before;
+        }
     }
 
     pub fn open_at(&mut self, member: MemberId) -> Tuple {
@@ -267,9 +363,18 @@ impl<'m> World<'m> {
     }
 
     fn post(&mut self, from: MemberId, to: MemberId, bytes: Vec<u8>) {
+        let link = self.links.get(&(from, to)).copied().unwrap_or_default();
+        let narrow = !link.narrow_until.reached(self.now) && bytes.len() > 1200;
+        if self.log.is_some() {
+            self.note(from, "send", format_args!("to {to}: {}", describe_datagram(&bytes)));
+        }
+        if let Some(sent) = &mut self.sent {
+            sent.push(Sent { from, to, bytes: bytes.clone() });
+        }
         let copies = 1 + self.rng.chance(self.network.repeats) as u32;
         for _ in 0..copies {
-            if self.rng.chance(self.network.loss) || self.cut.contains(&(from, to)) {
+            if self.rng.chance(self.network.loss) || self.cut.contains(&(from, to)) || narrow {
+                self.note(from, "lost", format_args!("to {to}: {}", describe_head(&bytes)));
                 continue;
             }
             let mut delay = 50 + self.rng.below(100);
@@ -277,7 +382,7 @@ impl<'m> World<'m> {
                 delay += self.rng.below(20_000);
             }
             self.sequence += 1;
-            let at = self.now.after(Duration::from_micros(delay));
+            let at = self.now.max(link.clogged_until).after(Duration::from_micros(delay));
             self.packets.insert((at, self.sequence), Packet { from, to, bytes: bytes.clone() });
         }
     }
@@ -293,15 +398,38 @@ impl<'m> World<'m> {
             self.deliver(packet);
         }
         for member in self.hosts.keys().copied().collect::<Vec<_>>() {
-            if self.hosts[&member].running {
-                self.run(member);
+            let host = &self.hosts[&member];
+            if host.running && !host.paused {
+                let before = self.allocated.map_or(0, |allocated| allocated());
+                let out = self.run(member);
+                self.account(
+                    member,
+                    before
+                        + out.iter().map(|(_, bytes)| bytes.capacity() as isize).sum::<isize>()
+                        + (out.capacity() * size_of::<(MemberId, Vec<u8>)>()) as isize,
+                );
+                for (to, bytes) in out {
+                    self.post(member, to, bytes);
+                }
             }
         }
     }
 
     fn deliver(&mut self, packet: Packet) {
+        if self.log.is_some() {
+            let Sent { from, to, bytes } = &packet;
+            self.note(*to, "arrive", format_args!("from {from}: {}", describe_head(bytes)));
+        }
         let now = self.now;
+        let before = self.allocated.map_or(0, |allocated| allocated());
         let Some(host) = self.hosts.get_mut(&packet.to).filter(|h| h.running) else { return };
+        if host.paused {
+            if host.mail.len() < MAIL_MAX {
+                host.mail.push_back(packet);
+            }
+            return;
+        }
+        let (now, member) = (host.clock(now), packet.to);
         let mut r = Reader::new(&packet.bytes);
         let Ok(header) = Header::decode(&mut r, 7) else { return };
         if header.opcode == OPCODE_HEARTBEAT {
@@ -312,11 +440,19 @@ impl<'m> World<'m> {
             let shard = &mut host.shards[header.to_shard as usize];
             shard.handle_datagram(now, Some(address(packet.from)), &packet.bytes);
         }
+        self.account(member, before);
     }
 
-    fn run(&mut self, member: MemberId) {
-        let now = self.now;
+    /// A pass of a member; what it sends.
+    fn run(&mut self, member: MemberId) -> Vec<(MemberId, Vec<u8>)> {
+        let (now, log) = (self.now, self.log);
+        let true_now = now;
         let host = self.hosts.get_mut(&member).expect("it exists");
+        let now = host.clock(now);
+        if now.since(host.last_pass) > HEARTBEAT {
+            host.group.excuse(now); // As the appliance does after a pause.
+        }
+        host.last_pass = now;
         let mut out: Vec<(MemberId, Vec<u8>)> = Vec::new();
         for shard in &mut host.shards {
             let goodbyes = shard.take_goodbyes();
@@ -326,6 +462,9 @@ impl<'m> World<'m> {
         }
         host.group.tick(now);
         while let Some(event) = host.group.poll_event() {
+            if let Some(log) = log {
+                log(true_now, member, "group", format_args!("{event:?}"));
+            }
             self.events.push((member, event));
         }
         if host.group.view().version != host.view_version {
@@ -376,8 +515,15 @@ impl<'m> World<'m> {
                 shard.landed(token, false);
             }
         }
-        for (to, bytes) in out {
-            self.post(member, to, bytes);
+        out
+    }
+
+    /// The member makes no pass from now on, or goes on and reads what waited.
+    pub fn pause(&mut self, member: MemberId, paused: bool) {
+        let host = self.host(member);
+        host.paused = paused;
+        for packet in std::mem::take(&mut host.mail) {
+            self.deliver(packet);
         }
     }
 
@@ -511,7 +657,7 @@ impl<'m> World<'m> {
 }
 
 /// One copy of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Copy {
     pub member: MemberId,
     pub kind: Kind,
@@ -519,4 +665,65 @@ pub struct Copy {
     pub place: u64,
     pub peer: u64,
     pub connection: Connection,
+}
+
+/// The heads of a datagram, for the log.
+fn describe_head(bytes: &[u8]) -> String {
+    let mut r = Reader::new(bytes);
+    let Ok(header) = Header::decode(&mut r, 7) else { return "garbage".to_owned() };
+    if header.opcode == OPCODE_HEARTBEAT {
+        return format!("heartbeat, {} bytes", bytes.len());
+    }
+    match SyncHeader::decode(&mut r) {
+        Ok(sync) => format!(
+            "shard {} to {} life {} seq {} ({} bytes)",
+            sync.from_shard,
+            header.to_shard,
+            sync.life,
+            sync.seq.raw(),
+            bytes.len()
+        ),
+        Err(_) => "garbage".to_owned(),
+    }
+}
+
+/// A datagram with its messages, for the log.
+fn describe_datagram(bytes: &[u8]) -> String {
+    let mut text = describe_head(bytes);
+    let mut r = Reader::new(bytes);
+    let Ok(header) = Header::decode(&mut r, 7) else { return text };
+    if header.opcode == OPCODE_HEARTBEAT || SyncHeader::decode(&mut r).is_err() {
+        return text;
+    }
+    while let Ok(Some(message)) = Message::decode(&mut r) {
+        text += &match message {
+            Message::New { target, stamp, own, connection, .. } => format!(
+                " | new {}.{} from {}.{} at {}.{} mark {}",
+                target.slot,
+                target.generation.raw(),
+                own.slot,
+                own.generation.raw(),
+                stamp.epoch,
+                stamp.version,
+                connection.state.mark
+            ),
+            Message::Lease(places) => format!(" | lease of {}", places.iter().count()),
+            Message::Ack { life, floor, .. } => format!(" | ack {} of life {life}", floor.raw()),
+            other => format!(" | {other:?}"),
+        };
+    }
+    text
+}
+
+impl std::fmt::Debug for Copy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let place = |raw| {
+            let at = Coordinate::from_raw(raw);
+            format!("{}/{}/{}.{}", at.member(), at.shard(), at.slot(), at.generation().raw())
+        };
+        let State { status, mark, timeout_s, .. } = self.connection.state;
+        write!(f, "{:?} at {} of {}, ", self.kind, place(self.place), place(self.peer))?;
+        write!(f, "stamp {}.{}, status {status} mark {mark} ", self.stamp.epoch, self.stamp.version)?;
+        write!(f, "timeout {timeout_s} reply {:#x}", self.connection.reply.dst)
+    }
 }

@@ -1,0 +1,78 @@
+//! What a seed is about: everything that stays the same for its whole run.
+
+use std::time::Duration;
+
+use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
+use hypersync::memory::MemorySize;
+use hypersync::source::CommitMode;
+
+use crate::world::{Network, Rng};
+
+/// Drawn from a seed before anything starts.
+#[derive(Debug)]
+pub struct Plan {
+    /// Shards and priority of each member.
+    pub members: Vec<(u8, u8)>,
+    pub size: MemorySize,
+    pub network: Network,
+    pub commit: CommitMode,
+    /// Faults one after the other.
+    pub episodes: u64,
+    /// Whether a fault may begin before what the one before it did is repaired.
+    pub tangled: bool,
+    /// Open connections at most.
+    pub open_max: usize,
+    /// Traffic: in how many of 1000 steps something happens, and how much at most.
+    pub traffic: u64,
+    pub burst: u64,
+    /// In how many of 1000 events the source misses one.
+    pub missed: u64,
+    /// Whether clocks run at different rates.
+    pub drift: bool,
+    /// In how many of 1000 steps a datagram is forged.
+    pub forged: u64,
+}
+
+/// Starts after the first that there is memory for.
+pub const RESTARTS: usize = 4;
+
+impl Plan {
+    pub fn draw(rng: &mut Rng) -> Plan {
+        let n = [2, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8][rng.below(12) as usize];
+        let shards_max = if n > 5 { 2 } else { 3 };
+        let members =
+            (0..n).map(|_| (1 + rng.below(shards_max) as u8, [50, 100, 100, 200][rng.below(4) as usize]));
+        let members: Vec<(u8, u8)> = members.collect();
+        let capacity = [SLOTS_MIN, 128, 256, 512, 512, 1024][rng.below(6) as usize];
+        let mut some = |of: u64| if rng.chance(60) { rng.below(of) } else { 0 };
+        let network = Network { loss: some(20), repeats: some(20), late: some(30), refusals: some(20) };
+        let refusals = if rng.chance(25) { network.refusals } else { 0 };
+        Plan {
+            members,
+            size: MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) },
+            network: Network { refusals, ..network },
+            commit: [CommitMode::Eager, CommitMode::Eager, CommitMode::Takeover, CommitMode::Off]
+                [rng.below(4) as usize],
+            episodes: 1 + rng.below(4),
+            tangled: rng.chance(25),
+            open_max: capacity / [8, 4, 2, 1][rng.below(4) as usize],
+            traffic: [50, 200, 600, 1000][rng.below(4) as usize],
+            burst: [2, 4, 12][rng.below(3) as usize],
+            missed: if rng.chance(30) { rng.below(100) } else { 0 },
+            drift: rng.chance(50),
+            forged: rng.below(60),
+        }
+    }
+
+    /// Pieces of memory that this plan can need.
+    pub fn memories(&self) -> usize {
+        self.members.iter().map(|(shards, _)| *shards as usize).sum::<usize>() + RESTARTS * 3
+    }
+}
+
+/// How long the fault of one episode lasts.
+pub fn fault_time(rng: &mut Rng) -> Duration {
+    Duration::from_millis(
+        [10 + rng.below(40), 60 + rng.below(200), 200 + rng.below(500)][rng.below(3) as usize],
+    )
+}

@@ -1,0 +1,629 @@
+//! One run: traffic and faults drawn from a seed, then peace, and everything must agree.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use hypersync::ccp::bytes::Reader;
+use hypersync::ccp::header::{Header, OPCODE_SYNC};
+use hypersync::ccp::message::Message;
+use hypersync::ccp::sync::{MESSAGES_AT, SyncHeader};
+use hypersync::conn::{Kind, MemberId, Stamp, Tuple, shard_of};
+use hypersync::counters::Counter;
+use hypersync::memory::OwnedMemory;
+use hypersync::source::SourceEvent;
+use hypersync::sync::stream::{Durable, stream_index};
+use hypersync::time::Time;
+
+use crate::checkers::{Broken, Checks, fingerprint, rejects};
+use crate::plan::{Plan, RESTARTS, fault_time};
+use crate::truth::{Repair, Truth, life_of};
+use crate::world::{Link, Rng, Sent, World, address};
+
+/// Once all faults are over everything agrees again within this time.
+pub const CONVERGES: Duration = Duration::from_secs(8);
+
+/// How long after a death its traffic shows up elsewhere at the earliest: datagrams of the dead have arrived.
+const MOVES_AFTER: Duration = Duration::from_millis(40);
+
+/// An entry in a kernel that sees no traffic is forgotten after this time.
+const EXPIRES: Duration = Duration::from_millis(300);
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+pub struct Sim<'m> {
+    pub world: World<'m>,
+    plan: Plan,
+    rng: Rng,
+    truth: Truth,
+    checks: Checks,
+    repairs: Vec<Repair>,
+    /// Members that died, and when their connections' traffic shows up elsewhere.
+    orphans: Vec<(Time, MemberId)>,
+    /// Tuples closed lately, which may be used again.
+    lately: VecDeque<Tuple>,
+    /// Datagrams of which forgeries are made.
+    samples: VecDeque<Sent>,
+    /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel forgets it in time.
+    moved: VecDeque<(Time, Tuple)>,
+    impaired: bool,
+    restarts: usize,
+    expire_at: Time,
+    pub steps: u64,
+}
+
+impl<'m> Sim<'m> {
+    pub fn new(seed: u64, plan: Plan, memories: &'m [OwnedMemory]) -> Sim<'m> {
+        let mut world = World::new(seed, memories);
+        world.sent = Some(Vec::new());
+        world.commit = plan.commit;
+        let mut sim = Sim {
+            expire_at: world.now,
+            world,
+            plan,
+            rng: Rng(seed ^ 0x5eed_5eed),
+            truth: Truth::default(),
+            checks: Checks::default(),
+            repairs: Vec::new(),
+            orphans: Vec::new(),
+            lately: VecDeque::new(),
+            samples: VecDeque::new(),
+            moved: VecDeque::new(),
+            impaired: false,
+            restarts: 0,
+            steps: 0,
+        };
+        for n in 0..sim.plan.members.len() {
+            sim.start(n as MemberId + 1);
+        }
+        sim
+    }
+
+    fn start(&mut self, member: MemberId) {
+        let (shards, priority) = self.plan.members[member as usize - 1];
+        let shards =
+            if self.restarts > 0 && self.rng.chance(30) { 1 + self.rng.below(3) as u8 } else { shards };
+        self.world.note(member, "start", format_args!("{shards} shards, priority {priority}"));
+        self.world.start(member, shards, priority);
+        let drift = self.rng.below(2001) as i64 - 1000;
+        self.world.host(member).drift_ppm = if self.plan.drift { drift } else { 0 };
+        self.checks.forget(member);
+    }
+
+    /// A whole run.
+    pub fn run(&mut self) -> Result<(), Broken> {
+        self.run_for(ms(100), false)?;
+        let network = self.plan.network;
+        for _ in 0..self.plan.episodes {
+            self.world.network = network;
+            let span = ms(20 + self.rng.below(200));
+            self.run_for(span, true)?;
+            self.episode()?;
+            if !self.plan.tangled {
+                self.peace()?;
+            }
+        }
+        self.world.network = network;
+        self.run_for(ms(100), true)?;
+        self.peace()
+    }
+
+    fn run_for(&mut self, span: Duration, traffic: bool) -> Result<(), Broken> {
+        let end = self.world.now.after(span);
+        while !end.reached(self.world.now) {
+            self.step(traffic)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, traffic: bool) -> Result<(), Broken> {
+        self.steps += 1;
+        self.move_orphans();
+        self.repair();
+        if traffic && self.rng.below(1000) < self.plan.traffic {
+            for _ in 0..self.rng.below(self.plan.burst) + 1 {
+                self.some_traffic();
+            }
+        }
+        if self.rng.below(1000) < self.plan.forged {
+            self.forge()?;
+        }
+        self.world.step();
+        let sent = std::mem::take(self.world.sent.as_mut().expect("it is watched"));
+        self.checks.after_step(&self.world, &self.truth, &sent)?;
+        for datagram in sent {
+            if datagram.bytes.len() > MESSAGES_AT && self.rng.chance(5) {
+                self.samples.push_back(datagram);
+                if self.samples.len() > 32 {
+                    self.samples.pop_front();
+                }
+            }
+        }
+        self.world.sent = Some(Vec::new());
+        self.world.events.clear();
+        Ok(())
+    }
+
+    // Traffic.
+
+    fn able(&self) -> Vec<MemberId> {
+        let able = |m: &MemberId| !self.world.hosts[m].paused && !self.world.hosts[m].leaving;
+        self.world.live().into_iter().filter(able).collect()
+    }
+
+    fn any<T: std::marker::Copy>(&mut self, of: &[T]) -> Option<T> {
+        (!of.is_empty()).then(|| of[self.rng.below(of.len() as u64) as usize])
+    }
+
+    fn any_open(&mut self) -> Option<Tuple> {
+        let n = self.truth.open.len() as u64;
+        if n == 0 {
+            return None;
+        }
+        let at = self.rng.below(n) as usize;
+        self.truth.open.keys().nth(at).copied()
+    }
+
+    fn some_traffic(&mut self) {
+        let able = self.able();
+        match self.rng.below(100) {
+            0..35 if self.truth.open.len() < self.plan.open_max => {
+                let Some(owner) = self.any(&able) else { return };
+                let again = self.rng.chance(20).then(|| self.lately.pop_front()).flatten();
+                let reusable = |tuple: &Tuple| {
+                    !self.truth.open.contains_key(tuple)
+                        && !self.truth.expiring.contains(tuple)
+                        && !self.repairs.iter().any(|repair| repair.tuple == *tuple)
+                };
+                let again = again.filter(reusable).filter(|_| !self.plan.tangled);
+                if let Some(again) = again.filter(|_| self.impaired) {
+                    self.truth.expiring.insert(again);
+                }
+                let tuple = again.unwrap_or_else(|| self.truth.fresh_tuple());
+                let event = self.truth.open(tuple, owner);
+                self.tell(owner, tuple, event);
+            }
+            35..80 => {
+                let Some((tuple, owner)) = self.any_with_owner() else { return };
+                let n = self.rng.next();
+                let event = self.truth.change(tuple, n);
+                self.tell(owner, tuple, event);
+            }
+            80..92 => {
+                let Some((tuple, owner)) = self.any_with_owner() else { return };
+                self.lately.push_back(tuple);
+                let event = self.truth.close(tuple);
+                self.tell(owner, tuple, event);
+                if self.lately.len() > 16 {
+                    self.lately.pop_front();
+                }
+            }
+            92..97 => {
+                // The same tuple again, at once, as another connection.
+                let Some((tuple, owner)) = self.any_with_owner() else { return };
+                let event = self.truth.close(tuple);
+                self.tell(owner, tuple, event);
+                let event = self.truth.open(tuple, owner);
+                self.tell(owner, tuple, event);
+            }
+            _ => {
+                // Its traffic moves to where its copy is.
+                let Some((tuple, owner)) = self.any_with_owner() else { return };
+                let copies = self.copies_of(&tuple);
+                let life = self.truth.open[&tuple].life;
+                let copy = copies.iter().find(|(member, kind, _, of, peer)| {
+                    *kind == Kind::Backup && *of == life && *peer == owner && able.contains(member)
+                });
+                let together = |to: MemberId| self.world.live().len() > 1 && self.is_calm(owner, to);
+                if let Some((to, ..)) = copy.copied()
+                    && together(to)
+                {
+                    self.world.note(to, "moved", format_args!("{tuple} from {owner}"));
+                    self.moved.push_back((self.world.now, tuple));
+                    if self.impaired {
+                        self.truth.expiring.insert(tuple);
+                    }
+                    self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
+                    // A packet there shows all that its kernel knows.
+                    let n = (self.rng.next() >> 8) * 12;
+                    let event = self.truth.change(tuple, n);
+                    self.world.tell(to, &event);
+                }
+            }
+        }
+    }
+
+    /// Whether two members take each other for alive.
+    fn is_calm(&self, a: MemberId, b: MemberId) -> bool {
+        let sees = |a: MemberId, b: MemberId| {
+            let seen = &self.world.hosts[&a].group.view().members[b as usize];
+            seen.status.is_alive() && seen.hears_me && seen.table_id == self.world.hosts[&b].table_id
+        };
+        self.plan.tangled || sees(a, b) && sees(b, a)
+    }
+
+    fn any_with_owner(&mut self) -> Option<(Tuple, MemberId)> {
+        let tuple = self.any_open()?;
+        let owner = self.truth.open[&tuple].owner?;
+        Some((tuple, self.find_owner(tuple, owner)))
+    }
+
+    /// Who sees the traffic: where the entry is, if its owner has lost it to another member.
+    fn find_owner(&mut self, tuple: Tuple, owner: MemberId) -> MemberId {
+        let holds = |m: MemberId| {
+            let shards = &self.world.hosts[&m].shards;
+            shards[shard_of(&tuple, shards.len() as u8) as usize].table().find_original(&tuple).is_some()
+        };
+        if holds(owner) {
+            return owner;
+        }
+        let life = self.truth.open[&tuple].life;
+        let newest = self.copies_of(&tuple).into_iter().filter(|c| c.3 == life).max_by_key(|c| (c.2, c.0));
+        let Some((to, ..)) = newest else { return owner };
+        self.world.note(to, "moved", format_args!("{tuple} from {owner}, which has lost it"));
+        self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
+        // A packet there shows all that its kernel knows.
+        if self.world.hosts[&to].paused {
+            self.repairs.push(Repair { at: self.world.now, member: to, tuple });
+        } else {
+            self.world.tell(to, &self.truth.dumped(tuple));
+        }
+        to
+    }
+
+    /// Who has a copy: member, kind, stamp, life, and who has the other one.
+    fn copies_of(&self, tuple: &Tuple) -> Vec<(MemberId, Kind, Stamp, u32, MemberId)> {
+        let mut copies = Vec::new();
+        for host in self.world.hosts.values().filter(|h| h.running) {
+            let table = host.shards[shard_of(tuple, host.shards.len() as u8) as usize].table();
+            for slot in 0..table.capacity() {
+                let line = table.line(slot);
+                if line.kind().is_connection() && table.tuples(slot).0 == *tuple {
+                    let life = life_of(&table.connection(slot));
+                    copies.push((host.member, line.kind(), line.stamp(), life, line.peer().member()));
+                }
+            }
+        }
+        copies
+    }
+
+    /// The owner's source sees an event, unless it misses it and finds out later.
+    fn tell(&mut self, owner: MemberId, tuple: Tuple, event: SourceEvent) {
+        let host = &self.world.hosts[&owner];
+        if !host.running {
+            return;
+        }
+        if host.paused || self.rng.below(1000) < self.plan.missed {
+            self.world.note(owner, "missed", format_args!("{tuple}"));
+            let at = self.world.now.after(ms(5 + self.rng.below(100)));
+            self.repairs.push(Repair { at, member: owner, tuple });
+            return;
+        }
+        self.world.tell(owner, &event);
+    }
+
+    fn repair(&mut self) {
+        let now = self.world.now;
+        let hosts = &self.world.hosts;
+        let ready = |r: &Repair| r.at.reached(now) && !(hosts[&r.member].running && hosts[&r.member].paused);
+        let (due, later) = std::mem::take(&mut self.repairs).into_iter().partition(ready);
+        self.repairs = later;
+        for Repair { member, tuple, .. } in due {
+            let to = match self.truth.open.get(&tuple) {
+                Some(open) => open.owner.map(|owner| self.find_owner(tuple, owner)),
+                None => Some(member),
+            };
+            if let Some(to) = to.filter(|to| self.world.hosts[to].running && !self.world.hosts[to].paused) {
+                self.world.tell(to, &self.truth.dumped(tuple));
+            } else if let Some(at) = to.filter(|to| self.world.hosts[to].running) {
+                self.repairs.push(Repair { at: now.after(ms(5)), member: at, tuple });
+            }
+        }
+    }
+
+    // Faults.
+
+    fn episode(&mut self) -> Result<(), Broken> {
+        let able = self.able();
+        let Some(victim) = self.any(&able) else { return Ok(()) };
+        let others: Vec<MemberId> = self.world.live().into_iter().filter(|m| *m != victim).collect();
+        let Some(other) = self.any(&others) else { return Ok(()) };
+        let span = fault_time(&mut self.rng);
+        let until = self.world.now.after(span);
+        self.impaired = true;
+        let lately = self.moved.drain(..).filter(|(at, _)| self.world.now.since(*at) < ms(300));
+        self.truth.expiring.extend(lately.map(|(_, tuple)| tuple));
+        match self.rng.below(10) {
+            0 | 1 => {
+                self.crash(victim)?;
+                self.come_back(victim, span)?;
+            }
+            2 => {
+                self.world.note(victim, "pause", format_args!("{span:?}"));
+                self.world.pause(victim, true);
+                let span = span.min(ms(200));
+                self.run_for(span, true)?;
+                self.world.note(victim, "resume", format_args!(""));
+                self.world.pause(victim, false);
+            }
+            3 | 4 => {
+                // Some on one side, the rest on the other.
+                let side: Vec<MemberId> =
+                    others.iter().copied().filter(|_| self.rng.chance(20)).chain([victim]).collect();
+                self.world.note(victim, "cut", format_args!("{side:?} from all others, {span:?}"));
+                for a in self.world.live() {
+                    for b in self.world.live() {
+                        if side.contains(&a) != side.contains(&b) {
+                            self.world.cut.push((a, b));
+                        }
+                    }
+                }
+                self.run_for(span, true)?;
+            }
+            5 => {
+                self.world.note(victim, "cut", format_args!("to {other}, one way, {span:?}"));
+                self.world.cut.push((victim, other));
+                self.run_for(span, true)?;
+            }
+            6 => self.leave(victim)?,
+            7 => {
+                let clog = if self.rng.chance(50) { span.min(ms(30)) } else { span };
+                self.world.note(victim, "clog", format_args!("to {other}, {clog:?}"));
+                let link = Link { clogged_until: self.world.now.after(clog), ..Link::default() };
+                self.world.links.insert((victim, other), link);
+                self.run_for(span, true)?;
+            }
+            8 => {
+                self.world.note(victim, "narrow", format_args!("to {other}, {span:?}"));
+                let link = Link { narrow_until: until, ..Link::default() };
+                self.world.links.insert((victim, other), link);
+                self.run_for(span, true)?;
+            }
+            _ => {
+                self.world.note(victim, "kernel", format_args!("refuses all, {span:?}"));
+                self.world.host(victim).full = true;
+                self.run_for(span, true)?;
+                if !self.plan.tangled || self.rng.chance(50) {
+                    self.world.host(victim).full = false;
+                }
+            }
+        }
+        if !self.plan.tangled || self.rng.chance(50) {
+            self.world.note(0, "heal", format_args!("all links"));
+            self.world.cut.clear();
+        }
+        Ok(())
+    }
+
+    fn come_back(&mut self, victim: MemberId, span: Duration) -> Result<(), Broken> {
+        self.run_for(span, true)?;
+        if self.restarts < RESTARTS && (self.rng.chance(60) || self.world.live().len() < 2) {
+            self.restarts += 1;
+            self.start(victim);
+            self.run_for(ms(50), true)?;
+        }
+        Ok(())
+    }
+
+    fn crash(&mut self, victim: MemberId) -> Result<(), Broken> {
+        for shard in 0..self.world.hosts[&victim].shards.len() {
+            self.checks.shard(&self.world, &self.truth, victim, shard)?;
+        }
+        self.world.note(victim, "crash", format_args!("its table is lost"));
+        self.world.kill(victim);
+        self.bereave(victim);
+        Ok(())
+    }
+
+    fn bereave(&mut self, victim: MemberId) {
+        self.world.forget_mail_of(victim, self.world.now.after(MOVES_AFTER - ms(10)));
+        for open in self.truth.open.values_mut() {
+            if open.owner == Some(victim) {
+                open.owner = None;
+            }
+        }
+        self.repairs.retain(|repair| repair.member != victim);
+        self.orphans.push((self.world.now.after(MOVES_AFTER), victim));
+    }
+
+    fn leave(&mut self, victim: MemberId) -> Result<(), Broken> {
+        self.world.note(victim, "leave", format_args!(""));
+        self.world.host(victim).leaving = true;
+        let limit = self.world.now.after(ms(600));
+        while self.world.counter(victim, Counter::ConnectionsBackup) > 0 && !limit.reached(self.world.now) {
+            self.step(true)?;
+        }
+        for shard in 0..self.world.hosts[&victim].shards.len() {
+            self.checks.shard(&self.world, &self.truth, victim, shard)?;
+        }
+        for _ in 0..3 {
+            self.world.goodbye(victim);
+        }
+        self.world.note(victim, "left", format_args!(""));
+        self.bereave(victim);
+        let span = fault_time(&mut self.rng);
+        self.come_back(victim, span)
+    }
+
+    /// Who died has been silent long enough: the traffic of its connections goes where the newest copy is,
+    /// with the state that this has. What only the dead knew is lost, or ends unheard.
+    fn move_orphans(&mut self) {
+        let now = self.world.now;
+        if !self.orphans.iter().any(|(at, _)| at.reached(now)) {
+            return;
+        }
+        self.orphans.retain(|(at, _)| !at.reached(now));
+        let mut newest: BTreeMap<Tuple, (Stamp, MemberId, hypersync::conn::Connection)> = BTreeMap::new();
+        let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
+        for (tuple, found) in copies {
+            if found.len() > 1 {
+                self.truth.expiring.insert(tuple); // It died in the middle of a move: an older copy may stay.
+            }
+            for copy in found {
+                let life = life_of(&copy.connection);
+                if self.truth.open.get(&tuple).is_some_and(|open| open.life == life) {
+                    let this = (copy.stamp, copy.member, copy.connection);
+                    let best = newest.entry(tuple).or_insert(this);
+                    if (this.0, this.1) > (best.0, best.1) {
+                        *best = this;
+                    }
+                } else {
+                    self.truth.expiring.insert(tuple);
+                }
+            }
+        }
+        let mut lost = Vec::new();
+        for (tuple, open) in self.truth.open.iter_mut().filter(|(_, open)| open.owner.is_none()) {
+            match newest.get(tuple) {
+                Some((_, member, connection)) => {
+                    (open.owner, open.connection) = (Some(*member), *connection);
+                }
+                None => lost.push(*tuple),
+            }
+        }
+        for tuple in lost {
+            self.world.note(0, "lost", format_args!("{tuple}"));
+            let _ = self.truth.close(tuple);
+        }
+    }
+
+    /// A datagram arrives that was forged or cut: it changes nothing and is counted.
+    fn forge(&mut self) -> Result<(), Broken> {
+        let n = self.rng.below(self.samples.len().max(1) as u64) as usize;
+        let Some(sample) = self.samples.get(n) else { return Ok(()) };
+        let (from, to, mut bytes) = (sample.from, sample.to, sample.bytes.clone());
+        let Some(host) = self.world.hosts.get(&to).filter(|h| h.running && !h.paused) else { return Ok(()) };
+        let mut r = Reader::new(&bytes);
+        let Ok(header) = Header::decode(&mut r, 7) else { return Ok(()) };
+        if header.opcode != OPCODE_SYNC || header.to_shard as usize >= host.shards.len() {
+            return Ok(());
+        }
+        let mut source = address(from);
+        let sync = SyncHeader::decode(&mut r).expect("it was sent");
+        let stream = stream_index(from, sync.from_shard);
+        let known_life = Durable(&host.memory[header.to_shard as usize].streams[stream]).peer_life();
+        let kind = self.rng.below(8);
+        match kind {
+            0 => {
+                // Cut, but not where a message ends: no byte of a datagram tells how many follow.
+                let mut ends = vec![];
+                while let Ok(Some(_)) = Message::decode(&mut r) {
+                    ends.push(bytes.len() - r.left());
+                }
+                let at = self.rng.below(bytes.len() as u64 - 1) as usize;
+                let zero = bytes.get(at..).is_some_and(|rest| rest.iter().all(|byte| *byte == 0));
+                if ends.contains(&at) || zero || at == MESSAGES_AT {
+                    return Ok(());
+                }
+                bytes.truncate(at);
+            }
+            1 => source = address(60),
+            2 => bytes[24 + self.rng.below(4) as usize] ^= 1 + self.rng.below(255) as u8, // its table
+            3 => bytes[28 + self.rng.below(4) as usize] ^= 1 + self.rng.below(255) as u8, // our table
+            4 => bytes[4] ^= 0x40,                                                        // group
+            5 if sync.life > 0 && known_life == sync.life => {
+                let life = sync.life.wrapping_sub(1 + self.rng.below(100) as u16);
+                bytes[32..34].copy_from_slice(&life.to_be_bytes());
+            }
+            6 if sync.seq.raw() > 0 => {
+                let seq = (sync.seq.raw() + 5000 + self.rng.below(1 << 40)).to_be_bytes();
+                bytes[34..40].copy_from_slice(&seq[2..]);
+            }
+            7 => bytes.extend(std::iter::repeat_n(0, 1449 - bytes.len().min(1448))),
+            _ => return Ok(()),
+        }
+        let shard = header.to_shard as usize;
+        let peers: Vec<MemberId> = self.world.hosts.keys().copied().filter(|m| *m != to).collect();
+        let before = (fingerprint(&self.world, to, shard, &peers), rejects(&self.world, to, shard));
+        self.world.inject(to, source, header.to_shard, &bytes);
+        let after = (fingerprint(&self.world, to, shard, &peers), rejects(&self.world, to, shard));
+        self.world.note(to, "forged", format_args!("kind {kind}, from {from}"));
+        if after.0 != before.0 {
+            return Err(format!(
+                "5 forged changes nothing: kind {kind} from {from} to {to} changed something"
+            ));
+        }
+        if after.1 <= before.1 {
+            return Err(format!("5 forged is counted: kind {kind} from {from} to {to}"));
+        }
+        Ok(())
+    }
+
+    // Peace.
+
+    /// Faults and traffic end; everything has to agree within the time that is stated.
+    fn peace(&mut self) -> Result<(), Broken> {
+        self.world.note(0, "peace", format_args!(""));
+        self.world.cut.clear();
+        self.world.links.clear();
+        self.world.network = Default::default();
+        for member in self.world.live() {
+            self.world.host(member).full = false;
+        }
+        let end = self.world.now.after(CONVERGES);
+        loop {
+            self.run_for(ms(60), false)?;
+            self.expire();
+            self.dump();
+            let awaited = self.repairs.iter().any(|repair| !repair.at.reached(self.world.now));
+            let busy = awaited || !self.orphans.is_empty();
+            let rest = self.checks.at_rest(&self.world, &self.truth);
+            if !busy && rest.is_ok() {
+                break;
+            }
+            if end.reached(self.world.now) {
+                return rest.map_err(|broken| format!("after {CONVERGES:?} still: {broken}"));
+            }
+        }
+        self.impaired = false;
+        self.moved.clear();
+        self.truth.buried.extend(&self.truth.closed);
+        Ok(())
+    }
+
+    /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
+    /// found by a dump.
+    fn dump(&mut self) {
+        let copies = self.world.copies();
+        for (tuple, open) in &self.truth.open {
+            let Some(owner) = open.owner.filter(|_| !copies.contains_key(tuple)) else { continue };
+            if self.world.counter(owner, Counter::TableFull) > 0 || self.truth.expiring.contains(tuple) {
+                self.repairs.push(Repair { at: self.world.now, member: owner, tuple: *tuple });
+            }
+        }
+    }
+
+    /// Kernels forget entries that see no traffic.
+    fn expire(&mut self) {
+        if !self.expire_at.after(EXPIRES).reached(self.world.now) {
+            return;
+        }
+        self.expire_at = self.world.now;
+        let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
+        for (tuple, found) in copies {
+            let open = self.truth.open.get(&tuple).copied();
+            for copy in found.iter().filter(|copy| copy.kind == Kind::Active) {
+                let life = life_of(&copy.connection);
+                let forgotten = self.plan.tangled || self.truth.expiring.contains(&tuple);
+                let idle = match open {
+                    None => forgotten,
+                    Some(open) if open.life != life => forgotten,
+                    Some(open) => {
+                        let owner = open.owner;
+                        let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
+                        forgotten && owner != Some(copy.member) && another
+                    }
+                };
+                if idle {
+                    self.world.note(copy.member, "expired", format_args!("{tuple}"));
+                    self.world.tell(copy.member, &SourceEvent::Gone { original: tuple });
+                    if let Some(owner) = open.and_then(|open| open.owner) {
+                        // What was in its way is gone: the next dump tells of it.
+                        self.repairs.push(Repair { at: self.world.now.after(ms(20)), member: owner, tuple });
+                    }
+                }
+            }
+        }
+    }
+}
