@@ -48,8 +48,8 @@ pub struct Checks {
     seen: BTreeMap<(MemberId, u8), Vec<Option<Seen>>>,
     /// When one member last did not take the other for alive.
     apart: BTreeMap<(MemberId, MemberId), Time>,
-    /// When a kernel last refused an entry.
-    refused: BTreeMap<MemberId, Time>,
+    /// Whether two members that run do not take each other for alive right now.
+    pub anybody_is_apart: bool,
     next: usize,
     /// The newest number seen on each stream.
     newest: BTreeMap<(MemberId, u8, MemberId, u8, u32, u16), u64>,
@@ -148,10 +148,8 @@ impl Checks {
     }
 
     fn note_who_is_apart(&mut self, world: &World<'_>) {
+        self.anybody_is_apart = false;
         for host in world.hosts.values() {
-            if host.full {
-                self.refused.insert(host.member, world.now);
-            }
             for other in world.hosts.keys().filter(|other| **other != host.member) {
                 let seen = &host.group.view().members[*other as usize];
                 let together = host.running
@@ -160,6 +158,7 @@ impl Checks {
                     && seen.hears_me
                     && seen.table_id == world.hosts[other].table_id;
                 if !together {
+                    self.anybody_is_apart |= host.running && world.hosts[other].running;
                     self.apart.insert((host.member, *other), world.now);
                     self.apart.insert((*other, host.member), world.now);
                 }

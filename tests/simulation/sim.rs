@@ -132,6 +132,10 @@ impl<'m> Sim<'m> {
         self.world.step();
         let sent = std::mem::take(self.world.sent.as_mut().expect("it is watched"));
         self.checks.after_step(&self.world, &self.truth, &sent)?;
+        if self.impaired || self.checks.anybody_is_apart {
+            let lately = self.moved.drain(..).filter(|(at, _)| self.world.now.since(*at) < ms(300));
+            self.truth.expiring.extend(lately.map(|(_, tuple)| tuple));
+        }
         for datagram in sent {
             if datagram.bytes.len() > MESSAGES_AT && self.rng.chance(5) {
                 self.samples.push_back(datagram);
@@ -212,8 +216,14 @@ impl<'m> Sim<'m> {
                 let Some((tuple, owner)) = self.any_with_owner() else { return };
                 let copies = self.copies_of(&tuple);
                 let life = self.truth.open[&tuple].life;
-                let copy = copies.iter().find(|(member, kind, _, of, peer)| {
-                    *kind == Kind::Backup && *of == life && *peer == owner && able.contains(member)
+                let active = copies.iter().find(|c| c.0 == owner && c.1 == Kind::Active);
+                // Not within the round trip of another claim: of two at once either may stay.
+                let copy = copies.iter().find(|(member, kind, stamp, of, peer)| {
+                    *kind == Kind::Backup
+                        && *of == life
+                        && *peer == owner
+                        && able.contains(member)
+                        && active.is_some_and(|active| active.2.epoch == stamp.epoch)
                 });
                 let together = |to: MemberId| self.world.live().len() > 1 && self.is_calm(owner, to);
                 if let Some((to, ..)) = copy.copied()
@@ -221,9 +231,6 @@ impl<'m> Sim<'m> {
                 {
                     self.world.note(to, "moved", format_args!("{tuple} from {owner}"));
                     self.moved.push_back((self.world.now, tuple));
-                    if self.impaired {
-                        self.truth.expiring.insert(tuple);
-                    }
                     self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
                     // A packet there shows all that its kernel knows.
                     let n = (self.rng.next() >> 8) * 12;
@@ -332,8 +339,6 @@ impl<'m> Sim<'m> {
         let span = fault_time(&mut self.rng);
         let until = self.world.now.after(span);
         self.impaired = true;
-        let lately = self.moved.drain(..).filter(|(at, _)| self.world.now.since(*at) < ms(300));
-        self.truth.expiring.extend(lately.map(|(_, tuple)| tuple));
         match self.rng.below(10) {
             0 | 1 => {
                 self.crash(victim)?;
