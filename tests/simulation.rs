@@ -105,7 +105,7 @@ fn keep_panics() {
 }
 
 /// Runs seeds on two threads until one fails; the first that did, and what broke, and how many steps all took.
-fn first_failure(seeds: &[u64], prepare: fn()) -> (Option<(u64, String)>, u64) {
+fn first_failure(seeds: &[u64], prepare: &(dyn Fn() + Sync)) -> (Option<(u64, String)>, u64) {
     let (next, steps) = (AtomicU64::new(0), AtomicU64::new(0));
     let failed: Mutex<Option<(u64, String)>> = Mutex::new(None);
     std::thread::scope(|scope| {
@@ -153,9 +153,35 @@ fn every_seed_keeps_every_promise() {
     let first = number("FIRST").unwrap_or(1);
     let seeds: Vec<u64> = (first..first + number("SEEDS").unwrap_or(300)).collect();
     let began = std::time::Instant::now();
-    let (failed, steps) = first_failure(&seeds, || {});
+    let (failed, steps) = first_failure(&seeds, &|| {});
     if let Some((seed, broken)) = failed {
         panic!("{broken}\nreplay with SEED={seed}");
     }
     println!("{} seeds, {steps} steps, {:.1} s", seeds.len(), began.elapsed().as_secs_f64());
+}
+
+/// The checkers bite: each of these faults is noticed, in some seed.
+#[cfg(feature = "mutations")]
+#[test]
+fn every_deliberate_fault_is_caught() {
+    use hypersync::sync::mutation::{MUTATIONS, set};
+    let only = std::env::var("MUTATION").ok();
+    keep_panics();
+    let mut missed = Vec::new();
+    for (mutation, what) in MUTATIONS {
+        if only.as_ref().is_some_and(|only| *only != format!("{mutation:?}")) {
+            continue;
+        }
+        let seeds: Vec<u64> = (1..=number("SEEDS").unwrap_or(150)).collect();
+        match first_failure(&seeds, &|| set(Some(*mutation))).0 {
+            Some((seed, broken)) => {
+                let line = broken.lines().next().unwrap_or_default();
+                let (step, promise) = line.split_once(": ").unwrap_or(("", line));
+                let promise: String = promise.chars().take(60).collect();
+                println!("{mutation:?}: {seed} seeds, {step}, {promise}");
+            }
+            None => missed.push(format!("{mutation:?}: {what}")),
+        }
+    }
+    assert!(missed.is_empty(), "not caught:\n{}", missed.join("\n"));
 }

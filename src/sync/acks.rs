@@ -7,6 +7,7 @@
 
 use super::chores::Rank;
 use super::history::Content;
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::Reject;
@@ -68,6 +69,9 @@ impl Replica<'_> {
             return Err(Reject::Message);
         }
         self.counters.count(Counter::AcksReceived);
+        if is(Mutation::MemoryGrows) {
+            std::mem::forget(std::hint::black_box(vec![1u8; 64]));
+        }
         if floor.is_after(durable.floor()) {
             let progress = floor.beyond(durable.floor());
             durable.set_floor(floor);
@@ -107,7 +111,7 @@ impl Replica<'_> {
     fn free_closed(&mut self, stream: usize, floor: Seq) {
         while let Some(slot) = self.streams[stream].closing.first() {
             let line = self.table.line(slot);
-            if !line.last().is_passed_by(floor) {
+            if !line.last().is_passed_by(floor) && !is(Mutation::EarlyReuse) {
                 break;
             }
             self.table.unlink(&mut self.streams[stream].closing, slot);

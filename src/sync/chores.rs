@@ -7,6 +7,7 @@
 //! given up. There is a fixed number of them; who finds none free waits, which paces walks.
 
 use super::history::Content;
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use crate::ccp::message::{Fault, Message, Place};
 use crate::conn::table::On;
@@ -171,7 +172,7 @@ impl Replica<'_> {
                     let acknowledged = !ended
                         && self.table.on(of.slot) == On::None
                         && line.last().is_passed_by(self.durable(self.stream_of(line.peer())).floor());
-                    if ended || acknowledged {
+                    if ended || acknowledged || is(Mutation::EarlyRelease) {
                         self.chores.chores[id as usize] = Some(Chore { phase: Phase::Send, ..chore });
                         self.wake(stream);
                     }

@@ -12,6 +12,7 @@
 use std::time::Duration;
 
 use super::chores::{Rank, Task};
+use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::table::On;
@@ -128,6 +129,9 @@ impl Replica<'_> {
         }
         if !self.table.hear_decline(slot, number) {
             return; // A later one overtook it.
+        }
+        if fault.is_none() && is(Mutation::DeclinedForever) {
+            return;
         }
         if fault.is_none() {
             return self.set_declined(now, slot, false);

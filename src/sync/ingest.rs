@@ -5,6 +5,7 @@
 //! as a backup is a claim: its traffic is here now.
 
 use super::chores::Rank;
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -135,7 +136,7 @@ impl Replica<'_> {
                     if presumed {
                         line.set_claimed(true);
                         line.set_stamp(line.stamp().claimed());
-                    } else if changed != 0 {
+                    } else if changed != 0 && !is(Mutation::VersionStands) {
                         line.set_stamp(line.stamp().changed());
                     }
                 });
@@ -179,7 +180,8 @@ impl Replica<'_> {
         let stream = self.stream_of(peer);
         self.streams[stream].copies -= 1;
         line.set_kind(Kind::Active);
-        line.set_stamp(line.stamp().claimed());
+        let stamp = line.stamp();
+        line.set_stamp(if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() });
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);
@@ -235,7 +237,7 @@ impl Replica<'_> {
         let line = self.table.line(slot);
         self.end_move(slot);
         let peer = line.peer();
-        if !peer.is_somewhere() || !self.may_return(peer.member()) {
+        if !peer.is_somewhere() || !self.may_return(peer.member()) || is(Mutation::CloseUnsent) {
             // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.
             self.unassign(slot);
             self.table.recycle(slot);

@@ -18,6 +18,11 @@ mod declined;
 pub mod history;
 mod ingest;
 pub mod lease;
+#[cfg(feature = "mutations")]
+pub mod mutation;
+#[cfg(not(feature = "mutations"))]
+#[allow(dead_code)]
+mod mutation;
 mod receive;
 mod replica;
 pub mod stream;

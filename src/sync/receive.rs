@@ -8,6 +8,7 @@
 use std::net::IpAddr;
 
 use super::chores::Rank;
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
 use super::takeover::Job;
@@ -63,7 +64,7 @@ impl Replica<'_> {
         if !self.is_up(header.from) {
             return Err(Reject::Table);
         }
-        if source.is_some() && member.address != source {
+        if source.is_some() && member.address != source && !is(Mutation::SourceUnchecked) {
             return Err(Reject::Source);
         }
         if sync.from_shard >= member.shards
@@ -71,7 +72,8 @@ impl Replica<'_> {
         {
             return Err(Reject::Shard);
         }
-        if sync.from_table != member.table_id || sync.to_table != self.config.table_id {
+        let same_tables = sync.from_table == member.table_id && sync.to_table == self.config.table_id;
+        if !same_tables && !is(Mutation::TableUnchecked) {
             return Err(Reject::Table);
         }
         let mut check = r;
@@ -103,6 +105,9 @@ impl Replica<'_> {
         if life == known && life != 0 {
             return Ok(());
         }
+        if is(Mutation::LifeUnchecked) && life != 0 && known != 0 && life.wrapping_sub(known) > u16::MAX / 2 {
+            return Ok(());
+        }
         if life == 0 || (known != 0 && life.wrapping_sub(known) > u16::MAX / 2) {
             return Err(Reject::Table);
         }
@@ -124,10 +129,10 @@ impl Replica<'_> {
         let durable = self.durable(stream);
         self.streams[stream].ack_due = true; // Also for repeated ones: the ack may have been lost.
         self.wake(stream);
-        if durable.is_received(seq) {
+        if durable.is_received(seq) && !is(Mutation::RepeatedApplied) {
             return Err(Reject::Repeated);
         }
-        if seq.beyond(durable.receive_floor()) > WINDOW {
+        if seq.beyond(durable.receive_floor()) > WINDOW && !is(Mutation::WindowUnchecked) {
             return Err(Reject::Window);
         }
         self.counters.count(Counter::DatagramsReceived);
@@ -172,6 +177,7 @@ impl Replica<'_> {
                 (Refused(_), _) => unreachable!("only new and update are refused"),
             }
         }
+        complete |= is(Mutation::RefusedAcknowledged);
         if complete {
             // Leases come last: a datagram that comes again must not grant twice.
             while let Some(message) = Message::decode(&mut again)? {
@@ -209,7 +215,7 @@ impl Replica<'_> {
         connection: &Connection,
     ) -> Verdict {
         let Some(mut line) = self.target(target) else { return Refused(Reason::NotLeased) };
-        if target.generation != line.generation() {
+        if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             // Closed before, or never ours to fill: the sender knows which.
             return Refused(Reason::NotLeased);
         }
@@ -241,7 +247,7 @@ impl Replica<'_> {
                 self.streams[stream].copies += 1;
             }
             Kind::Backup if here && line.peer() == own => {
-                if stamp <= line.stamp() {
+                if stamp <= line.stamp() && !is(Mutation::OlderWins) {
                     self.counters.count(Counter::DeltasOld);
                     return Applied;
                 }
@@ -327,7 +333,7 @@ impl Replica<'_> {
         let peer = line.peer();
         self.unassign(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
-        if peer.is_somewhere() && peer != winner {
+        if peer.is_somewhere() && peer != winner && !is(Mutation::LoserKeepsBackup) {
             let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of a chore");
         }
@@ -349,7 +355,11 @@ impl Replica<'_> {
             let old = line.state();
             let mut new = if mask & groups::STATE != 0 { *state } else { old };
             new.timeout_s = if mask & groups::TIMEOUT != 0 { state.timeout_s } else { old.timeout_s };
-            new.mark = if mask & groups::MARK != 0 { state.mark } else { old.mark };
+            new.mark = if mask & groups::MARK != 0 && !is(Mutation::UpdateIncomplete) {
+                state.mark
+            } else {
+                old.mark
+            };
             line.set_state(&new);
             line.set_stamp(stamp);
         });
@@ -365,12 +375,12 @@ impl Replica<'_> {
         value: (&State, &Extra),
     ) -> Verdict {
         let Some(line) = self.target(target) else { return Refused(Reason::NotHere) };
-        if target.generation != line.generation() {
+        if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);
         }
         match line.kind() {
             Kind::Backup if self.stream_of(line.peer()) == stream => {
-                if stamp <= line.stamp() {
+                if stamp <= line.stamp() && !is(Mutation::OlderWins) {
                     self.counters.count(Counter::DeltasOld);
                     return Applied;
                 }
@@ -393,7 +403,8 @@ impl Replica<'_> {
     fn ending(&self, target: Place) -> Option<Line> {
         let line = self.target(target);
         let counter = if line.is_none() { Counter::RejectTarget } else { Counter::DeltasClosed };
-        let line = line.filter(|line| line.generation() == target.generation);
+        let line =
+            line.filter(|line| line.generation() == target.generation || is(Mutation::NoGenerationCheck));
         if line.is_none() {
             self.counters.count(counter);
         }
@@ -411,14 +422,15 @@ impl Replica<'_> {
         match line.kind() {
             // The new never came and never will: its place remembers that.
             Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
-                line.set_generation(target.generation.next());
+                let next = target.generation.next();
+                line.set_generation(if is(Mutation::NoTombstone) { target.generation } else { next });
             }),
             Kind::Backup if from_pair => {
                 let connection = self.table.connection(target.slot);
                 let witnessed = line.is_claimed();
                 self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection)));
             }
-            Kind::Active if stamp.epoch > line.stamp().epoch => {
+            Kind::Active if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
                 // or have found another slot for the copy.
                 if !self.chores.has_room(Rank::Consequence) {
@@ -471,7 +483,7 @@ impl Replica<'_> {
                 self.drop_copy(target.slot, stream, None);
             }
             Kind::Active
-                if stamp.epoch > line.stamp().epoch
+                if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
                     || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
@@ -541,6 +553,9 @@ impl Replica<'_> {
     ) -> Verdict {
         if !self.chores.has_room(Rank::Answer) {
             return Busy;
+        }
+        if is(Mutation::OffersUnanswered) {
+            return Applied;
         }
         let line = self.target(target).filter(|line| line.generation() == target.generation);
         match line {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::chores::Chores;
 use super::history::History;
 use super::lease::LeasePool;
+use super::mutation::{Mutation, is};
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
@@ -259,7 +260,8 @@ impl<'m> Replica<'m> {
         assert!(matches!(on, On::None | On::Dirty | On::Closing), "slot {slot} stands in {on:?}");
         if on != On::Dirty {
             // The lazy clearing: what the acknowledged delta carried is known to the peer.
-            let known = line.last().is_passed_by(self.durable(stream).floor());
+            let sent = is(Mutation::MaskSinceSent) && line.last() != Seq::NONE;
+            let known = sent || line.last().is_passed_by(self.durable(stream).floor());
             line.set_groups(if known { changed } else { line.groups() | changed });
             // In memory, too, it shows that the newest state is in no datagram.
             line.set_last(Seq::NONE);
@@ -517,7 +519,8 @@ impl<'m> Replica<'m> {
             .map(|(member, _)| self.of_member(member))
             .sum();
         let waiting = (self.waiting.len() + self.shelved.len()) as u64;
-        self.dirty_actives + self.unacknowledged + waiting + orphaned + self.declined
+        let unacknowledged = if is(Mutation::ExposureForgets) { 0 } else { self.unacknowledged };
+        self.dirty_actives + unacknowledged + waiting + orphaned + self.declined
     }
 
     /// Connections whose other copy is at this member.

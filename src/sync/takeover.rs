@@ -19,6 +19,7 @@
 use std::time::Duration;
 
 use super::chores::Rank;
+use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
 use super::stream::{stream_index, stream_member};
 use crate::ccp::message::Place;
@@ -402,6 +403,9 @@ impl Replica<'_> {
                     line.set_kind(Kind::Active);
                     line.set_peer(Coordinate::NOWHERE);
                     line.set_claimed(false);
+                    if is(Mutation::PromotionOutranks) {
+                        line.set_stamp(line.stamp().claimed());
+                    }
                 });
                 self.protect_promoted(now, slot, peer);
                 self.commit(Commit::Refresh { slot, generation: line.generation() });

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use super::history::{Content, Entry, MANIFEST_PER_DATAGRAM, NoRoom};
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
@@ -161,7 +162,11 @@ impl Replica<'_> {
         let durable = self.durable(stream);
         let mut beyond = [0; (WINDOW / 64) as usize];
         let words = durable.beyond(&mut beyond);
-        encode_ack(durable.peer_life(), durable.receive_floor(), &beyond[..words], &mut w);
+        let mut floor = durable.receive_floor();
+        if is(Mutation::AckSkipsGap) && words > 0 {
+            floor = floor.next();
+        }
+        encode_ack(durable.peer_life(), floor, &beyond[..words], &mut w);
         self.counters.count(Counter::AcksSent);
         for refusal in self.streams[stream].refusals.drain(..) {
             let Refusal { seq, target, reason, own } = refusal;
@@ -241,7 +246,7 @@ impl Replica<'_> {
     /// Nothing was acknowledged for too long: the oldest datagrams go again.
     fn send_repeats(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
         let s = &self.streams[stream];
-        if !s.repeat_at.reached(now) {
+        if !s.repeat_at.reached(now) || is(Mutation::NothingRepeated) {
             return;
         }
         let Some(oldest) = s.oldest else {
@@ -424,7 +429,10 @@ impl Replica<'_> {
     fn build_delta(&mut self, now: Time, stream: usize, slot: u32, seq: Seq, w: &mut Writer<'_>) -> u32 {
         let line = self.table.line(slot);
         let own = Place { slot, generation: line.generation() };
-        let (target, stamp) = (Place::of(line.peer()), line.stamp());
+        let (mut target, stamp) = (Place::of(line.peer()), line.stamp());
+        if is(Mutation::TargetOff) {
+            target.slot ^= 1;
+        }
         let previous: Option<Coordinate> = self.table.is_moving(slot).then(|| self.table.former(slot));
         self.history.note(Content::Delta(own));
         self.unlist(slot);
@@ -533,6 +541,9 @@ impl Replica<'_> {
 
     fn delta_given_up(&mut self, now: Time, stream: usize, place: Place, seq: Seq) {
         let line = self.table.line(place.slot);
+        if is(Mutation::SkipUnmarked) {
+            return;
+        }
         let ours = line.generation() == place.generation
             && matches!(line.kind(), Kind::Active | Kind::Closing)
             && line.peer().is_somewhere()

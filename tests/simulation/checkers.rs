@@ -8,7 +8,7 @@ use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::{Message, Place};
 use hypersync::ccp::sync::SyncHeader;
-use hypersync::conn::slot::Line;
+use hypersync::conn::slot::{Line, groups};
 use hypersync::conn::table::On;
 use hypersync::conn::{Connection, Coordinate, Generation, Kind, MemberId, Stamp, Tuple, shard_of};
 use hypersync::counters::{COUNTERS, Counter, Counters};
@@ -40,6 +40,8 @@ struct Seen {
     stamp: Stamp,
     /// Whose state it is.
     active: MemberId,
+    /// Where its newest state was acknowledged last.
+    acknowledged: Option<Coordinate>,
     connection: Connection,
 }
 
@@ -122,19 +124,27 @@ impl Checks {
                 continue;
             }
             let active = if line.kind() == Kind::Active { member } else { line.peer().member() };
-            let now = Seen { active, generation: line.generation(), stamp: line.stamp(), connection };
+            let acknowledged = seen[slot as usize]
+                .filter(|s| s.generation == line.generation())
+                .and_then(|s| s.acknowledged);
+            let mut now =
+                Seen { acknowledged, active, generation: line.generation(), stamp: line.stamp(), connection };
             if let Some(before) = seen[slot as usize] {
                 newer_stays(member, slot, &before, &now)?;
             }
-            seen[slot as usize] = Some(now);
-            if line.kind() != Kind::Active {
-                continue;
-            }
-            if is_acknowledged(world, member, shard, slot, &line) {
+            if line.kind() == Kind::Active && is_acknowledged(world, member, shard, slot, &line) {
+                now.acknowledged = Some(line.peer());
                 self.acknowledged_is_held(world, truth, member, shard, slot, &line, &connection)?;
-            } else {
+            } else if line.kind() == Kind::Active {
                 exposed += 1;
+                // Until the new backup has acknowledged once, every delta is a whole one.
+                let is_new = line.groups() & groups::TUPLES != 0;
+                let former = table.former(slot);
+                if table.is_moving(slot) && is_new && acknowledged == Some(former) {
+                    self.previous_is_kept(world, truth, member, slot, former, &connection)?;
+                }
             }
+            seen[slot as usize] = Some(now);
         }
         self.seen.insert((member, shard as u8), seen);
         if replica.exposure() < exposed {
@@ -218,6 +228,32 @@ impl Checks {
         }
         if there.stamp() == line.stamp() && other != *connection {
             return broken!("1 two copies agree", "{at}: {connection:?} but at {peer:?} {other:?}");
+        }
+        Ok(())
+    }
+
+    /// 2: make before break: the previous backup keeps its copy until the new one has acknowledged.
+    fn previous_is_kept(
+        &self,
+        world: &World<'_>,
+        truth: &Truth,
+        member: MemberId,
+        slot: u32,
+        previous: Coordinate,
+        connection: &Connection,
+    ) -> Result<(), Broken> {
+        if !self.are_together(world, member, previous.member()) || truth.closed.contains(&life_of(connection))
+        {
+            return Ok(());
+        }
+        let table = world.hosts[&previous.member()].shards[previous.shard() as usize].table();
+        let line = table.line(previous.slot());
+        if line.generation() != previous.generation() || !line.kind().is_connection() {
+            return broken!(
+                "2 make before break",
+                "{} in slot {slot} of {member} moves, and its copy at {previous:?} is gone",
+                connection.original
+            );
         }
         Ok(())
     }
