@@ -2,6 +2,7 @@
 //! repeats, reordering and death. `SEED=n` replays one seed, `SEEDS=n` sets their number.
 
 #[path = "protocol/world.rs"]
+#[allow(dead_code)]
 mod world;
 
 use std::time::Duration;

@@ -140,7 +140,9 @@ impl Checks {
                 // Until the new backup has acknowledged once, every delta is a whole one.
                 let is_new = line.groups() & groups::TUPLES != 0;
                 let former = table.former(slot);
-                if table.is_moving(slot) && is_new && acknowledged == Some(former) {
+                // Who takes over as the new backup may let the previous one go.
+                let together = self.are_together(world, member, line.peer().member());
+                if table.is_moving(slot) && is_new && acknowledged == Some(former) && together {
                     self.previous_is_kept(world, truth, member, slot, former, &connection)?;
                 }
             }
