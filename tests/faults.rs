@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use hypersync::conn::Kind;
 use hypersync::counters::Counter;
+use hypersync::group::Event;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::source::SourceEvent;
-use world::{HOLD, World, memories, memories_of};
+use world::{HOLD, Network, World, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -426,4 +427,35 @@ fn an_oversized_datagram_is_refused() {
     }
     let room = world.host(2).shards[0].receive_room();
     assert!(room <= 56, "room {room}");
+}
+
+#[test]
+fn a_close_or_release_that_overtakes_its_claim_counts() {
+    for seed in 0..60 {
+        let memories = memories(6);
+        let mut world = group(300 + seed, &memories, &[100, 100]);
+        let tuples: Vec<_> = (0..40).map(|_| world.open_at(1)).collect();
+        settle(&mut world, SECOND);
+        world.start(3, 2, 200);
+        world.run_until(SECOND, "a better backup", |w| w.events.contains(&(2, Event::MemberReady(3))));
+        // Traffic moves to member 2 while that moves its copies to member 3; every other one closes.
+        for (i, tuple) in tuples.into_iter().enumerate() {
+            world.network = Network { loss: 30, late: 50, ..Network::default() };
+            if world.hosts[&2].shards.iter().any(|s| s.living_copy(&tuple).is_some()) {
+                world.open.get_mut(&tuple).unwrap().owner = 2;
+                world.change(tuple);
+                for _ in 0..8 {
+                    world.step();
+                }
+                if i % 2 == 0 {
+                    world.close(tuple);
+                }
+            }
+            world.run_for(ms(3));
+        }
+        world.network = Network::default();
+        world.run_for(ms(600));
+        settle(&mut world, SECOND * 3);
+        world.check();
+    }
 }
