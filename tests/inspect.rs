@@ -387,3 +387,22 @@ fn a_wrong_call_and_a_missing_appliance_are_one_line_and_status_2() {
     let help = a.run(&["--help"]);
     assert!(help.status.success() && text(&help).contains("connections"));
 }
+
+#[test]
+fn the_checks_status_is_the_answer_even_if_nobody_reads_its_line() {
+    let a = appliance("unread");
+    let check = |dir: &str| {
+        let (nobody, line) = std::io::pipe().unwrap();
+        drop(nobody);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
+        command.args(["--shm", dir, "check"]).stdout(line).status().unwrap().code()
+    };
+    assert_eq!(check("/nonexistent"), Some(1), "a reader that is gone makes no yes of it");
+    let dir = a.dir.to_str().unwrap();
+    for shard in 0..2 {
+        a.region.group().shard(shard).set_last_pass(clock::now());
+    }
+    assert_eq!(check(dir), Some(2), "it is starting");
+    a.region.group().shard(0).set_standing(Standing::Ready);
+    assert_eq!(check(dir), Some(0));
+}
