@@ -102,7 +102,8 @@ fn set(record: OldValues<'_>, i: usize, name: &'static str, value: u64) -> Resul
         _ if now == value => Ok(()),
         _ => {
             record.set(i, Some(now));
-            write(name, value)
+            // What could not be changed is not to be put back either.
+            write(name, value).inspect_err(|_| record.set(i, None))
         }
     }
 }

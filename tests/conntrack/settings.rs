@@ -42,6 +42,18 @@ fn settings_are_set_and_put_back() {
 }
 
 #[test]
+fn a_setting_that_cannot_be_written_is_not_recorded_as_changed() {
+    in_namespace("settings that may not be written", || {
+        let words = [const { AtomicU64::new(0) }; OLD_VALUES_WORDS];
+        let record = OldValues::new(&words);
+        // SAFETY: the bare system call changes this thread only, and no memory.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) }, 0);
+        assert!(matches!(sysctl::set_needed(record), Err(KernelError::Setting { .. })));
+        assert_eq!([record.get(0), record.get(1)], [None, None], "there is nothing to put back");
+    });
+}
+
+#[test]
 fn without_the_capability_the_error_says_so() {
     in_namespace("errors without CAP_NET_ADMIN", || {
         // SAFETY: the bare system call changes this thread only, and no memory.
