@@ -125,8 +125,10 @@ fn start(config: &Config) -> Result<(), Failure> {
     if is_kernel {
         ADDRESSES.watch(config.rules.interfaces());
         for name in config.rules.interfaces() {
-            if let Err(e) = Interface::named(name) {
-                log::warn!("a rule names an interface that may come later: {e}");
+            if Interface::named(name).is_err() {
+                log::warn!(
+                    "there is no interface {name} now: until it comes, 'address {name}' in a rule matches nothing"
+                );
             }
         }
         ADDRESSES.refresh().map_err(usage)?;
