@@ -7,10 +7,13 @@ mod world;
 
 use std::time::Duration;
 
+use hypersync::conn::{Extra, Kind};
 use hypersync::counters::Counter;
+use hypersync::limits::ARENA_MIN;
+use hypersync::memory::MemorySize;
 use hypersync::source::{Commit, CommitMode};
 use hypersync::sync::REWRITE_PERIOD;
-use world::{HOLD, World, memories};
+use world::{HOLD, World, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 const CONNECTIONS: u64 = 100;
@@ -135,4 +138,57 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
         }
     }
     assert!((CONNECTIONS..=CONNECTIONS * 3 / 2).contains(&written), "{written} writes");
+}
+
+#[test]
+fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Takeover);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    world.host(2).stalled = true;
+    world.goodbye(1);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(2, Counter::Promotions), 0, "first they are written");
+    world.host(2).stalled = false;
+    world.run_until(SECOND * 5, "written and promoted", |w| w.counter(2, Counter::Promotions) == CONNECTIONS);
+    assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
+}
+
+/// Member 2 falls silent, or deaf, while member 1 has ever more changes for it.
+fn many_changes_for_member_2(fail: impl Fn(&mut World<'_>)) {
+    let memories = memories_of(3, MemorySize::new(1 << 17, 16 << 20));
+    let mut world = World::new(1, &memories);
+    for (member, priority) in [(1, 100), (2, 200), (3, 50)] {
+        world.start(member, 1, priority);
+    }
+    world.run_for(SECOND / 10);
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(SECOND / 100);
+    }
+    world.run_until(SECOND * 5, "copied", |w| w.is_quiet());
+    fail(&mut world);
+    let tuples: Vec<_> = world.open.keys().copied().collect();
+    for _ in 0..4 {
+        for tuple in &tuples {
+            world.change(*tuple);
+        }
+        world.run_for(SECOND / 50);
+    }
+    world.run_until(SECOND * 10, "member 3 has all copies", |w| {
+        w.counter(3, Counter::ConnectionsBackup) >= 10_000 && w.counter(1, Counter::Exposure) == 0
+    });
+}
+
+#[test]
+fn many_changes_for_a_dead_member_do_not_hold_up_its_takeover() {
+    many_changes_for_member_2(|world| world.kill(2));
+}
+
+#[test]
+fn many_changes_for_a_deaf_member_do_not_hold_up_that_it_is_left() {
+    many_changes_for_member_2(|world| world.cut = vec![(1, 2)]);
 }

@@ -121,6 +121,8 @@ pub struct Replica<'m> {
     /// Commits asked for since the start.
     pub(super) commits_asked: u64,
     pub(super) goodbyes: u64,
+    /// What that was when the last walk that writes copies of a dead member was done.
+    pub(super) taken_over_at: u64,
 }
 
 impl<'m> Replica<'m> {
@@ -161,6 +163,7 @@ impl<'m> Replica<'m> {
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
             commits_asked: 0,
             goodbyes: 0,
+            taken_over_at: 0,
             memory,
             config,
         }
