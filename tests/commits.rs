@@ -141,6 +141,76 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
 }
 
 #[test]
+fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    // They are tried again while nobody hears the other: not for long enough to let go of anything.
+    world.host(2).stalled = true;
+    world.run_for(SECOND);
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_for(world::REPROTECT / 2);
+    (world.host(2).stalled, world.host(2).full) = (false, false);
+    world.run_for(SECOND / 50);
+    assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
+    world.cut.clear();
+    world.run_until(SECOND * 5, "member 1 knows", |w| w.is_quiet());
+    assert_eq!(world.counter(2, Counter::Promotions), 0);
+    world.check();
+}
+
+#[test]
+fn a_slot_that_heard_declines_of_one_pair_hears_those_of_the_next() {
+    let memories = memories_of(3, MemorySize::new(256, ARENA_MIN));
+    let mut world = World::new(1, &memories);
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(SECOND / 10);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND * 20);
+    for tuple in world.open.keys().copied().collect::<Vec<_>>() {
+        world.close(tuple);
+    }
+    world.kill(2);
+    world.run_for(SECOND * 4);
+    // It counts from 1 again. Its connections' copies fill slots of member 1 that heard more before.
+    world.start(2, 1, 100);
+    world.run_for(SECOND);
+    for _ in 0..190 {
+        world.open_at(2);
+    }
+    world
+        .run_until(SECOND * 5, "copied", |w| w.counter(1, Counter::ConnectionsBackup) == 190 && w.is_quiet());
+    world.host(2).full = true;
+    for tuple in world.open.keys().copied().collect::<Vec<_>>() {
+        world.open.get_mut(&tuple).expect("it is open").owner = 1;
+        world.change(tuple);
+    }
+    world.run_for(SECOND / 2);
+    assert_eq!(world.counter(2, Counter::CommitMissing), 190);
+    assert_eq!(world.counter(1, Counter::Declined), 190);
+}
+
+#[test]
+fn copies_that_every_kernel_refuses_do_not_wander_without_rest() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Eager);
+    world.host(2).full = true;
+    world.host(3).full = true;
+    open(&mut world);
+    world.run_for(SECOND * 5);
+    let sent = world.counter(1, Counter::DeltasNew);
+    assert!(sent <= 8 * CONNECTIONS, "{sent} times a connection was sent");
+    world.host(2).full = false;
+    world.run_until(SECOND * 10, "one takes them", |w| w.is_quiet());
+    world.check();
+}
+
+#[test]
 fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
     let memories = memories(6);
     let mut world = group(&memories, &[100, 200, 50], CommitMode::Takeover);

@@ -58,7 +58,7 @@ impl Replica<'_> {
                 if self.table.is_declined(slot) {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
-                        // No chore is free: it is tried, and told, again.
+                        // No chore is free, or nobody hears it: it is tried, and told, again.
                         false => self.table.push(&mut self.missing, On::Missing, slot, now),
                     }
                 }
@@ -97,8 +97,13 @@ impl Replica<'_> {
 
     fn decline(&mut self, slot: u32, fault: Option<Fault>) -> bool {
         let line = self.table.line(slot);
+        if self.config.commit != CommitMode::Eager {
+            return true; // It counts on no entry while it lives.
+        }
         if !self.is_up(line.peer().member()) {
-            return true; // Nobody to tell; who takes over sees by itself.
+            // Nobody to tell; who takes over sees by itself. But one that comes back still believes what it
+            // was told before.
+            return fault.is_some();
         }
         let own = Place { slot, generation: line.generation() };
         if !self.chores.has_room(Rank::Question) {
