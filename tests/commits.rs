@@ -225,6 +225,27 @@ fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
     assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
 }
 
+#[test]
+fn what_is_tried_again_does_not_keep_datagrams_waiting() {
+    let memories = memories_of(4, MemorySize::new(32_768, ARENA_MIN));
+    let mut world = World::new(1, &memories);
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(SECOND / 10);
+    world.host(2).full = true;
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(SECOND / 100);
+    }
+    world.run_until(SECOND * 5, "copied", |w| w.counter(2, Counter::CommitMissing) >= 10_000);
+    world.host(2).stalled = true;
+    world.run_for(SECOND * 2);
+    let room = world.hosts[&2].shards[0].receive_room();
+    assert!(room > 32, "room for {room} datagrams");
+}
+
 /// Member 2 falls silent, or deaf, while member 1 has ever more changes for it.
 fn many_changes_for_member_2(fail: impl Fn(&mut World<'_>)) {
     let memories = memories_of(3, MemorySize::new(1 << 17, 16 << 20));

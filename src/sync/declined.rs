@@ -172,7 +172,8 @@ impl Replica<'_> {
     /// Copies that the kernel refused, and those whose entry is due to be written again.
     pub(super) fn tick_missing(&mut self, now: Time) {
         for _ in 0..TRIES_PER_TICK {
-            if !self.missing_at().reached(now) || !self.can_receive() {
+            // What arrives comes first: only a short queue takes what may be refused again.
+            if !self.missing_at().reached(now) || self.commits.len() >= TRIES_PER_TICK {
                 break;
             }
             let Some(slot) = self.table.pop(&mut self.missing) else { break };
