@@ -226,6 +226,22 @@ fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
 }
 
 #[test]
+fn a_connection_that_opens_before_the_old_entry_is_removed_keeps_its_entry() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let tuple = world.any_open().expect("some are open");
+    world.host(2).stalled = true;
+    world.close(tuple);
+    world.run_for(SECOND / 10);
+    world.reopen_at(2, tuple);
+    world.host(2).stalled = false;
+    world.run_for(SECOND / 100);
+    assert!(world.hosts[&2].kernel.contains_key(&tuple));
+}
+
+#[test]
 fn what_is_tried_again_does_not_keep_datagrams_waiting() {
     let memories = memories_of(4, MemorySize::new(32_768, ARENA_MIN));
     let mut world = World::new(1, &memories);

@@ -212,7 +212,13 @@ impl<'m> Replica<'m> {
 
     /// The next commit that the kernel is owed.
     pub fn poll_commit(&mut self) -> Option<Commit> {
-        self.commits.pop_front()
+        loop {
+            match self.commits.pop_front()? {
+                // Since this was asked for the tuple came to life again: the entry belongs to that connection.
+                Commit::Delete { original } if self.table.find_original(&original).is_some() => {}
+                commit => return Some(commit),
+            }
+        }
     }
 
     /// Commits waiting.
