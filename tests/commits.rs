@@ -226,6 +226,26 @@ fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
 }
 
 #[test]
+fn with_commit_takeover_a_former_active_removes_what_its_kernel_still_has() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Takeover);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let tuple = world.any_open().expect("some are open");
+    let slot_of =
+        |w: &World<'_>| w.copies()[&tuple].iter().find(|c| c.member == 1).map(|c| (c.kind, c.connection));
+    let (_, connection) = slot_of(&world).expect("it is there");
+    world.host(1).kernel.insert(tuple, connection);
+    world.open.get_mut(&tuple).expect("it is open").owner = 2;
+    world.change(tuple);
+    world.run_for(SECOND / 10);
+    assert_eq!(slot_of(&world).map(|(kind, _)| kind), Some(Kind::Backup));
+    world.close(tuple);
+    world.run_for(SECOND / 10);
+    assert!(!world.hosts[&1].kernel.contains_key(&tuple), "it is closed");
+}
+
+#[test]
 fn a_connection_that_opens_before_the_old_entry_is_removed_keeps_its_entry() {
     let memories = memories(4);
     let mut world = group(&memories, &[100, 100], CommitMode::Eager);

@@ -129,7 +129,7 @@ impl Replica<'_> {
             PeerState::Up => {
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind: false };
                 if self.config.commit == CommitMode::Takeover {
-                    self.took_over = true;
+                    self.may_hold_entries = true;
                     self.jobs.insert(0, Job::Commit { member });
                     self.walk_slot = 0;
                 }
