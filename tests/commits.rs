@@ -319,3 +319,22 @@ fn many_changes_for_a_dead_member_do_not_hold_up_its_takeover() {
 fn many_changes_for_a_deaf_member_do_not_hold_up_that_it_is_left() {
     many_changes_for_member_2(|world| world.cut = vec![(1, 2)]);
 }
+
+#[test]
+fn a_closed_copy_gives_its_record_back() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    for _ in 0..8 {
+        open(&mut world);
+    }
+    let tuples: Vec<_> = world.open.keys().copied().collect();
+    for tuple in tuples {
+        world.close(tuple);
+    }
+    world.run_for(SECOND / 10);
+    for shard in &world.hosts[&2].shards {
+        for slot in 0..shard.table().capacity() {
+            assert_eq!(shard.table().extra(slot), Extra::NONE, "{:?}", shard.table().kind(slot));
+        }
+    }
+}

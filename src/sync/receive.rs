@@ -502,6 +502,7 @@ impl Replica<'_> {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
+        self.table.set_extra(slot, &Extra::NONE);
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {
