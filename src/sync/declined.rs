@@ -58,7 +58,7 @@ impl Replica<'_> {
                 if self.table.is_declined(slot) {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
-                        // No chore is free: it is tried, and told, again.
+                        // No chore is free, or nobody hears it: it is tried, and told, again.
                         false => self.table.push(&mut self.missing, On::Missing, slot, now),
                     }
                 }
@@ -97,8 +97,13 @@ impl Replica<'_> {
 
     fn decline(&mut self, slot: u32, fault: Option<Fault>) -> bool {
         let line = self.table.line(slot);
+        if self.config.commit != CommitMode::Eager {
+            return true; // It counts on no entry while it lives.
+        }
         if !self.is_up(line.peer().member()) {
-            return true; // Nobody to tell; who takes over sees by itself.
+            // Nobody to tell; who takes over sees by itself. But one that comes back still believes what it
+            // was told before.
+            return fault.is_some();
         }
         let own = Place { slot, generation: line.generation() };
         if !self.chores.has_room(Rank::Question) {
@@ -167,7 +172,8 @@ impl Replica<'_> {
     /// Copies that the kernel refused, and those whose entry is due to be written again.
     pub(super) fn tick_missing(&mut self, now: Time) {
         for _ in 0..TRIES_PER_TICK {
-            if !self.missing_at().reached(now) || !self.can_receive() {
+            // What arrives comes first: only a short queue takes what may be refused again.
+            if !self.missing_at().reached(now) || self.commits.len() >= TRIES_PER_TICK {
                 break;
             }
             let Some(slot) = self.table.pop(&mut self.missing) else { break };

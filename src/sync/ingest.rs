@@ -205,6 +205,7 @@ impl Replica<'_> {
             // The former active is the backup now: the pair stays, only its direction turns.
             self.table.set_former(slot, Coordinate::NOWHERE);
             self.table.store(slot, &line);
+            self.table.forget_declines(slot);
             self.streams[stream].actives += 1;
             self.mark_dirty(now, slot, groups::ALL);
         } else {

@@ -322,6 +322,7 @@ impl Replica<'_> {
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
     fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
+        self.may_hold_entries = true;
         self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();
@@ -421,6 +422,7 @@ impl Replica<'_> {
             Kind::Active if from_pair && stamp.epoch > line.stamp().epoch => {
                 // Claimed and closed by the pair's other side.
                 self.counters.count(Counter::ClaimsLost);
+                self.may_hold_entries = true;
                 self.end_move(target.slot);
                 self.unassign(target.slot);
                 self.drop_to_lease(target.slot, stream, None);
@@ -500,6 +502,7 @@ impl Replica<'_> {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
+        self.table.set_extra(slot, &Extra::NONE);
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {

@@ -110,8 +110,9 @@ pub struct Replica<'m> {
     pub(super) rewrite_at: Time,
     /// Whether the kernel's table has room for further copies.
     pub(super) kernel_has_room: bool,
-    /// Whether copies were ever written because their active died.
-    pub(super) took_over: bool,
+    /// Whether the kernel may have entries of copies although they are not written while their active
+    /// lives: an active died, or one of ours gave way.
+    pub(super) may_hold_entries: bool,
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
@@ -120,6 +121,8 @@ pub struct Replica<'m> {
     pub(super) commits: VecDeque<Commit>,
     /// Commits asked for since the start.
     pub(super) commits_asked: u64,
+    /// What that was when the last walk that writes copies of a dead member was done.
+    pub(super) taken_over_at: u64,
     pub(super) goodbyes: u64,
 }
 
@@ -154,12 +157,13 @@ impl<'m> Replica<'m> {
             rewrite_slot: 0,
             rewrite_at: Time(0),
             kernel_has_room: true,
-            took_over: false,
+            may_hold_entries: false,
             retry_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
             commits_asked: 0,
+            taken_over_at: 0,
             goodbyes: 0,
             memory,
             config,
@@ -209,7 +213,13 @@ impl<'m> Replica<'m> {
 
     /// The next commit that the kernel is owed.
     pub fn poll_commit(&mut self) -> Option<Commit> {
-        self.commits.pop_front()
+        loop {
+            match self.commits.pop_front()? {
+                // Since this was asked for the tuple came to life again: the entry belongs to that connection.
+                Commit::Delete { original } if self.table.find_original(&original).is_some() => {}
+                commit => return Some(commit),
+            }
+        }
     }
 
     /// Commits waiting.
@@ -449,7 +459,7 @@ impl<'m> Replica<'m> {
             }
             // It was written with the normal timeout already.
             (CommitMode::Takeover, Commit::Refresh { .. }) => false,
-            (CommitMode::Takeover, Commit::Delete { .. }) => self.took_over,
+            (CommitMode::Takeover, Commit::Delete { .. }) => self.may_hold_entries,
         };
         if is_due {
             // `can_receive` keeps room for what one datagram can ask for.
