@@ -206,9 +206,9 @@ impl Committer {
         self.socket.port_id()
     }
 
-    /// Entries that may still be inserted.
-    pub fn room(&self) -> u64 {
-        self.fill.room()
+    /// Entries that may still be inserted, and entries that the kernel allows (0: any number).
+    pub fn room_and_limit(&self) -> (u64, u64) {
+        (self.fill.room(), self.fill.limit_and_count().0)
     }
 
     /// Entries in the batch.

@@ -29,17 +29,22 @@ enum For {
 /// A shard's pen.
 pub(super) struct Writer {
     committer: Committer,
+    had_room: bool,
     batch: Vec<For>,
 }
 
 impl Writer {
     pub(super) fn new(committer: Committer) -> Writer {
-        Writer { committer, batch: Vec::with_capacity(Committer::BATCH) }
+        Writer { committer, had_room: true, batch: Vec::with_capacity(Committer::BATCH) }
     }
 
-    /// Whether the kernel's table has room for further copies.
-    pub(super) fn has_room(&self) -> bool {
-        self.committer.room() > COMMIT_PER_PASS as u64
+    /// Whether the kernel's table has room for further copies: a pass's share, and after it had none a
+    /// fiftieth of the table, so that a table that is nearly full does not change its mind all the time.
+    pub(super) fn has_room(&mut self) -> bool {
+        let (room, limit) = self.committer.room_and_limit();
+        let least = if self.had_room { 0 } else { limit / 50 };
+        self.had_room = room > least.max(COMMIT_PER_PASS as u64);
+        self.had_room
     }
 
     /// Writes and asks, up to the cap of a pass.
@@ -63,7 +68,8 @@ impl Writer {
         {
             let original = replica.table().tuples(slot).0;
             if self.committer.look(&original).is_err() {
-                break; // It is being written just now.
+                repair.look_later(slot, generation); // It is being written just now.
+                break;
             }
             self.batch.push(For::Look(slot, generation));
         }
@@ -96,7 +102,7 @@ impl Writer {
     }
 
     fn flush(&mut self, now: Time, repair: &mut Repair, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        let Writer { committer, batch } = self;
+        let Writer { committer, batch, .. } = self;
         if batch.is_empty() {
             return;
         }
