@@ -32,8 +32,9 @@ use super::codec::{
     self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
     encode_statistics, encode_update, request_ack, status,
 };
+use super::fill::TableFill;
 use super::netlink::{Mailbox, Socket};
-use super::sysctl::{TableFill, Timeouts};
+use super::timeouts::Timeouts;
 use crate::conn::extra::{HELPER_NAME, parts};
 use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Tuple};

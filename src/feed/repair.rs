@@ -21,7 +21,7 @@ use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
-use crate::conntrack::sysctl::Timeouts;
+use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};

@@ -34,7 +34,7 @@ fn settings_are_set_and_put_back() {
         record.set(0, Some(2));
         sysctl::set_needed(record).expect("settings").put_back().expect("settings");
         assert_eq!(sysctl::unmet(), Ok(vec![(liberal, 0)]));
-        let fill = sysctl::TableFill::open().expect("figures");
+        let fill = hypersync::conntrack::fill::TableFill::open().expect("figures");
         write_all(&mut Committer::open().expect("conntrack"), 0..10);
         assert_eq!(fill.limit_and_count().1, 10, "of this namespace");
         assert!(fill.room() < fill.limit_and_count().0);
