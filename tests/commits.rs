@@ -338,3 +338,24 @@ fn a_closed_copy_gives_its_record_back() {
         }
     }
 }
+
+#[test]
+fn a_connection_taken_over_without_an_entry_gets_it_as_soon_as_the_kernel_takes_it() {
+    for mode in [CommitMode::Eager, CommitMode::Takeover] {
+        let memories = memories(4);
+        let mut world = group(&memories, &[100, 100], mode);
+        world.host(2).full = true;
+        open(&mut world);
+        world.run_for(SECOND / 10);
+        world.kill(1);
+        world.run_until(SECOND * 3, "taken over", |w| w.counter(2, Counter::Promotions) == CONNECTIONS);
+        // Not at the moment at which they are tried again.
+        world.run_for(SECOND * 7 / 2);
+        assert!(world.host(2).kernel.is_empty());
+        assert_eq!(world.counter(2, Counter::CommitMissing), CONNECTIONS, "{mode:?}");
+        world.host(2).full = false;
+        world.run_for(SECOND * 2);
+        assert_eq!(world.host(2).kernel.len() as u64, CONNECTIONS, "{mode:?}");
+        assert_eq!(world.counter(2, Counter::CommitMissing), 0);
+    }
+}

@@ -19,7 +19,7 @@ enum For {
     /// The copy in this slot.
     Copy(u32, Generation),
     /// The connection in this slot, which was taken over.
-    Own,
+    Own(u32, Generation),
     /// Removing an entry.
     Nobody,
     /// The question whether the connection in this slot is there.
@@ -86,7 +86,9 @@ impl Writer {
                         (Lifetime::Kept, For::Copy(*slot, *generation))
                     }
                     (Kind::Backup, _) => (Lifetime::Normal, For::Copy(*slot, *generation)),
-                    (Kind::Active, Commit::Refresh { .. }) => (Lifetime::Normal, For::Own),
+                    (Kind::Active, Commit::Refresh { .. }) => {
+                        (Lifetime::Normal, For::Own(*slot, *generation))
+                    }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
                 self.committer.write(&replica.table().connection(*slot), lifetime)?;
@@ -132,7 +134,7 @@ impl Writer {
                     Err(Fault::Refused)
                 }
             };
-            if let For::Copy(slot, generation) = batch[result.index] {
+            if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
                 replica.handle_commit(now, slot, generation, outcome);
             }
         });

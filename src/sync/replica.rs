@@ -12,7 +12,7 @@ use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
-use crate::conn::{Coordinate, Kind, MemberId, shard_of};
+use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
@@ -100,6 +100,8 @@ pub struct Replica<'m> {
     pub(super) shelved: List,
     /// Copies whose entry the kernel does not have.
     pub(super) missing: List,
+    /// Connections taken over whose entry the kernel refused, and since when.
+    pub(super) owed: VecDeque<(u32, Generation, Time)>,
     /// Active connections whose backup's kernel refused them, and since when there are any.
     pub(super) declined: u64,
     pub(super) declined_since: Time,
@@ -151,6 +153,7 @@ impl<'m> Replica<'m> {
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),
+            owed: VecDeque::with_capacity(super::declined::OWED_MAX),
             declined: 0,
             declined_since: Time(0),
             declines: 0,
@@ -543,7 +546,7 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.len() as u64);
-        self.counters.set(Counter::CommitMissing, self.missing.len() as u64);
+        self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.owed.len() as u64);
         self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {

@@ -403,6 +403,7 @@ impl Replica<'_> {
             }
             Kind::Backup => {
                 let stream = self.stream_of(peer);
+                let has_no_entry = self.table.on(slot) == On::Missing;
                 self.end_missing(slot);
                 self.streams[stream].copies -= 1;
                 let original = self.table.tuples(slot).0;
@@ -420,6 +421,9 @@ impl Replica<'_> {
                 });
                 self.protect_promoted(now, slot, peer);
                 self.commit(Commit::Refresh { slot, generation: line.generation() });
+                if has_no_entry && self.config.commit == CommitMode::Takeover {
+                    self.owe(now, slot);
+                }
             }
             Kind::Closing => {
                 self.unlist(slot);
