@@ -115,10 +115,29 @@ fn start(config: &Config) -> Result<(), Failure> {
     };
     interface.check_mtu().map_err(usage)?;
     let incarnation = incarnation();
-    // First the lock, then the port, which a second process could join in silence; then the region, so
-    // that a start that cannot succeed leaves the old one in its place.
+    // First the lock, then the port, which a second process could join in silence; then the kernel, and then
+    // the region, so that a start that cannot succeed leaves the old one, and what it says of sysctls, in its place.
     let place = Place::claim(&options.shm).map_err(usage)?;
     let receivers = bind(options.sync, config.shards).map_err(usage)?;
+    let is_kernel = options.source == SourceKind::Kernel;
+    let mut committers = Vec::new();
+    let mut may_be_unheard = false;
+    if is_kernel {
+        ADDRESSES.watch(config.rules.interfaces());
+        for name in config.rules.interfaces() {
+            if Interface::named(name).is_err() {
+                log::warn!(
+                    "there is no interface {name} now: until it comes, 'address {name}' in a rule matches nothing"
+                );
+            }
+        }
+        ADDRESSES.refresh().map_err(usage)?;
+        for _ in 0..config.shards {
+            committers.push(Committer::open().map_err(usage)?);
+        }
+        // With another value, what was born before we listened never raises an event.
+        may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
+    }
     let region = Region::create_in(
         place,
         &RegionConfig {
@@ -131,33 +150,16 @@ fn start(config: &Config) -> Result<(), Failure> {
         },
     )
     .map_err(usage)?;
-    let is_kernel = options.source == SourceKind::Kernel;
-    let mut committers = Vec::new();
-    let mut changed = None;
-    let mut may_be_unheard = false;
-    if is_kernel {
-        ADDRESSES.watch(config.rules.interfaces());
-        for name in config.rules.interfaces() {
-            if let Err(e) = Interface::named(name) {
-                log::warn!("a rule names an interface that may come later: {e}");
+    let changed = match options.sysctl {
+        _ if !is_kernel => None,
+        SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
+        SysctlMode::Leave => {
+            for (name, now) in sysctl::unmet().map_err(usage)? {
+                log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
             }
+            None
         }
-        ADDRESSES.refresh().map_err(usage)?;
-        for _ in 0..config.shards {
-            committers.push(Committer::open().map_err(usage)?);
-        }
-        // With another value, what was born before we listened never raises an event.
-        may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
-        changed = match options.sysctl {
-            SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
-            SysctlMode::Leave => {
-                for (name, now) in sysctl::unmet().map_err(usage)? {
-                    log::warn!("restored connections need sysctl {name}=1; it is {now}: set it");
-                }
-                None
-            }
-        };
-    }
+    };
     let outcome = serve(config, &region, incarnation, &interface, receivers, committers, may_be_unheard);
     if let Some(changed) = changed
         && let Err(e) = changed.put_back()
@@ -405,6 +407,7 @@ fn run_shard(
 /// Waits for signals; keeps the list of this host's addresses.
 fn attend(config: &Config, shared: &Shared) {
     let mut asked = false;
+    let mut told = None;
     while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
         if wait_for_signal(Duration::from_millis(200)) {
             if asked {
@@ -415,10 +418,12 @@ fn attend(config: &Config, shared: &Shared) {
             asked = true;
             shared.stop.store(true, Ordering::Relaxed);
         }
-        if config.options.source == SourceKind::Kernel
-            && let Err(e) = ADDRESSES.refresh()
-        {
-            log::warn!("{e}");
+        if config.options.source == SourceKind::Kernel {
+            let trouble = ADDRESSES.refresh().err();
+            if let Some(e) = trouble.as_ref().filter(|_| trouble != told) {
+                log::warn!("{e}");
+            }
+            told = trouble;
         }
     }
 }

@@ -23,7 +23,7 @@ pub const DEFAULT_SHM: &str = "/dev/shm/hypersync";
 /// The multicast group if neither it nor peers are given.
 pub const DEFAULT_MULTICAST: IpAddr = IpAddr::V4(Ipv4Addr::new(224, 0, 0, 116));
 
-/// run a member of the group
+/// Runs a member of the group. Times are written as 100ms, 3s or 2min.
 #[derive(FromArgs, Clone, Debug)]
 #[argh(subcommand, name = "run")]
 pub struct RunOptions {
@@ -51,7 +51,7 @@ pub struct RunOptions {
     /// connections and copies that the table has room for, in all shards together (default 1000000)
     #[argh(option, default = "1_000_000")]
     pub capacity: usize,
-    /// connections that may have labels, a helper or the like (default: one in eight of the capacity)
+    /// connections of these that may have labels, a helper or the like (default: one in eight)
     #[argh(option)]
     pub extras: Option<usize>,
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
@@ -65,10 +65,10 @@ pub struct RunOptions {
     /// rule that matches decides
     #[argh(option)]
     pub rule: Vec<String>,
-    /// file with further rules, one a line, that come after those of --rule
+    /// file with further rules, one a line, tried after those of --rule
     #[argh(option)]
     pub rules: Option<PathBuf>,
-    /// how long a connection must live before it is sent (default 3s)
+    /// how long a connection must live before it is sent, 0s to 1h (default 3s)
     #[argh(option, default = "Duration::from_secs(3)", from_str_fn(span))]
     pub hold: Duration,
     /// time between heartbeats, 10ms to 10s (default 100ms)
@@ -108,10 +108,11 @@ pub struct RunOptions {
     /// bytes of kernel events that may wait for one shard; an event takes about 1300 (default 67108864)
     #[argh(option, default = "64 << 20")]
     pub event_buffer: usize,
-    /// kernel features that later kernels than 6.1 have: all or none (default all)
+    /// optional features of the kernel: all that it has, or none, for tests (default all)
     #[argh(option, default = "Features::all()", from_str_fn(features))]
     pub features: Features,
-    /// what to do about sysctls that restored connections need: set (and put back) or leave (default set)
+    /// the sysctls that restored connections need: set them (and put them back at the end) or leave
+    /// them, with a warning (default set)
     #[argh(option, default = "SysctlMode::Set")]
     pub sysctl: SysctlMode,
 }

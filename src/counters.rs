@@ -127,7 +127,7 @@ counters! {
     CommitNoRoom, "commit_no_room", "commits refused because the kernel's table is full, or as full as it may be made";
     CommitWithoutHelper, "commit_without_helper", "entries written without their helper, which this kernel does not have";
     CommitWithoutLabels, "commit_without_labels", "entries without room for their labels: no rule of this host uses labels";
-    CommitMissing, "commit_missing", "gauge: copies that the kernel does not have; they are tried again";
+    CommitMissing, "commit_missing", "gauge: copies, and connections taken over, that the kernel does not have; they are tried again";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";

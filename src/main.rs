@@ -7,7 +7,7 @@ use argh::FromArgs;
 use hypersync::appliance::{self, EXIT_USAGE};
 use hypersync::config::{Config, RunOptions};
 
-/// keeps every connection of a group of stateful gateways on exactly two of them
+/// Keeps every connection of a group of stateful gateways on exactly two of them.
 #[derive(FromArgs)]
 struct Options {
     #[argh(subcommand)]
@@ -35,8 +35,12 @@ fn main() -> ExitCode {
                     ExitCode::SUCCESS
                 }
                 Err(()) => {
-                    let words: Vec<&str> = exit.output.split_whitespace().collect();
-                    eprintln!("hypersync: {} (hypersync help says more)", words.join(" "));
+                    let of = match words.get(1) {
+                        Some(&command @ ("run" | "demo")) => format!(" {command}"),
+                        _ => String::new(),
+                    };
+                    let line: Vec<&str> = exit.output.split_whitespace().collect();
+                    eprintln!("hypersync: {} (hypersync{of} --help says more)", line.join(" "));
                     ExitCode::from(EXIT_USAGE)
                 }
             };

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::ccp::bytes::Writer;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
-use crate::group::hearing::{EXPECTED, Hearing, Trouble};
+use crate::group::hearing::{Hearing, Trouble};
 use crate::group::view::{Status, View};
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
@@ -201,7 +201,7 @@ impl<'m> Membership<'m> {
         if self.leaving_since.is_some() {
             return;
         }
-        let (group, seconds) = (self.group_number, EXPECTED.as_secs());
+        let (group, seconds) = (self.group_number, self.hearing.expected().as_secs());
         self.hearing.tick(now, self.group.view(), &mut |trouble| match trouble {
             Trouble::NotHeardBy { member, address } => log::warn!(
                 "member {member} at {address} does not hear this member: UDP port 8116 is blocked on the way \

@@ -7,10 +7,13 @@ mod world;
 
 use std::time::Duration;
 
+use hypersync::conn::{Extra, Kind};
 use hypersync::counters::Counter;
+use hypersync::limits::ARENA_MIN;
+use hypersync::memory::MemorySize;
 use hypersync::source::{Commit, CommitMode};
 use hypersync::sync::REWRITE_PERIOD;
-use world::{HOLD, World, memories};
+use world::{HOLD, World, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 const CONNECTIONS: u64 = 100;
@@ -135,4 +138,224 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
         }
     }
     assert!((CONNECTIONS..=CONNECTIONS * 3 / 2).contains(&written), "{written} writes");
+}
+
+#[test]
+fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    // They are tried again while nobody hears the other: not for long enough to let go of anything.
+    world.host(2).stalled = true;
+    world.run_for(SECOND);
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_for(world::REPROTECT / 2);
+    (world.host(2).stalled, world.host(2).full) = (false, false);
+    world.run_for(SECOND / 50);
+    assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
+    world.cut.clear();
+    world.run_until(SECOND * 5, "member 1 knows", |w| w.is_quiet());
+    assert_eq!(world.counter(2, Counter::Promotions), 0);
+    world.check();
+}
+
+#[test]
+fn a_slot_that_heard_declines_of_one_pair_hears_those_of_the_next() {
+    let memories = memories_of(3, MemorySize::new(256, ARENA_MIN));
+    let mut world = World::new(1, &memories);
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(SECOND / 10);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND * 20);
+    for tuple in world.open.keys().copied().collect::<Vec<_>>() {
+        world.close(tuple);
+    }
+    world.kill(2);
+    world.run_for(SECOND * 4);
+    // It counts from 1 again. Its connections' copies fill slots of member 1 that heard more before.
+    world.start(2, 1, 100);
+    world.run_for(SECOND);
+    for _ in 0..190 {
+        world.open_at(2);
+    }
+    world
+        .run_until(SECOND * 5, "copied", |w| w.counter(1, Counter::ConnectionsBackup) == 190 && w.is_quiet());
+    world.host(2).full = true;
+    for tuple in world.open.keys().copied().collect::<Vec<_>>() {
+        world.open.get_mut(&tuple).expect("it is open").owner = 1;
+        world.change(tuple);
+    }
+    world.run_for(SECOND / 2);
+    assert_eq!(world.counter(2, Counter::CommitMissing), 190);
+    assert_eq!(world.counter(1, Counter::Declined), 190);
+}
+
+#[test]
+fn copies_that_every_kernel_refuses_do_not_wander_without_rest() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Eager);
+    world.host(2).full = true;
+    world.host(3).full = true;
+    open(&mut world);
+    world.run_for(SECOND * 5);
+    let sent = world.counter(1, Counter::DeltasNew);
+    assert!(sent <= 8 * CONNECTIONS, "{sent} times a connection was sent");
+    world.host(2).full = false;
+    world.run_until(SECOND * 10, "one takes them", |w| w.is_quiet());
+    world.check();
+}
+
+#[test]
+fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
+    let memories = memories(6);
+    let mut world = group(&memories, &[100, 200, 50], CommitMode::Takeover);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    world.host(2).stalled = true;
+    world.goodbye(1);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(2, Counter::Promotions), 0, "first they are written");
+    world.host(2).stalled = false;
+    world.run_until(SECOND * 5, "written and promoted", |w| w.counter(2, Counter::Promotions) == CONNECTIONS);
+    assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
+}
+
+#[test]
+fn with_commit_takeover_a_former_active_removes_what_its_kernel_still_has() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Takeover);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let tuple = world.any_open().expect("some are open");
+    let slot_of =
+        |w: &World<'_>| w.copies()[&tuple].iter().find(|c| c.member == 1).map(|c| (c.kind, c.connection));
+    let (_, connection) = slot_of(&world).expect("it is there");
+    world.host(1).kernel.insert(tuple, connection);
+    world.open.get_mut(&tuple).expect("it is open").owner = 2;
+    world.change(tuple);
+    world.run_for(SECOND / 10);
+    assert_eq!(slot_of(&world).map(|(kind, _)| kind), Some(Kind::Backup));
+    world.close(tuple);
+    world.run_for(SECOND / 10);
+    assert!(!world.hosts[&1].kernel.contains_key(&tuple), "it is closed");
+}
+
+#[test]
+fn a_connection_that_opens_before_the_old_entry_is_removed_keeps_its_entry() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    open(&mut world);
+    world.run_until(SECOND, "copied", |w| w.is_quiet());
+    let tuple = world.any_open().expect("some are open");
+    world.host(2).stalled = true;
+    world.close(tuple);
+    world.run_for(SECOND / 10);
+    world.reopen_at(2, tuple);
+    world.host(2).stalled = false;
+    world.run_for(SECOND / 100);
+    assert!(world.hosts[&2].kernel.contains_key(&tuple));
+}
+
+#[test]
+fn what_is_tried_again_does_not_keep_datagrams_waiting() {
+    let memories = memories_of(4, MemorySize::new(32_768, ARENA_MIN));
+    let mut world = World::new(1, &memories);
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(SECOND / 10);
+    world.host(2).full = true;
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(SECOND / 100);
+    }
+    world.run_until(SECOND * 5, "copied", |w| w.counter(2, Counter::CommitMissing) >= 10_000);
+    world.host(2).stalled = true;
+    world.run_for(SECOND * 2);
+    let room = world.hosts[&2].shards[0].receive_room();
+    assert!(room > 32, "room for {room} datagrams");
+}
+
+/// Member 2 falls silent, or deaf, while member 1 has ever more changes for it.
+fn many_changes_for_member_2(fail: impl Fn(&mut World<'_>)) {
+    let memories = memories_of(3, MemorySize::new(1 << 17, 16 << 20));
+    let mut world = World::new(1, &memories);
+    for (member, priority) in [(1, 100), (2, 200), (3, 50)] {
+        world.start(member, 1, priority);
+    }
+    world.run_for(SECOND / 10);
+    for _ in 0..100 {
+        for _ in 0..100 {
+            world.open_at(1);
+        }
+        world.run_for(SECOND / 100);
+    }
+    world.run_until(SECOND * 5, "copied", |w| w.is_quiet());
+    fail(&mut world);
+    let tuples: Vec<_> = world.open.keys().copied().collect();
+    for _ in 0..4 {
+        for tuple in &tuples {
+            world.change(*tuple);
+        }
+        world.run_for(SECOND / 50);
+    }
+    world.run_until(SECOND * 10, "member 3 has all copies", |w| {
+        w.counter(3, Counter::ConnectionsBackup) >= 10_000 && w.counter(1, Counter::Exposure) == 0
+    });
+}
+
+#[test]
+fn many_changes_for_a_dead_member_do_not_hold_up_its_takeover() {
+    many_changes_for_member_2(|world| world.kill(2));
+}
+
+#[test]
+fn many_changes_for_a_deaf_member_do_not_hold_up_that_it_is_left() {
+    many_changes_for_member_2(|world| world.cut = vec![(1, 2)]);
+}
+
+#[test]
+fn a_closed_copy_gives_its_record_back() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    for _ in 0..8 {
+        open(&mut world);
+    }
+    let tuples: Vec<_> = world.open.keys().copied().collect();
+    for tuple in tuples {
+        world.close(tuple);
+    }
+    world.run_for(SECOND / 10);
+    for shard in &world.hosts[&2].shards {
+        for slot in 0..shard.table().capacity() {
+            assert_eq!(shard.table().extra(slot), Extra::NONE, "{:?}", shard.table().kind(slot));
+        }
+    }
+}
+
+#[test]
+fn a_connection_taken_over_without_an_entry_gets_it_as_soon_as_the_kernel_takes_it() {
+    for mode in [CommitMode::Eager, CommitMode::Takeover] {
+        let memories = memories(4);
+        let mut world = group(&memories, &[100, 100], mode);
+        world.host(2).full = true;
+        open(&mut world);
+        world.run_for(SECOND / 10);
+        world.kill(1);
+        world.run_until(SECOND * 3, "taken over", |w| w.counter(2, Counter::Promotions) == CONNECTIONS);
+        // Not at the moment at which they are tried again.
+        world.run_for(SECOND * 7 / 2);
+        assert!(world.host(2).kernel.is_empty());
+        assert_eq!(world.counter(2, Counter::CommitMissing), CONNECTIONS, "{mode:?}");
+        world.host(2).full = false;
+        world.run_for(SECOND * 2);
+        assert_eq!(world.host(2).kernel.len() as u64, CONNECTIONS, "{mode:?}");
+        assert_eq!(world.counter(2, Counter::CommitMissing), 0);
+    }
 }

@@ -38,18 +38,20 @@ impl Drop for Appliance {
 fn appliance(name: &str) -> Appliance {
     let dir = PathBuf::from(format!("/dev/shm/hypersync-inspect-test-{}-{name}", std::process::id()));
     let _ = fs::remove_dir_all(&dir);
-    let memory = MemorySize::new(64, ARENA_MIN);
-    let config = RegionConfig {
-        sizes: Sizes { shards: 2, memory, ring_records: 64 },
+    let region = Region::create(&dir, &config()).unwrap();
+    region.publish_ready();
+    Appliance { dir, region }
+}
+
+fn config() -> RegionConfig {
+    RegionConfig {
+        sizes: Sizes { shards: 2, memory: MemorySize::new(64, ARENA_MIN), ring_records: 64 },
         group: 7,
         member: 3,
         incarnation: 1,
         started: Time(clock::now().0 - 5_000_000_000),
         huge_pages: false,
-    };
-    let region = Region::create(&dir, &config).unwrap();
-    region.publish_ready();
-    Appliance { dir, region }
+    }
 }
 
 /// A translated TCP connection.
@@ -386,4 +388,44 @@ fn a_wrong_call_and_a_missing_appliance_are_one_line_and_status_2() {
     assert_eq!(refused(a.run(&["state"]), "not shared memory of hypersync"), 1);
     let help = a.run(&["--help"]);
     assert!(help.status.success() && text(&help).contains("connections"));
+}
+
+#[test]
+fn the_checks_status_is_the_answer_even_if_nobody_reads_its_line() {
+    let a = appliance("unread");
+    let check = |dir: &str| {
+        let (nobody, line) = std::io::pipe().unwrap();
+        drop(nobody);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
+        command.args(["--shm", dir, "check"]).stdout(line).status().unwrap().code()
+    };
+    assert_eq!(check("/nonexistent"), Some(1), "a reader that is gone makes no yes of it");
+    let dir = a.dir.to_str().unwrap();
+    for shard in 0..2 {
+        a.region.group().shard(shard).set_last_pass(clock::now());
+    }
+    assert_eq!(check(dir), Some(2), "it is starting");
+    a.region.group().shard(0).set_standing(Standing::Ready);
+    assert_eq!(check(dir), Some(0));
+}
+
+#[test]
+fn a_start_that_failed_is_not_taken_for_one_under_way() {
+    let a = appliance("abandoned");
+    let dir = a.dir.join("starting");
+    drop(Region::create(&dir, &config()).unwrap());
+    let check = || {
+        let output = inspect(dir.to_str().unwrap(), &["check"]);
+        (output.status.code(), text(&output))
+    };
+    let (status, said) = check();
+    assert!(status == Some(2) && said.starts_with("not-ready: ") && said.contains("is starting"), "{said}");
+    // The same memory, of a process that is gone.
+    let mut gone = Command::new("true").spawn().unwrap();
+    gone.wait().unwrap();
+    let file = fs::File::options().write(true).open(dir.join(FILE)).unwrap();
+    file.write_all_at(&(gone.id() as u64).to_ne_bytes(), 8 * 9).unwrap();
+    let (status, said) = check();
+    assert!(status == Some(1) && said.starts_with("not-running: ") && said.contains(" is gone"), "{said}");
+    assert_eq!(inspect(dir.to_str().unwrap(), &["state"]).status.code(), Some(2));
 }

@@ -9,6 +9,7 @@ pub mod header;
 pub mod heartbeat;
 pub mod message;
 pub mod sync;
+pub mod value;
 
 use crate::counters::Counter;
 

@@ -167,6 +167,15 @@ impl<'m> Table<'m> {
         self.extras.has(slot)
     }
 
+    /// Whether what only few connections have can be replaced; if not, that is counted.
+    pub fn may_set_extra(&self, slot: u32) -> bool {
+        let may = self.extras.has(slot) || self.extras.room() > 0;
+        if !may {
+            self.counters.count(Counter::ExtrasFull);
+        }
+        may
+    }
+
     /// Replaces what only few connections have. If no record is free it stays as it was, which is counted.
     pub fn set_extra(&mut self, slot: u32, extra: &Extra) {
         if !self.extras.set(slot, extra) {

@@ -28,44 +28,50 @@ impl LocalAddresses {
         if unsafe { libc::getifaddrs(&mut first) } < 0 {
             return Err(KernelError::last("read this host's addresses"));
         }
-        let mut addresses = Vec::new();
+        let mut listed = Vec::new();
+        let mut interfaces = Vec::new();
         let mut next = first;
         // SAFETY: getifaddrs succeeded: `first` is a list of valid entries that ends with null and is
         // ours until freeifaddrs. It may be null when there is nothing.
         while let Some(entry) = unsafe { next.as_ref() } {
             next = entry.ifa_next;
             // SAFETY: `ifa_addr` is null or points to an address of the list.
-            let Some(family) = (unsafe { entry.ifa_addr.as_ref() }).map(|a| a.sa_family as i32) else {
-                continue;
-            };
+            let family = unsafe { entry.ifa_addr.as_ref() }.map(|a| a.sa_family as i32);
+            // SAFETY: an entry of the list has a name that ends in a zero byte, and lives as long as it.
+            let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
             let address = match family {
-                libc::AF_INET => {
+                Some(libc::AF_INET) => {
                     // SAFETY: an address of this family is a sockaddr_in; unaligned reads ask nothing of
                     // the list.
                     let a = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
                     IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr)))
                 }
-                libc::AF_INET6 => {
+                Some(libc::AF_INET6) => {
                     // SAFETY: an address of this family is a sockaddr_in6.
                     let a = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in6>().read_unaligned() };
                     IpAddr::V6(Ipv6Addr::from(a.sin6_addr.s6_addr))
                 }
-                _ => continue,
+                // An interface itself, under its own name; a tunnel has no address of its kind.
+                Some(libc::AF_PACKET) | None => {
+                    interfaces.push(name);
+                    continue;
+                }
+                Some(_) => continue,
             };
-            // SAFETY: an entry of the list has a name that ends in a zero byte, and lives as long as it.
-            let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy();
-            addresses.push((address, self.bit_of(interface_of(&name))));
+            listed.push((address, name));
         }
         // SAFETY: `first` came from getifaddrs, and nothing refers to the list any more.
         unsafe { libc::freeifaddrs(first) };
-        Ok(addresses)
+        let of = |name: &str| self.bit_of(interface_of(name, &interfaces));
+        Ok(listed.into_iter().map(|(address, name)| (address, of(&name))).collect())
     }
 }
 
-/// The interface that a name of the list means: an IPv4 address with a label is listed under that,
-/// and labels are the interface's name with `:something` behind. No interface has a colon in its name.
-fn interface_of(name: &str) -> &str {
-    name.split_once(':').map_or(name, |(interface, _)| interface)
+/// The interface that a name of the list means. An IPv4 address with a label is listed under that, and
+/// labels are the interface's name with something behind, mostly but not always `:something`.
+fn interface_of<'n>(name: &'n str, interfaces: &'n [String]) -> &'n str {
+    let begins = interfaces.iter().filter(|interface| name.starts_with(interface.as_str()));
+    begins.max_by_key(|interface| interface.len()).map_or(name, String::as_str)
 }
 
 #[cfg(test)]
@@ -92,6 +98,12 @@ mod tests {
 
     #[test]
     fn a_label_is_its_interfaces_address() {
-        assert_eq!((interface_of("eth0:vip"), interface_of("eth0.5")), ("eth0", "eth0.5"));
+        let interfaces = ["eth0.5", "eth", "eth0", "lo"].map(String::from);
+        for (name, interface) in
+            [("eth0", "eth0"), ("eth0:vip", "eth0"), ("eth0vip", "eth0"), ("eth0.5", "eth0.5"), ("lo", "lo")]
+        {
+            assert_eq!(interface_of(name, &interfaces), interface);
+        }
+        assert_eq!(interface_of("gone0", &interfaces), "gone0");
     }
 }

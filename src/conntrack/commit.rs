@@ -32,8 +32,9 @@ use super::codec::{
     self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
     encode_statistics, encode_update, request_ack, status,
 };
+use super::fill::TableFill;
 use super::netlink::{Mailbox, Socket};
-use super::sysctl::{TableFill, Timeouts};
+use super::timeouts::Timeouts;
 use crate::conn::extra::{HELPER_NAME, parts};
 use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Tuple};
@@ -206,9 +207,9 @@ impl Committer {
         self.socket.port_id()
     }
 
-    /// Entries that may still be inserted.
-    pub fn room(&self) -> u64 {
-        self.fill.room()
+    /// Entries that may still be inserted, and entries that the kernel allows (0: any number).
+    pub fn room_and_limit(&self) -> (u64, u64) {
+        (self.fill.room(), self.fill.limit_and_count().0)
     }
 
     /// Entries in the batch.

@@ -12,7 +12,9 @@
 //! - [`events`], [`dump`]: listening, and reading the whole table once
 //! - [`commit`]: writing entries, and removing them
 //! - [`local`]: which connections are this host's own; pure. [`addresses`] reads what makes them so
-//! - [`sysctl`]: settings that restored connections need, the table's limit, timeouts
+//! - [`sysctl`]: settings that restored connections need
+//! - [`fill`]: how full the kernel's table is
+//! - [`timeouts`]: what the kernel gives a connection
 //!
 //! Everything concerns the network namespace of the thread that opens it.
 
@@ -21,10 +23,12 @@ pub mod codec;
 pub mod commit;
 pub mod dump;
 pub mod events;
+pub mod fill;
 pub mod filter;
 pub mod local;
 pub mod netlink;
 pub mod sysctl;
+pub mod timeouts;
 
 /// Why the kernel does not do what we need.
 #[derive(Clone, PartialEq, Eq, Debug)]

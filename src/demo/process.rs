@@ -123,7 +123,7 @@ impl Appliance {
     pub fn try_view(&self) -> Result<Option<RegionView>, ShmError> {
         match RegionView::open(&self.shm) {
             Ok(view) => Ok(Some(view)),
-            Err(ShmError::Missing(_) | ShmError::NotReady(_)) => Ok(None),
+            Err(ShmError::Missing(_) | ShmError::NotReady(_) | ShmError::Abandoned { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }

@@ -21,7 +21,7 @@ use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
-use crate::conntrack::sysctl::Timeouts;
+use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
@@ -64,6 +64,8 @@ pub(super) struct Repair {
     complete: bool,
     /// When a dump may begin.
     dump_at: Time,
+    /// It was said that a dump cannot be made.
+    complained: bool,
     /// Slots whose connection the dump has shown, as bits.
     shown: Vec<u64>,
     /// Slots whose connection raises no events, as bits; empty if there can be none.
@@ -84,6 +86,7 @@ impl Repair {
             again: false,
             complete: false,
             dump_at: Time(0),
+            complained: false,
             shown: vec![0; words],
             unheard: vec![0; if may_be_unheard { words } else { 0 }],
             unheard_slot: 0,
@@ -142,7 +145,7 @@ impl Repair {
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
-                    log::warn!("{e}; it is tried again");
+                    self.complain(&e.to_string());
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
@@ -196,23 +199,37 @@ impl Repair {
         counters.add(Counter::SourceSkipped, progress.skipped as u64);
         match progress.state {
             DumpState::Running => {}
-            DumpState::Done if self.again => {
-                // What was lost meanwhile this dump may have passed before.
-                self.complete = true;
-                self.stage = Stage::Wanted;
-                self.dump_at = now.after(DUMP_PAUSE);
+            DumpState::Done => {
+                self.complained = false;
+                self.dumped(now);
             }
-            // The one at the start finds an empty table: nothing can be in it that is gone.
-            DumpState::Done if !self.complete => {
-                self.complete = true;
-                self.stage = Stage::Idle;
-            }
-            DumpState::Done => self.stage = Stage::Sweeping(0),
             DumpState::Failed(errno) => {
-                log::warn!("reading the kernel's table broke off (errno {errno}); it begins again");
+                self.complain(&format!("reading the kernel's table broke off (errno {errno})"));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
             }
+        }
+    }
+
+    /// A dump is complete.
+    fn dumped(&mut self, now: Time) {
+        let is_first = !std::mem::replace(&mut self.complete, true);
+        self.stage = if self.again {
+            // What was lost meanwhile this dump may have passed before.
+            self.dump_at = now.after(DUMP_PAUSE);
+            Stage::Wanted
+        } else if is_first {
+            // It found an empty table: nothing can be in it that is gone.
+            Stage::Idle
+        } else {
+            Stage::Sweeping(0)
+        };
+    }
+
+    /// Says once why a dump cannot be made, until one can.
+    fn complain(&mut self, why: &str) {
+        if !std::mem::replace(&mut self.complained, true) {
+            log::warn!("{why}; it is tried again");
         }
     }
 
@@ -266,6 +283,11 @@ impl Repair {
     /// Look-ups waiting.
     pub(super) fn looks_waiting(&self) -> usize {
         self.looks.len()
+    }
+
+    /// A look-up could not be made just now.
+    pub(super) fn look_later(&mut self, slot: u32, generation: Generation) {
+        self.looks.push_back((slot, generation));
     }
 
     /// The next look-up whose slot still is in the same life.

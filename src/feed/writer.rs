@@ -19,7 +19,7 @@ enum For {
     /// The copy in this slot.
     Copy(u32, Generation),
     /// The connection in this slot, which was taken over.
-    Own,
+    Own(u32, Generation),
     /// Removing an entry.
     Nobody,
     /// The question whether the connection in this slot is there.
@@ -29,17 +29,22 @@ enum For {
 /// A shard's pen.
 pub(super) struct Writer {
     committer: Committer,
+    had_room: bool,
     batch: Vec<For>,
 }
 
 impl Writer {
     pub(super) fn new(committer: Committer) -> Writer {
-        Writer { committer, batch: Vec::with_capacity(Committer::BATCH) }
+        Writer { committer, had_room: true, batch: Vec::with_capacity(Committer::BATCH) }
     }
 
-    /// Whether the kernel's table has room for further copies.
-    pub(super) fn has_room(&self) -> bool {
-        self.committer.room() > COMMIT_PER_PASS as u64
+    /// Whether the kernel's table has room for further copies: a pass's share, and after it had none a
+    /// fiftieth of the table, so that a table that is nearly full does not change its mind all the time.
+    pub(super) fn has_room(&mut self) -> bool {
+        let (room, limit) = self.committer.room_and_limit();
+        let least = if self.had_room { 0 } else { limit / 50 };
+        self.had_room = room > least.max(COMMIT_PER_PASS as u64);
+        self.had_room
     }
 
     /// Writes and asks, up to the cap of a pass.
@@ -63,7 +68,8 @@ impl Writer {
         {
             let original = replica.table().tuples(slot).0;
             if self.committer.look(&original).is_err() {
-                break; // It is being written just now.
+                repair.look_later(slot, generation); // It is being written just now.
+                break;
             }
             self.batch.push(For::Look(slot, generation));
         }
@@ -80,7 +86,9 @@ impl Writer {
                         (Lifetime::Kept, For::Copy(*slot, *generation))
                     }
                     (Kind::Backup, _) => (Lifetime::Normal, For::Copy(*slot, *generation)),
-                    (Kind::Active, Commit::Refresh { .. }) => (Lifetime::Normal, For::Own),
+                    (Kind::Active, Commit::Refresh { .. }) => {
+                        (Lifetime::Normal, For::Own(*slot, *generation))
+                    }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
                 self.committer.write(&replica.table().connection(*slot), lifetime)?;
@@ -96,7 +104,7 @@ impl Writer {
     }
 
     fn flush(&mut self, now: Time, repair: &mut Repair, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        let Writer { committer, batch } = self;
+        let Writer { committer, batch, .. } = self;
         if batch.is_empty() {
             return;
         }
@@ -126,7 +134,7 @@ impl Writer {
                     Err(Fault::Refused)
                 }
             };
-            if let For::Copy(slot, generation) = batch[result.index] {
+            if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
                 replica.handle_commit(now, slot, generation, outcome);
             }
         });

@@ -12,8 +12,8 @@ use crate::conn::MemberId;
 use crate::limits::MEMBERS_MAX;
 use crate::time::Time;
 
-/// How long after the start the others should have been heard.
-pub const EXPECTED: Duration = Duration::from_secs(10);
+/// The shortest time after the start by which the others should have been heard.
+const EXPECTED_MIN: Duration = Duration::from_secs(10);
 
 /// The shortest time after which a member should hear this one.
 const DEAF_MIN: Duration = Duration::from_secs(2);
@@ -58,6 +58,11 @@ impl Hearing {
         }
     }
 
+    /// How long after the start the others should have been heard.
+    pub fn expected(&self) -> Duration {
+        EXPECTED_MIN.max(self.patience)
+    }
+
     /// Tells what has lasted too long by now.
     pub fn tick(&mut self, now: Time, view: &View, tell: &mut dyn FnMut(Trouble)) {
         for (id, member) in view.others() {
@@ -74,7 +79,7 @@ impl Hearing {
                 (_, None) => {}
             }
         }
-        if now.since(self.started) > EXPECTED && (self.anybody || !self.awaited.is_empty()) {
+        if now.since(self.started) > self.expected() && (self.anybody || !self.awaited.is_empty()) {
             let heard = |peer: IpAddr| view.others().any(|(_, m)| m.address == Some(peer));
             self.awaited.drain(..).filter(|peer| !heard(*peer)).for_each(|p| tell(Trouble::NothingFrom(p)));
             if std::mem::take(&mut self.anybody) && view.others().all(|(_, m)| m.status == Status::Absent) {
@@ -137,6 +142,16 @@ mod tests {
         assert_eq!(troubles(&mut hearing, 10, &view), []);
         assert_eq!(troubles(&mut hearing, 11, &view), [Trouble::NothingFrom(three)]);
         assert_eq!(troubles(&mut hearing, 12, &view), []);
+    }
+
+    #[test]
+    fn a_slow_rhythm_is_no_silence() {
+        let view = View::new(1);
+        let two = IpAddr::from([10, 9, 0, 2]);
+        // A heartbeat every 10 s, dead after 3.
+        let mut hearing = Hearing::new(vec![two], Duration::from_secs(30), Time(0));
+        assert_eq!(troubles(&mut hearing, 31, &view), []);
+        assert_eq!(troubles(&mut hearing, 91, &view), [Trouble::NothingFrom(two)]);
     }
 
     #[test]

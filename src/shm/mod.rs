@@ -81,6 +81,13 @@ pub enum ShmError {
     OtherBuild(PathBuf),
     /// The appliance has not finished setting the region up.
     NotReady(PathBuf),
+    /// A start failed, or was killed, before the region could be read.
+    Abandoned {
+        /// The file.
+        path: PathBuf,
+        /// The process that was setting it up.
+        pid: u32,
+    },
     /// There is not enough memory.
     NoSpace {
         /// The file.
@@ -159,6 +166,11 @@ impl std::fmt::Display for ShmError {
             ShmError::NotReady(path) => {
                 write!(f, "{} is not ready: hypersync is starting, try again", path.display())
             }
+            ShmError::Abandoned { path, pid } => write!(
+                f,
+                "{} was never ready, and process {pid}, which was setting it up, is gone: start hypersync again",
+                path.display()
+            ),
             ShmError::NoSpace { path, needed } => write!(
                 f,
                 "no room for {}: it needs {needed} bytes; give it memory, or fewer connections or shards",

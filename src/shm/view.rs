@@ -29,7 +29,7 @@ impl RegionView {
     ///
     /// # Errors
     /// There is none, it may not be read, it is not a region of this layout version and build,
-    /// or it is not ready yet.
+    /// or it is not ready yet, or never will be.
     pub fn open(dir: &Path) -> Result<RegionView, ShmError> {
         let path = dir.join(FILE);
         let file = open_file(&path, OpenOptions::new().read(true))?;
@@ -43,10 +43,12 @@ impl RegionView {
         let words = mapping.slice::<AtomicU64>(HEADER);
         let ready = layout::is_ready(words);
         let header = Header::read(&layout::copy_words(words), bytes).map_err(|e| refusal(e, path, bytes))?;
-        if !ready {
-            return Err(ShmError::NotReady(path.into()));
+        let view = RegionView { mapping, header };
+        match ready {
+            true => Ok(view),
+            false if view.is_running() => Err(ShmError::NotReady(path.into())),
+            false => Err(ShmError::Abandoned { path: path.into(), pid: header.pid }),
         }
-        Ok(RegionView { mapping, header })
     }
 
     /// The appliance's own mapping, which it has just set up.

@@ -27,6 +27,9 @@ const TRY_AGAIN: Duration = Duration::from_secs(1);
 /// Copies that are tried again in one tick.
 const TRIES_PER_TICK: usize = 64;
 
+/// Connections taken over that wait for their entry.
+pub(super) const OWED_MAX: usize = 4096;
+
 /// Every copy's entry is written again within this time, whatever happens.
 pub const REWRITE_PERIOD: Duration = Duration::from_secs(6 * 24 * 3600);
 
@@ -34,7 +37,7 @@ pub const REWRITE_PERIOD: Duration = Duration::from_secs(6 * 24 * 3600);
 const REWRITE_STEP: u32 = 64;
 
 impl Replica<'_> {
-    /// What became of the commit of the copy in this slot.
+    /// What became of the commit of the copy, or of the connection taken over, in this slot.
     pub fn handle_commit(
         &mut self,
         now: Time,
@@ -43,8 +46,13 @@ impl Replica<'_> {
         outcome: Result<(), Fault>,
     ) {
         let line = self.table.line(slot);
-        if line.generation() != generation || line.kind() != Kind::Backup {
+        if line.generation() != generation {
             return;
+        }
+        match (line.kind(), outcome) {
+            (Kind::Backup, _) => {}
+            (Kind::Active, Err(_)) => return self.owe(now, slot),
+            _ => return,
         }
         let is_missing = match self.table.on(slot) {
             On::None => false,
@@ -59,7 +67,7 @@ impl Replica<'_> {
                 if self.table.is_declined(slot) {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
-                        // No chore is free: it is tried, and told, again.
+                        // No chore is free, or nobody hears it: it is tried, and told, again.
                         false => self.table.push(&mut self.missing, On::Missing, slot, now),
                     }
                 }
@@ -96,10 +104,23 @@ impl Replica<'_> {
         self.table.set_declined(slot, false);
     }
 
+    /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the limit it is left to
+    /// its own traffic and to the next sweep.
+    pub(super) fn owe(&mut self, now: Time, slot: u32) {
+        if self.owed.len() < OWED_MAX {
+            self.owed.push_back((slot, self.table.line(slot).generation(), now));
+        }
+    }
+
     fn decline(&mut self, slot: u32, fault: Option<Fault>) -> bool {
         let line = self.table.line(slot);
+        if self.config.commit != CommitMode::Eager {
+            return true; // It counts on no entry while it lives.
+        }
         if !self.is_up(line.peer().member()) {
-            return true; // Nobody to tell; who takes over sees by itself.
+            // Nobody to tell; who takes over sees by itself. But one that comes back still believes what it
+            // was told before.
+            return fault.is_some();
         }
         let own = Place { slot, generation: line.generation() };
         if !self.chores.has_room(Rank::Question) {
@@ -170,8 +191,12 @@ impl Replica<'_> {
 
     /// Copies that the kernel refused, and those whose entry is due to be written again.
     pub(super) fn tick_missing(&mut self, now: Time) {
+        self.tick_owed(now);
         for _ in 0..TRIES_PER_TICK {
-            if !self.missing_at().reached(now) || !self.can_receive() {
+            // What arrives comes first: only a short queue takes what may be refused again.
+            let due =
+                self.missing.first().is_some_and(|slot| self.table.since(slot).after(TRY_AGAIN).reached(now));
+            if !due || self.commits.len() >= TRIES_PER_TICK {
                 break;
             }
             let Some(slot) = self.table.pop(&mut self.missing) else { break };
@@ -197,8 +222,26 @@ impl Replica<'_> {
         self.rewrite_at = now.after(REWRITE_PERIOD / steps);
     }
 
+    /// Connections taken over whose entry the kernel refused.
+    fn tick_owed(&mut self, now: Time) {
+        for _ in 0..TRIES_PER_TICK {
+            let due = self.owed.front().is_some_and(|(_, _, since)| since.after(TRY_AGAIN).reached(now));
+            if !due || self.commits.len() >= TRIES_PER_TICK {
+                break;
+            }
+            let Some((slot, generation, _)) = self.owed.pop_front() else { break };
+            let line = self.table.line(slot);
+            if line.generation() == generation && line.kind() == Kind::Active {
+                self.commits.push_back(Commit::Refresh { slot, generation });
+                self.commits_asked += 1;
+            }
+        }
+    }
+
     /// When [`tick_missing`](Self::tick_missing) has something to do.
     pub(super) fn missing_at(&self) -> Time {
-        self.missing.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(TRY_AGAIN))
+        let missing = self.missing.first().map(|slot| self.table.since(slot));
+        let owed = self.owed.front().map(|(_, _, since)| *since);
+        missing.into_iter().chain(owed).min().map_or(Time::NEVER, |since| since.after(TRY_AGAIN))
     }
 }

@@ -9,7 +9,7 @@ use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
-use crate::conn::{Connection, Coordinate, Kind, Stamp, State, Tuple, shard_of};
+use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::seq::Seq;
 use crate::source::SourceEvent;
@@ -107,19 +107,18 @@ impl Replica<'_> {
             new.timeout_s = seen.state.timeout_s;
             changed |= groups::TIMEOUT;
         }
-        if !seen.extra.is_none() {
-            let known = self.table.extra(slot);
-            let mut extra = known;
-            extra.merge(&seen.extra);
-            if extra != known {
-                self.table.set_extra(slot, &extra);
-                // If no record was free nothing is new.
-                changed |= if self.table.extra(slot) == extra { groups::EXTRA } else { 0 };
-            }
+        let new_extra = self.new_extra(slot, seen);
+        if new_extra.is_some() {
+            changed |= groups::EXTRA;
         }
         line.set_state(&new);
         match line.kind() {
-            Kind::Held => self.table.store(slot, &line),
+            Kind::Held => {
+                self.table.store(slot, &line);
+                if let Some(extra) = &new_extra {
+                    self.table.set_extra(slot, extra);
+                }
+            }
             Kind::Active => {
                 let presumed = self.is_presumed(slot);
                 if presumed {
@@ -130,6 +129,9 @@ impl Replica<'_> {
                 // reads what a killed process left behind never takes the new state for acknowledged.
                 if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
+                }
+                if let Some(extra) = &new_extra {
+                    self.table.set_extra(slot, extra);
                 }
                 self.table.update(slot, |line| {
                     line.set_state(&new);
@@ -143,10 +145,25 @@ impl Replica<'_> {
             }
             Kind::Backup => {
                 self.table.store(slot, &line);
+                if let Some(extra) = &new_extra {
+                    self.table.set_extra(slot, extra);
+                }
                 self.claim(now, slot);
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
+    }
+
+    /// What only few connections have, if the source tells anything new of it. If no record is free it stays as
+    /// it is, and nothing is new.
+    fn new_extra(&self, slot: u32, seen: &Connection) -> Option<Extra> {
+        if seen.extra.is_none() {
+            return None;
+        }
+        let known = self.table.extra(slot);
+        let mut extra = known;
+        extra.merge(&seen.extra);
+        (extra != known && self.table.may_set_extra(slot)).then_some(extra)
     }
 
     /// Whether the connection was taken over without any traffic of it seen here since.
@@ -190,6 +207,7 @@ impl Replica<'_> {
             // The former active is the backup now: the pair stays, only its direction turns.
             self.table.set_former(slot, Coordinate::NOWHERE);
             self.table.store(slot, &line);
+            self.table.forget_declines(slot);
             self.streams[stream].actives += 1;
             self.mark_dirty(now, slot, groups::ALL);
         } else {

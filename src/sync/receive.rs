@@ -328,6 +328,7 @@ impl Replica<'_> {
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
     fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
+        self.may_hold_entries = true;
         self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();
@@ -519,6 +520,7 @@ impl Replica<'_> {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.set_former(slot, Coordinate::NOWHERE);
+        self.table.set_extra(slot, &Extra::NONE);
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {

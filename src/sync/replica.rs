@@ -13,7 +13,7 @@ use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
-use crate::conn::{Coordinate, Kind, MemberId, shard_of};
+use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
@@ -101,6 +101,8 @@ pub struct Replica<'m> {
     pub(super) shelved: List,
     /// Copies whose entry the kernel does not have.
     pub(super) missing: List,
+    /// Connections taken over whose entry the kernel refused, and since when.
+    pub(super) owed: VecDeque<(u32, Generation, Time)>,
     /// Active connections whose backup's kernel refused them, and since when there are any.
     pub(super) declined: u64,
     pub(super) declined_since: Time,
@@ -111,8 +113,9 @@ pub struct Replica<'m> {
     pub(super) rewrite_at: Time,
     /// Whether the kernel's table has room for further copies.
     pub(super) kernel_has_room: bool,
-    /// Whether copies were ever written because their active died.
-    pub(super) took_over: bool,
+    /// Whether the kernel may have entries of copies although they are not written while their active
+    /// lives: an active died, or one of ours gave way.
+    pub(super) may_hold_entries: bool,
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
@@ -121,6 +124,8 @@ pub struct Replica<'m> {
     pub(super) commits: VecDeque<Commit>,
     /// Commits asked for since the start.
     pub(super) commits_asked: u64,
+    /// What that was when the last walk that writes copies of a dead member was done.
+    pub(super) taken_over_at: u64,
     pub(super) goodbyes: u64,
 }
 
@@ -149,18 +154,20 @@ impl<'m> Replica<'m> {
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),
+            owed: VecDeque::with_capacity(super::declined::OWED_MAX),
             declined: 0,
             declined_since: Time(0),
             declines: 0,
             rewrite_slot: 0,
             rewrite_at: Time(0),
             kernel_has_room: true,
-            took_over: false,
+            may_hold_entries: false,
             retry_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
             commits_asked: 0,
+            taken_over_at: 0,
             goodbyes: 0,
             memory,
             config,
@@ -210,7 +217,13 @@ impl<'m> Replica<'m> {
 
     /// The next commit that the kernel is owed.
     pub fn poll_commit(&mut self) -> Option<Commit> {
-        self.commits.pop_front()
+        loop {
+            match self.commits.pop_front()? {
+                // Since this was asked for the tuple came to life again: the entry belongs to that connection.
+                Commit::Delete { original } if self.table.find_original(&original).is_some() => {}
+                commit => return Some(commit),
+            }
+        }
     }
 
     /// Commits waiting.
@@ -451,7 +464,7 @@ impl<'m> Replica<'m> {
             }
             // It was written with the normal timeout already.
             (CommitMode::Takeover, Commit::Refresh { .. }) => false,
-            (CommitMode::Takeover, Commit::Delete { .. }) => self.took_over,
+            (CommitMode::Takeover, Commit::Delete { .. }) => self.may_hold_entries,
         };
         if is_due {
             // `can_receive` keeps room for what one datagram can ask for.
@@ -536,7 +549,7 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.len() as u64);
-        self.counters.set(Counter::CommitMissing, self.missing.len() as u64);
+        self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.owed.len() as u64);
         self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {

@@ -130,7 +130,7 @@ impl Replica<'_> {
             PeerState::Up => {
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind: false };
                 if self.config.commit == CommitMode::Takeover {
-                    self.took_over = true;
+                    self.may_hold_entries = true;
                     self.jobs.insert(0, Job::Commit { member });
                     self.walk_slot = 0;
                 }
@@ -227,7 +227,8 @@ impl Replica<'_> {
         let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
         let mut slot = self.walk_slot;
         let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
-        while slot < end && !self.is_walk_ahead() {
+        let stuck = self.dirty_for_the_silent();
+        while slot < end && !self.is_walk_ahead(job, stuck) {
             if slot + 8 < end {
                 self.table.prefetch(slot + 8);
             }
@@ -304,8 +305,21 @@ impl Replica<'_> {
         }
     }
 
-    fn is_walk_ahead(&self) -> bool {
-        self.dirty_actives > WALK_AHEAD || !self.can_receive()
+    /// Whether a walk must pause. What waits for a member that is not there, or does not hear us, and so is
+    /// not acknowledged before a walk has found it another backup, holds up no walk. Before copies of a dead member become connections of
+    /// ours they must be in the kernel: it is taken to know those better.
+    fn is_walk_ahead(&self, job: Job, stuck: u64) -> bool {
+        let unwritten = matches!(job, Job::Purge { .. }) && self.commits_done() < self.taken_over_at;
+        self.dirty_actives > WALK_AHEAD + stuck || !self.can_receive() || unwritten
+    }
+
+    /// Connections and closes that wait to be sent to members that are not there, or do not hear us.
+    fn dirty_for_the_silent(&self) -> u64 {
+        let silent = self.busy.iter().filter(|stream| {
+            let member = stream_member(**stream as usize);
+            !self.is_up(member) || self.abandoned >> member & 1 == 1
+        });
+        silent.map(|stream| self.streams[*stream as usize].dirty.len() as u64).sum()
     }
 
     /// When the next silent member's time has come; at once while a walk is under way.
@@ -349,7 +363,8 @@ impl Replica<'_> {
             }
             Job::Forget { .. } => self.retry_at = now,
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
-            Job::Commit { .. } | Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
+            Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
+            Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
         }
     }
 
@@ -389,6 +404,7 @@ impl Replica<'_> {
             }
             Kind::Backup => {
                 let stream = self.stream_of(peer);
+                let has_no_entry = self.table.on(slot) == On::Missing;
                 self.end_missing(slot);
                 self.streams[stream].copies -= 1;
                 let original = self.table.tuples(slot).0;
@@ -409,6 +425,9 @@ impl Replica<'_> {
                 });
                 self.protect_promoted(now, slot, peer);
                 self.commit(Commit::Refresh { slot, generation: line.generation() });
+                if has_no_entry && self.config.commit == CommitMode::Takeover {
+                    self.owe(now, slot);
+                }
             }
             Kind::Closing => {
                 self.unlist(slot);

@@ -38,6 +38,10 @@ sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.netfilter.nf
 
 /// The gateway between its two hosts.
 fn gateway() -> (Host, Host) {
+    gateway_with(RULES)
+}
+
+fn gateway_with(rules: &str) -> (Host, Host) {
     let (client, server) = (Host::new(), Host::new());
     client.link("client", "10.0.1.1", "10.0.1.2");
     server.link("server", "10.0.2.1", "10.0.2.2");
@@ -45,7 +49,7 @@ fn gateway() -> (Host, Host) {
     client.inside(|| run("ip addr add fd01::2/64 dev eth0 nodad; ip route add default via 10.0.1.1"));
     client.inside(|| run("ip -6 route add default via fd01::1"));
     server.inside(|| run("ip addr add fd02::2/64 dev eth0 nodad"));
-    run(RULES);
+    run(rules);
     (client, server)
 }
 
@@ -65,36 +69,77 @@ fn translated(source: &mut Source, family: Family, protocol: u8) -> Connection {
 
 #[test]
 fn a_udp_exchange_goes_on_through_a_restored_entry() {
-    in_namespace("real UDP through deleted and restored entries", || {
-        let (client, server) = gateway();
+    in_namespace("real UDP through deleted and restored entries", || udp_goes_on(RULES));
+}
+
+#[test]
+fn a_masqueraded_exchange_goes_on_through_a_restored_entry() {
+    let rules = RULES.replace("snat ip to 10.0.2.1:20000-20100", "masquerade to :20000-20100");
+    assert_ne!(rules, RULES);
+    in_namespace("masqueraded UDP through deleted and restored entries", || udp_goes_on(&rules));
+}
+
+fn udp_goes_on(rules: &str) {
+    let (client, server) = gateway_with(rules);
+    let mut committer = Committer::open().expect("conntrack");
+    let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+    let near = client.inside(|| UdpSocket::bind("10.0.1.2:0").expect("an address"));
+    let far = server.inside(|| UdpSocket::bind("10.0.2.2:80").expect("an address"));
+    for socket in [&near, &far] {
+        socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    }
+    let mut got = [0; 4];
+    near.send_to(b"one.", "10.0.1.1:8080").expect("to send");
+    let (_, peer) = far.recv_from(&mut got).expect("to arrive");
+    far.send_to(b"two.", peer).expect("to send");
+    near.recv_from(&mut got).expect("to arrive");
+    let copy = translated(&mut source, Family::V4, UDP);
+    assert_eq!((copy.reply.dport, copy.state.status & 0x30), (peer.port(), 0x30));
+
+    // Without the entry no answer finds its way.
+    assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+    near.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
+    far.send_to(b"lost", peer).expect("to send");
+    assert!(near.recv_from(&mut got).is_err());
+    near.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+
+    assert_eq!(write(&mut committer, &copy), Outcome::Written);
+    far.send_to(b"back", peer).expect("to send");
+    let (_, from) = near.recv_from(&mut got).expect("to arrive");
+    assert_eq!((&got, from.to_string().as_str()), (b"back", "10.0.1.1:8080"));
+    near.send_to(b"more", "10.0.1.1:8080").expect("to send");
+    assert_eq!(far.recv_from(&mut got).expect("to arrive").1, peer, "the same translation");
+}
+
+#[test]
+fn a_redirected_exchange_goes_on_through_a_restored_entry() {
+    // Redirected to the gateway itself: what only a rule makes a member copy.
+    in_namespace("redirected UDP through deleted and restored entries", || {
+        let (client, _server) = gateway();
+        run("nft add rule inet t pre udp dport 8081 redirect to :81");
         let mut committer = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
         let near = client.inside(|| UdpSocket::bind("10.0.1.2:0").expect("an address"));
-        let far = server.inside(|| UdpSocket::bind("10.0.2.2:80").expect("an address"));
-        for socket in [&near, &far] {
+        let proxy = UdpSocket::bind("10.0.1.1:81").expect("an address");
+        for socket in [&near, &proxy] {
             socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
         }
         let mut got = [0; 4];
-        near.send_to(b"one.", "10.0.1.1:8080").expect("to send");
-        let (_, peer) = far.recv_from(&mut got).expect("to arrive");
-        far.send_to(b"two.", peer).expect("to send");
-        near.recv_from(&mut got).expect("to arrive");
-        let copy = translated(&mut source, Family::V4, UDP);
-        assert_eq!((copy.reply.dport, copy.state.status & 0x30), (peer.port(), 0x30));
-
-        // Without the entry no answer finds its way.
+        near.send_to(b"one.", "10.0.2.2:8081").expect("to send");
+        let (_, peer) = proxy.recv_from(&mut got).expect("to arrive");
+        proxy.send_to(b"two.", peer).expect("to send");
+        assert_eq!(near.recv_from(&mut got).expect("to arrive").1.to_string(), "10.0.2.2:8081");
+        let copy = wait_for("the redirected connection", || {
+            events(&mut source).into_iter().find_map(|event| match event {
+                SourceEvent::Seen { connection: c, .. } if c.original.dport == 8081 => Some(c),
+                _ => None,
+            })
+        });
         assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
-        near.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
-        far.send_to(b"lost", peer).expect("to send");
-        assert!(near.recv_from(&mut got).is_err());
-        near.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
-        far.send_to(b"back", peer).expect("to send");
+        proxy.send_to(b"back", peer).expect("to send");
         let (_, from) = near.recv_from(&mut got).expect("to arrive");
-        assert_eq!((&got, from.to_string().as_str()), (b"back", "10.0.1.1:8080"));
-        near.send_to(b"more", "10.0.1.1:8080").expect("to send");
-        assert_eq!(far.recv_from(&mut got).expect("to arrive").1, peer, "the same translation");
+        assert_eq!((&got, from.to_string().as_str()), (b"back", "10.0.2.2:8081"), "translated back");
     });
 }
 

@@ -34,10 +34,22 @@ fn settings_are_set_and_put_back() {
         record.set(0, Some(2));
         sysctl::set_needed(record).expect("settings").put_back().expect("settings");
         assert_eq!(sysctl::unmet(), Ok(vec![(liberal, 0)]));
-        let fill = sysctl::TableFill::open().expect("figures");
+        let fill = hypersync::conntrack::fill::TableFill::open().expect("figures");
         write_all(&mut Committer::open().expect("conntrack"), 0..10);
         assert_eq!(fill.limit_and_count().1, 10, "of this namespace");
         assert!(fill.room() < fill.limit_and_count().0);
+    });
+}
+
+#[test]
+fn a_setting_that_cannot_be_written_is_not_recorded_as_changed() {
+    in_namespace("settings that may not be written", || {
+        let words = [const { AtomicU64::new(0) }; OLD_VALUES_WORDS];
+        let record = OldValues::new(&words);
+        // SAFETY: the bare system call changes this thread only, and no memory.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65_534, 65_534, 65_534) }, 0);
+        assert!(matches!(sysctl::set_needed(record), Err(KernelError::Setting { .. })));
+        assert_eq!([record.get(0), record.get(1)], [None, None], "there is nothing to put back");
     });
 }
 

@@ -5,7 +5,9 @@ use std::collections::HashSet;
 use hypersync::conn::Extra;
 use hypersync::conn::extra::{HELPER_NAME, parts};
 use hypersync::conntrack::commit::KEPT_TIMEOUT_S;
+use hypersync::conntrack::fill::{FILL_MAX_PERCENT, TableFill};
 use hypersync::conntrack::sysctl;
+use hypersync::conntrack::timeouts::Timeouts;
 
 use super::*;
 
@@ -29,7 +31,7 @@ fn a_restored_entry_is_what_the_active_had() {
         assert_eq!((there.original, there.reply, there.state.status), (snat.original, snat.reply, 0x19e));
         assert!((KEPT_TIMEOUT_S - 30..=KEPT_TIMEOUT_S).contains(&there.state.timeout_s));
         // So a later run of the appliance can tell it from a connection whose packets pass here.
-        assert!(there.state.timeout_s > sysctl::Timeouts::read().of(&there));
+        assert!(there.state.timeout_s > Timeouts::read().of(&there));
         let State { tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, mark, .. } = there.state;
         assert_eq!((tcp_state, tcp_scale, mark), (3, 0x7a, 7));
         assert_eq!((tcp_flags_original, tcp_flags_reply), (0x0b, 0x0b));
@@ -167,7 +169,7 @@ fn zones_keep_equal_tuples_apart() {
 fn inserts_stop_before_the_kernels_table_is_full() {
     in_namespace("the limit of the conntrack table", || {
         let mut committer = Committer::open().expect("conntrack");
-        let fill = sysctl::TableFill::open().expect("figures");
+        let fill = TableFill::open().expect("figures");
         let (limit, _) = fill.limit_and_count();
         if limit > 300_000 {
             eprintln!("left out, for nf_conntrack_max is {limit}: the limit of the conntrack table");
@@ -189,7 +191,7 @@ fn inserts_stop_before_the_kernels_table_is_full() {
                 committer.write(&nth(n), Lifetime::Kept).expect("an empty batch");
             }
         }
-        assert_eq!(fill.limit_and_count().1, limit * sysctl::FILL_MAX_PERCENT / 100);
+        assert_eq!(fill.limit_and_count().1, limit * FILL_MAX_PERCENT / 100);
         assert_eq!(write(&mut committer, &nth(limit)), Outcome::NoRoom);
         assert_eq!(write(&mut committer, &nth(5)), Outcome::Written, "what is there is kept up to date");
     });

@@ -78,6 +78,8 @@ pub struct Host<'m> {
     pub drift_ppm: i64,
     mail: VecDeque<Packet>,
     last_pass: Time,
+    /// Commits wait: its kernel is not asked at all.
+    pub stalled: bool,
     view_version: u64,
 }
 
@@ -234,6 +236,7 @@ impl<'m> World<'m> {
             drift_ppm: 0,
             mail: VecDeque::new(),
             last_pass: self.now,
+            stalled: false,
             view_version: 0,
         };
         self.grown.insert(member, 0);
@@ -486,10 +489,14 @@ impl<'m> World<'m> {
         }
         for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
             shard.tick(now);
-            while let Some(commit) = shard.poll_commit() {
+            while !host.stalled
+                && let Some(commit) = shard.poll_commit()
+            {
                 let refused = host.full || self.commit_rng.chance(self.network.refusals);
                 match commit {
                     Commit::Delete { original } => drop(host.kernel.remove(&original)),
+                    // What is active by now the kernel knows better.
+                    Commit::Write { slot, .. } if shard.table().kind(slot) == Kind::Active => {}
                     Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
                         if shard.table().line(slot).generation() == generation {
                             let connection = shard.table().connection(slot);

@@ -33,14 +33,17 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match outcome.and_then(|status| out.flush().map(|()| status)) {
-        Ok(status) => status,
-        // Whoever reads us has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => {
+    // A reader that is gone has seen enough of a list; what the status answers stays true.
+    let (status, written) = match outcome {
+        Ok(status) => (status, out.flush()),
+        Err(error) => (ExitCode::SUCCESS, Err(error)),
+    };
+    match written {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             eprintln!("hypersync-inspect: cannot write the answer: {error}");
             ExitCode::from(2)
         }
+        _ => status,
     }
 }
 

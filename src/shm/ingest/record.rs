@@ -17,7 +17,7 @@
 //! record of an earlier round and one that is written while it is read; it keeps no attacker out.
 
 use crate::conn::slot::groups;
-use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_ports};
+use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_keys};
 use crate::conn::{Connection, Family, State, Tuple, shard_of};
 use crate::source::SourceEvent;
 
@@ -151,9 +151,9 @@ fn check_tuple(t: &Tuple) -> Result<(), BadRecord> {
     }
     let fits = match t.protocol {
         TCP | DCCP | SCTP => t.sport != 0 && t.dport != 0,
-        // An ICMP identifier, type and code, or the source port of one-way UDP may be anything.
+        // An ICMP identifier, type and code, the source port of one-way UDP, or GRE's keys may be anything.
         ICMP | ICMPV6 => true,
-        p if has_ports(p) => true,
+        p if has_keys(p) => true,
         _ => t.sport == 0 && t.dport == 0,
     };
     if fits { Ok(()) } else { Err(BadRecord::Ports) }
@@ -188,8 +188,10 @@ mod tests {
     #[test]
     fn events_read_back_at_their_own_position_only() {
         let v4 = Tuple::v4(17, ([10, 0, 0, 1].into(), 0), ([10, 0, 0, 2].into(), 53));
+        let gre = Tuple::v4(47, ([10, 0, 0, 1].into(), 5), ([10, 0, 0, 2].into(), 9));
         let events = [
             SourceEvent::Seen { connection: seen(), known: groups::TUPLES | groups::MARK },
+            SourceEvent::Gone { original: gre },
             SourceEvent::Gone { original: v4 },
             SourceEvent::Gone { original: seen().original },
         ];
@@ -215,7 +217,7 @@ mod tests {
         assert_eq!(refusal(&|w| w[0] &= !(2 << 16)), BadRecord::Family);
         assert_eq!(refusal(&|w| w[0] &= !(0xff << 24)), BadRecord::Protocol);
         assert_eq!(refusal(&|w| w[0] = w[0] & !(0xff << 24) | 1 << 24), BadRecord::Protocol);
-        assert_eq!(refusal(&|w| w[0] = w[0] & !(0xff << 24) | 47 << 24), BadRecord::Ports);
+        assert_eq!(refusal(&|w| w[0] = w[0] & !(0xff << 24) | 50 << 24), BadRecord::Ports);
         assert_eq!(refusal(&|w| w[1] &= !0xffff), BadRecord::Ports);
         let w = encode(&SourceEvent::seen(seen()), 3);
         let own = shard_of(&seen().original, 64);
