@@ -129,7 +129,7 @@ impl<'m> Shard<'m> {
         while !self.shared.finished.load(Ordering::Relaxed) && !self.shared.failed.load(Ordering::Relaxed) {
             let now = clock::now();
             self.reap(now);
-            self.feed.ingest(now, &mut self.replica, &self.counters).map_err(|e| e.to_string())?;
+            self.feed.ingest(now, &mut self.replica, &self.counters);
             self.receive(now);
             self.tick(now);
             self.feed.commit(now, &mut self.replica, &self.counters);

@@ -9,7 +9,6 @@ use std::time::Duration;
 use super::admission::admits;
 use super::repair::Repair;
 use super::writer::Writer;
-use crate::conntrack::KernelError;
 use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
@@ -86,12 +85,7 @@ impl KernelFeed {
         self.drain_at = now;
     }
 
-    pub(super) fn ingest(
-        &mut self,
-        now: Time,
-        replica: &mut Replica<'_>,
-        counters: &Counters<'_>,
-    ) -> Result<(), KernelError> {
+    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         self.local.follow(self.addresses);
         if self.drain_at.reached(now) {
             self.drain(now, replica, counters);
@@ -99,7 +93,7 @@ impl KernelFeed {
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
-        self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters)
+        self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters);
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {

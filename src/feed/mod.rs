@@ -15,7 +15,6 @@ mod writer;
 
 pub use kernel::{EVENTS_KEY, KernelFeed, KernelParts};
 
-use crate::conntrack::KernelError;
 use crate::counters::Counters;
 use crate::net::Port;
 use crate::rules::Rules;
@@ -59,17 +58,9 @@ impl<'m> Feed<'m> {
     }
 
     /// Takes what the source has, up to the cap of a pass.
-    pub fn ingest(
-        &mut self,
-        now: Time,
-        replica: &mut Replica<'_>,
-        counters: &Counters<'_>,
-    ) -> Result<(), KernelError> {
+    pub fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         match self {
-            Feed::Ring(ring) => {
-                ring.ingest(now, replica, counters);
-                Ok(())
-            }
+            Feed::Ring(ring) => ring.ingest(now, replica, counters),
             Feed::Kernel(kernel) => kernel.ingest(now, replica, counters),
         }
     }

@@ -16,7 +16,6 @@ use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind};
-use crate::conntrack::KernelError;
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
@@ -130,7 +129,7 @@ impl Repair {
         (rules, local): (&Rules, &LocalView),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
-    ) -> Result<(), KernelError> {
+    ) {
         if self.unheard_at.reached(now) {
             self.ask_for_the_unheard(now, replica);
         }
@@ -153,7 +152,6 @@ impl Repair {
             Stage::Sweeping(slot) => self.sweep(now, slot, replica),
             Stage::Wanted | Stage::Idle => {}
         }
-        Ok(())
     }
 
     fn dump(
