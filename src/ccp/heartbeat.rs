@@ -18,7 +18,9 @@
 //!   6  own size          u16
 //!   8  table id          u32
 //!  12  interval          u32 ms
-//!  16  dead after        u32 ms
+//!  16  dead after        u32 ms    72  synced    u64  bit m: member m has what it should have of mine
+//!                                  80  back in   u32  ms: about to restart, back within this; 0: not
+//!                                  84  4 bytes zero
 //! ```
 //!
 //! A heartbeat with `FULL_SIZE` is padded with zeros to the size of a full datagram.
@@ -30,11 +32,12 @@ use crate::conn::MemberId;
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, SHARDS_MAX};
 
 /// Bytes of our own fields.
-pub const OWN_SIZE: usize = 72;
+pub const OWN_SIZE: usize = 88;
 
 const READY: u8 = 1 << 0;
 const LEAVING: u8 = 1 << 1;
 const FULL_SIZE: u8 = 1 << 2;
+const SYNCING: u8 = 1 << 3;
 
 /// What stock decoders show of one member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -60,6 +63,8 @@ pub struct Heartbeat {
     pub from: MemberId,
     /// Whether the sender can take over connections and hold copies.
     pub ready: bool,
+    /// Whether the sender can hold copies but does not have all yet that it should have.
+    pub syncing: bool,
     /// Whether the sender is about to leave.
     pub leaving: bool,
     /// Whether the datagram is padded to full size.
@@ -84,6 +89,10 @@ pub struct Heartbeat {
     pub capacity: u64,
     /// Free slots of the sender.
     pub room: u64,
+    /// Bit m set: member m has every copy that the sender wants it to have.
+    pub synced: u64,
+    /// The sender is about to restart with its table and will be back within this time, ms. 0: it is not.
+    pub back_ms: u32,
 }
 
 impl Heartbeat {
@@ -105,7 +114,10 @@ impl Heartbeat {
         shown.iter().for_each(|(_, age)| w.u8((*age).min(127)));
         let flag = |set, bit| if set { bit } else { 0 };
         w.u8(PROTOCOL_VERSION);
-        w.u8(flag(self.ready, READY) | flag(self.leaving, LEAVING) | flag(self.full_size, FULL_SIZE));
+        w.u8(flag(self.ready, READY)
+            | flag(self.leaving, LEAVING)
+            | flag(self.full_size, FULL_SIZE)
+            | flag(self.syncing, SYNCING));
         w.u8(self.shards);
         w.u8(self.priority);
         w.u8(self.site);
@@ -120,6 +132,9 @@ impl Heartbeat {
         w.u64(self.room);
         w.put(&[0; 4]);
         w.put(&[0; 16]);
+        w.u64(self.synced);
+        w.u32(self.back_ms);
+        w.put(&[0; 4]);
         if self.full_size {
             w.pad_to(DATAGRAM_MAX);
         }
@@ -136,9 +151,10 @@ impl Heartbeat {
             return Err(Reject::Version);
         }
         let flags = r.u8()?;
-        let heartbeat = Heartbeat {
+        let mut heartbeat = Heartbeat {
             from: header.from,
             ready: flags & READY != 0,
+            syncing: flags & SYNCING != 0,
             leaving: flags & LEAVING != 0,
             full_size: flags & FULL_SIZE != 0,
             shards: r.u8()?,
@@ -157,11 +173,16 @@ impl Heartbeat {
             incarnation: r.u64()?,
             capacity: r.u64()?,
             room: r.u64()?,
+            synced: 0,
+            back_ms: 0,
         };
         if r.u8()? != 0 {
             return Err(Reject::Key);
         }
         r.bytes(3 + 16)?;
+        heartbeat.synced = r.u64()?;
+        heartbeat.back_ms = r.u32()?;
+        r.bytes(4)?;
         if heartbeat.full_size && len != DATAGRAM_MAX {
             return Err(Reject::Short);
         }
@@ -183,6 +204,7 @@ mod tests {
         Heartbeat {
             from: 2,
             ready: true,
+            syncing: true,
             leaving: false,
             full_size,
             shards: 3,
@@ -195,6 +217,8 @@ mod tests {
             incarnation: 0x0123_4567_89ab_cdef,
             capacity: 1_000_000,
             room: 999_999,
+            synced: 1 << 52 | 1 << 1,
+            back_ms: 30_000,
         }
     }
 

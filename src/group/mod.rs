@@ -311,6 +311,7 @@ impl Group {
         let heartbeat = Heartbeat {
             from: self.me.member,
             ready: tables.ready,
+            syncing: false,
             leaving: tables.leaving,
             full_size,
             shards: self.me.shards,
@@ -323,6 +324,8 @@ impl Group {
             incarnation: self.me.incarnation,
             capacity: tables.capacity,
             room: tables.room,
+            synced: 0,
+            back_ms: 0,
         };
         Some((heartbeat, shown))
     }
