@@ -37,6 +37,9 @@ pub const EXIT_USAGE: u8 = 2;
 /// How long a change may wait for others to travel with.
 const FLUSH: Duration = Duration::from_millis(1);
 
+/// How often two members compare what they hold.
+const COMPARE: Duration = Duration::from_secs(1);
+
 /// How long to wait for a port in use: it may be that of a member that was just killed.
 const PORT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -362,6 +365,7 @@ fn run_shard(
             hold: options.hold,
             reprotect_after: options.reprotect_after,
             flush: FLUSH,
+            compare: COMPARE,
             commit: config.commit,
         },
         memory,

@@ -81,6 +81,14 @@ counters! {
     WindowFull, "window_full", "times that a stream waited for acks";
     NoLease, "no_lease", "times that a connection waited because no peer had leased a slot";
     StreamsLost, "streams_lost", "streams declared lost";
+    DigestsSent, "digests_sent", "digests sent: what a peer's copies of our connections add up to";
+    DigestsCompared, "digests_compared", "digests of peers compared with what is held here";
+    DigestsDiffered, "digests_differed", "digests that differed and were answered, so that the peer names what it counts on";
+    OffersPutOff, "offers_put_off", "offers not answered for lack of room; they are made again";
+    CompareItems, "compare_items", "connections named to a backup in buckets that differed";
+    CompareResent, "compare_resent", "connections sent again whole because the backup did not hold them as it should";
+    CompareOffered, "compare_offered", "copies here that their active did not name, and that were offered to it";
+    CatchUpDatagrams, "catch_up_datagrams", "datagrams of the history sent again to a member that came back";
 
     // Receiving.
     DatagramsReceived, "datagrams_received", "synchronization datagrams accepted";

@@ -70,6 +70,7 @@ pub mod counters;
 pub mod demo;
 pub mod feed;
 pub mod group;
+pub mod kill;
 pub mod limits;
 pub mod load;
 pub mod logging;

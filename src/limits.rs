@@ -137,3 +137,12 @@ const _: () = assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE
 const _: () = assert!(CONTROL_BUFFERS * CONTROL_BUFFER_SIZE <= ARENA_MIN / 2);
 const _: () = assert!(INGEST_RECORDS_MIN.is_power_of_two() && INGEST_RECORDS_MAX.is_power_of_two());
 const _: () = assert!(WINDOW.is_multiple_of(64) && WINDOW_MIN < WINDOW);
+
+/// Lines of a comparison that may wait to be sent.
+pub const ITEMS_MAX: usize = 512;
+
+/// Connections that may wait to be asked for again.
+pub const RESENDS_MAX: usize = 512;
+
+/// Differences that may wait to be told to the log.
+pub const FINDINGS_MAX: usize = 64;

@@ -36,6 +36,7 @@ const MODULES: &[(&str, Kind)] = &[
     ("memory", Kind::Pure),
     ("rules", Kind::Pure),
     ("source", Kind::Pure),
+    ("kill", Kind::Pure),
     ("prefetch", Kind::Pure),
     ("conn", Kind::Pure),
     ("ccp", Kind::Pure),

@@ -232,8 +232,8 @@ fn a_cut_link_ends_with_the_actives_answer_and_nothing_closed_comes_back() {
     let tuples: Vec<_> = (0..100).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2), (2, 1)];
-    world.run_for(ms(500)); // Member 2 presumes; its walk is done.
-    assert_eq!(world.counter(2, Counter::Promotions), 100);
+    world.run_for(ms(500)); // Each takes the other for dead.
+    assert_eq!(world.counter(2, Counter::StreamsLost), 2, "one a shard: nobody else could take its place");
     for (i, tuple) in tuples.iter().enumerate() {
         if i % 2 == 0 {
             world.close(*tuple);

@@ -33,6 +33,9 @@ pub const DELTA_MAX: usize = NEW_MAX + EXTRA_MAX;
 /// Group bit on the wire: the previous backup's coordinate follows.
 const PREVIOUS: u8 = 1 << 4;
 
+/// Sums of a digest.
+pub const DIGEST_SUMS: usize = 256;
+
 /// The groups that every "new" brings.
 const WHOLE: u8 = groups::ALL & !groups::EXTRA;
 
@@ -188,6 +191,49 @@ pub enum Message<'b> {
         /// The last number given up.
         to: Seq,
     },
+    /// What the sender's copies at the receiver add up to.
+    Digest {
+        /// The life of the sender's stream.
+        life: u16,
+        /// After which datagram that is so.
+        seq: Seq,
+        /// Whether the pair was apart: an answer is wanted in any case.
+        unverified: bool,
+        /// Two sums a word, the first in the high half; no word at all: all sums are zero.
+        sums: Bitmap<'b>,
+    },
+    /// The answer: in which buckets the receiver holds something else; in none: they agree.
+    Differ {
+        /// The life of the stream whose digest it was.
+        life: u16,
+        /// The digest's number.
+        seq: Seq,
+        /// A bit for each bucket.
+        mask: [u64; 4],
+    },
+    /// What one copy should be.
+    Item {
+        /// Where the copy should be.
+        target: Place,
+        /// Where the sender has the connection.
+        own: Place,
+        /// The hash that a digest adds up.
+        hash: u32,
+        /// Which comparison this belongs to, 0 to 63.
+        session: u8,
+    },
+    /// All copies in these buckets were named.
+    End {
+        /// Which comparison.
+        session: u8,
+        /// A bit for each bucket.
+        mask: [u64; 4],
+    },
+    /// The copy of this connection is not what it should be: send all of it again.
+    Resend {
+        /// Where the receiver has the connection.
+        target: Place,
+    },
     /// The sending member leaves the group now.
     Goodbye,
 }
@@ -207,6 +253,11 @@ const SKIP: u64 = 9;
 const GOODBYE: u64 = 10;
 const OFFER: u64 = 11;
 const DECLINE: u64 = 12;
+const DIGEST: u64 = 13;
+const DIFFER: u64 = 14;
+const ITEM: u64 = 15;
+const END: u64 = 16;
+const RESEND: u64 = 17;
 
 /// A row of places in a datagram, eight bytes each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -300,6 +351,22 @@ impl<'b> Message<'b> {
                 w.u64(own.map_or(0, |own| OWN | own.raw()));
             }
             Message::Skip { to } => w.u64(head(SKIP, 0, to.raw())),
+            Message::Digest { .. } => unreachable!("digests are written from the sums, see `encode_digest`"),
+            Message::Differ { life, seq, mask } => {
+                w.u64(head(DIFFER, 0, *life as u64));
+                w.u64(seq.raw());
+                mask.iter().for_each(|word| w.u64(*word));
+            }
+            Message::Item { target, own, hash, session } => {
+                w.u64(head(ITEM, *session, target.raw()));
+                w.u64(own.raw());
+                w.u32(*hash);
+            }
+            Message::End { session, mask } => {
+                w.u64(head(END, *session, 0));
+                mask.iter().for_each(|word| w.u64(*word));
+            }
+            Message::Resend { target } => w.u64(head(RESEND, 0, target.raw())),
             Message::Goodbye => w.u64(head(GOODBYE, 0, 0)),
         }
     }
@@ -394,10 +461,40 @@ impl<'b> Message<'b> {
                 }
             }
             SKIP => Message::Skip { to: Seq::from_raw(low).ok_or(Reject::Message)? },
+            DIGEST => {
+                let count = (low >> 16) as usize;
+                if count != 0 && count != DIGEST_SUMS / 2 {
+                    return Err(Reject::Message);
+                }
+                let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
+                let sums = Bitmap(r.bytes(count * 8)?);
+                Message::Digest { life: low as u16, seq, unverified: bits & 1 == 1, sums }
+            }
+            DIFFER => {
+                let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
+                Message::Differ { life: low as u16, seq, mask: mask(r)? }
+            }
+            ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, session: bits },
+            END => Message::End { session: bits, mask: mask(r)? },
+            RESEND => Message::Resend { target },
             GOODBYE => Message::Goodbye,
             _ => return Err(Reject::Message),
         };
         Ok(Some(message))
+    }
+}
+
+fn mask(r: &mut Reader<'_>) -> Result<[u64; 4], Reject> {
+    Ok([r.u64()?, r.u64()?, r.u64()?, r.u64()?])
+}
+
+/// Writes a digest: 16 bytes, and 1024 more unless all sums are zero.
+pub fn encode_digest(life: u16, seq: Seq, unverified: bool, sums: &[u32; DIGEST_SUMS], w: &mut Writer<'_>) {
+    let words = if sums.iter().all(|sum| *sum == 0) { 0 } else { DIGEST_SUMS / 2 };
+    w.u64(head(DIGEST, unverified as u8, (words as u64) << 16 | life as u64));
+    w.u64(seq.raw());
+    for pair in sums.chunks_exact(2).take(words) {
+        w.u64((pair[0] as u64) << 32 | pair[1] as u64);
     }
 }
 

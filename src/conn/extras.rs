@@ -20,6 +20,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::extra::{Extra, ProtoInfo, SeqAdj, Synproxy};
+use crate::kill::kill_point;
 use crate::memory::ExtraWords;
 
 /// One shard's records.
@@ -37,6 +38,33 @@ impl<'m> Extras<'m> {
             "a new table starts in zeroed memory"
         );
         Extras { records, of, free: (0..records.len() as u32).rev().collect() }
+    }
+
+    /// The records of memory that a shard takes up again. What the killed process was in the middle of
+    /// is dropped: a link of a slot that holds no connection, and a record that is not its slot's.
+    pub fn resume(
+        records: &'m [ExtraWords],
+        of: &'m [AtomicU32],
+        is_connection: impl Fn(u32) -> bool,
+    ) -> Extras<'m> {
+        let mut used = vec![false; records.len()];
+        for (slot, link) in of.iter().enumerate() {
+            let record = (link.load(Ordering::Relaxed) as usize).wrapping_sub(1);
+            let fits = used.get(record) == Some(&false)
+                && is_connection(slot as u32)
+                && records[record].0[9].load(Ordering::Relaxed) as u32 == slot as u32 + 1
+                && records[record].0[0].load(Ordering::Relaxed) & 1 == 0;
+            if fits {
+                used[record] = true;
+            } else {
+                link.store(0, Ordering::Relaxed);
+            }
+        }
+        let free: Vec<u32> = (0..records.len() as u32).rev().filter(|r| !used[*r as usize]).collect();
+        for record in &free {
+            store(&records[*record as usize].0, &Extra::NONE, 0);
+        }
+        Extras { records, of, free }
     }
 
     /// Whether the connection in this slot has a record.
@@ -61,6 +89,7 @@ impl<'m> Extras<'m> {
             (0, false) => {
                 let Some(record) = self.free.pop() else { return false };
                 store(&self.records[record as usize].0, extra, slot + 1);
+                kill_point();
                 // Pairs with the first load in `snapshot`: who sees the link sees the record.
                 link.store(record + 1, Ordering::Release);
                 true
@@ -89,6 +118,7 @@ fn store(words: &[AtomicU64; 12], extra: &Extra, owner: u32) {
     let half = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("eight bytes"));
     let [original, reply] = extra.seqadj;
     let odd = words[0].load(Ordering::Relaxed) as u32 | 1;
+    kill_point();
     words[0].store(odd as u64, Ordering::Relaxed);
     // Pairs with the acquire fence in `snapshot`: who sees a word written below also sees the odd count.
     fence(Ordering::Release);
@@ -107,6 +137,7 @@ fn store(words: &[AtomicU64; 12], extra: &Extra, owner: u32) {
     for (word, value) in words[1..].iter().zip(values) {
         word.store(value, Ordering::Relaxed);
     }
+    kill_point();
     let high = u32::from_be_bytes([extra.parts, extra.protoinfo.state, extra.protoinfo.role, 0]);
     // Pairs with the first load of a record in `snapshot`.
     words[0].store(pair(high, odd.wrapping_add(1)), Ordering::Release);

@@ -41,6 +41,11 @@ impl<'m> Index<'m> {
         Index { buckets, key }
     }
 
+    /// Empties it.
+    pub fn clear(&self) {
+        self.buckets.iter().for_each(|bucket| bucket.store(0, Ordering::Relaxed));
+    }
+
     /// 37 bits of a keyed hash of the tuple.
     fn hash(&self, t: &Tuple) -> u64 {
         // Folded multiplication, as in wyhash: fast, and unpredictable without the key.

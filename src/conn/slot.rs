@@ -11,7 +11,7 @@
 //!   3   | orig. sport  | orig. dport      |  reply sport  |   reply dport   |
 //!   4   |             mark                |      timeout, seconds           |
 //!   5   |    conntrack status             | tcp: state | scale | fl.o | fl.r|
-//!   6   | orig. zone   | reply zone       | protocol | family | groups | claimed |
+//!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2
 //!   7   | life of the stream 16 |  last: sequence number of the last delta  |
 //!   8,9   original source          10,11  original destination
 //!  12,13  reply source             14,15  reply destination                    (low word first)
@@ -26,6 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use super::coordinate::{Coordinate, Generation};
 use super::extra::Extra;
 use super::tuple::{Family, Tuple};
+use crate::kill::kill_point;
 use crate::seq::Seq;
 
 /// What a slot holds.
@@ -257,6 +258,16 @@ impl Line {
         self.0[6] = self.0[6] & !1 | claimed as u64;
     }
 
+    /// Whether the connection is changing its backup: the coordinate beside the slot is its previous one.
+    pub fn is_moving(&self) -> bool {
+        self.0[6] & 2 == 2
+    }
+
+    /// Notes whether the connection is changing its backup.
+    pub fn set_moving(&mut self, moving: bool) {
+        self.0[6] = self.0[6] & !2 | (moving as u64) << 1;
+    }
+
     /// The datagram that carries the newest delta; `Seq::NONE` if the newest state is in none.
     pub fn last(&self) -> Seq {
         Seq::from_low_bits(self.0[7])
@@ -368,17 +379,20 @@ impl Slot {
     fn write(&self, line: &Line, addresses: Option<&Addresses>) {
         let before = self.words[0].load(Ordering::Relaxed);
         let odd = (before as u32) | 1;
+        kill_point();
         self.words[0].store(before & !0xffff_ffff | odd as u64, Ordering::Relaxed);
         // Pairs with the acquire fence in `snapshot`: whoever sees a word written below also sees the odd count.
         fence(Ordering::Release);
         for i in 1..8 {
             self.words[i].store(line.0[i], Ordering::Relaxed);
         }
+        kill_point();
         if let Some(a) = addresses {
             for i in 0..8 {
                 self.words[8 + i].store(a.0[i], Ordering::Relaxed);
             }
         }
+        kill_point();
         // Pairs with the first load in `snapshot`: whoever sees the even count sees all of the above.
         self.words[0].store(line.0[0] & !0xffff_ffff | odd.wrapping_add(1) as u64, Ordering::Release);
     }

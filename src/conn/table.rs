@@ -14,6 +14,7 @@ use super::index::Index;
 use super::slot::{Addresses, Connection, Kind, Line, Slot};
 use super::tuple::Tuple;
 use crate::counters::{Counter, Counters};
+use crate::kill::kill_point;
 use crate::memory::Memory;
 use crate::time::Time;
 
@@ -77,10 +78,13 @@ struct Side {
     next: u32,
     prev: u32,
     on: On,
-    moving: bool,
     declined: bool,
+    /// Of a copy: the comparison in which its active named it last.
+    seen: u8,
     /// Of a connection: the number of the latest decline by its backup; 0: none.
     heard: u32,
+    /// What the digests have added up of it.
+    digest: u32,
     since: Time,
 }
 
@@ -99,24 +103,8 @@ pub struct Table<'m> {
 impl<'m> Table<'m> {
     /// A table over zeroed memory: every slot is free.
     pub fn new(memory: &Memory<'m>, index_key: u64) -> Table<'m> {
-        let side = Side {
-            next: NIL,
-            prev: NIL,
-            on: On::None,
-            moving: false,
-            declined: false,
-            heard: 0,
-            since: Time(0),
-        };
-        let mut table = Table {
-            slots: memory.slots,
-            former: memory.former,
-            extras: Extras::new(memory.extras, memory.extra_of),
-            index: Index::new(memory.index, index_key),
-            counters: Counters::new(memory.counters),
-            side: vec![side; memory.slots.len()],
-            free: List::default(),
-        };
+        let extras = Extras::new(memory.extras, memory.extra_of);
+        let mut table = Table::over(memory, index_key, extras);
         let mut free = List::default();
         for slot in 0..table.slots.len() as u32 {
             assert!(table.kind(slot) == Kind::Free, "a new table starts in zeroed memory");
@@ -125,6 +113,76 @@ impl<'m> Table<'m> {
         table.free = free;
         table.counters.set(Counter::SlotsFree, table.slots.len() as u64);
         table
+    }
+
+    /// The table that a killed process left behind. A slot that was being written is freed, two lives later:
+    /// nobody can tell what it held. The index is made anew, and the gauges are counted. Every slot but the free
+    /// ones stands in no list. Returns how many slots were torn.
+    pub fn resume(memory: &Memory<'m>, index_key: u64) -> (Table<'m>, u32) {
+        let mut torn = 0;
+        for slot in memory.slots {
+            if slot.is_torn() {
+                torn += 1;
+                slot.update(|line| {
+                    line.set_generation(line.generation().next().next());
+                    line.set_kind(Kind::Free);
+                });
+            }
+        }
+        let is_connection = |slot: u32| memory.slots[slot as usize].line().kind().is_connection();
+        let extras = Extras::resume(memory.extras, memory.extra_of, is_connection);
+        let mut table = Table::over(memory, index_key, extras);
+        table.index.clear();
+        let mut free = List::default();
+        for kind in KINDS {
+            if let Some(gauge) = gauge_of(kind) {
+                table.counters.set(gauge, 0);
+            }
+        }
+        for slot in 0..table.slots.len() as u32 {
+            let kind = table.kind(slot);
+            if let Some(gauge) = gauge_of(kind) {
+                table.counters.count(gauge);
+            }
+            if kind.is_connection() {
+                let (original, reply) = table.tuples(slot);
+                table.index.insert(&original, slot);
+                table.index.insert(&reply, slot);
+            } else if kind == Kind::Free {
+                table.push(&mut free, On::Free, slot, Time(0));
+                table.set_former(slot, Coordinate::NOWHERE);
+                table.update(slot, |line| {
+                    line.set_peer(Coordinate::NOWHERE);
+                    line.set_groups(0);
+                    line.set_last(crate::seq::Seq::NONE);
+                    line.set_moving(false);
+                });
+            }
+        }
+        table.free = free;
+        (table, torn)
+    }
+
+    fn over(memory: &Memory<'m>, index_key: u64, extras: Extras<'m>) -> Table<'m> {
+        let side = Side {
+            next: NIL,
+            prev: NIL,
+            on: On::None,
+            declined: false,
+            seen: 0,
+            heard: 0,
+            digest: 0,
+            since: Time(0),
+        };
+        Table {
+            slots: memory.slots,
+            former: memory.former,
+            extras,
+            index: Index::new(memory.index, index_key),
+            counters: Counters::new(memory.counters),
+            side: vec![side; memory.slots.len()],
+            free: List::default(),
+        }
     }
 
     /// Slots of the slice.
@@ -241,11 +299,13 @@ impl<'m> Table<'m> {
     /// Frees a slot; it must be in no list and not in the index. Two lives pass: one life on is the name
     /// that a lessee may still believe to be its own, after a close that did not find its copy.
     pub fn recycle(&mut self, slot: u32) {
+        assert!(self.side[slot as usize].digest == 0, "slot {slot} is still part of a digest");
         let mut line = self.line(slot);
         line.set_generation(line.generation().next().next());
         line.set_kind(Kind::Free);
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(0);
+        line.set_moving(false);
         line.set_last(crate::seq::Seq::NONE);
         self.set_former(slot, Coordinate::NOWHERE);
         self.set_extra(slot, &Extra::NONE);
@@ -262,17 +322,20 @@ impl<'m> Table<'m> {
 
     /// Sets the coordinate beside a slot.
     pub fn set_former(&mut self, slot: u32, former: Coordinate) {
+        kill_point();
         self.former[slot as usize].store(former.raw(), Ordering::Relaxed);
     }
 
     /// Whether the connection is changing its backup, so that `former` is its previous one.
     pub fn is_moving(&self, slot: u32) -> bool {
-        self.side[slot as usize].moving
+        self.line(slot).is_moving()
     }
 
     /// Marks the connection as changing its backup, or not.
     pub fn set_moving(&mut self, slot: u32, moving: bool) {
-        self.side[slot as usize].moving = moving;
+        if self.is_moving(slot) != moving {
+            self.update(slot, |line| line.set_moving(moving));
+        }
     }
 
     /// Of a connection: whether its backup's kernel refused it. Of a copy: whether its active was told that.
@@ -293,6 +356,26 @@ impl<'m> Table<'m> {
             side.heard = number;
         }
         is_later
+    }
+
+    /// What the digests have added up of this slot.
+    pub fn digest(&self, slot: u32) -> u32 {
+        self.side[slot as usize].digest
+    }
+
+    /// Replaces that; what it was before.
+    pub fn set_digest(&mut self, slot: u32, hash: u32) -> u32 {
+        std::mem::replace(&mut self.side[slot as usize].digest, hash)
+    }
+
+    /// The comparison in which this copy was named last.
+    pub fn seen(&self, slot: u32) -> u8 {
+        self.side[slot as usize].seen
+    }
+
+    /// Notes that.
+    pub fn set_seen(&mut self, slot: u32, session: u8) {
+        self.side[slot as usize].seen = session;
     }
 
     /// The connection has another backup: none of its declines was heard.
@@ -358,6 +441,8 @@ impl<'m> Table<'m> {
         }
     }
 }
+
+const KINDS: [Kind; 6] = [Kind::Free, Kind::Leased, Kind::Held, Kind::Active, Kind::Backup, Kind::Closing];
 
 fn gauge_of(kind: Kind) -> Option<Counter> {
     match kind {

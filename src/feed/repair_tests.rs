@@ -29,6 +29,7 @@ fn replica(memory: &OwnedMemory) -> Replica<'_> {
         hold: Duration::from_secs(1),
         reprotect_after: Duration::from_secs(1),
         flush: Duration::from_millis(1),
+        compare: Duration::from_secs(1),
         commit: CommitMode::Eager,
     };
     Replica::new(config, memory.parts())

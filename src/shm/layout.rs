@@ -13,6 +13,7 @@
 //!                         leases      16 x (capacity * 5/4 + 1024)
 //!                         history     32 x arena / 512
 //!                         manifest     8 x arena / 16
+//!                         journal      8 x 64
 //!                         arena        1 x arena
 //!                         counters     8 x (their number + buckets of the delay histogram)
 //!                         ring      4096 + 128 x ring records (see `ingest`)
@@ -41,11 +42,11 @@ use super::old_values::OLD_VALUES_WORDS;
 use crate::conn::{MemberId, Slot};
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
-use crate::memory::{ExtraWords, HistoryWords, LeaseWords, MemorySize, StreamWords};
+use crate::memory::{ExtraWords, HistoryWords, JOURNAL_WORDS, LeaseWords, MemorySize, StreamWords};
 use crate::time::Time;
 
 /// The layout's version. A region of another version is refused and left alone.
-pub const VERSION: u64 = 2;
+pub const VERSION: u64 = 3;
 
 /// What every region begins with. Read with the wrong byte order it is something else.
 pub const MAGIC: u64 = u64::from_be_bytes(*b"hypersnc");
@@ -117,6 +118,8 @@ pub struct ShardLayout {
     /// Words.
     pub manifest: Part,
     /// Words.
+    pub journal: Part,
+    /// Words.
     pub arena: Part,
     /// Words.
     pub counters: Part,
@@ -172,6 +175,7 @@ fn shard_layout_at(sizes: &Sizes, start: usize) -> ShardLayout {
         leases: place(memory.leases(), size_of::<LeaseWords>()),
         history: place(memory.history(), size_of::<HistoryWords>()),
         manifest: place(memory.manifest(), 8),
+        journal: place(JOURNAL_WORDS, 8),
         arena: place(memory.arena_words(), 8),
         counters: place(COUNTER_WORDS, 8),
         ring: place(1, size_of::<RingWords>()),
@@ -340,6 +344,7 @@ mod tests {
                 (l.leases, 16),
                 (l.history, 32),
                 (l.manifest, 8),
+                (l.journal, 8),
                 (l.arena, 8),
                 (l.counters, 8),
                 (l.ring, 4096),

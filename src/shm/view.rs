@@ -74,6 +74,7 @@ impl RegionView {
             leases: self.mapping.slice(l.leases),
             history: self.mapping.slice(l.history),
             manifest: self.mapping.slice(l.manifest),
+            journal: self.mapping.slice(l.journal),
             arena: self.mapping.slice(l.arena),
             counters: self.mapping.slice(l.counters),
         };

@@ -53,6 +53,11 @@ impl Replica<'_> {
                     self.streams[stream].ack_due = true;
                     self.wake(stream);
                 }
+                Message::Digest { life, seq, unverified, sums } => {
+                    self.handle_digest(stream, (life, seq), unverified, sums)?;
+                }
+                Message::Differ { life, mask, .. } => self.handle_differ(stream, life, mask)?,
+                Message::Resend { target } => self.handle_resend(now, stream, target),
                 Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
                 _ => return Err(Reject::Message),
             }
@@ -108,7 +113,7 @@ impl Replica<'_> {
     }
 
     /// Closes that are acknowledged: both slots are free again, theirs for this stream's lease.
-    fn free_closed(&mut self, stream: usize, floor: Seq) {
+    pub(super) fn free_closed(&mut self, stream: usize, floor: Seq) {
         while let Some(slot) = self.streams[stream].closing.first() {
             let line = self.table.line(slot);
             if !line.last().is_passed_by(floor) && !is(Mutation::EarlyReuse) {

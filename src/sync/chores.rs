@@ -123,8 +123,15 @@ impl Replica<'_> {
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        let claimed = self.table.line(own.slot).is_claimed();
+        let claimed = self.is_claimed_here(own.slot);
         self.add_chore(Rank::Question, Task::Offer { own, claimed }, target)
+    }
+
+    /// Whether this member is the active because of traffic here. A copy that its own source saw as well is still
+    /// its active's.
+    fn is_claimed_here(&self, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        line.kind() == Kind::Active && line.is_claimed()
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
@@ -153,6 +160,19 @@ impl Replica<'_> {
         if self.table.is_moving(slot) {
             self.table.set_moving(slot, false);
             self.table.set_former(slot, Coordinate::NOWHERE);
+        }
+    }
+
+    /// A connection of memory taken up again was changing its backup: the release of the previous one waits for
+    /// the new one, as before.
+    pub(super) fn resume_move(&mut self, slot: u32) {
+        let (line, previous) = (self.table.line(slot), self.table.former(slot));
+        let of = Some(Place { slot, generation: line.generation() });
+        let task = Task::Release { of, stamp: line.stamp() };
+        if !previous.is_plausible()
+            || !self.begin_chore(Rank::Consequence, task, previous, Phase::AwaitBackup)
+        {
+            self.end_move(slot);
         }
     }
 
@@ -247,7 +267,7 @@ impl Replica<'_> {
                     self.chores.remove(id);
                     return None;
                 }
-                let claimed = line.is_claimed();
+                let claimed = self.is_claimed_here(own.slot);
                 task = Task::Offer { own, claimed };
                 Message::Offer { target, own, stamp: line.stamp(), claimed }
             }

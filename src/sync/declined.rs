@@ -9,6 +9,7 @@
 //! Entries that are there are written again long before their timeout ends, for refreshes raise no
 //! events, and no event means alive.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chores::{Rank, Task};
@@ -18,6 +19,7 @@ use crate::ccp::message::{Fault, Place};
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Generation, Kind};
 use crate::counters::Counter;
+use crate::memory::JOURNAL_DECLINES;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
@@ -68,7 +70,11 @@ impl Replica<'_> {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
                         // No chore is free, or nobody hears it: it is tried, and told, again.
-                        false => self.table.push(&mut self.missing, On::Missing, slot, now),
+                        false if self.may_return(line.peer().member()) => {
+                            self.table.push(&mut self.missing, On::Missing, slot, now);
+                        }
+                        // Lost: when it is back all its copies are written again, and this is told then.
+                        false => {}
                     }
                 }
             }
@@ -128,6 +134,7 @@ impl Replica<'_> {
         }
         self.declines = self.declines.wrapping_add(1).max(1);
         let number = self.declines;
+        self.memory.journal[JOURNAL_DECLINES].store(number as u64, Ordering::Relaxed);
         self.add_chore(Rank::Question, Task::Decline { own, number, fault }, line.peer())
     }
 

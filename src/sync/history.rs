@@ -6,6 +6,10 @@
 //! again if the datagram is given up. The oldest entry makes room for the newest, but only when
 //! the kernel is done with its bytes and it is acknowledged or given up.
 //!
+//! A shard that takes up its memory again goes on with all three: how many datagrams were entered and retired
+//! stands in the journal, the first written last when a datagram is entered. So one that a killed
+//! process was composing is not there.
+//!
 //! A manifest word is a tag in the top two bits, then slot and generation (26 bits each), or the
 //! number of a release.
 //!
@@ -16,8 +20,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ccp::message::Place;
 use crate::conn::Generation;
+use crate::kill::kill_point;
 use crate::limits::{CONTROL_BUFFER_SIZE, CONTROL_BUFFERS, DATAGRAM_MAX};
-use crate::memory::{HistoryWords, Memory, write_arena};
+use crate::memory::{HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, write_arena};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -63,6 +68,8 @@ impl Content {
 pub struct Entry {
     /// Its stream.
     pub stream: usize,
+    /// The life of that stream in which it has its number.
+    pub life: u16,
     /// Its number.
     pub seq: Seq,
     /// Where it lies in the arena.
@@ -101,6 +108,7 @@ pub struct History<'m> {
     entries: &'m [HistoryWords],
     flights: Vec<Flight>,
     manifest: &'m [AtomicU64],
+    journal: &'m [AtomicU64],
     arena: &'m [AtomicU64],
     /// Entries made and retired, counted for ever.
     head: u64,
@@ -113,12 +121,67 @@ pub struct History<'m> {
 }
 
 impl<'m> History<'m> {
+    /// The history that a killed process left behind. Nothing of it is outstanding until
+    /// [`take_up`](Self::take_up) says so.
+    pub fn resume(memory: &Memory<'m>) -> History<'m> {
+        let mut history = History::new(memory);
+        let journal = |word: usize| memory.journal[word].load(Ordering::Relaxed);
+        let (head, tail) = (journal(JOURNAL_HEAD), journal(JOURNAL_TAIL));
+        if head == 0 {
+            return history;
+        }
+        let size = history.entries.len() as u64;
+        let end_of = |id: u32| history.entries[id as usize].0[3].load(Ordering::Relaxed);
+        let (newest, manifest_head) = (history.place(head - 1), end_of(history.place(head - 1)));
+        let manifest_tail = journal(JOURNAL_MANIFEST_TAIL);
+        assert!(
+            tail <= head && head - tail <= size && manifest_tail <= manifest_head,
+            "the history in memory is not one: {tail} to {head}, manifest {manifest_tail} to {manifest_head}"
+        );
+        for count in tail.max(head.saturating_sub(size))..head {
+            let id = history.place(count);
+            let first_sent = history.entry(id).first_sent;
+            history.flights[id as usize] = Flight {
+                // Never sampled: nobody knows when it was sent last.
+                sends: 2,
+                last_sent: first_sent,
+                oldest_change: first_sent,
+                manifest_end: history.entries[id as usize].0[3].load(Ordering::Relaxed),
+                ..Flight::default()
+            };
+        }
+        let last = history.entry(newest);
+        history.at = (last.offset as usize + last.len as usize).next_multiple_of(8);
+        (history.head, history.tail) = (head, tail);
+        (history.manifest_head, history.manifest_tail) = (manifest_head, manifest_tail);
+        history
+    }
+
+    /// All entries, oldest first.
+    pub fn ids(&self) -> impl Iterator<Item = u32> + use<> {
+        let size = self.entries.len() as u64;
+        (self.tail..self.head).map(move |count| (count % size) as u32)
+    }
+
+    /// The entry, of a history that was resumed, waits for its acknowledgement.
+    pub fn take_up(&mut self, id: u32, connections: u32) {
+        let flight = &mut self.flights[id as usize];
+        (flight.outstanding, flight.connections) = (true, connections);
+    }
+
+    fn note_journal(&self, word: usize, value: u64) {
+        kill_point();
+        // After everything that it stands for.
+        self.journal[word].store(value, Ordering::Release);
+    }
+
     /// An empty history.
     pub fn new(memory: &Memory<'m>) -> History<'m> {
         History {
             entries: memory.history,
             flights: vec![Flight::default(); memory.history.len()],
             manifest: memory.manifest,
+            journal: memory.journal,
             arena: memory.arena,
             head: 0,
             tail: 0,
@@ -153,6 +216,9 @@ impl<'m> History<'m> {
             }
             self.manifest_tail = flight.manifest_end;
             self.tail += 1;
+            // In this order: an entry whose manifest is gone carries nothing.
+            self.note_journal(JOURNAL_MANIFEST_TAIL, self.manifest_tail);
+            self.note_journal(JOURNAL_TAIL, self.tail);
         }
     }
 
@@ -203,12 +269,14 @@ impl<'m> History<'m> {
         self.at = offset + stride.next_multiple_of(8);
         let id = self.place(self.head);
         self.head += 1;
+        kill_point();
         let words = &self.entries[id as usize].0;
         words[0]
             .store((entry.stream as u64) << 48 | (entry.len as u64) << 32 | offset as u64, Ordering::Relaxed);
-        words[1].store(entry.seq.raw(), Ordering::Relaxed);
+        words[1].store((entry.life as u64) << 48 | entry.seq.raw(), Ordering::Relaxed);
         words[2].store(entry.first_sent.0, Ordering::Relaxed);
         words[3].store(self.manifest_head, Ordering::Relaxed);
+        self.note_journal(JOURNAL_HEAD, self.head);
         self.flights[id as usize] = Flight {
             next: None,
             in_flight: 1,
@@ -227,11 +295,13 @@ impl<'m> History<'m> {
     pub fn entry(&self, id: u32) -> Entry {
         let words = &self.entries[id as usize].0;
         let first = words[0].load(Ordering::Relaxed);
+        let second = words[1].load(Ordering::Relaxed);
         Entry {
             stream: (first >> 48) as usize,
             len: (first >> 32) as u32 & 0xffff,
             offset: first as u32,
-            seq: Seq::from_low_bits(words[1].load(Ordering::Relaxed)),
+            life: (second >> 48) as u16,
+            seq: Seq::from_low_bits(second),
             first_sent: Time(words[2].load(Ordering::Relaxed)),
         }
     }
@@ -347,7 +417,14 @@ mod tests {
     fn append(history: &mut History<'_>, n: u64, len: usize) -> Result<u32, NoRoom> {
         let offset = history.make_room()?;
         history.note(Content::Release(n as u32));
-        let entry = Entry { stream: 3, seq: Seq::NONE.plus(n), offset, len: len as u32, first_sent: Time(n) };
+        let entry = Entry {
+            stream: 3,
+            life: 1,
+            seq: Seq::NONE.plus(n),
+            offset,
+            len: len as u32,
+            first_sent: Time(n),
+        };
         Ok(history.append(&entry, &vec![n as u8; len], len, Time(n), 1))
     }
 

@@ -178,7 +178,8 @@ impl Replica<'_> {
         let peer = self.table.line(slot).peer();
         if !peer.is_somewhere() {
             self.table.update(slot, |line| line.set_groups(groups::ALL));
-        } else if self.is_up(peer.member()) {
+        } else if self.is_up(peer.member()) || !self.has_another(peer.member()) {
+            // Its backup is there, or nobody else could be: the change waits for it.
             self.mark_dirty(now, slot, changed);
         } else {
             // Traffic does not wait for the walk.
@@ -195,7 +196,7 @@ impl Replica<'_> {
         let mut line = self.table.line(slot);
         let peer = line.peer();
         let stream = self.stream_of(peer);
-        self.streams[stream].copies -= 1;
+        self.end_copy(slot);
         line.set_kind(Kind::Active);
         let stamp = line.stamp();
         line.set_stamp(if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() });
@@ -235,9 +236,8 @@ impl Replica<'_> {
             Kind::Backup => {
                 // Presumed: no living member but the previous backup, if any, knows it.
                 self.leave_behind(line.peer().member());
-                let stream = self.stream_of(line.peer());
                 self.end_missing(slot);
-                self.streams[stream].copies -= 1;
+                self.end_copy(slot);
                 let previous = self.table.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
                     // Without a free chore it presumes by itself, until its own source sees the end.

@@ -10,11 +10,14 @@
 //! - `receive`: datagrams become copies; what is refused, what moves the floor;
 //! - `acks`: what comes back for what was sent: floors, repeats, refusals;
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
+//! - `digest`: both sides of a stream compare what they hold, and repair what differs;
+//! - `resume`: the memory that a killed process left behind becomes a shard's again;
 //! - `chores`: releases and offers, which belong to no single delta; make before break.
 
 mod acks;
 mod chores;
 mod declined;
+mod digest;
 pub mod history;
 mod ingest;
 pub mod lease;
@@ -25,10 +28,12 @@ pub mod mutation;
 mod mutation;
 mod receive;
 mod replica;
+mod resume;
 pub mod stream;
 mod takeover;
 mod transmit;
 
 pub use declined::REWRITE_PERIOD;
+pub use digest::Finding;
 pub use replica::{Replica, ReplicaConfig};
 pub use transmit::{Token, Transmit};

@@ -84,6 +84,9 @@ impl Replica<'_> {
                     | Message::Want { .. }
                     | Message::Refuse { .. }
                     | Message::Skip { .. }
+                    | Message::Digest { .. }
+                    | Message::Differ { .. }
+                    | Message::Resend { .. }
                     | Message::Goodbye
             );
             if unsequenced != (sync.seq == Seq::NONE) {
@@ -113,12 +116,16 @@ impl Replica<'_> {
         }
         durable.begin_peer_life(life);
         let s = &mut self.streams[stream];
-        s.grant_due = 0;
+        (s.grant_due, s.want, s.want_at) = (0, 0, Time::NEVER);
         s.refusals.clear();
         // What it had leased to us it took back.
         self.leases.drop_all(&mut s.lease);
         // The one under way may have passed what it must see again; one that waits has not.
         let job = Job::Verify { stream };
+        if known != 0 {
+            // It may have let go of our copies, too.
+            self.unverify_stream(stream);
+        }
         if known != 0 && !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
             self.jobs.push_back(job);
         }
@@ -157,6 +164,16 @@ impl Replica<'_> {
                 Message::Offer { target, own, stamp, claimed } => {
                     let own = self.sender(stream, own);
                     self.apply_offer(now, target, stamp, own, claimed)
+                }
+                Message::Item { .. } if !self.has_room_for_items() => Busy,
+                Message::Item { target, own, hash, session } => {
+                    let own = self.sender(stream, own);
+                    self.apply_item(stream, target, own, hash, session);
+                    Applied
+                }
+                Message::End { session, mask } => {
+                    self.apply_end(stream, session, mask);
+                    Applied
                 }
                 _ => Applied,
             };
@@ -244,7 +261,7 @@ impl Replica<'_> {
                 line.set_last(Seq::NONE);
                 self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
                 self.table.fill(slot, line, connection);
-                self.streams[stream].copies += 1;
+                self.begin_copy(slot);
             }
             Kind::Backup if here && line.peer() == own => {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {
@@ -255,11 +272,10 @@ impl Replica<'_> {
             }
             Kind::Backup if here && stamp >= line.stamp() => {
                 // Another member is the active now: the one that took over, or that claimed.
-                let old = self.stream_of(line.peer());
                 self.table.set_declined(slot, false); // The new one was not told.
-                self.streams[old].copies -= 1;
-                self.streams[stream].copies += 1;
+                self.end_copy(slot);
                 self.table.update(slot, |line| line.set_peer(own));
+                self.begin_copy(slot);
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Active if here => {
@@ -281,7 +297,7 @@ impl Replica<'_> {
                 });
                 // It may believe what was said before the roles changed: a commit that succeeds is told.
                 self.table.set_declined(slot, true);
-                self.streams[stream].copies += 1;
+                self.begin_copy(slot);
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
@@ -313,9 +329,8 @@ impl Replica<'_> {
         self.counters.count(Counter::Conflicts);
         if line.kind() == Kind::Backup {
             // Its active is gone, and the sender took over with the same state or a newer one.
-            let stream = self.stream_of(line.peer());
             self.end_missing(slot);
-            self.streams[stream].copies -= 1;
+            self.end_copy(slot);
             self.leave_behind(line.peer().member());
         } else {
             self.step_down(slot, own, stamp);
@@ -364,6 +379,7 @@ impl Replica<'_> {
             line.set_state(&new);
             line.set_stamp(stamp);
         });
+        self.account_held(slot);
     }
 
     fn apply_update(
@@ -509,8 +525,7 @@ impl Replica<'_> {
 
     fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
         self.end_missing(slot);
-        let active = self.stream_of(self.table.line(slot).peer());
-        self.streams[active].copies -= 1;
+        self.end_copy(slot);
         self.drop_to_lease(slot, stream, reopen);
     }
 
@@ -553,8 +568,15 @@ impl Replica<'_> {
         own: Coordinate,
         claimed: bool,
     ) -> Verdict {
-        if !self.chores.has_room(Rank::Answer) {
+        // A claimed offer is settled now: its sender takes the ack for the answer. Any other is made again after a
+        // while, so it need not be kept: were the floor to wait for an answer here and there at once, it
+        // would wait for ever.
+        if claimed && !self.chores.has_room(Rank::Consequence) {
             return Busy;
+        }
+        if !claimed && !self.chores.has_room(Rank::Answer) {
+            self.counters.count(Counter::OffersPutOff);
+            return Applied;
         }
         if is(Mutation::OffersUnanswered) {
             return Applied;
@@ -586,7 +608,7 @@ impl Replica<'_> {
         let mut count = 0;
         for place in places.iter() {
             // A grant never exceeds what was asked for, so only a wrong peer overfills the pool.
-            self.leases.put(&mut self.streams[stream].lease, place);
+            self.leases.put(stream, &mut self.streams[stream].lease, place);
             count += 1;
         }
         self.durable(stream).add_granted_to_us(count);

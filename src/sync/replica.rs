@@ -2,9 +2,11 @@
 //! connection a backup, count what is exposed.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chores::Chores;
+use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
@@ -17,7 +19,7 @@ use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
-use crate::memory::Memory;
+use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
@@ -67,6 +69,8 @@ pub struct ReplicaConfig {
     pub reprotect_after: Duration,
     /// How long a change may wait for others to travel with.
     pub flush: Duration,
+    /// How often two sides of a stream compare what they hold.
+    pub compare: Duration,
     /// When copies are written to the kernel.
     pub commit: CommitMode,
 }
@@ -93,6 +97,9 @@ pub struct Replica<'m> {
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
     pub(super) walk_next: Time,
+    /// Members to which connections are offered again if nobody answered by then, as bits.
+    pub(super) offered: u64,
+    pub(super) offer_at: Time,
     /// Datagrams that a later one overtook: to be repeated without waiting.
     pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
@@ -127,19 +134,35 @@ pub struct Replica<'m> {
     /// What that was when the last walk that writes copies of a dead member was done.
     pub(super) taken_over_at: u64,
     pub(super) goodbyes: u64,
+    pub(super) digests: Digests,
+    pub(super) comparison: Comparison,
+    /// Streams whose sides must agree before their connections count as protected.
+    pub(super) unverified: u32,
 }
 
 impl<'m> Replica<'m> {
     /// A shard with an empty table over zeroed memory.
     pub fn new(config: ReplicaConfig, memory: Memory<'m>) -> Replica<'m> {
+        let table = Table::new(&memory, config.index_key);
+        let (leases, history) = (LeasePool::new(memory.leases), History::new(&memory));
+        Replica::over(config, memory, table, leases, history)
+    }
+
+    pub(super) fn over(
+        config: ReplicaConfig,
+        memory: Memory<'m>,
+        table: Table<'m>,
+        leases: LeasePool<'m>,
+        history: History<'m>,
+    ) -> Replica<'m> {
         assert!(config.table_id != 0 && config.shard < config.shards);
         Replica {
             counters: Counters::new(memory.counters),
-            table: Table::new(&memory, config.index_key),
+            table,
             streams: (0..STREAMS_MAX).map(|_| Stream::new()).collect(),
             busy: VecDeque::with_capacity(STREAMS_MAX),
-            leases: LeasePool::new(memory.leases),
-            history: History::new(&memory),
+            leases,
+            history,
             chores: Chores::new(),
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
@@ -149,6 +172,8 @@ impl<'m> Replica<'m> {
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
+            offered: 0,
+            offer_at: Time::NEVER,
             again: Vec::with_capacity(WINDOW as usize),
             held: List::default(),
             waiting: List::default(),
@@ -157,7 +182,7 @@ impl<'m> Replica<'m> {
             owed: VecDeque::with_capacity(super::declined::OWED_MAX),
             declined: 0,
             declined_since: Time(0),
-            declines: 0,
+            declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
             rewrite_slot: 0,
             rewrite_at: Time(0),
             kernel_has_room: true,
@@ -169,6 +194,9 @@ impl<'m> Replica<'m> {
             commits_asked: 0,
             taken_over_at: 0,
             goodbyes: 0,
+            digests: Digests::new(),
+            comparison: Comparison::new(),
+            unverified: 0,
             memory,
             config,
         }
@@ -192,7 +220,7 @@ impl<'m> Replica<'m> {
     /// Whether the member may come back with the table that this shard knows, and nothing that was
     /// agreed with it has been let go.
     pub(super) fn may_return(&self, member: MemberId) -> bool {
-        matches!(self.peers[member as usize], PeerState::Up | PeerState::Down { .. })
+        matches!(self.peers[member as usize], PeerState::Up | PeerState::Down { lost: false, .. })
     }
 
     /// The coordinate of one of our own slots.
@@ -290,7 +318,7 @@ impl<'m> Replica<'m> {
         }
     }
 
-    fn push_dirty(&mut self, now: Time, stream: usize, slot: u32, kind: Kind) {
+    pub(super) fn push_dirty(&mut self, now: Time, stream: usize, slot: u32, kind: Kind) {
         let s = &mut self.streams[stream];
         if s.dirty.is_empty() {
             s.flush_at = now.after(self.config.flush);
@@ -371,7 +399,7 @@ impl<'m> Replica<'m> {
     pub(super) fn return_lease(&mut self, slot: Coordinate, life: u16) {
         let stream = self.stream_of(slot);
         if life == self.durable(stream).peer_life() {
-            self.leases.put(&mut self.streams[stream].lease, Place::of(slot.next_life()));
+            self.leases.put(stream, &mut self.streams[stream].lease, Place::of(slot.next_life()));
         }
     }
 
@@ -432,6 +460,7 @@ impl<'m> Replica<'m> {
         let life = self.durable(stream).peer_life();
         self.table.update(slot, |line| {
             line.set_peer(backup);
+            line.set_groups(groups::ALL);
             line.set_last(Seq::NONE);
             line.set_life(life);
         });
@@ -446,6 +475,7 @@ impl<'m> Replica<'m> {
         let peer = self.table.line(slot).peer();
         if peer.is_somewhere() {
             let stream = self.stream_of(peer);
+            self.account_unsent(stream, slot);
             self.streams[stream].actives -= 1;
             self.table.update(slot, |line| {
                 line.set_peer(Coordinate::NOWHERE);
@@ -480,6 +510,7 @@ impl<'m> Replica<'m> {
         self.tick_missing(now);
         self.tick_chores();
         self.tick_walk(now);
+        self.tick_digests(now);
         self.publish_gauges(now);
     }
 
@@ -533,14 +564,21 @@ impl<'m> Replica<'m> {
             .sum();
         let waiting = (self.waiting.len() + self.shelved.len()) as u64;
         let unacknowledged = if is(Mutation::ExposureForgets) { 0 } else { self.unacknowledged };
-        self.dirty_actives + unacknowledged + waiting + orphaned + self.declined
+        self.dirty_actives
+            + unacknowledged
+            + waiting
+            + orphaned
+            + self.declined
+            + self.unverified_connections()
     }
 
     /// Connections whose other copy is at this member.
     fn of_member(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
         let shards = self.streams[first..].iter().take(crate::limits::SHARDS_MAX);
-        shards.map(|s| s.actives + s.copies - (s.dirty.len() as u64).min(s.actives)).sum()
+        // Those that are dirty, or in a datagram that is not acknowledged, are counted already.
+        let counted = |s: &Stream| (s.dirty.len() as u64 + s.unacknowledged).min(s.actives);
+        shards.map(|s| s.actives + s.copies - counted(s)).sum()
     }
 
     fn publish_gauges(&mut self, now: Time) {
@@ -579,7 +617,12 @@ impl<'m> Replica<'m> {
 
     /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives before.
     pub fn poll_at(&self) -> Time {
-        let mut at = self.hold_at().min(self.walk_at()).min(self.shelf_at()).min(self.missing_at());
+        let mut at = self
+            .digests_at()
+            .min(self.hold_at())
+            .min(self.walk_at())
+            .min(self.shelf_at())
+            .min(self.missing_at());
         if self.config.commit == CommitMode::Eager {
             at = at.min(self.rewrite_at);
         }

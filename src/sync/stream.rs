@@ -10,9 +10,11 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use super::digest::Comparing;
 use super::lease::LeaseList;
 use crate::conn::MemberId;
 use crate::conn::table::List;
+use crate::kill::kill_point;
 use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW, WINDOW_MIN};
 use crate::memory::StreamWords;
 use crate::seq::Seq;
@@ -41,13 +43,15 @@ pub const WORD_SENT: usize = 1;
 pub const WORD_SEND_FLOOR: usize = 2;
 /// Word: everything up to here that is not acknowledged was given up.
 pub const WORD_GIVEN_UP: usize = 3;
-/// Word: slots granted to this member in this life of the sending half.
+/// Word: slots granted to this member since a life of either half began.
 pub const WORD_GRANTED_TO_US: usize = 4;
 /// Word: the peer's table id.
 pub const WORD_PEER_TABLE: usize = 5;
+/// Word: 1 while what was agreed with the peer is being let go, until the next life begins.
+pub const WORD_LET_GO: usize = 6;
 /// Word: the receive floor: everything up to here is received and applied, or was skipped.
 pub const WORD_RECEIVE_FLOOR: usize = 8;
-/// Word: slots granted to the peer in this life of the receiving half.
+/// Word: slots granted to the peer since a life of either half began.
 pub const WORD_GRANTED_BY_US: usize = 9;
 /// Words: one bit for each number beyond the receive floor, in a ring of `WINDOW` bits.
 pub const WORD_RECEIVED: usize = 16;
@@ -65,6 +69,7 @@ impl Durable<'_> {
     }
 
     fn set(&self, word: usize, value: u64) {
+        kill_point();
         self.0.0[word].store(value, Ordering::Relaxed);
     }
 
@@ -133,14 +138,31 @@ impl Durable<'_> {
         (self.get(WORD_LIVES) >> 16) as u16
     }
 
+    /// The table id of the peer when this life of the sending half began.
+    pub fn peer_table(&self) -> u32 {
+        self.get(WORD_PEER_TABLE) as u32
+    }
+
+    /// Whether what was agreed with the peer is being let go, or has been, and no new life has begun.
+    pub fn is_let_go(&self) -> bool {
+        self.get(WORD_LET_GO) != 0
+    }
+
+    /// Notes that what was agreed with the peer is being let go.
+    pub fn let_go(&self) {
+        self.set(WORD_LET_GO, 1);
+    }
+
     /// Begins the next life of the sending half.
     pub fn begin_life(&self, peer_table: u32) {
         let life = self.life().wrapping_add(1).max(1);
         self.set(WORD_LIVES, self.get(WORD_LIVES) & !0xffff | life as u64);
         self.set(WORD_PEER_TABLE, peer_table as u64);
-        for word in [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US] {
+        // What was granted either way is taken back, and counted anew.
+        for word in [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US, WORD_GRANTED_BY_US] {
             self.set(word, 0);
         }
+        self.set(WORD_LET_GO, 0);
     }
 
     /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
@@ -148,6 +170,7 @@ impl Durable<'_> {
         self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
         self.set(WORD_RECEIVE_FLOOR, 0);
         self.set(WORD_GRANTED_BY_US, 0);
+        self.set(WORD_GRANTED_TO_US, 0);
         for word in 0..(WINDOW / 64) as usize {
             self.set(WORD_RECEIVED + word, 0);
         }
@@ -303,6 +326,10 @@ pub struct Stream {
     pub actives: u64,
     /// Copies held here for the peer.
     pub copies: u64,
+    /// Connections in datagrams to it that are not acknowledged.
+    pub unacknowledged: u64,
+    /// How far its digests are.
+    pub comparing: Comparing,
     /// Whether the stream stands in the shard's list of busy ones.
     pub busy: bool,
 }
@@ -336,6 +363,8 @@ impl Stream {
             grant_due: 0,
             actives: 0,
             copies: 0,
+            unacknowledged: 0,
+            comparing: Comparing::default(),
             busy: false,
         }
     }

@@ -42,6 +42,9 @@ const WALK_AHEAD: u64 = 8192;
 /// How long a walk pauses that must wait for leases, chores or acknowledgements.
 const WALK_PAUSE: Duration = Duration::from_micros(500);
 
+/// How long an offer waits for its answer before it is made again.
+const OFFER_AGAIN: Duration = Duration::from_secs(1);
+
 /// How long a leaving member's copies that found no other place wait for the next walk.
 const REHOME_PAUSE: Duration = Duration::from_millis(50);
 
@@ -58,6 +61,8 @@ pub(super) enum PeerState {
         since: Time,
         /// Whether something agreed on with it was let go.
         left_behind: bool,
+        /// Whether its streams were declared lost: it is silent for long, and there is nobody else to turn to.
+        lost: bool,
     },
     /// A walk lets go of everything agreed on with it.
     Purge,
@@ -80,6 +85,14 @@ pub(super) enum Job {
     Forget { member: MemberId },
     /// This member is back with the table that connections here were taken over from.
     Offer { member: MemberId },
+    /// This member is silent for long, and nobody can take its place: closes do not wait for it any more.
+    Lose { member: MemberId },
+    /// The backup of this stream is named what it should hold, as far as digests differ.
+    Compare { stream: usize },
+    /// What the active of this stream did not name is offered to it.
+    Unseen { stream: usize },
+    /// It is back: its copies' entries in the kernel get the timeout of copies again.
+    Rewrite { member: MemberId },
 }
 
 impl Replica<'_> {
@@ -128,7 +141,7 @@ impl Replica<'_> {
             PeerState::Vacant if seen.status.is_alive() => self.come_up(now, member),
             PeerState::Up if seen.status.is_alive() && same_table => {}
             PeerState::Up => {
-                self.peers[member as usize] = PeerState::Down { since: now, left_behind: false };
+                self.peers[member as usize] = PeerState::Down { since: now, left_behind: false, lost: false };
                 if self.config.commit == CommitMode::Takeover {
                     self.may_hold_entries = true;
                     self.jobs.insert(0, Job::Commit { member });
@@ -136,35 +149,89 @@ impl Replica<'_> {
                 }
                 for shard in 0..SHARDS_MAX as u8 {
                     let stream = stream_index(member, shard);
-                    let sent = self.durable(stream).sent();
-                    self.give_up(now, stream, sent);
                     self.streams[stream].refusals.clear();
                     self.streams[stream].ack_due = false;
                 }
-                self.review_down(now, member, now, false);
+                self.stop_comparing(member);
+                self.review_down(now, member);
             }
-            PeerState::Down { since, left_behind } => self.review_down(now, member, since, left_behind),
+            PeerState::Down { .. } => self.review_down(now, member),
             PeerState::Vacant | PeerState::Purge => {}
         }
     }
 
-    fn review_down(&mut self, now: Time, member: MemberId, since: Time, left_behind: bool) {
+    fn review_down(&mut self, now: Time, member: MemberId) {
+        let PeerState::Down { since, left_behind, lost } = self.peers[member as usize] else { return };
         let seen = self.view.members[member as usize];
         let same_table = seen.table_id == self.tables[member as usize];
-        if seen.status.is_alive() && same_table && !left_behind {
-            self.peers[member as usize] = PeerState::Up;
-            for shard in 0..SHARDS_MAX as u8 {
-                let s = &mut self.streams[stream_index(member, shard)];
-                s.repeats = 0;
-                s.repeat_at = now;
-                s.flush_at = now;
-                self.wake(stream_index(member, shard));
+        let is_late = since.after(self.config.reprotect_after).reached(now);
+        if seen.status.is_alive() && same_table {
+            self.go_on(now, member);
+            if left_behind {
+                self.unverify(member);
+                self.jobs.push_back(Job::Offer { member });
             }
-        } else if seen.status.is_alive()
-            || seen.status == Status::Left
-            || since.after(self.config.reprotect_after).reached(now)
+            if lost {
+                self.jobs.retain(|job| *job != Job::Lose { member });
+                self.walk_slot = 0; // What was begun is begun anew: every walk may be.
+                self.jobs.push_back(Job::Rewrite { member });
+            }
+        } else if seen.status.is_alive() || seen.status == Status::Left || is_late && self.has_another(member)
         {
-            self.purge(member);
+            self.purge(now, member);
+        } else if is_late && !lost {
+            self.lose(now, member);
+        }
+    }
+
+    /// Whether a connection could have its copy at another member than this one.
+    pub(super) fn has_another(&self, member: MemberId) -> bool {
+        self.ranked.iter().any(|other| *other != member && self.is_up(*other))
+    }
+
+    /// A silent member is back with its table: the streams go on where they stood. It gets what it missed from the
+    /// history, and what was changed since then as deltas.
+    fn go_on(&mut self, now: Time, member: MemberId) {
+        self.peers[member as usize] = PeerState::Up;
+        for shard in 0..SHARDS_MAX as u8 {
+            let stream = stream_index(member, shard);
+            let mut next = self.streams[stream].oldest;
+            while let Some(id) = next
+                && self.again.len() < self.again.capacity()
+            {
+                if !self.history.has_arrived(id) {
+                    self.again.push((id, self.history.entry(id).seq));
+                    self.counters.count(Counter::CatchUpDatagrams);
+                }
+                next = self.history.next(id);
+            }
+            let s = &mut self.streams[stream];
+            s.repeats = 0;
+            s.repeat_at = now;
+            s.flush_at = now;
+            self.wake(stream);
+        }
+        // The oldest comes last in, and so is sent first.
+        self.again.reverse();
+    }
+
+    /// A member is silent for long, and there is nobody else to turn to. What it holds for us stays agreed, and so
+    /// does what we hold for it; but closes do not pile up for it, nor datagrams. When it returns it finds out by
+    /// comparing.
+    fn lose(&mut self, now: Time, member: MemberId) {
+        if let PeerState::Down { left_behind, lost, .. } = &mut self.peers[member as usize] {
+            (*left_behind, *lost) = (true, true);
+        }
+        self.counters.count(Counter::StreamsLost);
+        self.give_up_all(now, member);
+        self.jobs.push_back(Job::Lose { member });
+    }
+
+    fn give_up_all(&mut self, now: Time, member: MemberId) {
+        for shard in 0..SHARDS_MAX as u8 {
+            let stream = stream_index(member, shard);
+            let sent = self.durable(stream).sent();
+            self.give_up(now, stream, sent);
         }
     }
 
@@ -186,6 +253,7 @@ impl Replica<'_> {
         self.begin_lives(now, member);
         self.retry_at = now;
         if returned {
+            self.unverify(member);
             self.jobs.push_back(Job::Offer { member });
         } else if known != 0 {
             self.jobs.push_back(Job::Forget { member });
@@ -199,10 +267,14 @@ impl Replica<'_> {
         }
     }
 
-    fn purge(&mut self, member: MemberId) {
+    pub(super) fn purge(&mut self, now: Time, member: MemberId) {
         self.peers[member as usize] = PeerState::Purge;
+        self.give_up_all(now, member);
+        self.jobs.retain(|job| *job != Job::Lose { member });
+        self.walk_slot = 0;
         self.counters.count(Counter::StreamsLost);
         for shard in 0..SHARDS_MAX as u8 {
+            self.durable(stream_index(member, shard)).let_go();
             let s = &mut self.streams[stream_index(member, shard)];
             self.leases.drop_all(&mut s.lease);
             (s.want, s.want_at, s.grant_due, s.starved_since) = (0, Time::NEVER, 0, None);
@@ -219,11 +291,10 @@ impl Replica<'_> {
     /// Silent members whose time has come, and a stretch of the walk that is under way.
     pub(super) fn tick_walk(&mut self, now: Time) {
         for member in 1..self.peers.len() as MemberId {
-            if let PeerState::Down { since, left_behind } = self.peers[member as usize] {
-                self.review_down(now, member, since, left_behind);
-            }
+            self.review_down(now, member);
         }
         self.abandon_the_deaf(now);
+        self.offer_again(now);
         let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
         let mut slot = self.walk_slot;
         let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
@@ -244,6 +315,20 @@ impl Replica<'_> {
             self.walk_slot = 0;
             self.jobs.pop_front();
             self.walk_done(now, job);
+        }
+    }
+
+    /// What was offered, and neither taken back nor released, is offered again.
+    fn offer_again(&mut self, now: Time) {
+        if !self.offer_at.reached(now) {
+            return;
+        }
+        self.offer_at = Time::NEVER;
+        let offered = std::mem::take(&mut self.offered);
+        for member in (1..self.peers.len() as MemberId).filter(|m| offered >> m & 1 == 1) {
+            if self.is_up(member) && !self.jobs.contains(&Job::Offer { member }) {
+                self.jobs.push_back(Job::Offer { member });
+            }
         }
     }
 
@@ -275,10 +360,7 @@ impl Replica<'_> {
                 self.unassign(slot);
                 self.protect(now, slot);
             }
-            Kind::Closing => {
-                self.unlist(slot);
-                self.table.recycle(slot);
-            }
+            Kind::Closing => self.drop_closing(slot),
             // What it was lent it lets go as well, with our new life.
             Kind::Leased => self.table.recycle(slot),
             _ => {}
@@ -327,15 +409,16 @@ impl Replica<'_> {
         if !self.jobs.is_empty() {
             return self.walk_next;
         }
+        let again = self.offer_at;
         let downs = self.peers.iter().filter_map(|peer| match peer {
-            PeerState::Down { since, .. } => Some(since.after(self.config.reprotect_after)),
+            PeerState::Down { since, lost: false, .. } => Some(since.after(self.config.reprotect_after)),
             _ => None,
         });
         let deaf = self.view.others().filter(|(id, m)| {
             m.status.is_alive() && !m.hears_me && self.is_up(*id) && self.abandoned >> *id & 1 == 0
         });
         let deaf = deaf.map(|(_, m)| m.since.after(self.config.reprotect_after));
-        downs.chain(deaf).fold(Time::NEVER, Time::min)
+        downs.chain(deaf).fold(again, Time::min)
     }
 
     fn walk_done(&mut self, now: Time, job: Job) {
@@ -364,7 +447,16 @@ impl Replica<'_> {
             Job::Forget { .. } => self.retry_at = now,
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
             Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
-            Job::Abandon { .. } | Job::Verify { .. } | Job::Offer { .. } => {}
+            Job::Compare { stream } => self.compared(stream),
+            Job::Offer { member } if self.offered >> member & 1 == 1 => {
+                self.offer_at = now.after(OFFER_AGAIN);
+            }
+            Job::Abandon { .. }
+            | Job::Verify { .. }
+            | Job::Offer { .. }
+            | Job::Lose { .. }
+            | Job::Unseen { .. }
+            | Job::Rewrite { .. } => {}
         }
     }
 
@@ -380,8 +472,12 @@ impl Replica<'_> {
             Job::Commit { member } => self.commit_slot(member, slot),
             Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
             Job::Abandon { member } => self.abandon_slot(now, member, slot),
-            Job::Verify { stream } => self.verify_slot(now, stream, slot),
+            Job::Verify { stream } => self.verify_slot(stream, slot),
             Job::Offer { member } => self.offer_slot(member, slot),
+            Job::Lose { member } => self.lose_slot(member, slot),
+            Job::Compare { stream } => self.compare_slot(stream, slot),
+            Job::Unseen { stream } => self.unseen_slot(stream, slot),
+            Job::Rewrite { member } => self.commit_slot(member, slot),
             Job::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
                     self.table.set_former(slot, Coordinate::NOWHERE);
@@ -403,10 +499,9 @@ impl Replica<'_> {
                 self.protect(now, slot);
             }
             Kind::Backup => {
-                let stream = self.stream_of(peer);
                 let has_no_entry = self.table.on(slot) == On::Missing;
                 self.end_missing(slot);
-                self.streams[stream].copies -= 1;
+                self.end_copy(slot);
                 let original = self.table.tuples(slot).0;
                 if self.lives_besides(slot, &original) {
                     // The tuple lives on as another connection: the copy was of one before.
@@ -429,12 +524,22 @@ impl Replica<'_> {
                     self.owe(now, slot);
                 }
             }
-            Kind::Closing => {
-                self.unlist(slot);
-                self.table.recycle(slot);
-            }
+            Kind::Closing => self.drop_closing(slot),
             Kind::Leased => self.table.recycle(slot),
             Kind::Held | Kind::Free => {}
+        }
+        true
+    }
+
+    /// What waits only for a member that is lost goes; the kernel may forget copies of its connections as any other.
+    fn lose_slot(&mut self, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        if line.peer().member() == member && matches!(self.peers[member as usize], PeerState::Down { .. }) {
+            match line.kind() {
+                Kind::Closing => self.drop_closing(slot),
+                Kind::Backup => self.commit(Commit::Refresh { slot, generation: line.generation() }),
+                _ => {}
+            }
         }
         true
     }
@@ -510,7 +615,7 @@ impl Replica<'_> {
         }
     }
 
-    fn verify_slot(&mut self, now: Time, stream: usize, slot: u32) -> bool {
+    fn verify_slot(&mut self, stream: usize, slot: u32) -> bool {
         if !self.is_up(stream_member(stream)) {
             return true;
         }
@@ -523,10 +628,6 @@ impl Replica<'_> {
                 self.table.recycle(slot);
             }
             Kind::Backup if on_stream(peer) => return self.offer(peer, own),
-            Kind::Active if on_stream(peer) => {
-                // It may have let our copy go: all of it again. What is not there any more is refused.
-                self.mark_dirty(now, slot, groups::ALL);
-            }
             Kind::Active if on_stream(former) && !self.table.is_moving(slot) => {
                 return self.offer(former, own);
             }
@@ -542,6 +643,13 @@ impl Replica<'_> {
             && former.member() == member
             && !self.table.is_moving(slot)
             && self.is_up(member);
-        !concerned || self.offer(former, Place { slot, generation: line.generation() })
+        if !concerned {
+            return true;
+        }
+        if self.offered == 0 {
+            self.offer_at = Time::NEVER; // Until the walk is done.
+        }
+        self.offered |= 1 << member;
+        self.offer(former, Place { slot, generation: line.generation() })
     }
 }

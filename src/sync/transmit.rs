@@ -86,6 +86,7 @@ impl Replica<'_> {
                 self.send_control(now, stream, send);
                 self.send_repeats(now, stream, send);
                 self.send_data(now, stream, &mut budget, send);
+                self.send_digest(stream, send);
             }
             if self.is_stream_busy(stream) {
                 self.wake(stream);
@@ -100,6 +101,9 @@ impl Replica<'_> {
             || s.ack_due
             || !s.refusals.is_empty()
             || s.want_at != Time::NEVER
+            || s.comparing.due
+            || self.has_answers(stream)
+            || self.has_lines(stream)
             || s.grant_due > 0
             || self.skip_due(stream).is_some()
             || self.has_chores(stream)
@@ -120,7 +124,7 @@ impl Replica<'_> {
         }
     }
 
-    fn headers(&self, stream: usize, seq: Seq) -> (Header, SyncHeader) {
+    pub(super) fn headers(&self, stream: usize, seq: Seq) -> (Header, SyncHeader) {
         let member = stream_member(stream);
         let durable = self.durable(stream);
         (
@@ -153,7 +157,8 @@ impl Replica<'_> {
         let want = self.want_due(now, stream);
         let skip = self.skip_due(stream).filter(|_| self.streams[stream].repeat_at.reached(now));
         let s = &self.streams[stream];
-        if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() {
+        let answers = self.has_answers(stream);
+        if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() && !answers {
             return;
         }
         let (header, sync) = self.headers(stream, Seq::NONE);
@@ -179,6 +184,15 @@ impl Replica<'_> {
         if let Some(to) = skip {
             Message::Skip { to }.encode(&mut w);
         }
+        // They may be lost: the next digest shows what was not sent again.
+        if let Some(answer) = self.take_answer(stream) {
+            answer.encode(&mut w);
+        }
+        while w.room() >= 16
+            && let Some(resend) = self.take_resend(stream)
+        {
+            resend.encode(&mut w);
+        }
         let len = w.len();
         let sent = self.send_control_bytes(stream, &scratch[..len], send);
         let s = &mut self.streams[stream];
@@ -197,7 +211,7 @@ impl Replica<'_> {
 
     /// Puts bytes into a control buffer and sends them. `false` if there was no buffer or no room
     /// in the queue: what is due stays due.
-    fn send_control_bytes(
+    pub(super) fn send_control_bytes(
         &mut self,
         stream: usize,
         bytes: &[u8],
@@ -294,7 +308,7 @@ impl Replica<'_> {
     fn has_data(&self, now: Time, stream: usize, started: bool) -> bool {
         let s = &self.streams[stream];
         let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
-        (!s.dirty.is_empty() && flush) || s.grant_due > 0 || self.has_chores(stream)
+        (!s.dirty.is_empty() && flush) || s.grant_due > 0 || self.has_chores(stream) || self.has_lines(stream)
     }
 
     /// Dirty connections, grants and chores, in trains of datagrams.
@@ -376,8 +390,11 @@ impl Replica<'_> {
         sync.encode(&header, &mut w);
         let empty = w.len();
         let mut noted = 0;
-        noted += self.build_grants(stream, &mut w);
+        let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
+        let granted = self.build_grants(stream, &mut places, &mut w);
+        noted += granted;
         noted += self.build_chores(stream, seq, &mut w, MANIFEST_PER_DATAGRAM - noted);
+        self.build_lines(stream, &mut w);
         let mut oldest_change = now;
         let mut connections = 0;
         let mut deltas = 0;
@@ -390,6 +407,9 @@ impl Replica<'_> {
             noted += 1;
             deltas += 1;
         }
+        if self.streams[stream].dirty.is_empty() {
+            self.streams[stream].comparing.unsure = false;
+        }
         let len = w.len();
         if len == empty {
             return None;
@@ -397,10 +417,14 @@ impl Replica<'_> {
         // If more follows, this datagram is not the last of its train: it takes up its full size.
         let more = !self.streams[stream].dirty.is_empty() || self.streams[stream].grant_due > 0;
         let stride = if more { DATAGRAM_MAX } else { len };
-        let entry = Entry { stream, seq, offset, len: len as u32, first_sent: now };
+        let life = self.durable(stream).life();
+        let entry = Entry { stream, life, seq, offset, len: len as u32, first_sent: now };
         let id = self.history.append(&entry, &scratch[..len], stride, oldest_change, connections);
         self.unacknowledged += connections as u64;
+        self.streams[stream].unacknowledged += connections as u64;
         self.durable(stream).set_sent(seq);
+        // Only now: a process that is killed before it has lent nothing.
+        self.lend(stream, &places[..granted]);
         let s = &mut self.streams[stream];
         match s.newest {
             Some(newest) => self.history.set_next(newest, id),
@@ -442,6 +466,7 @@ impl Replica<'_> {
             Kind::Active if line.groups() & groups::TUPLES != 0 => {
                 let connection = self.table.connection(slot);
                 Message::New { target, stamp, own, previous, connection }.encode(w);
+                self.account_sent(stream, slot);
                 self.counters.count(Counter::DeltasNew);
                 1
             }
@@ -449,11 +474,13 @@ impl Replica<'_> {
                 let (groups, state) = (line.groups(), line.state());
                 let extra = if groups & groups::EXTRA != 0 { self.table.extra(slot) } else { Extra::NONE };
                 Message::Update { target, stamp, groups, previous, state, extra }.encode(w);
+                self.account_sent(stream, slot);
                 self.counters.count(Counter::DeltasUpdate);
                 1
             }
             Kind::Closing => {
                 Message::Close { target, stamp }.encode(w);
+                self.account_unsent(stream, slot);
                 self.counters.count(Counter::DeltasClose);
                 self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);
                 0
@@ -463,7 +490,12 @@ impl Replica<'_> {
     }
 
     /// Slots that the peer asked for.
-    fn build_grants(&mut self, stream: usize, w: &mut Writer<'_>) -> usize {
+    fn build_grants(
+        &mut self,
+        stream: usize,
+        places: &mut [Place; LEASE_GRANT_MAX],
+        w: &mut Writer<'_>,
+    ) -> usize {
         let due = self.streams[stream].grant_due.min(LEASE_GRANT_MAX as u64) as usize;
         if due == 0 {
             return 0;
@@ -476,24 +508,33 @@ impl Replica<'_> {
             self.counters.count(if self.kernel_has_room { Counter::TableFull } else { Counter::KernelFull });
             return 0;
         }
-        let durable = self.durable(stream);
-        let lessee = (stream_member(stream), stream_shard(stream));
-        let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
         for place in &mut places[..count] {
             let slot = self.table.allocate().expect("room was counted");
-            let mut line = self.table.line(slot);
-            line.set_kind(Kind::Leased);
-            line.set_peer(Coordinate::new(lessee.0, lessee.1, 0, Default::default()));
-            line.set_life(durable.peer_life());
-            self.table.store(slot, &line);
-            *place = Place { slot, generation: line.generation() };
+            *place = Place { slot, generation: self.table.line(slot).generation() };
             self.history.note(Content::Granted(*place));
         }
         encode_lease(&places[..count], w);
-        durable.add_granted_by_us(count as u64);
-        self.streams[stream].grant_due -= count as u64;
-        self.counters.add(Counter::LeasesGranted, count as u64);
         count
+    }
+
+    /// These slots, which are in a datagram of the history, are the peer's from now on.
+    fn lend(&mut self, stream: usize, places: &[Place]) {
+        let count = places.len() as u64;
+        if count == 0 {
+            return;
+        }
+        let durable = self.durable(stream);
+        let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
+        for place in places {
+            self.table.update(place.slot, |line| {
+                line.set_kind(Kind::Leased);
+                line.set_peer(lessee);
+                line.set_life(durable.peer_life());
+            });
+        }
+        durable.add_granted_by_us(count);
+        self.streams[stream].grant_due -= count;
+        self.counters.add(Counter::LeasesGranted, count);
     }
 
     fn build_chores(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
@@ -521,6 +562,7 @@ impl Replica<'_> {
                 break;
             }
             self.counters.count(Counter::DatagramsGivenUp);
+            self.streams[stream].comparing.unsure = true;
             for content in self.history.contents(id) {
                 match content {
                     Content::Delta(place) => self.delta_given_up(now, stream, place, entry.seq),
@@ -570,8 +612,10 @@ impl Replica<'_> {
 
     /// Takes the oldest outstanding datagram off its stream.
     pub(super) fn settle_oldest(&mut self, stream: usize, id: u32) {
-        self.unacknowledged -= self.history.settle(id) as u64;
+        let connections = self.history.settle(id) as u64;
+        self.unacknowledged -= connections;
         let s = &mut self.streams[stream];
+        s.unacknowledged -= connections;
         s.oldest = self.history.next(id);
         if s.oldest.is_none() {
             s.newest = None;

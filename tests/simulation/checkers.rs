@@ -307,7 +307,7 @@ impl Checks {
                 continue; // A full table: it was never taken.
             }
             if let [one] = found
-                && one.kind == Kind::Active
+                && (one.kind == Kind::Active || !live.contains(&Coordinate::from_raw(one.peer).member()))
                 && live.iter().all(|other| *other == one.member || is_full(world, *other, tuple))
             {
                 unprotected += 1;

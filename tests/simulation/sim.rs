@@ -339,7 +339,8 @@ impl<'m> Sim<'m> {
         let span = fault_time(&mut self.rng);
         let until = self.world.now.after(span);
         self.impaired = true;
-        match self.rng.below(10) {
+        match self.rng.below(12) {
+            10 | 11 => self.restart(victim, span)?,
             0 | 1 => {
                 self.crash(victim)?;
                 self.come_back(victim, span)?;
@@ -419,6 +420,35 @@ impl<'m> Sim<'m> {
         self.world.kill(victim);
         self.bereave(victim);
         Ok(())
+    }
+
+    /// The process dies and comes back over its memory. Its kernel goes on: what its source missed it finds by
+    /// a dump and look-ups, and what was owed to the kernel is made up for.
+    fn restart(&mut self, victim: MemberId, span: Duration) -> Result<(), Broken> {
+        // With the feature it is killed between two stores.
+        let stores = self.rng.below(3000);
+        self.world.note(victim, "doomed", format_args!("after {stores} stores, for {span:?}"));
+        self.world.host(victim).doomed = Some(stores);
+        self.run_for(ms(20), true)?;
+        self.world.host(victim).doomed = None;
+        if self.world.hosts[&victim].running {
+            self.world.kill(victim);
+        }
+        self.run_for(span, true)?;
+        self.world.resume(victim);
+        let owned = self.truth.open.iter().filter(|(_, open)| open.owner == Some(victim));
+        let mut tuples: Vec<Tuple> = owned.map(|(tuple, _)| *tuple).collect();
+        for shard in &self.world.hosts[&victim].shards {
+            let table = shard.table();
+            let own = |slot: &u32| matches!(table.kind(*slot), Kind::Active | Kind::Held);
+            let gone = (0..table.capacity()).filter(own).map(|slot| table.tuples(slot).0);
+            tuples.extend(gone.filter(|tuple| !self.truth.open.contains_key(tuple)));
+        }
+        tuples.sort();
+        tuples.dedup();
+        let now = self.world.now;
+        self.repairs.extend(tuples.into_iter().map(|tuple| Repair { at: now, member: victim, tuple }));
+        self.run_for(ms(50), true)
     }
 
     fn bereave(&mut self, victim: MemberId) {

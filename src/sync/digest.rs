@@ -1,0 +1,625 @@
+//! Digests: two copies that differ find that out, whatever made them differ.
+//!
+//! For each stream the active's side keeps sums over what it has **sent**, and the backup's side over what it
+//! **holds**: of every copy a hash over both coordinates, the stamp and all fields, added up (exclusive or) in 256
+//! buckets by the backup's slot. A delta that is built or applied moves its sums; nothing is ever summed up anew.
+//!
+//! ```text
+//!  active                                            backup
+//!    digest(number sent last, sums)  ----------->    floor there and nothing beyond? compare
+//!                                    <-----------    differ(buckets)    twice in a row, or after an absence
+//!    item(place, own place, hash)..  ----------->    held as it says? else
+//!    end(buckets)                    <-----------    resend(own place): all of it goes out again, as a delta
+//!                                                    held and not named: offered to its active
+//! ```
+//!
+//! Sums are comparable at one moment only: when the backup has applied exactly what was sent before the digest. They differ for a
+//! moment when a claim or a release is on its way; so a difference counts only if the next digest shows it in
+//! the same bucket again. What follows is proportional to the buckets that differ, and every step of
+//! it is one that may be taken at any time: a delta sent again, an offer.
+//!
+//! After an absence in which either side let go of something (or a process was killed), a pair is **unverified** until
+//! a digest agreed: one difference is enough then, and connections of that stream count as exposed.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::mutation::{Mutation, is};
+use super::replica::Replica;
+use super::stream::{stream_index, stream_member};
+use super::takeover::Job;
+use super::transmit::Transmit;
+use crate::ccp::Reject;
+use crate::ccp::bytes::Writer;
+use crate::ccp::message::{Bitmap, Message, Place, encode_digest};
+use crate::conn::slot::groups;
+use crate::conn::tuple::{Family, Tuple, shards_can_meet};
+use crate::conn::{Connection, Coordinate, Kind, Stamp};
+use crate::counters::Counter;
+use crate::limits::{DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, RESENDS_MAX, STREAMS_MAX, WINDOW};
+use crate::seq::Seq;
+use crate::time::Time;
+
+/// Buckets of a digest.
+pub const BUCKETS: usize = 256;
+
+/// A bit for each bucket.
+pub type Mask = [u64; BUCKETS / 64];
+
+/// Bytes of an item, and of an end.
+pub(super) const ITEM_BYTES: usize = 20;
+pub(super) const END_BYTES: usize = 40;
+
+/// Digests of streams that carry nothing go out this much more rarely.
+const IDLE: u32 = 8;
+
+/// What both sides must agree on, as a number that is never 0. The same on every kind of host.
+fn hash(backup: Place, active: Place, stamp: Stamp, connection: &Connection) -> u32 {
+    // Folded multiplication, as in the index, without a secret: two sides of one pair compare it.
+    fn fold(a: u64, b: u64) -> u64 {
+        let wide = (a ^ 0xa076_1d64_78bd_642f) as u128 * (b ^ 0xe703_7ed1_a0b4_28db) as u128;
+        (wide >> 64) as u64 ^ wide as u64
+    }
+    let pair = |high: u32, low: u32| (high as u64) << 32 | low as u64;
+    let place = |p: Place| pair(p.slot, p.generation.raw());
+    let tuple = |t: &Tuple| {
+        let ports = pair((t.sport as u32) << 16 | t.dport as u32, (t.zone as u32) << 16 | t.protocol as u32);
+        let low = fold(t.src as u64 ^ ports, t.dst as u64);
+        match t.family {
+            Family::V4 => low,
+            Family::V6 => fold(low ^ (t.src >> 64) as u64, (t.dst >> 64) as u64),
+        }
+    };
+    let s = &connection.state;
+    let tcp = u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
+    let mut h = fold(place(backup), place(active));
+    h ^= fold(pair(stamp.epoch, stamp.version), pair(s.status, tcp)).rotate_left(7);
+    h ^= fold(pair(s.mark, s.timeout_s), tuple(&connection.original)).rotate_left(23);
+    h = fold(h, tuple(&connection.reply));
+    if !connection.extra.is_none() {
+        let e = &connection.extra;
+        let half = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
+        for bytes in [&e.labels[..8], &e.labels[8..], &e.helper[..8], &e.helper[8..]] {
+            h = fold(h, half(bytes));
+        }
+        for adjustment in &e.seqadj {
+            h = fold(
+                h ^ adjustment.correction_position as u64,
+                pair(adjustment.offset_before, adjustment.offset_after),
+            );
+        }
+        h = fold(h ^ pair(e.synproxy.isn, e.synproxy.its), pair(e.synproxy.tsoff, e.parts as u32));
+        h = fold(h ^ e.protoinfo.value, pair(e.protoinfo.state as u32, e.protoinfo.role as u32));
+    }
+    ((h >> 32) as u32 ^ h as u32).max(1)
+}
+
+/// The sums of every stream, in both directions. Untouched ones take up no memory.
+pub(super) struct Digests {
+    sent: Vec<u32>,
+    held: Vec<u32>,
+}
+
+impl Digests {
+    pub(super) fn new() -> Digests {
+        Digests { sent: vec![0; STREAMS_MAX * BUCKETS], held: vec![0; STREAMS_MAX * BUCKETS] }
+    }
+}
+
+fn sums_of(all: &[u32], stream: usize) -> &[u32; BUCKETS] {
+    all.as_chunks().0.get(stream).expect("every stream has its sums")
+}
+
+fn bucket(slot: u32) -> usize {
+    slot as usize % BUCKETS
+}
+
+fn has(mask: &Mask, slot: u32) -> bool {
+    mask[bucket(slot) / 64] >> (bucket(slot) % 64) & 1 == 1
+}
+
+/// A message of a comparison that waits to be sent.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Line {
+    Item { target: Place, own: Place, hash: u32, session: u8 },
+    End { session: u8, mask: Mask },
+}
+
+/// A copy that was not what its active takes it for: found by a digest, and being repaired.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Finding {
+    /// The active has it at `active`; the copy at `here` is not that, or none.
+    Differs {
+        /// Where the copy should be.
+        here: Coordinate,
+        /// Where its active has it.
+        active: Coordinate,
+    },
+    /// A copy here that its active does not count on.
+    Orphan {
+        /// Where the copy is.
+        here: Coordinate,
+        /// Where its active was.
+        active: Coordinate,
+    },
+}
+
+/// What a stream's comparisons have come to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Comparing {
+    /// Sending: whether some of what was sent may not be what the sums say, until everything dirty went out.
+    pub unsure: bool,
+    /// Sending: whether the pair must agree before its connections count as protected.
+    pub unverified: bool,
+    /// Sending: whether a digest is to be sent.
+    pub due: bool,
+    /// Sending: sweeps since the last digest.
+    pub rested: u32,
+    /// Sending: the buckets of the walk under way, if `walking`.
+    mask: Mask,
+    walking: bool,
+    session: u8,
+    /// Receiving: digests in a row that differed, and the buckets of the last one.
+    differed: u32,
+    suspect: Mask,
+    /// Receiving: the answer that is due.
+    answer: Option<(Seq, Mask)>,
+    /// Receiving: what is left to be offered after the end of a comparison.
+    unseen: Mask,
+    unseen_session: u8,
+    /// Receiving: whether differences are no surprise, since the pair was apart.
+    expected: bool,
+}
+
+/// Lines that wait, of one stream after the other, and what was found.
+pub(super) struct Comparison {
+    lines: VecDeque<(u16, Line)>,
+    /// Connections that their active has to send again.
+    resends: Vec<(u16, Place)>,
+    findings: VecDeque<Finding>,
+    /// When the streams are looked at next.
+    sweep_at: Time,
+}
+
+impl Comparison {
+    pub(super) fn new() -> Comparison {
+        Comparison {
+            lines: VecDeque::with_capacity(ITEMS_MAX + 64),
+            resends: Vec::with_capacity(RESENDS_MAX),
+            findings: VecDeque::with_capacity(FINDINGS_MAX),
+            sweep_at: Time(0),
+        }
+    }
+}
+
+impl Replica<'_> {
+    /// The sums take this copy for sent as it is now.
+    pub(super) fn account_sent(&mut self, stream: usize, slot: u32) {
+        let line = self.table.line(slot);
+        let own = Place { slot, generation: line.generation() };
+        let hash = hash(Place::of(line.peer()), own, line.stamp(), &self.table.connection(slot));
+        self.set_sent(stream, slot, line.peer().slot(), hash);
+    }
+
+    /// The sums take this slot's connection for unsent, or for closed there.
+    pub(super) fn account_unsent(&mut self, stream: usize, slot: u32) {
+        let peer = self.table.line(slot).peer();
+        self.set_sent(stream, slot, peer.slot(), 0);
+    }
+
+    fn set_sent(&mut self, stream: usize, slot: u32, backup: u32, hash: u32) {
+        let old = self.table.set_digest(slot, hash);
+        self.digests.sent[stream * BUCKETS + bucket(backup)] ^= old ^ hash;
+    }
+
+    /// The sums take the copy in this slot for what it is now.
+    pub(super) fn account_held(&mut self, slot: u32) {
+        if is(Mutation::DigestStands) {
+            return;
+        }
+        let line = self.table.line(slot);
+        let own = Place { slot, generation: line.generation() };
+        let hash = hash(own, Place::of(line.peer()), line.stamp(), &self.table.connection(slot));
+        self.set_held(slot, hash);
+    }
+
+    fn set_held(&mut self, slot: u32, hash: u32) {
+        let stream = self.stream_of(self.table.line(slot).peer());
+        let old = self.table.set_digest(slot, hash);
+        self.digests.held[stream * BUCKETS + bucket(slot)] ^= old ^ hash;
+    }
+
+    /// The copy in this slot counts from now on.
+    pub(super) fn begin_copy(&mut self, slot: u32) {
+        let stream = self.stream_of(self.table.line(slot).peer());
+        self.streams[stream].copies += 1;
+        self.account_held(slot);
+    }
+
+    /// The copy in this slot, whose line still says so, is about to be none.
+    pub(super) fn end_copy(&mut self, slot: u32) {
+        let stream = self.stream_of(self.table.line(slot).peer());
+        self.streams[stream].copies -= 1;
+        self.set_held(slot, 0);
+    }
+
+    /// A close that nobody waits for any more.
+    pub(super) fn drop_closing(&mut self, slot: u32) {
+        let stream = self.stream_of(self.table.line(slot).peer());
+        self.unlist(slot);
+        self.account_unsent(stream, slot);
+        self.table.recycle(slot);
+    }
+
+    /// What was agreed with this member may have been let go on either side.
+    pub(super) fn unverify(&mut self, member: crate::conn::MemberId) {
+        let shards = self.view.members[member as usize].shards;
+        for shard in 0..shards {
+            if shards_can_meet(self.config.shard, self.config.shards, shard, shards) {
+                self.unverify_stream(stream_index(member, shard));
+            }
+        }
+    }
+
+    /// What was agreed on this stream may have been let go on either side.
+    pub(super) fn unverify_stream(&mut self, stream: usize) {
+        let s = &mut self.streams[stream].comparing;
+        self.unverified += !s.unverified as u32;
+        s.unverified = true;
+    }
+
+    fn verify(&mut self, stream: usize) {
+        let s = &mut self.streams[stream].comparing;
+        self.unverified -= s.unverified as u32;
+        s.unverified = false;
+    }
+
+    /// The member is not there: nothing is compared with it.
+    pub(super) fn stop_comparing(&mut self, member: crate::conn::MemberId) {
+        for shard in 0..crate::limits::SHARDS_MAX as u8 {
+            let stream = stream_index(member, shard);
+            self.verify(stream);
+            let s = &mut self.streams[stream];
+            s.comparing = Comparing { session: s.comparing.session, ..Comparing::default() };
+            s.comparing.unsure = true;
+        }
+        self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
+        self.comparison.resends.retain(|(stream, _)| stream_member(*stream as usize) != member);
+        let of_member = |stream: &usize| stream_member(*stream) == member;
+        let before = self.jobs.len();
+        self.jobs.retain(
+            |job| !matches!(job, Job::Compare { stream } | Job::Unseen { stream } if of_member(stream)),
+        );
+        if self.jobs.len() != before {
+            self.walk_slot = 0;
+        }
+    }
+
+    /// Connections whose stream is unverified, and that are not counted as exposed otherwise.
+    pub(super) fn unverified_connections(&self) -> u64 {
+        if self.unverified == 0 {
+            return 0;
+        }
+        let unverified = self.streams.iter().filter(|s| s.comparing.unverified);
+        unverified.map(|s| s.actives - (s.dirty.len() as u64 + s.unacknowledged).min(s.actives)).sum()
+    }
+
+    /// Says which streams are due for a digest.
+    pub(super) fn tick_digests(&mut self, now: Time) {
+        if !self.comparison.sweep_at.reached(now) {
+            return;
+        }
+        self.comparison.sweep_at = now.after(self.sweep_period());
+        let (me, shards) = (self.config.shard, self.config.shards);
+        for member in 1..self.peers.len() as u8 {
+            if !self.is_up(member) {
+                continue;
+            }
+            let theirs = self.view.members[member as usize].shards;
+            for shard in (0..theirs).filter(|shard| shards_can_meet(me, shards, *shard, theirs)) {
+                let stream = stream_index(member, shard);
+                let s = &mut self.streams[stream];
+                s.comparing.rested += 1;
+                let rest = match (s.comparing.unverified, s.actives) {
+                    (true, _) => 1,
+                    (false, 0) => 4 * IDLE,
+                    (false, _) => 4,
+                };
+                if s.comparing.rested >= rest {
+                    s.comparing.due = true;
+                    self.wake(stream);
+                }
+            }
+        }
+    }
+
+    fn sweep_period(&self) -> Duration {
+        self.config.compare / 4
+    }
+
+    /// When [`tick_digests`](Self::tick_digests) has something to do.
+    pub(super) fn digests_at(&self) -> Time {
+        let anybody = (1..self.peers.len() as u8).any(|member| self.is_up(member));
+        if anybody { self.comparison.sweep_at } else { Time::NEVER }
+    }
+
+    /// The sums over what was sent, at the number sent last.
+    pub(super) fn send_digest(&mut self, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+        let s = &mut self.streams[stream];
+        if s.dirty.is_empty() {
+            s.comparing.unsure = false;
+        }
+        if !s.comparing.due || s.comparing.unsure || !s.greeted {
+            return;
+        }
+        let (life, seq) = (self.durable(stream).life(), self.durable(stream).sent());
+        let (header, sync) = self.headers(stream, Seq::NONE);
+        let mut scratch = [0; DATAGRAM_MAX];
+        let mut w = Writer::new(&mut scratch);
+        sync.encode(&header, &mut w);
+        let sums = sums_of(&self.digests.sent, stream);
+        encode_digest(life, seq, self.streams[stream].comparing.unverified, sums, &mut w);
+        let len = w.len();
+        if self.send_control_bytes(stream, &scratch[..len], send) {
+            self.counters.count(Counter::DigestsSent);
+            let s = &mut self.streams[stream].comparing;
+            (s.due, s.rested) = (false, 0);
+        }
+    }
+
+    /// The active says what its copies here should add up to.
+    pub(super) fn handle_digest(
+        &mut self,
+        stream: usize,
+        (life, seq): (u16, Seq),
+        unverified: bool,
+        sums: Bitmap<'_>,
+    ) -> Result<(), Reject> {
+        let durable = self.durable(stream);
+        if life != durable.peer_life() {
+            return Err(Reject::Table);
+        }
+        let mut beyond = [0; (WINDOW / 64) as usize];
+        if durable.receive_floor() != seq || durable.beyond(&mut beyond) != 0 {
+            return Ok(()); // Not the moment that it speaks of. There will be another.
+        }
+        self.counters.count(Counter::DigestsCompared);
+        let mut mask = Mask::default();
+        let mut words = sums.words();
+        for (pair, held) in sums_of(&self.digests.held, stream).chunks(2).enumerate() {
+            let theirs = words.next().unwrap_or(0);
+            let differs = [(theirs >> 32) as u32 != held[0], theirs as u32 != held[1]];
+            let bits = differs[0] as u64 | (differs[1] as u64) << 1;
+            mask[pair / 32] |= bits << (pair % 32 * 2);
+        }
+        let s = &mut self.streams[stream].comparing;
+        if mask == Mask::default() {
+            (s.differed, s.suspect) = (0, mask);
+            if unverified {
+                s.answer = Some((seq, mask));
+                self.wake(stream);
+            }
+            return Ok(());
+        }
+        s.differed = s.differed.saturating_add(1);
+        let again: Mask = std::array::from_fn(|i| mask[i] & s.suspect[i]);
+        s.suspect = mask;
+        s.expected = unverified;
+        let report = if unverified { mask } else { again };
+        // What cannot be repaired is looked at ever more rarely.
+        if report != Mask::default() && s.differed.is_power_of_two() {
+            s.answer = Some((seq, report));
+            self.counters.count(Counter::DigestsDiffered);
+            self.wake(stream);
+        }
+        Ok(())
+    }
+
+    /// The answer to a digest, for the next control datagram.
+    pub(super) fn take_answer(&mut self, stream: usize) -> Option<Message<'static>> {
+        let life = self.durable(stream).peer_life();
+        let (seq, mask) = self.streams[stream].comparing.answer.take()?;
+        Some(Message::Differ { life, seq, mask })
+    }
+
+    /// The backup compared: in these buckets it holds something else.
+    pub(super) fn handle_differ(&mut self, stream: usize, life: u16, mask: Mask) -> Result<(), Reject> {
+        if life != self.durable(stream).life() {
+            return Err(Reject::Table);
+        }
+        if mask == Mask::default() {
+            self.verify(stream);
+            return Ok(());
+        }
+        let s = &mut self.streams[stream].comparing;
+        if !s.walking {
+            s.walking = true;
+            s.mask = mask;
+            s.session = (s.session + 1) % 64;
+            self.jobs.push_back(Job::Compare { stream });
+        }
+        Ok(())
+    }
+
+    /// One slot of the walk that names what the backup should hold. `false`: no room for another line.
+    pub(super) fn compare_slot(&mut self, stream: usize, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let (peer, s) = (line.peer(), &self.streams[stream].comparing);
+        let hash = self.table.digest(slot);
+        let concerned = line.kind() == Kind::Active
+            && peer.is_somewhere()
+            && self.stream_of(peer) == stream
+            && has(&s.mask, peer.slot())
+            && hash != 0;
+        if !concerned || !self.is_up(stream_member(stream)) {
+            return true;
+        }
+        if self.comparison.lines.len() >= ITEMS_MAX {
+            return false;
+        }
+        let own = Place { slot, generation: line.generation() };
+        let item = Line::Item { target: Place::of(peer), own, hash, session: s.session };
+        self.comparison.lines.push_back((stream as u16, item));
+        self.counters.count(Counter::CompareItems);
+        self.wake(stream);
+        true
+    }
+
+    /// That walk is done.
+    pub(super) fn compared(&mut self, stream: usize) {
+        let s = &mut self.streams[stream].comparing;
+        s.walking = false;
+        let end = Line::End { session: s.session, mask: s.mask };
+        if self.is_up(stream_member(stream)) {
+            self.comparison.lines.push_back((stream as u16, end));
+            self.wake(stream);
+        }
+    }
+
+    /// Whether the next line is for this stream.
+    pub(super) fn has_lines(&self, stream: usize) -> bool {
+        self.comparison.lines.front().is_some_and(|(of, _)| *of as usize == stream)
+    }
+
+    /// Writes lines of this stream into a datagram, as many as fit.
+    pub(super) fn build_lines(&mut self, stream: usize, w: &mut Writer<'_>) {
+        while let Some((of, line)) = self.comparison.lines.front().copied()
+            && of as usize == stream
+            && w.room() >= END_BYTES
+        {
+            match line {
+                Line::Item { target, own, hash, session } => Message::Item { target, own, hash, session },
+                Line::End { session, mask } => Message::End { session, mask },
+            }
+            .encode(w);
+            self.comparison.lines.pop_front();
+            if let Some((next, _)) = self.comparison.lines.front() {
+                self.wake(*next as usize);
+            }
+        }
+    }
+
+    /// Whether as many differences as a datagram can bring can be answered.
+    pub(super) fn has_room_for_items(&self) -> bool {
+        self.comparison.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
+    }
+
+    /// The active has a connection at `own` and takes the copy at `target` for this.
+    pub(super) fn apply_item(
+        &mut self,
+        stream: usize,
+        target: Place,
+        own: Coordinate,
+        hash: u32,
+        session: u8,
+    ) {
+        let here = Coordinate::new(self.config.member, self.config.shard, target.slot, target.generation);
+        if target.slot >= self.table.capacity() {
+            return self.counters.count(Counter::RejectTarget);
+        }
+        let line = self.table.line(target.slot);
+        let is_here = line.generation() == target.generation;
+        match line.kind() {
+            Kind::Backup if is_here && line.peer() == own => {
+                self.table.set_seen(target.slot, session + 1);
+                if self.table.digest(target.slot) == hash {
+                    return;
+                }
+            }
+            // Claimed or presumed here: the two sides settle that between them.
+            Kind::Active if is_here => return,
+            _ => {}
+        }
+        self.find(stream, Finding::Differs { here, active: own });
+        self.comparison.resends.push((stream as u16, Place::of(own)));
+        self.wake(stream);
+    }
+
+    /// The active has named all its copies in these buckets: what else is here it does not count on.
+    pub(super) fn apply_end(&mut self, stream: usize, session: u8, mask: Mask) {
+        let s = &mut self.streams[stream].comparing;
+        (s.unseen, s.unseen_session) = (mask, session + 1);
+        let job = Job::Unseen { stream };
+        if !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
+            self.jobs.push_back(job);
+        }
+    }
+
+    /// One slot of the walk that follows. `false`: no chore is free.
+    pub(super) fn unseen_slot(&mut self, stream: usize, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        let s = &self.streams[stream].comparing;
+        let unseen = line.kind() == Kind::Backup
+            && self.stream_of(line.peer()) == stream
+            && has(&s.unseen, slot)
+            && self.table.seen(slot) != s.unseen_session
+            && self.is_up(stream_member(stream));
+        if !unseen {
+            return true;
+        }
+        let own = Place { slot, generation: line.generation() };
+        let offered = self.offer(line.peer(), own);
+        if offered {
+            self.counters.count(Counter::CompareOffered);
+            self.find(stream, Finding::Orphan { here: self.coordinate(slot), active: line.peer() });
+        }
+        offered
+    }
+
+    /// The backup does not hold this connection as it should: all of it goes out again.
+    pub(super) fn handle_resend(&mut self, now: Time, stream: usize, own: Place) {
+        if own.slot >= self.table.capacity() {
+            return self.counters.count(Counter::RejectTarget);
+        }
+        let line = self.table.line(own.slot);
+        let ours = line.generation() == own.generation
+            && line.kind() == Kind::Active
+            && line.peer().is_somewhere()
+            && self.stream_of(line.peer()) == stream;
+        if ours {
+            self.counters.count(Counter::CompareResent);
+            self.mark_dirty(now, own.slot, groups::ALL);
+        }
+    }
+
+    fn find(&mut self, stream: usize, finding: Finding) {
+        if !self.streams[stream].comparing.expected && self.comparison.findings.len() < FINDINGS_MAX {
+            self.comparison.findings.push_back(finding);
+        }
+    }
+
+    /// The next copy that differed although the pair was never apart; for the log.
+    pub fn poll_finding(&mut self) -> Option<Finding> {
+        self.comparison.findings.pop_front()
+    }
+
+    /// The sums follow from the table: of what was sent and is not dirty, and of what is held.
+    pub(super) fn resume_digests(&mut self) {
+        for slot in 0..self.table.capacity() {
+            let line = self.table.line(slot);
+            match line.kind() {
+                Kind::Active if line.peer().is_somewhere() && line.last() != Seq::NONE => {
+                    self.account_sent(self.stream_of(line.peer()), slot);
+                }
+                Kind::Backup => self.account_held(slot),
+                _ => {}
+            }
+        }
+        for s in &mut self.streams {
+            s.comparing.unsure = true;
+        }
+    }
+
+    /// The next connection that the peer of this stream has to send again.
+    pub(super) fn take_resend(&mut self, stream: usize) -> Option<Message<'static>> {
+        let at = self.comparison.resends.iter().position(|(of, _)| *of as usize == stream)?;
+        let (_, target) = self.comparison.resends.swap_remove(at);
+        Some(Message::Resend { target })
+    }
+
+    /// Whether a digest, or what one found, has to be answered.
+    pub(super) fn has_answers(&self, stream: usize) -> bool {
+        self.streams[stream].comparing.answer.is_some()
+            || self.comparison.resends.iter().any(|(of, _)| *of as usize == stream)
+    }
+}

@@ -1,0 +1,195 @@
+//! Resume: the memory that a killed process left behind becomes a shard's again.
+//!
+//! Slots, coordinates, leases, streams and the history lie in memory and are as they were; lists, counts and
+//! whatever else is private follows from them. A process can be killed between any two stores, so
+//! everything is written in an order in which the half of it that was done is something that the
+//! protocol repairs anyway:
+//!
+//! - a slot that was being written is freed two lives later, and its other copy finds that out;
+//! - a delta in a datagram that was never entered into the history is dirty again;
+//! - what the kernel was owed is found by the look-ups that follow a resume;
+//! - releases, offers and declines under way are forgotten: moves begin anew from the slots, the rest is
+//!   found by comparing digests.
+//!
+//! What a killed process had taken out of one place and not yet put into another (a leased slot) stays
+//! unused until the stream's next life: one slot at most.
+
+use std::collections::HashSet;
+
+use super::history::History;
+use super::lease::LeasePool;
+use super::replica::{Replica, ReplicaConfig};
+use super::stream::{Durable, stream_index};
+use super::takeover::PeerState;
+use crate::conn::table::{On, Table};
+use crate::conn::{Kind, MemberId};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
+use crate::memory::Memory;
+use crate::seq::Seq;
+use crate::source::CommitMode;
+use crate::time::Time;
+
+use super::history::Content;
+
+impl<'m> Replica<'m> {
+    /// A shard over the memory that a killed process left behind; the configuration's table id and key are those
+    /// of then. Every member counts as silent until a view says something else. Returns how many slots
+    /// were being written at that moment and are lost.
+    pub fn resume(config: ReplicaConfig, memory: Memory<'m>, now: Time) -> (Replica<'m>, u32) {
+        let (table, torn) = Table::resume(&memory, config.index_key);
+        let mut used = HashSet::new();
+        for slot in 0..table.capacity() {
+            let line = table.line(slot);
+            if matches!(line.kind(), Kind::Active | Kind::Closing) && line.peer().is_plausible() {
+                used.insert((stream_index(line.peer().member(), line.peer().shard()), line.peer().slot()));
+            }
+        }
+        // A lease that was used, or came back, just then must not stand here twice.
+        let (leases, lists) =
+            LeasePool::resume(memory.leases, |stream, place| used.insert((stream, place.slot)));
+        drop(used);
+        let mut replica = Replica::over(config, memory, table, leases, History::resume(&memory));
+        for (stream, list) in lists.into_iter().enumerate() {
+            replica.streams[stream].lease = list;
+        }
+        replica.may_hold_entries = replica.config.commit == CommitMode::Takeover;
+        replica.resume_history();
+        replica.resume_slots(now);
+        replica.resume_digests();
+        replica.resume_peers(now);
+        (replica, torn)
+    }
+
+    /// Datagrams that are not acknowledged wait for that again.
+    fn resume_history(&mut self) {
+        let ids: Vec<u32> = self.history.ids().collect();
+        let mut found = vec![0; STREAMS_MAX];
+        for id in ids {
+            let entry = self.history.entry(id);
+            let durable = self.durable(entry.stream);
+            let settled = entry.seq.is_passed_by(durable.floor())
+                || entry.seq.is_passed_by(durable.given_up())
+                || entry.seq.is_after(durable.sent());
+            if settled || entry.life != durable.life() {
+                continue;
+            }
+            let carried = |content: &Content| match content {
+                Content::Delta(place) => {
+                    let line = self.table.line(place.slot);
+                    line.generation() == place.generation
+                        && line.kind() == Kind::Active
+                        && line.last() == entry.seq
+                }
+                _ => false,
+            };
+            let connections = self.history.contents(id).filter(carried).count() as u32;
+            self.history.take_up(id, connections);
+            self.unacknowledged += connections as u64;
+            self.streams[entry.stream].unacknowledged += connections as u64;
+            found[entry.stream] += 1;
+            let s = &mut self.streams[entry.stream];
+            match s.newest {
+                Some(newest) => self.history.set_next(newest, id),
+                None => s.oldest = Some(id),
+            }
+            s.newest = Some(id);
+        }
+        for (stream, found) in found.into_iter().enumerate() {
+            let durable = self.durable(stream);
+            let settled = durable.floor().max(durable.given_up());
+            assert!(
+                found == durable.sent().beyond(settled),
+                "stream {stream} has {found} datagrams after {settled:?} and sent {:?}",
+                durable.sent()
+            );
+        }
+    }
+
+    fn resume_slots(&mut self, now: Time) {
+        let mut closing: Vec<(usize, Seq, u32)> = Vec::new();
+        for slot in 0..self.table.capacity() {
+            let line = self.table.line(slot);
+            let peer = line.peer();
+            if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member) {
+                unreachable!("slot {slot} has its other copy at {peer}");
+            }
+            let stream = if peer.is_somewhere() { self.stream_of(peer) } else { 0 };
+            match line.kind() {
+                Kind::Free | Kind::Leased => {}
+                Kind::Held => self.table.push(&mut self.held, On::Held, slot, now),
+                Kind::Active if !peer.is_somewhere() => self.wait(now, slot),
+                Kind::Active | Kind::Closing => {
+                    let durable = self.durable(stream);
+                    let is_sent = line.last() != Seq::NONE && !line.last().is_after(durable.sent());
+                    if line.kind() == Kind::Active {
+                        self.streams[stream].actives += 1;
+                    }
+                    if !is_sent {
+                        self.table.update(slot, |line| line.set_last(Seq::NONE));
+                        self.push_dirty(now, stream, slot, line.kind());
+                    } else if line.kind() == Kind::Closing {
+                        closing.push((stream, line.last(), slot));
+                    }
+                }
+                Kind::Backup => {
+                    self.streams[stream].copies += 1;
+                    // It may have been told before that the kernel does not have it.
+                    self.table.set_declined(slot, true);
+                }
+            }
+            if line.is_moving() {
+                match line.kind() {
+                    Kind::Active => self.resume_move(slot),
+                    _ => self.table.set_moving(slot, false),
+                }
+            }
+        }
+        closing.sort_by_key(|(stream, seq, _)| (*stream, seq.raw()));
+        for (stream, _, slot) in closing {
+            self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);
+        }
+    }
+
+    /// Who was there is silent for now. What was being let go goes on being let go.
+    fn resume_peers(&mut self, now: Time) {
+        let me = self.config.member;
+        for member in (1..=MEMBERS_MAX as MemberId).filter(|m| *m != me) {
+            let streams = (0..SHARDS_MAX as u8).map(|shard| stream_index(member, shard));
+            let known: Vec<Durable<'_>> =
+                streams.map(|s| self.durable(s)).filter(|d| d.life() != 0 || d.peer_life() != 0).collect();
+            let Some(table) = known.iter().map(Durable::peer_table).find(|table| *table != 0) else {
+                continue;
+            };
+            let let_go = known.iter().any(Durable::is_let_go);
+            self.tables[member as usize] = table;
+            self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
+            if let_go {
+                self.purge(now, member);
+            }
+        }
+        for stream in 0..STREAMS_MAX {
+            let durable = self.durable(stream);
+            if durable.life() == 0 && durable.peer_life() == 0 {
+                continue;
+            }
+            let floor = durable.floor();
+            let s = &mut self.streams[stream];
+            // It says skip and ack until the peer has answered: so both know at once where they stand.
+            s.greeted = durable.life() == 0;
+            s.repeat_at = now;
+            s.ack_due = durable.peer_life() != 0;
+            s.want = durable.granted_to_us();
+            self.free_closed(stream, floor);
+            self.wake(stream);
+        }
+        for slot in 0..self.table.capacity() {
+            let line = self.table.line(slot);
+            let member = line.peer().member();
+            let refers = line.peer().is_somewhere() && line.kind() != Kind::Free;
+            assert!(
+                !refers || !matches!(self.peers[member as usize], PeerState::Vacant),
+                "slot {slot} refers to member {member}, which nothing is known of"
+            );
+        }
+    }
+}

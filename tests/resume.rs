@@ -1,0 +1,139 @@
+//! A member's process is killed and started again over the memory that it left behind: without sockets, in
+//! simulated time. With the feature `mutations` it is killed in the middle of stores, too.
+
+#[allow(dead_code)]
+#[path = "protocol/world.rs"]
+mod world;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use hypersync::conn::{Coordinate, Kind, MemberId, Tuple};
+use hypersync::counters::Counter;
+use hypersync::memory::OwnedMemory;
+use world::{Network, World, memories};
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn pair<'m>(seed: u64, memories: &'m [OwnedMemory], shards: u8) -> World<'m> {
+    let mut world = World::new(seed, memories);
+    world.start(1, shards, 100);
+    world.start(2, shards, 100);
+    world.run_for(ms(150));
+    world
+}
+
+fn churn(world: &mut World<'_>, steps: u32, owners: &[MemberId]) {
+    for _ in 0..steps {
+        let owner = owners[world.rng.below(owners.len() as u64) as usize];
+        if world.hosts[&owner].running {
+            match world.rng.below(10) {
+                0..4 => drop(world.open_at(owner)),
+                4..8 => {
+                    let tuple = world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
+                    if let Some(tuple) = tuple {
+                        world.change(tuple);
+                    }
+                }
+                _ => {
+                    let tuple = world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
+                    if let Some(tuple) = tuple {
+                        world.close(tuple);
+                    }
+                }
+            }
+        }
+        world.step();
+    }
+}
+
+fn places(world: &World<'_>, member: MemberId) -> HashMap<Tuple, (Kind, Coordinate, Coordinate)> {
+    let mut places = HashMap::new();
+    for shard in &world.hosts[&member].shards {
+        for slot in 0..shard.table().capacity() {
+            let line = shard.table().line(slot);
+            if matches!(line.kind(), Kind::Active | Kind::Backup) {
+                let tuple = shard.table().tuples(slot).0;
+                places.insert(tuple, (line.kind(), shard.coordinate(slot), line.peer()));
+            }
+        }
+    }
+    places
+}
+
+/// What the killed member's users did meanwhile its kernel tells by a dump.
+fn dump(world: &mut World<'_>, member: MemberId) {
+    let open: Vec<Tuple> = world.open.iter().filter(|(_, k)| k.owner == member).map(|(t, _)| *t).collect();
+    for tuple in open {
+        world.change(tuple);
+    }
+}
+
+#[test]
+fn back_within_the_dead_time_everything_stands_where_it_stood() {
+    let memories = memories(8);
+    let mut world = pair(1, &memories, 2);
+    world.network = Network { loss: 5, repeats: 5, late: 5, ..Network::default() };
+    churn(&mut world, 2000, &[1, 2]);
+    world.run_for(ms(100));
+    let before: Vec<_> = [1, 2].map(|m| (places(&world, m), world.counter(m, Counter::StreamsLost))).into();
+    let news = world.counter(1, Counter::DeltasNew) + world.counter(2, Counter::DeltasNew);
+    world.kill(1);
+    world.run_for(ms(20));
+    world.resume(1);
+    for member in [1, 2] {
+        assert!(places(&world, member) == before[member as usize - 1].0, "places of member {member} moved");
+    }
+    dump(&mut world, 1);
+    world.run_until(ms(3000), "everything agrees again", |w| w.is_quiet());
+    world.run_for(ms(200));
+    world.check();
+    assert_eq!(world.counter(1, Counter::StreamsLost), 0, "{}", world.describe());
+    assert_eq!(world.counter(2, Counter::StreamsLost), 0, "{}", world.describe());
+    assert_eq!(world.counter(2, Counter::MembersDied), 0);
+    let news = world.counter(1, Counter::DeltasNew) + world.counter(2, Counter::DeltasNew) - news;
+    let held = before[0].0.len() as u64;
+    assert!(news < held / 4, "{news} whole connections were sent again of {held}");
+    churn(&mut world, 1000, &[1, 2]);
+    world.network = Network::default();
+    world.run_until(ms(3000), "everything agrees again", |w| w.is_quiet());
+    world.run_for(ms(200));
+    world.check();
+}
+
+/// Killed after each of so many stores, in traffic, and back.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_in_the_middle_of_any_store_it_comes_back_right() {
+    let mut killed = 0;
+    for n in 0..150u64 {
+        let memories = memories(4);
+        let mut world = pair(n, &memories, 1);
+        world.network = Network { loss: 3, late: 5, ..Network::default() };
+        churn(&mut world, 300, &[1, 2]);
+        world.host(1).doomed = Some(n * 17);
+        churn(&mut world, 400, &[1, 2]);
+        world.host(1).doomed = None;
+        match world.hosts[&1].running {
+            true => world.kill(1),
+            false => killed += 1,
+        }
+        world.run_for(ms([0, 20, 120, 700][n as usize % 4]));
+        world.resume(1);
+        // What the source was telling when the process was killed, it tells again.
+        dump(&mut world, 1);
+        let closed = world.closed.clone();
+        for tuple in closed {
+            world.tell(1, &hypersync::source::SourceEvent::Gone { original: tuple });
+        }
+        churn(&mut world, 200, &[1, 2]);
+        world.network = Network::default();
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.check();
+    }
+    assert!(killed > 100, "only {killed} were killed in the middle of something");
+}
