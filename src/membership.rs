@@ -202,10 +202,17 @@ impl<'m> Membership<'m> {
             return;
         }
         let (group, seconds) = (self.group_number, self.hearing.expected().as_secs());
-        self.hearing.tick(now, self.group.view(), &mut |trouble| match trouble {
+        let group_now = &self.group;
+        let only_small = |member| group_now.hears_only_small(now, member);
+        self.hearing.tick(now, group_now.view(), &only_small, &mut |trouble| match trouble {
             Trouble::NotHeardBy { member, address } => log::warn!(
                 "member {member} at {address} does not hear this member: UDP port 8116 is blocked on the way \
-                 there (this host's output, the network, or that host's input rules)"
+                 there (this host's output, the network, or that host's input rules), or passes small datagrams only, \
+                 which that member's log says then"
+            ),
+            Trouble::OnlySmallFrom { member, address } => log::warn!(
+                "member {member} at {address}: only its small heartbeats arrive, so it is no backup: the path here \
+                 does not pass datagrams of {DATAGRAM_MAX} bytes; look at the MTU of every device on the sync link"
             ),
             Trouble::NothingFrom(address) => log::warn!(
                 "no heartbeat of group {group} from peer {address} yet: it is not running, or UDP port 8116 is \

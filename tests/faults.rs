@@ -459,3 +459,44 @@ fn a_close_or_release_that_overtakes_its_claim_counts() {
         world.check();
     }
 }
+
+#[test]
+fn a_pair_cut_apart_under_churn_agrees_again() {
+    for (seed, shards) in [(1, [1, 1]), (2, [2, 1]), (3, [2, 2])] {
+        let memories = memories_of(4, MemorySize::new(16_384, ARENA_MIN * 4));
+        let mut world = World::new(seed, &memories);
+        world.start(1, shards[0], 100);
+        world.start(2, shards[1], 100);
+        world.run_for(ms(100));
+        let mut tuples: [Vec<_>; 2] = Default::default();
+        for _ in 0..15 {
+            for member in [1, 2] {
+                tuples[member as usize - 1].extend((0..100).map(|_| world.open_at(member)));
+            }
+            world.run_for(ms(10));
+        }
+        settle(&mut world, SECOND * 3);
+        world.cut = vec![(1, 2), (2, 1)];
+        for n in 0..300 {
+            // Two of three are renewed, and more than once each has changed.
+            for member in [1u8, 2] {
+                let own = &mut tuples[member as usize - 1];
+                for i in 0..4 {
+                    let at = (n * 7 + i * 389) % own.len();
+                    world.close(own[at]);
+                    own[at] = world.open_at(member);
+                    for j in 0..3 {
+                        let len = own.len();
+                        world.change(own[(n * 13 + i * 3 + j * 31) % len]);
+                    }
+                }
+            }
+            world.run_for(ms(10));
+        }
+        world.cut.clear();
+        world.run_for(ms(300));
+        world.run_until(SECOND * 10, "quiet after the cut", |w| w.is_quiet());
+        settle(&mut world, SECOND * 3);
+        world.check();
+    }
+}

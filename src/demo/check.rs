@@ -26,6 +26,9 @@ use crate::conn::{Connection, Kind, MemberId, Tuple};
 use crate::load::Flow;
 use crate::load::flow::is_short;
 
+/// The number that no member has.
+const NOBODY: MemberId = 0;
+
 /// A connection that is open, as the load told it.
 #[derive(Clone, Copy)]
 pub struct Open<'a> {
@@ -105,7 +108,7 @@ impl Verdict {
     }
 }
 
-/// Where the survivors hold a connection.
+/// Where the living hold a connection: at two different members, as it should be, and what there is beside.
 #[derive(Default)]
 struct Places<'a> {
     copies: [Option<&'a Found>; 2],
@@ -114,6 +117,14 @@ struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
+    fn note(&mut self, found: &'a Found) {
+        let is_twice = self.copies.iter().flatten().any(|copy| copy.at.member() == found.at.member());
+        match self.copies.iter_mut().find(|copy| copy.is_none()) {
+            Some(copy) if !is_twice => *copy = Some(found),
+            _ => self.further = Some(found),
+        }
+    }
+
     fn both(&self) -> Option<[&'a Found; 2]> {
         Some([self.copies[0]?, self.copies[1]?])
     }
@@ -123,23 +134,22 @@ impl<'a> Places<'a> {
     }
 }
 
+/// Checks the tables of a whole group at rest, of two members at least, against what the load told: nobody died.
+pub fn check_at_rest(members: &[&TableCopy], open: &[Open<'_>]) -> Verdict {
+    check(&TableCopy { member: NOBODY, found: Vec::new() }, members, open)
+}
+
 /// Checks the survivors' tables at rest against what the load told and what the victim left behind.
-pub fn check(victim: &TableCopy, survivors: [&TableCopy; 2], open: &[Open<'_>]) -> Verdict {
+pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) -> Verdict {
     let mut verdict = Verdict::default();
-    for found in [victim, survivors[0], survivors[1]].into_iter().flat_map(|table| &table.found) {
+    for found in std::iter::once(&victim).chain(survivors).flat_map(|table| &table.found) {
         if found.kind == Kind::Backup && !found.is_torn && is_short(&found.connection.original) {
             verdict.blame(&found.connection.original, Wrong::ShortCopied, format!("backup at {}", found.at));
         }
     }
     let mut places: HashMap<Tuple, Places<'_>> = HashMap::new();
-    for (i, table) in survivors.into_iter().enumerate() {
-        for found in table.found.iter().filter(|found| found.kind.is_connection()) {
-            let at = places.entry(found.connection.original).or_default();
-            match at.copies[i].replace(found) {
-                None => {}
-                Some(other) => at.further = Some(other),
-            }
-        }
+    for found in survivors.iter().flat_map(|table| &table.found).filter(|found| found.kind.is_connection()) {
+        places.entry(found.connection.original).or_default().note(found);
     }
     let owned = victim.found.iter().filter(|found| found.is_torn || found.kind != Kind::Backup);
     let mut left: HashMap<Tuple, &Found> = owned.map(|found| (found.connection.original, found)).collect();

@@ -83,7 +83,7 @@ impl World {
             .iter()
             .map(|(member, flow)| Open { member: *member, flow, is_recent: false })
             .collect();
-        check(&self.victim, [&self.survivors[0], &self.survivors[1]], &open)
+        check(&self.victim, &[&self.survivors[0], &self.survivors[1]], &open)
     }
 
     fn wrongs(&self) -> Vec<Wrong> {

@@ -164,7 +164,7 @@ fn audit(group: &Group, recovery: &Recovery) -> Verdict {
     }
     let victim = copy(&group.views[VICTIM]);
     let survivors = SURVIVORS.map(|member| copy(&group.views[member]));
-    check(&victim, [&survivors[0], &survivors[1]], &open)
+    check(&victim, &[&survivors[0], &survivors[1]], &open)
 }
 
 fn steady(figures: &Figures, took: Duration, open: u64, group: &Group, say: Say<'_>) {

@@ -16,12 +16,14 @@ pub struct Detector {
     full_size_silence: Duration,
     last: Time,
     last_full_size: Option<Time>,
+    /// When the first heartbeat of this presence arrived.
+    first: Option<Time>,
 }
 
 impl Detector {
     /// A member is dead after `silence`, and no backup after `full_size_silence` without a full-size heartbeat.
     pub fn new(silence: Duration, full_size_silence: Duration) -> Detector {
-        Detector { silence, full_size_silence, last: Time(0), last_full_size: None }
+        Detector { silence, full_size_silence, last: Time(0), last_full_size: None, first: None }
     }
 
     /// What silence means follows from the longer of two rhythms: the listener's and the sender's.
@@ -32,6 +34,7 @@ impl Detector {
     /// A heartbeat arrived.
     pub fn heard(&mut self, now: Time, full_size: bool) {
         self.last = now;
+        self.first.get_or_insert(now);
         if full_size {
             self.last_full_size = Some(now);
         }
@@ -58,8 +61,14 @@ impl Detector {
         self.last_full_size.is_some_and(|last| now.since(last) <= self.full_size_silence)
     }
 
+    /// Whether heartbeats arrive, and none of full size for so long that the path must be losing those.
+    pub fn hears_only_small(&self, now: Time) -> bool {
+        let since = self.last_full_size.or(self.first);
+        since.is_some_and(|since| now.since(since) > self.full_size_silence)
+    }
+
     /// The member is gone: what it said before counts no more.
     pub fn forget(&mut self) {
-        self.last_full_size = None;
+        (self.last_full_size, self.first) = (None, None);
     }
 }

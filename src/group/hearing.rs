@@ -1,7 +1,8 @@
 //! Why members do not find each other, as far as heartbeats tell.
 //!
 //! A heartbeat says whom its sender hears. So a member that is heard but does not hear this one points at
-//! the way there, and one that was named as a peer and never was heard points at the way back. Each is told
+//! the way there, and one that was named as a peer and never was heard points at the way back. One of which only
+//! small heartbeats arrive points at an MTU that is too small. Each is told
 //! once, when it has lasted too long to be the start of somebody or a lost datagram.
 
 use std::net::IpAddr;
@@ -15,7 +16,7 @@ use crate::time::Time;
 /// The shortest time after the start by which the others should have been heard.
 const EXPECTED_MIN: Duration = Duration::from_secs(10);
 
-/// The shortest time after which a member should hear this one.
+/// The shortest time after which a member should hear this one, and its full-size heartbeats should arrive.
 const DEAF_MIN: Duration = Duration::from_secs(2);
 
 /// What does not work.
@@ -23,6 +24,13 @@ const DEAF_MIN: Duration = Duration::from_secs(2);
 pub enum Trouble {
     /// A member is heard but does not hear this one.
     NotHeardBy {
+        /// The member.
+        member: MemberId,
+        /// Where it is.
+        address: IpAddr,
+    },
+    /// Of a member's heartbeats only the small ones arrive.
+    OnlySmallFrom {
         /// The member.
         member: MemberId,
         /// Where it is.
@@ -42,8 +50,28 @@ pub struct Hearing {
     awaited: Vec<IpAddr>,
     /// Without a list of peers: whether anybody is awaited.
     anybody: bool,
-    /// Since when a member that is heard does not hear this one, and whether that was told.
-    deaf: [Option<(Time, bool)>; MEMBERS_MAX + 1],
+    /// Members that are heard and do not hear this one.
+    deaf: [Lasting; MEMBERS_MAX + 1],
+    /// Members of which only small heartbeats arrive.
+    small: [Lasting; MEMBERS_MAX + 1],
+}
+
+/// Since when something has been so, and whether that was told.
+#[derive(Clone, Copy, Default)]
+struct Lasting(Option<(Time, bool)>);
+
+impl Lasting {
+    /// Notes whether it is so; returns whether it has lasted long enough to be told now.
+    fn note(&mut self, is_so: bool, now: Time, patience: Duration) -> bool {
+        if !is_so {
+            self.0 = None;
+            return false;
+        }
+        let (since, told) = self.0.get_or_insert((now, false));
+        let is_due = !*told && now.since(*since) > patience;
+        *told |= is_due;
+        is_due
+    }
 }
 
 impl Hearing {
@@ -54,7 +82,8 @@ impl Hearing {
             patience: DEAF_MIN.max(silence * 3),
             anybody: peers.is_empty(),
             awaited: peers,
-            deaf: [None; MEMBERS_MAX + 1],
+            deaf: [Lasting::default(); MEMBERS_MAX + 1],
+            small: [Lasting::default(); MEMBERS_MAX + 1],
         }
     }
 
@@ -63,20 +92,21 @@ impl Hearing {
         EXPECTED_MIN.max(self.patience)
     }
 
-    /// Tells what has lasted too long by now.
-    pub fn tick(&mut self, now: Time, view: &View, tell: &mut dyn FnMut(Trouble)) {
+    /// Tells what has lasted too long by now. `only_small`: whether only small heartbeats of a member arrive.
+    pub fn tick(
+        &mut self,
+        now: Time,
+        view: &View,
+        only_small: &dyn Fn(MemberId) -> bool,
+        tell: &mut dyn FnMut(Trouble),
+    ) {
         for (id, member) in view.others() {
-            let deaf = &mut self.deaf[id as usize];
-            match (member.address, deaf.as_mut()) {
-                (Some(address), Some((since, told))) if is_deaf(member) => {
-                    if !*told && now.since(*since) > self.patience {
-                        *told = true;
-                        tell(Trouble::NotHeardBy { member: id, address });
-                    }
-                }
-                (Some(_), None) if is_deaf(member) => *deaf = Some((now, false)),
-                (_, Some(_)) => *deaf = None,
-                (_, None) => {}
+            let Some(address) = member.address else { continue };
+            if self.deaf[id as usize].note(is_deaf(member), now, self.patience) {
+                tell(Trouble::NotHeardBy { member: id, address });
+            }
+            if self.small[id as usize].note(only_small(id), now, self.patience) {
+                tell(Trouble::OnlySmallFrom { member: id, address });
             }
         }
         if now.since(self.started) > self.expected() && (self.anybody || !self.awaited.is_empty()) {
@@ -102,7 +132,7 @@ mod tests {
 
     fn troubles(hearing: &mut Hearing, at_s: u64, view: &View) -> Vec<Trouble> {
         let mut told = Vec::new();
-        hearing.tick(Time(at_s * SECOND), view, &mut |trouble| told.push(trouble));
+        hearing.tick(Time(at_s * SECOND), view, &|_| false, &mut |trouble| told.push(trouble));
         told
     }
 
@@ -131,6 +161,27 @@ mod tests {
         heard(&mut view, 2, Status::Joining, false);
         assert_eq!(troubles(&mut hearing, 64, &view), [], "counted from its return");
         assert_eq!(troubles(&mut hearing, 68, &view), deaf);
+    }
+
+    #[test]
+    fn a_member_of_which_only_small_heartbeats_arrive_is_told_once_until_large_ones_do() {
+        let (mut view, start) = (View::new(1), Time(0));
+        let mut hearing = Hearing::new(vec![[10, 9, 0, 2].into()], Duration::from_secs(1), start);
+        let address = heard(&mut view, 2, Status::Joining, true);
+        let mut told = |at_s: u64, only_small: bool| {
+            let mut told = Vec::new();
+            let now = Time(at_s * SECOND);
+            hearing.tick(now, &view, &|id| id == 2 && only_small, &mut |trouble| told.push(trouble));
+            told
+        };
+        let trap = vec![Trouble::OnlySmallFrom { member: 2, address }];
+        assert_eq!(told(1, true), []);
+        assert_eq!(told(4, true), []);
+        assert_eq!(told(5, true), trap);
+        assert_eq!(told(60, true), []);
+        assert_eq!(told(61, false), []);
+        assert_eq!(told(62, true), [], "counted anew");
+        assert_eq!(told(66, true), trap);
     }
 
     #[test]

@@ -240,6 +240,12 @@ impl Group {
         self.detectors[member as usize].forget();
     }
 
+    /// Whether a member is heard, but not its full-size heartbeats: the way here passes small datagrams only.
+    pub fn hears_only_small(&self, now: Time, member: MemberId) -> bool {
+        self.view.members[member as usize].status.is_alive()
+            && self.detectors[member as usize].hears_only_small(now)
+    }
+
     /// How often this member sends heartbeats.
     pub fn heartbeat(&self) -> Duration {
         self.me.heartbeat
@@ -291,7 +297,8 @@ impl Group {
                 continue;
             }
             let member = &self.view.members[id as usize];
-            if member.status.is_alive() {
+            // Whose full-size heartbeats get lost on the way here is told that it is not heard: what it sends gets lost as well.
+            if member.status.is_alive() && !self.detectors[id as usize].hears_only_small(now) {
                 hears |= 1u64 << id;
             }
             let age = now.since(member.last_heard).as_nanos() / self.me.heartbeat.as_nanos().max(1);

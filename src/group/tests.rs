@@ -75,8 +75,22 @@ fn a_path_that_passes_only_small_heartbeats_makes_no_backup() {
             a.handle_heartbeat(at(n), address(2), &heartbeat);
         }
         a.tick(at(n));
+        // The other way everything passes.
+        if n > 0 {
+            beat(&mut a, &mut b, at(n));
+        }
     }
     assert_eq!(a.view().members[2].status, Status::Joining);
+    // Nor is this member one for the other: who gets no large datagrams says that it does not hear.
+    assert!(a.hears_only_small(at(19), 2) && !b.hears_only_small(at(19), 1));
+    assert_eq!(b.view().members[1].status, Status::Joining);
+    assert!(!b.view().members[1].hears_me);
+    for n in 20..24 {
+        beat(&mut b, &mut a, at(n));
+        beat(&mut a, &mut b, at(n));
+    }
+    assert!(!a.hears_only_small(at(23), 2) && b.view().members[1].hears_me);
+    assert_eq!([a.view().members[2].status, b.view().members[1].status], [Status::Ready; 2]);
 }
 
 #[test]
