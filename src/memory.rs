@@ -23,6 +23,9 @@ pub struct HistoryWords(pub [AtomicU64; 4]);
 #[repr(C, align(16))]
 pub struct LeaseWords(pub [AtomicU64; 2]);
 
+/// Words of the journal.
+pub const JOURNAL_WORDS: usize = 64;
+
 /// What only few connections have, for one of them; the fields are drawn in `conn::extras`.
 #[repr(C, align(32))]
 pub struct ExtraWords(pub [AtomicU64; 12]);
@@ -109,6 +112,8 @@ pub struct Memory<'m> {
     pub manifest: &'m [AtomicU64],
     /// The send arena: the bytes of the history's datagrams, then the control buffers.
     pub arena: &'m [AtomicU64],
+    /// What a resumed shard cannot derive from the rest: heads and tails of the history.
+    pub journal: &'m [AtomicU64],
     /// One word a counter, in the order of [`crate::counters::COUNTERS`], then the delay histogram.
     pub counters: &'m [AtomicU64],
 }
@@ -127,6 +132,7 @@ impl Memory<'_> {
         assert_eq!(self.history.len(), size.history());
         assert_eq!(self.manifest.len(), size.manifest());
         assert_eq!(self.arena.len(), size.arena_words());
+        assert_eq!(self.journal.len(), JOURNAL_WORDS);
         assert_eq!(self.counters.len(), COUNTER_WORDS);
     }
 }
@@ -143,6 +149,7 @@ pub struct OwnedMemory {
     history: Vec<HistoryWords>,
     manifest: Vec<AtomicU64>,
     arena: Vec<AtomicU64>,
+    journal: Vec<AtomicU64>,
     counters: Vec<AtomicU64>,
 }
 
@@ -164,6 +171,7 @@ impl OwnedMemory {
             history: (0..size.history()).map(|_| HistoryWords(Default::default())).collect(),
             manifest: words(size.manifest()),
             arena: words(size.arena_words()),
+            journal: words(JOURNAL_WORDS),
             counters: words(COUNTER_WORDS),
         }
     }
@@ -181,6 +189,7 @@ impl OwnedMemory {
             history: &self.history,
             manifest: &self.manifest,
             arena: &self.arena,
+            journal: &self.journal,
             counters: &self.counters,
         }
     }
