@@ -26,9 +26,10 @@ use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
 use crate::net::{self, Interface, NetError, Port, PortConfig};
 use crate::notify::Notifier;
+use crate::restart;
 use crate::shard::{Shard, Stray};
 use crate::shm::ingest::Consumer;
-use crate::shm::{Place, Region, RegionConfig};
+use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
 
 /// Exit code of bad usage: nothing was started, nothing is damaged.
@@ -43,7 +44,7 @@ const PORT_PATIENCE: Duration = Duration::from_secs(1);
 /// This host's addresses, kept up to date by the main thread for every shard.
 static ADDRESSES: LocalAddresses = LocalAddresses::new();
 
-/// Runs a member until it is told to end.
+/// Runs a member until it is told to end. Told to restart, this process becomes the next one.
 pub fn run(config: &Config) -> ExitCode {
     // Before any thread exists, so that every thread inherits the mask and only this one takes signals.
     block_signals();
@@ -51,7 +52,12 @@ pub fn run(config: &Config) -> ExitCode {
     let outcome = start(config);
     log::logger().flush();
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Left) => ExitCode::SUCCESS,
+        Ok(End::Restart) => {
+            // It returns only if it fails. No thread, ring or lock is left: all were this function's.
+            eprintln!("hypersync: {}", restart::exec());
+            ExitCode::FAILURE
+        }
         Err(Failure::Usage(line)) => {
             eprintln!("hypersync: {line}");
             ExitCode::from(EXIT_USAGE)
@@ -61,6 +67,14 @@ pub fn run(config: &Config) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// How a member ended that did not fail.
+enum End {
+    /// It left the group, or was told twice to end.
+    Left,
+    /// It said that it will be back, with the table that it leaves behind.
+    Restart,
 }
 
 enum Failure {
@@ -105,7 +119,7 @@ impl Gate {
     }
 }
 
-fn start(config: &Config) -> Result<(), Failure> {
+fn start(config: &Config) -> Result<End, Failure> {
     let options = &config.options;
     raise_file_limit();
     let owner = net::interface_of(options.sync).map_err(usage)?;
@@ -138,18 +152,7 @@ fn start(config: &Config) -> Result<(), Failure> {
         // With another value, what was born before we listened never raises an event.
         may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
     }
-    let region = Region::create_in(
-        place,
-        &RegionConfig {
-            sizes: config.sizes,
-            group: options.group,
-            member: options.member,
-            incarnation,
-            started: clock::now(),
-            huge_pages: false,
-        },
-    )
-    .map_err(usage)?;
+    let region = take_region(config, place, incarnation).map_err(usage)?;
     let changed = match options.sysctl {
         _ if !is_kernel => None,
         SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
@@ -161,12 +164,41 @@ fn start(config: &Config) -> Result<(), Failure> {
         }
     };
     let outcome = serve(config, &region, incarnation, &interface, receivers, committers, may_be_unheard);
-    if let Some(changed) = changed
+    // Who restarts leaves them to the next process, with the record of what they were.
+    if !matches!(outcome, Ok(End::Restart))
+        && let Some(changed) = changed
         && let Err(e) = changed.put_back()
     {
         log::error!("{e}");
     }
     outcome
+}
+
+/// The region that lies in the place, if it fits, or a new one.
+fn take_region(config: &Config, place: Place, incarnation: u64) -> Result<Region, ShmError> {
+    let options = &config.options;
+    let wanted = RegionConfig {
+        sizes: config.sizes,
+        group: options.group,
+        member: options.member,
+        incarnation,
+        started: clock::now(),
+        huge_pages: false,
+    };
+    let fits = if options.new_table { Err(Fresh::Asked) } else { place.resumable(&wanted) };
+    match fits {
+        Ok(()) => {
+            let region = Region::resume(place, &wanted)?;
+            log::info!("going on with table {:08x}", region.header().table_id);
+            Ok(region)
+        }
+        Err(why) => {
+            if why != Fresh::Nothing {
+                log::info!("starting a new table: {why}");
+            }
+            Region::create_in(place, &wanted)
+        }
+    }
 }
 
 /// The receive sockets. After a crash the kernel lets go of the old ring's sockets only a moment after
@@ -191,7 +223,7 @@ fn serve(
     receivers: Vec<OwnedFd>,
     committers: Vec<Committer>,
     may_be_unheard: bool,
-) -> Result<(), Failure> {
+) -> Result<End, Failure> {
     let options = &config.options;
     let shared = Arc::new(Shared::default());
     let (notifier, notify_thread) =
@@ -266,7 +298,7 @@ fn serve(
                 // There is room for the word; an error means that the thread panicked, which `join` tells.
                 let _ = go.send(());
             }
-            attend(config, &shared);
+            attend(config, region, &shared);
         }
         drop(goes);
         let failures: Vec<String> = threads
@@ -274,7 +306,11 @@ fn serve(
             .filter_map(|thread| match thread.join() {
                 Ok(Ok(())) => None,
                 Ok(Err(line)) => Some(line),
-                Err(_) => Some("a shard failed an assertion; its message is above".to_owned()),
+                Err(_) => {
+                    // Taken up again, the table would most likely bring about the same.
+                    region.end();
+                    Some("a shard failed an assertion; its message is above".to_owned())
+                }
             })
             .collect();
         (serving, failures)
@@ -287,7 +323,15 @@ fn serve(
         None if shared.failed.load(Ordering::Relaxed) => {
             Err(Failure::Running("a shard could not be started".into()))
         }
-        None => Ok(()),
+        None if shared.restarts.load(Ordering::Relaxed) => {
+            if shared.stop.load(Ordering::Relaxed) {
+                // Told to end when the others already waited for its return: the next process leaves the group.
+                // SAFETY: no memory arguments. The signal is blocked, and stays pending for that process.
+                unsafe { libc::kill(libc::getpid(), libc::SIGTERM) };
+            }
+            Ok(End::Restart)
+        }
+        None => Ok(End::Left),
         Some(line) if !serving => Err(Failure::Usage(line)),
         Some(line) => Err(Failure::Running(line)),
     }
@@ -347,25 +391,27 @@ fn run_shard(
                 commit: config.commit,
                 may_be_unheard,
                 capacity: config.sizes.memory.capacity as u32,
+                resumed: region.is_resumed(),
             })
         }
     };
-    let replica = Replica::new(
-        ReplicaConfig {
-            group: options.group,
-            member: options.member,
-            shard,
-            shards: config.shards,
-            site: options.site,
-            table_id: header.table_id,
-            index_key: header.index_key,
-            hold: options.hold,
-            reprotect_after: options.reprotect_after,
-            flush: FLUSH,
-            commit: config.commit,
-        },
-        memory,
-    );
+    let replica_config = ReplicaConfig {
+        group: options.group,
+        member: options.member,
+        shard,
+        shards: config.shards,
+        site: options.site,
+        table_id: header.table_id,
+        index_key: header.index_key,
+        hold: options.hold,
+        reprotect_after: options.reprotect_after,
+        flush: FLUSH,
+        commit: config.commit,
+    };
+    let replica = match region.is_resumed() {
+        true => Replica::resume(replica_config, memory, clock::now()),
+        false => Replica::new(replica_config, memory),
+    };
     let membership = (shard == 0).then(|| {
         let identity = Identity {
             member: options.member,
@@ -405,18 +451,26 @@ fn run_shard(
 }
 
 /// Waits for signals; keeps the list of this host's addresses.
-fn attend(config: &Config, shared: &Shared) {
+fn attend(config: &Config, region: &Region, shared: &Shared) {
     let mut asked = false;
     let mut told = None;
     while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
-        if wait_for_signal(Duration::from_millis(200)) {
-            if asked {
-                // Asked twice: no goodbye, no waiting for others.
-                shared.finished.store(true, Ordering::Relaxed);
+        match wait_for_signal(Duration::from_millis(200)) {
+            None => {}
+            Some(libc::SIGHUP) => {
+                let back = restart::back_within(region.take_back_within());
+                log::info!("restarting: the others are told that this member is back within {back:?}");
+                shared.restart.store(back.as_millis() as u32, Ordering::Relaxed);
             }
-            log::info!("leaving the group");
-            asked = true;
-            shared.stop.store(true, Ordering::Relaxed);
+            Some(_) => {
+                if asked {
+                    // Asked twice: no goodbye, no waiting for others.
+                    shared.finished.store(true, Ordering::Relaxed);
+                }
+                log::info!("leaving the group");
+                asked = true;
+                shared.stop.store(true, Ordering::Relaxed);
+            }
         }
         if config.options.source == SourceKind::Kernel {
             let trouble = ADDRESSES.refresh().err();
@@ -435,6 +489,7 @@ fn signals() -> libc::sigset_t {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGTERM);
         libc::sigaddset(&mut set, libc::SIGINT);
+        libc::sigaddset(&mut set, libc::SIGHUP);
         set
     }
 }
@@ -446,13 +501,13 @@ fn block_signals() {
     assert_eq!(result, 0, "SIG_BLOCK and a valid set are never refused");
 }
 
-/// Whether SIGTERM or SIGINT came within this time.
-fn wait_for_signal(limit: Duration) -> bool {
+/// SIGTERM, SIGINT or SIGHUP, if one came within this time.
+fn wait_for_signal(limit: Duration) -> Option<i32> {
     let set = signals();
     let limit = libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos() as i64 };
     // SAFETY: both pointers are to live, filled-in objects; the signal's details are not asked for.
     let signal = unsafe { libc::sigtimedwait(&set, std::ptr::null_mut(), &limit) };
-    signal > 0
+    (signal > 0).then_some(signal)
 }
 
 /// Pins the thread to the shard's processor, if there is one for it. Without, it runs all the same.

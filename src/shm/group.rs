@@ -305,7 +305,10 @@ mod tests {
         assert_eq!(group.read(3), None, "it was killed in mid-write");
         group.resume(2);
         assert_eq!(group.read(3), Some(record()));
-        assert_eq!((line.last_pass(), line.view_version(), line.standing()), (Time(0), 0, Standing::Starting));
+        assert_eq!(
+            (line.last_pass(), line.view_version(), line.standing()),
+            (Time(0), 0, Standing::Starting)
+        );
         assert_eq!((line.settled_version(), group.version()), (2, 1));
     }
 

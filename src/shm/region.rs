@@ -300,6 +300,17 @@ impl Region {
     }
 }
 
+/// Says in the region of the running appliance in `dir` how long a restart may take.
+///
+/// # Errors
+/// It may not be written.
+pub fn ask_back_within(dir: &Path, within: std::time::Duration) -> Result<(), ShmError> {
+    let path = dir.join(FILE);
+    let file = open_file(&path, OpenOptions::new().write(true))?;
+    let ms = within.as_millis() as u64;
+    file.write_all_at(&ms.to_ne_bytes(), 8 * layout::BACK_WITHIN as u64).map_err(ShmError::io("write", &path))
+}
+
 fn make_directory(dir: &Path) -> Result<(), ShmError> {
     match fs::DirBuilder::new().mode(0o700).create(dir) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => {
