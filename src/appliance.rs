@@ -128,7 +128,6 @@ fn start(config: &Config) -> Result<End, Failure> {
         None => owner,
     };
     interface.check_mtu().map_err(usage)?;
-    let incarnation = incarnation();
     // First the lock, then the port, which a second process could join in silence; then the kernel, and then
     // the region, so that a start that cannot succeed leaves the old one, and what it says of sysctls, in its place.
     let place = Place::claim(&options.shm).map_err(usage)?;
@@ -152,7 +151,7 @@ fn start(config: &Config) -> Result<End, Failure> {
         // With another value, what was born before we listened never raises an event.
         may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
     }
-    let region = take_region(config, place, incarnation).map_err(usage)?;
+    let (region, origin) = take_region(config, place).map_err(usage)?;
     let changed = match options.sysctl {
         _ if !is_kernel => None,
         SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
@@ -163,7 +162,7 @@ fn start(config: &Config) -> Result<End, Failure> {
             None
         }
     };
-    let outcome = serve(config, &region, incarnation, &interface, receivers, committers, may_be_unheard);
+    let outcome = serve(config, &region, origin, &interface, receivers, committers, may_be_unheard);
     // Who restarts leaves them to the next process, with the record of what they were.
     if !matches!(outcome, Ok(End::Restart))
         && let Some(changed) = changed
@@ -174,14 +173,14 @@ fn start(config: &Config) -> Result<End, Failure> {
     outcome
 }
 
-/// The region that lies in the place, if it fits, or a new one.
-fn take_region(config: &Config, place: Place, incarnation: u64) -> Result<Region, ShmError> {
+/// The region that lies in the place, if it fits, or a new one; and a line for the log of a start that succeeds.
+fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>), ShmError> {
     let options = &config.options;
     let wanted = RegionConfig {
         sizes: config.sizes,
         group: options.group,
         member: options.member,
-        incarnation,
+        incarnation: incarnation(),
         started: clock::now(),
         huge_pages: false,
     };
@@ -189,15 +188,11 @@ fn take_region(config: &Config, place: Place, incarnation: u64) -> Result<Region
     match fits {
         Ok(()) => {
             let region = Region::resume(place, &wanted)?;
-            log::info!("going on with table {:08x}", region.header().table_id);
-            Ok(region)
+            let line = format!("going on with table {:08x}", region.header().table_id);
+            Ok((region, Some(line)))
         }
-        Err(why) => {
-            if why != Fresh::Nothing {
-                log::info!("starting a new table: {why}");
-            }
-            Region::create_in(place, &wanted)
-        }
+        Err(Fresh::Nothing) => Ok((Region::create_in(place, &wanted)?, None)),
+        Err(why) => Ok((Region::create_in(place, &wanted)?, Some(format!("starting a new table: {why}")))),
     }
 }
 
@@ -218,7 +213,7 @@ fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
 fn serve(
     config: &Config,
     region: &Region,
-    incarnation: u64,
+    origin: Option<String>,
     interface: &Interface,
     receivers: Vec<OwnedFd>,
     committers: Vec<Committer>,
@@ -265,8 +260,7 @@ fn serve(
             let (shared_here, notifier) = (&*shared, notifier.clone());
             let thread =
                 std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(scope, move || {
-                    let result =
-                        run_shard(config, region, incarnation, shared_here, notifier, interface, parts);
+                    let result = run_shard(config, region, shared_here, notifier, interface, parts);
                     if result.is_err() {
                         shared_here.failed.store(true, Ordering::Relaxed);
                     }
@@ -293,6 +287,9 @@ fn serve(
                 interface.name,
                 region.header().table_id
             );
+            if let Some(line) = origin {
+                log::info!("{line}");
+            }
             region.publish_ready();
             for go in &goes {
                 // There is room for the word; an error means that the thread panicked, which `join` tells.
@@ -351,7 +348,6 @@ impl Drop for FailOnPanic<'_> {
 fn run_shard(
     config: &Config,
     region: &Region,
-    incarnation: u64,
     shared: &Shared,
     notifier: Notifier,
     interface: &Interface,
@@ -419,7 +415,7 @@ fn run_shard(
             priority: options.priority,
             site: options.site,
             table_id: header.table_id,
-            incarnation,
+            incarnation: header.incarnation,
             heartbeat: options.heartbeat,
             dead_after: options.dead_after,
         };
