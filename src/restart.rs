@@ -106,7 +106,7 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
                 )),
             };
         }
-        if !Path::new("/proc").join(pid.to_string()).exists() {
+        if is_gone(pid) {
             return Err(format!("process {pid} ended and was not replaced: its log says why"));
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -115,6 +115,13 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
         "process {pid} did not come back within {}: its log says why",
         humantime::format_duration(options.within)
     ))
+}
+
+/// Whether a process has ended, also if nobody has taken note of it yet.
+fn is_gone(pid: u32) -> bool {
+    // "7 (name) Z ...": the name may have anything in it but ends at the last bracket.
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .map_or(true, |stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])))
 }
 
 /// The process that holds the directory.
