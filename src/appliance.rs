@@ -451,7 +451,9 @@ fn attend(config: &Config, region: &Region, shared: &Shared) {
     let mut asked = false;
     let mut told = None;
     while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
-        match wait_for_signal(Duration::from_millis(200)) {
+        // Shards that restart end within milliseconds, and others wait for the next process.
+        let restarting = shared.restart.load(Ordering::Relaxed) != 0;
+        match wait_for_signal(Duration::from_millis(if restarting { 2 } else { 200 })) {
             None => {}
             Some(libc::SIGHUP) => {
                 let back = restart::back_within(region.take_back_within());
