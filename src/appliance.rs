@@ -27,6 +27,7 @@ use crate::membership::{Membership, Shared};
 use crate::net::{self, Interface, NetError, Port, PortConfig};
 use crate::notify::Notifier;
 use crate::restart;
+use crate::ring::RingError;
 use crate::shard::{Shard, Stray};
 use crate::shm::ingest::Consumer;
 use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
@@ -38,8 +39,9 @@ pub const EXIT_USAGE: u8 = 2;
 /// How long a change may wait for others to travel with.
 const FLUSH: Duration = Duration::from_millis(1);
 
-/// How long to wait for a port in use: it may be that of a member that was just killed.
-const PORT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for what the kernel has not yet taken back from a process that was just killed, or has
+/// restarted: its port, its locked memory.
+const KERNEL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// This host's addresses, kept up to date by the main thread for every shard.
 static ADDRESSES: LocalAddresses = LocalAddresses::new();
@@ -199,7 +201,7 @@ fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>)
 /// The receive sockets. After a crash the kernel lets go of the old ring's sockets only a moment after
 /// the process is gone: whoever starts us again at once must not be refused for that.
 fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
-    let end = Instant::now() + PORT_PATIENCE;
+    let end = Instant::now() + KERNEL_PATIENCE;
     loop {
         match net::bind_group(sync, crate::ccp::UDP_PORT, shards) {
             Err(NetError::PortInUse(_)) if Instant::now() < end => {
@@ -345,6 +347,26 @@ impl Drop for FailOnPanic<'_> {
     }
 }
 
+/// The shard's port. The kernel unlocks the memory of the last process's ring only a moment after that is gone: who
+/// goes on with its table waits for it.
+fn open_port<'m>(config: &PortConfig<'m>, receiver: OwnedFd, is_resumed: bool) -> Result<Port<'m>, NetError> {
+    let end = Instant::now() + KERNEL_PATIENCE;
+    loop {
+        // Another descriptor of the same socket, for it goes with a port that could not be made.
+        let again = receiver.try_clone().map_err(|e| NetError::Socket {
+            what: "keep the receive socket",
+            address: config.local,
+            errno: e.raw_os_error().unwrap_or(libc::EIO),
+        })?;
+        match Port::new(config, again) {
+            Err(NetError::Ring(RingError::MemoryLock { .. })) if is_resumed && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
+
 fn run_shard(
     config: &Config,
     region: &Region,
@@ -359,7 +381,7 @@ fn run_shard(
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
-    let port = Port::new(
+    let port = open_port(
         &PortConfig {
             local: options.sync,
             shard,
@@ -372,6 +394,7 @@ fn run_shard(
             receive_buffers: 32,
         },
         receiver,
+        region.is_resumed(),
     )
     .map_err(|e| e.to_string())?;
     let feed = match options.source {

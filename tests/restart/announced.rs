@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -190,4 +191,31 @@ fn a_program_that_cannot_be_run_ends_the_process_with_an_error() {
     install(&lab);
     let one = start(&lab, &program, &["--shards", "1"]);
     assert_eq!(one.view().header().table_id, id);
+}
+
+#[test]
+fn a_restart_needs_no_more_lockable_memory_than_a_start() {
+    let lab = Lab::new();
+    let mut command = hypersync();
+    // SAFETY: system calls that may be made between fork and exec; the struct lives on the stack.
+    unsafe {
+        command.pre_exec(|| {
+            // Room for one send arena and the queues, and not for a second.
+            let limit = libc::rlimit { rlim_cur: 1 << 20, rlim_max: 1 << 20 };
+            if libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            // With CAP_IPC_LOCK (14) there is no limit. Without root there is none to drop.
+            if libc::geteuid() == 0 && libc::prctl(libc::PR_CAPBSET_DROP, 14, 0, 0, 0) != 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        })
+    };
+    let words = with(lab.words(1, &[2]), &["--shards", "1"]);
+    let one = Member::start(&lab, "m1", 1, command, &words);
+    for _ in 0..5 {
+        let (status, said) = restart(&one.shm, "20s");
+        assert_eq!(status, Some(0), "{said}");
+    }
 }
