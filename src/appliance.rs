@@ -428,7 +428,15 @@ fn run_shard(
         commit: config.commit,
     };
     let replica = match region.is_resumed() {
-        true => Replica::resume(replica_config, memory, clock::now()),
+        true => {
+            let (replica, torn) = Replica::resume(replica_config, memory, clock::now());
+            if torn > 0 {
+                log::info!(
+                    "shard {shard}: {torn} slots were being written when the last process ended: they are freed"
+                );
+            }
+            replica
+        }
         false => Replica::new(replica_config, memory),
     };
     let membership = (shard == 0).then(|| {

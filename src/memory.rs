@@ -23,9 +23,6 @@ pub struct HistoryWords(pub [AtomicU64; 4]);
 #[repr(C, align(16))]
 pub struct LeaseWords(pub [AtomicU64; 2]);
 
-/// Words of the journal.
-pub const JOURNAL_WORDS: usize = 64;
-
 /// What only few connections have, for one of them; the fields are drawn in `conn::extras`.
 #[repr(C, align(32))]
 pub struct ExtraWords(pub [AtomicU64; 12]);
@@ -35,6 +32,18 @@ impl Default for StreamWords {
         StreamWords(std::array::from_fn(|_| AtomicU64::new(0)))
     }
 }
+
+/// Words that a shard which takes up its memory again cannot derive from the rest.
+pub const JOURNAL_WORDS: usize = 64;
+
+/// Journal word: datagrams ever entered into the history.
+pub const JOURNAL_HEAD: usize = 0;
+/// Journal word: datagrams ever retired from it.
+pub const JOURNAL_TAIL: usize = 1;
+/// Journal word: words of the manifest ever given back.
+pub const JOURNAL_MANIFEST_TAIL: usize = 2;
+/// Journal word: the number of the last decline.
+pub const JOURNAL_DECLINES: usize = 3;
 
 /// How large a shard's memory is; every part's length follows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,10 +119,10 @@ pub struct Memory<'m> {
     pub history: &'m [HistoryWords],
     /// Which slots the deltas of the history's datagrams belong to; see `sync::history`.
     pub manifest: &'m [AtomicU64],
+    /// What a shard that takes up its memory again cannot derive from the rest: see [`JOURNAL_HEAD`] and below.
+    pub journal: &'m [AtomicU64],
     /// The send arena: the bytes of the history's datagrams, then the control buffers.
     pub arena: &'m [AtomicU64],
-    /// What a resumed shard cannot derive from the rest: heads and tails of the history.
-    pub journal: &'m [AtomicU64],
     /// One word a counter, in the order of [`crate::counters::COUNTERS`], then the delay histogram.
     pub counters: &'m [AtomicU64],
 }
@@ -131,8 +140,8 @@ impl Memory<'_> {
         assert_eq!(self.leases.len(), size.leases());
         assert_eq!(self.history.len(), size.history());
         assert_eq!(self.manifest.len(), size.manifest());
-        assert_eq!(self.arena.len(), size.arena_words());
         assert_eq!(self.journal.len(), JOURNAL_WORDS);
+        assert_eq!(self.arena.len(), size.arena_words());
         assert_eq!(self.counters.len(), COUNTER_WORDS);
     }
 }
@@ -148,8 +157,8 @@ pub struct OwnedMemory {
     leases: Vec<LeaseWords>,
     history: Vec<HistoryWords>,
     manifest: Vec<AtomicU64>,
-    arena: Vec<AtomicU64>,
     journal: Vec<AtomicU64>,
+    arena: Vec<AtomicU64>,
     counters: Vec<AtomicU64>,
 }
 
@@ -170,8 +179,8 @@ impl OwnedMemory {
             leases: (0..size.leases()).map(|_| LeaseWords(Default::default())).collect(),
             history: (0..size.history()).map(|_| HistoryWords(Default::default())).collect(),
             manifest: words(size.manifest()),
-            arena: words(size.arena_words()),
             journal: words(JOURNAL_WORDS),
+            arena: words(size.arena_words()),
             counters: words(COUNTER_WORDS),
         }
     }
@@ -188,8 +197,8 @@ impl OwnedMemory {
             leases: &self.leases,
             history: &self.history,
             manifest: &self.manifest,
-            arena: &self.arena,
             journal: &self.journal,
+            arena: &self.arena,
             counters: &self.counters,
         }
     }

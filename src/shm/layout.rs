@@ -13,8 +13,8 @@
 //!                         leases      16 x (capacity * 5/4 + 1024)
 //!                         history     32 x arena / 512
 //!                         manifest     8 x arena / 16
+//!                         journal      8 x 64
 //!                         arena        1 x arena
-//!                         journal    512
 //!                         counters     8 x (their number + buckets of the delay histogram)
 //!                         ring      4096 + 128 x ring records (see `ingest`)
 //!                shard 1: the same, and so on
@@ -138,9 +138,9 @@ pub struct ShardLayout {
     /// Words.
     pub manifest: Part,
     /// Words.
-    pub arena: Part,
-    /// Words.
     pub journal: Part,
+    /// Words.
+    pub arena: Part,
     /// Words.
     pub counters: Part,
     /// One [`RingWords`].
@@ -195,8 +195,8 @@ fn shard_layout_at(sizes: &Sizes, start: usize) -> ShardLayout {
         leases: place(memory.leases(), size_of::<LeaseWords>()),
         history: place(memory.history(), size_of::<HistoryWords>()),
         manifest: place(memory.manifest(), 8),
-        arena: place(memory.arena_words(), 8),
         journal: place(JOURNAL_WORDS, 8),
+        arena: place(memory.arena_words(), 8),
         counters: place(COUNTER_WORDS, 8),
         ring: place(1, size_of::<RingWords>()),
         records: place(sizes.ring_records, size_of::<RecordWords>()),
@@ -379,8 +379,8 @@ mod tests {
                 (l.leases, 16),
                 (l.history, 32),
                 (l.manifest, 8),
-                (l.arena, 8),
                 (l.journal, 8),
+                (l.arena, 8),
                 (l.counters, 8),
                 (l.ring, 4096),
                 (l.records, 128),

@@ -77,8 +77,8 @@ impl RegionView {
             leases: self.mapping.slice(l.leases),
             history: self.mapping.slice(l.history),
             manifest: self.mapping.slice(l.manifest),
-            arena: self.mapping.slice(l.arena),
             journal: self.mapping.slice(l.journal),
+            arena: self.mapping.slice(l.arena),
             counters: self.mapping.slice(l.counters),
         };
         memory.assert_size(&self.header.sizes.memory);
