@@ -279,6 +279,9 @@ fn serve(
         // Ends once every thread has said so or ended.
         let serving = set_up_by.iter().count() == config.shards as usize;
         if serving {
+            if let Some(line) = origin {
+                log::info!("{line}");
+            }
             log::info!(
                 "member {} of group {}: {} shards, {} slots each, sync {} on {}, table {:08x}",
                 options.member,
@@ -289,9 +292,6 @@ fn serve(
                 interface.name,
                 region.header().table_id
             );
-            if let Some(line) = origin {
-                log::info!("{line}");
-            }
             region.publish_ready();
             for go in &goes {
                 // There is room for the word; an error means that the thread panicked, which `join` tells.

@@ -137,6 +137,8 @@ impl Group {
         if known.status.is_alive() {
             member.status = Status::Joining;
             member.last_heard = now;
+            // Whether it hears this member is asked anew: what was so in between counts for nothing.
+            member.since = now;
             self.detectors[id as usize].heard(now, false);
         }
         self.view.set(id, member);

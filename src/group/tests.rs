@@ -254,6 +254,7 @@ fn a_process_that_took_the_table_up_gives_those_that_were_there_their_dead_time(
     }
     let seen = resumed.view().members[2];
     assert_eq!((seen.status, seen.table_id, seen.incarnation), (Status::Joining, 22, 22), "no backup yet");
+    assert_eq!((seen.since, seen.last_heard), (at(1000), at(1000)));
     resumed.tick(at(1002));
     assert_eq!(events(&mut resumed), []);
     resumed.tick(at(1003));

@@ -124,9 +124,9 @@ fn peers_wait_for_a_restart_that_takes_longer_than_their_dead_time() {
     wait_until_ready(&[&one, &two]);
     let mut load = Load::start(&one);
     wait_for_agreement("the lasting ones are on both", &[&one, &two], &stable(), SOON);
+    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
     load.change();
     wait_for("the load runs", SOON, || load.rounds() > 3);
-    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
     let (table, died) = (one.view().header().table_id, two.counter(Counter::MembersDied));
 
     // The next process takes a second, twice the dead time of member 2, before it begins.

@@ -15,14 +15,14 @@ fn is_ready(member: &Member) -> bool {
 #[test]
 fn within_the_dead_time_a_kill_is_a_pause() {
     let lab = Lab::new();
-    let mut one = lab.start(1, &[2], &["--shards", "2", "--dead-after", "100"]);
-    let mut two = lab.start(2, &[1], &["--shards", "1", "--dead-after", "100"]);
+    let mut one = lab.start(1, &[2], &["--shards", "2", "--dead-after", "50"]);
+    let mut two = lab.start(2, &[1], &["--shards", "1", "--dead-after", "50"]);
     wait_until_ready(&[&one, &two]);
     let mut load = Load::start(&one);
     wait_for_agreement("the lasting ones are on both", &[&one, &two], &stable(), SOON);
+    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
     load.change();
     wait_for("the load runs", SOON, || load.rounds() > 3);
-    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
 
     // Both roles: the one that sees the traffic, and the one that has the copies.
     for round in 0..6 {
@@ -30,7 +30,7 @@ fn within_the_dead_time_a_kill_is_a_pause() {
             if round % 2 == 0 { (&mut one, 1, "2", 2) } else { (&mut two, 2, "1", 1) };
         let table = victim.view().header().table_id;
         victim.kill();
-        *victim = lab.start(id, &[other], &["--shards", shards, "--dead-after", "100"]);
+        *victim = lab.start(id, &[other], &["--shards", shards, "--dead-after", "50"]);
         assert_eq!(victim.view().header().table_id, table);
         let rounds = load.rounds();
         wait_for("the producer goes on, and was not asked to", SOON, || load.rounds() > rounds + 3);

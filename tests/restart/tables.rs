@@ -1,11 +1,13 @@
 //! When a start goes on with the table that lies there, and when it begins a new one.
 
+use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use hypersync::shm::FILE;
 
 use crate::common::member::{Lab, Member, SOON, hypersync, with};
+use crate::common::wait_for;
 
 /// Starts member 1, alone, and returns it with what it said of its table.
 fn start(lab: &Lab, extra: &[&str]) -> (Member, String) {
@@ -13,11 +15,20 @@ fn start(lab: &Lab, extra: &[&str]) -> (Member, String) {
     let (switches, pairs): (Vec<&str>, Vec<&str>) = extra.iter().partition(|word| **word == "--new-table");
     let mut words = with(words, &pairs);
     words.extend(switches.into_iter().map(str::to_owned));
+    let log = lab.path("m1.log");
+    let lines =
+        || fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>();
+    let before = lines().len();
     let member = Member::start(lab, "m1", 1, hypersync(), &words);
-    let log = member.log();
-    let said =
-        log.lines().rev().find(|line| line.contains(" table: ") || line.contains("going on with table"));
-    let said = said.unwrap_or_default().to_owned();
+    // The log is written a moment after the member can be read.
+    wait_for("it says that it runs", SOON, || {
+        lines()[before..].iter().any(|l| l.contains("slots each, sync"))
+    });
+    let said = lines()
+        .split_off(before)
+        .into_iter()
+        .find(|line| line.contains("starting a new table: ") || line.contains("going on with table"));
+    let said = said.unwrap_or_default();
     (member, said)
 }
 
@@ -27,7 +38,7 @@ fn table_id(member: &Member) -> u32 {
 
 /// Overwrites a word of the region's header.
 fn write(dir: &Path, word: u64, value: u64) {
-    let file = std::fs::File::options().write(true).open(dir.join(FILE)).expect("it lies there");
+    let file = fs::File::options().write(true).open(dir.join(FILE)).expect("it lies there");
     file.write_all_at(&value.to_ne_bytes(), 8 * word).expect("it is ours");
 }
 
