@@ -1,9 +1,11 @@
 //! SIGKILL and a new start, under a load whose producer notices nothing.
 
+use hypersync::conn::Kind;
 use hypersync::counters::Counter;
 use hypersync::shm::group::Standing;
+use hypersync::source::SourceEvent;
 
-use crate::common::copies::{copies, wait_for_agreement};
+use crate::common::copies::{connection, copies, push, push_all, wait_for_agreement};
 use crate::common::member::{Lab, Member, SOON, wait_until_ready};
 use crate::common::wait_for;
 use crate::load::{LASTING, Load, same_places, stable};
@@ -73,4 +75,37 @@ fn after_the_dead_time_the_pair_compares_and_sends_differences_only() {
     wait_for("the producer goes on", SOON, || load.rounds() > 3);
     let wanted = load.stop();
     wait_for_agreement("both have the newest", &[&one, &two], &wanted, SOON);
+}
+
+#[test]
+fn who_comes_back_after_its_streams_were_lost_keeps_what_had_no_traffic_elsewhere() {
+    let lab = Lab::new();
+    let mut one = lab.start(1, &[2], &["--shards", "2"]);
+    let two = lab.start(2, &[1], &["--shards", "1"]);
+    wait_until_ready(&[&one, &two]);
+    let mut wanted = stable();
+    push_all(&mut one.producers(), wanted.values());
+    wait_for_agreement("they are on both", &[&one, &two], &wanted, SOON);
+    let table = one.view().header().table_id;
+    one.kill();
+    wait_for("member 2 gives the stream to member 1 up", SOON, || two.counter(Counter::StreamsLost) > 0);
+    // Meanwhile some have traffic at member 2.
+    let mut producers = two.producers();
+    for n in (0..300).step_by(3) {
+        let mut c = connection(n);
+        c.state.mark ^= 0xff_0000;
+        push(&mut producers, &SourceEvent::seen(c));
+        wanted.insert(c.original, c);
+    }
+    producers.flush();
+    wait_for("member 2 knows", SOON, || two.counter(Counter::Claims) == 100);
+    one = lab.start(1, &[2], &["--shards", "2"]);
+    assert_eq!(one.view().header().table_id, table);
+    wait_for_agreement("they agree again", &[&one, &two], &wanted, SOON);
+    let at_two = copies(&two).unwrap();
+    for n in 0..300 {
+        let kind = at_two[&connection(n).original].kind;
+        let expected = if n % 3 == 0 { Kind::Active } else { Kind::Backup };
+        assert_eq!(kind, expected, "connection {n}: traffic decides, and nothing else");
+    }
 }
