@@ -26,9 +26,11 @@ use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
 use crate::net::{self, Interface, NetError, Port, PortConfig};
 use crate::notify::Notifier;
+use crate::restart;
+use crate::ring::RingError;
 use crate::shard::{Shard, Stray};
 use crate::shm::ingest::Consumer;
-use crate::shm::{Place, Region, RegionConfig};
+use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
 
 /// Exit code of bad usage: nothing was started, nothing is damaged.
@@ -40,13 +42,14 @@ const FLUSH: Duration = Duration::from_millis(1);
 /// How often two members compare what they hold.
 const COMPARE: Duration = Duration::from_secs(1);
 
-/// How long to wait for a port in use: it may be that of a member that was just killed.
-const PORT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for what the kernel has not yet taken back from a process that was just killed, or has
+/// restarted: its port, its locked memory.
+const KERNEL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// This host's addresses, kept up to date by the main thread for every shard.
 static ADDRESSES: LocalAddresses = LocalAddresses::new();
 
-/// Runs a member until it is told to end.
+/// Runs a member until it is told to end. Told to restart, this process becomes the next one.
 pub fn run(config: &Config) -> ExitCode {
     // Before any thread exists, so that every thread inherits the mask and only this one takes signals.
     block_signals();
@@ -54,7 +57,12 @@ pub fn run(config: &Config) -> ExitCode {
     let outcome = start(config);
     log::logger().flush();
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(End::Left) => ExitCode::SUCCESS,
+        Ok(End::Restart) => {
+            // It returns only if it fails. No thread, ring or lock is left: all were this function's.
+            eprintln!("hypersync: {}", restart::exec());
+            ExitCode::FAILURE
+        }
         Err(Failure::Usage(line)) => {
             eprintln!("hypersync: {line}");
             ExitCode::from(EXIT_USAGE)
@@ -64,6 +72,14 @@ pub fn run(config: &Config) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// How a member ended that did not fail.
+enum End {
+    /// It left the group, or was told twice to end.
+    Left,
+    /// It said that it will be back, with the table that it leaves behind.
+    Restart,
 }
 
 enum Failure {
@@ -108,7 +124,7 @@ impl Gate {
     }
 }
 
-fn start(config: &Config) -> Result<(), Failure> {
+fn start(config: &Config) -> Result<End, Failure> {
     let options = &config.options;
     raise_file_limit();
     let owner = net::interface_of(options.sync).map_err(usage)?;
@@ -117,7 +133,6 @@ fn start(config: &Config) -> Result<(), Failure> {
         None => owner,
     };
     interface.check_mtu().map_err(usage)?;
-    let incarnation = incarnation();
     // First the lock, then the port, which a second process could join in silence; then the kernel, and then
     // the region, so that a start that cannot succeed leaves the old one, and what it says of sysctls, in its place.
     let place = Place::claim(&options.shm).map_err(usage)?;
@@ -141,18 +156,7 @@ fn start(config: &Config) -> Result<(), Failure> {
         // With another value, what was born before we listened never raises an event.
         may_be_unheard = sysctl::read(sysctl::EVENTS).map_err(usage)? != 1;
     }
-    let region = Region::create_in(
-        place,
-        &RegionConfig {
-            sizes: config.sizes,
-            group: options.group,
-            member: options.member,
-            incarnation,
-            started: clock::now(),
-            huge_pages: false,
-        },
-    )
-    .map_err(usage)?;
+    let (region, origin) = take_region(config, place).map_err(usage)?;
     let changed = match options.sysctl {
         _ if !is_kernel => None,
         SysctlMode::Set => Some(sysctl::set_needed(region.old_values()).map_err(usage)?),
@@ -163,8 +167,10 @@ fn start(config: &Config) -> Result<(), Failure> {
             None
         }
     };
-    let outcome = serve(config, &region, incarnation, &interface, receivers, committers, may_be_unheard);
-    if let Some(changed) = changed
+    let outcome = serve(config, &region, origin, &interface, receivers, committers, may_be_unheard);
+    // Who restarts leaves them to the next process, with the record of what they were.
+    if !matches!(outcome, Ok(End::Restart))
+        && let Some(changed) = changed
         && let Err(e) = changed.put_back()
     {
         log::error!("{e}");
@@ -172,10 +178,33 @@ fn start(config: &Config) -> Result<(), Failure> {
     outcome
 }
 
+/// The region that lies in the place, if it fits, or a new one; and a line for the log of a start that succeeds.
+fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>), ShmError> {
+    let options = &config.options;
+    let wanted = RegionConfig {
+        sizes: config.sizes,
+        group: options.group,
+        member: options.member,
+        incarnation: incarnation(),
+        started: clock::now(),
+        huge_pages: false,
+    };
+    let fits = if options.new_table { Err(Fresh::Asked) } else { place.resumable(&wanted) };
+    match fits {
+        Ok(()) => {
+            let region = Region::resume(place, &wanted)?;
+            let line = format!("going on with table {:08x}", region.header().table_id);
+            Ok((region, Some(line)))
+        }
+        Err(Fresh::Nothing) => Ok((Region::create_in(place, &wanted)?, None)),
+        Err(why) => Ok((Region::create_in(place, &wanted)?, Some(format!("starting a new table: {why}")))),
+    }
+}
+
 /// The receive sockets. After a crash the kernel lets go of the old ring's sockets only a moment after
 /// the process is gone: whoever starts us again at once must not be refused for that.
 fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
-    let end = Instant::now() + PORT_PATIENCE;
+    let end = Instant::now() + KERNEL_PATIENCE;
     loop {
         match net::bind_group(sync, crate::ccp::UDP_PORT, shards) {
             Err(NetError::PortInUse(_)) if Instant::now() < end => {
@@ -189,12 +218,12 @@ fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
 fn serve(
     config: &Config,
     region: &Region,
-    incarnation: u64,
+    origin: Option<String>,
     interface: &Interface,
     receivers: Vec<OwnedFd>,
     committers: Vec<Committer>,
     may_be_unheard: bool,
-) -> Result<(), Failure> {
+) -> Result<End, Failure> {
     let options = &config.options;
     let shared = Arc::new(Shared::default());
     let (notifier, notify_thread) =
@@ -236,8 +265,7 @@ fn serve(
             let (shared_here, notifier) = (&*shared, notifier.clone());
             let thread =
                 std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(scope, move || {
-                    let result =
-                        run_shard(config, region, incarnation, shared_here, notifier, interface, parts);
+                    let result = run_shard(config, region, shared_here, notifier, interface, parts);
                     if result.is_err() {
                         shared_here.failed.store(true, Ordering::Relaxed);
                     }
@@ -254,6 +282,9 @@ fn serve(
         // Ends once every thread has said so or ended.
         let serving = set_up_by.iter().count() == config.shards as usize;
         if serving {
+            if let Some(line) = origin {
+                log::info!("{line}");
+            }
             log::info!(
                 "member {} of group {}: {} shards, {} slots each, sync {} on {}, table {:08x}",
                 options.member,
@@ -269,7 +300,7 @@ fn serve(
                 // There is room for the word; an error means that the thread panicked, which `join` tells.
                 let _ = go.send(());
             }
-            attend(config, &shared);
+            attend(config, region, &shared);
         }
         drop(goes);
         let failures: Vec<String> = threads
@@ -277,7 +308,11 @@ fn serve(
             .filter_map(|thread| match thread.join() {
                 Ok(Ok(())) => None,
                 Ok(Err(line)) => Some(line),
-                Err(_) => Some("a shard failed an assertion; its message is above".to_owned()),
+                Err(_) => {
+                    // Taken up again, the table would most likely bring about the same.
+                    region.end();
+                    Some("a shard failed an assertion; its message is above".to_owned())
+                }
             })
             .collect();
         (serving, failures)
@@ -290,7 +325,15 @@ fn serve(
         None if shared.failed.load(Ordering::Relaxed) => {
             Err(Failure::Running("a shard could not be started".into()))
         }
-        None => Ok(()),
+        None if shared.restarts.load(Ordering::Relaxed) => {
+            if shared.stop.load(Ordering::Relaxed) {
+                // Told to end when the others already waited for its return: the next process leaves the group.
+                // SAFETY: no memory arguments. The signal is blocked, and stays pending for that process.
+                unsafe { libc::kill(libc::getpid(), libc::SIGTERM) };
+            }
+            Ok(End::Restart)
+        }
+        None => Ok(End::Left),
         Some(line) if !serving => Err(Failure::Usage(line)),
         Some(line) => Err(Failure::Running(line)),
     }
@@ -307,10 +350,29 @@ impl Drop for FailOnPanic<'_> {
     }
 }
 
+/// The shard's port. The kernel unlocks the memory of the last process's ring only a moment after that is gone: who
+/// goes on with its table waits for it.
+fn open_port<'m>(config: &PortConfig<'m>, receiver: OwnedFd, is_resumed: bool) -> Result<Port<'m>, NetError> {
+    let end = Instant::now() + KERNEL_PATIENCE;
+    loop {
+        // Another descriptor of the same socket, for it goes with a port that could not be made.
+        let again = receiver.try_clone().map_err(|e| NetError::Socket {
+            what: "keep the receive socket",
+            address: config.local,
+            errno: e.raw_os_error().unwrap_or(libc::EIO),
+        })?;
+        match Port::new(config, again) {
+            Err(NetError::Ring(RingError::MemoryLock { .. })) if is_resumed && Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
+
 fn run_shard(
     config: &Config,
     region: &Region,
-    incarnation: u64,
     shared: &Shared,
     notifier: Notifier,
     interface: &Interface,
@@ -322,7 +384,7 @@ fn run_shard(
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
-    let port = Port::new(
+    let port = open_port(
         &PortConfig {
             local: options.sync,
             shard,
@@ -335,6 +397,7 @@ fn run_shard(
             receive_buffers: 32,
         },
         receiver,
+        region.is_resumed(),
     )
     .map_err(|e| e.to_string())?;
     let feed = match options.source {
@@ -350,26 +413,36 @@ fn run_shard(
                 commit: config.commit,
                 may_be_unheard,
                 capacity: config.sizes.memory.capacity as u32,
+                resumed: region.is_resumed(),
             })
         }
     };
-    let replica = Replica::new(
-        ReplicaConfig {
-            group: options.group,
-            member: options.member,
-            shard,
-            shards: config.shards,
-            site: options.site,
-            table_id: header.table_id,
-            index_key: header.index_key,
-            hold: options.hold,
-            reprotect_after: options.reprotect_after,
-            flush: FLUSH,
-            compare: COMPARE,
-            commit: config.commit,
-        },
-        memory,
-    );
+    let replica_config = ReplicaConfig {
+        group: options.group,
+        member: options.member,
+        shard,
+        shards: config.shards,
+        site: options.site,
+        table_id: header.table_id,
+        index_key: header.index_key,
+        hold: options.hold,
+        reprotect_after: options.reprotect_after,
+        flush: FLUSH,
+        compare: COMPARE,
+        commit: config.commit,
+    };
+    let replica = match region.is_resumed() {
+        true => {
+            let (replica, torn) = Replica::resume(replica_config, memory, clock::now());
+            if torn > 0 {
+                log::info!(
+                    "shard {shard}: {torn} slots were being written when the last process ended: they are freed"
+                );
+            }
+            replica
+        }
+        false => Replica::new(replica_config, memory),
+    };
     let membership = (shard == 0).then(|| {
         let identity = Identity {
             member: options.member,
@@ -377,7 +450,7 @@ fn run_shard(
             priority: options.priority,
             site: options.site,
             table_id: header.table_id,
-            incarnation,
+            incarnation: header.incarnation,
             heartbeat: options.heartbeat,
             dead_after: options.dead_after,
         };
@@ -409,18 +482,28 @@ fn run_shard(
 }
 
 /// Waits for signals; keeps the list of this host's addresses.
-fn attend(config: &Config, shared: &Shared) {
+fn attend(config: &Config, region: &Region, shared: &Shared) {
     let mut asked = false;
     let mut told = None;
     while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
-        if wait_for_signal(Duration::from_millis(200)) {
-            if asked {
-                // Asked twice: no goodbye, no waiting for others.
-                shared.finished.store(true, Ordering::Relaxed);
+        // Shards that restart end within milliseconds, and others wait for the next process.
+        let restarting = shared.restart.load(Ordering::Relaxed) != 0;
+        match wait_for_signal(Duration::from_millis(if restarting { 2 } else { 200 })) {
+            None => {}
+            Some(libc::SIGHUP) => {
+                let back = restart::back_within(region.take_back_within());
+                log::info!("restarting: the others are told that this member is back within {back:?}");
+                shared.restart.store(back.as_millis() as u32, Ordering::Relaxed);
             }
-            log::info!("leaving the group");
-            asked = true;
-            shared.stop.store(true, Ordering::Relaxed);
+            Some(_) => {
+                if asked {
+                    // Asked twice: no goodbye, no waiting for others.
+                    shared.finished.store(true, Ordering::Relaxed);
+                }
+                log::info!("leaving the group");
+                asked = true;
+                shared.stop.store(true, Ordering::Relaxed);
+            }
         }
         if config.options.source == SourceKind::Kernel {
             let trouble = ADDRESSES.refresh().err();
@@ -439,6 +522,7 @@ fn signals() -> libc::sigset_t {
         libc::sigemptyset(&mut set);
         libc::sigaddset(&mut set, libc::SIGTERM);
         libc::sigaddset(&mut set, libc::SIGINT);
+        libc::sigaddset(&mut set, libc::SIGHUP);
         set
     }
 }
@@ -450,13 +534,13 @@ fn block_signals() {
     assert_eq!(result, 0, "SIG_BLOCK and a valid set are never refused");
 }
 
-/// Whether SIGTERM or SIGINT came within this time.
-fn wait_for_signal(limit: Duration) -> bool {
+/// SIGTERM, SIGINT or SIGHUP, if one came within this time.
+fn wait_for_signal(limit: Duration) -> Option<i32> {
     let set = signals();
     let limit = libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos() as i64 };
     // SAFETY: both pointers are to live, filled-in objects; the signal's details are not asked for.
     let signal = unsafe { libc::sigtimedwait(&set, std::ptr::null_mut(), &limit) };
-    signal > 0
+    (signal > 0).then_some(signal)
 }
 
 /// Pins the thread to the shard's processor, if there is one for it. Without, it runs all the same.

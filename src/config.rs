@@ -90,6 +90,9 @@ pub struct RunOptions {
     /// directory of the shared memory, on tmpfs (default /dev/shm/hypersync)
     #[argh(option, default = "PathBuf::from(DEFAULT_SHM)")]
     pub shm: PathBuf,
+    /// begin with an empty table even if one is there that could be taken up again
+    #[argh(switch)]
+    pub new_table: bool,
     /// command to run as COMMAND EVENT MEMBER when something happens in the group
     #[argh(option)]
     pub notify: Option<PathBuf>,
@@ -156,7 +159,8 @@ words!(
 );
 words!(SysctlMode, "a choice: write set or leave", "set" => SysctlMode::Set, "leave" => SysctlMode::Leave);
 
-fn span(text: &str) -> Result<Duration, String> {
+/// Reads a time; also for the restart.
+pub fn span(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|e| format!("'{text}' is not a time: {e}; write it as 100ms, 3s or 2min"))
 }

@@ -51,7 +51,7 @@
 //! 5. [`sync`]: the protocol of one shard, [`Replica`](sync::Replica); its page says in which order.
 //! 6. [`source`], [`rules`], [`memory`]: what goes in and out of it, what is copied at all, and what it stands on.
 //! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they meet.
-//! 8. [`membership`], [`notify`], [`config`], [`appliance`]: the process around the shards.
+//! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`]: the process around the shards.
 //!
 //! Steps 1 to 6 are the pure part: no clock, socket, thread or `unsafe` (a prefetch hint excepted); time and bytes come
 //! in as arguments. `tests/protocol.rs` drives it over a network that loses, repeats and reorders.
@@ -79,6 +79,7 @@ pub mod memory;
 pub mod net;
 pub mod notify;
 pub mod prefetch;
+pub mod restart;
 pub mod ring;
 pub mod rules;
 pub mod seq;

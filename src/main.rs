@@ -1,4 +1,4 @@
-//! The appliance's command line: `hypersync run` and `hypersync demo`.
+//! The appliance's command line: `hypersync run`, `hypersync restart` and `hypersync demo`.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use argh::FromArgs;
 use hypersync::appliance::{self, EXIT_USAGE};
 use hypersync::config::{Config, RunOptions};
+use hypersync::restart;
 
 /// Keeps every connection of a group of stateful gateways on exactly two of them.
 #[derive(FromArgs)]
@@ -19,6 +20,7 @@ struct Options {
 #[expect(clippy::large_enum_variant, reason = "there is one, and it is taken apart at once")]
 enum Command {
     Run(RunOptions),
+    Restart(restart::RestartOptions),
     Demo(hypersync::demo::DemoOptions),
 }
 
@@ -36,7 +38,7 @@ fn main() -> ExitCode {
                 }
                 Err(()) => {
                     let of = match words.get(1) {
-                        Some(&command @ ("run" | "demo")) => format!(" {command}"),
+                        Some(&command @ ("run" | "restart" | "demo")) => format!(" {command}"),
                         _ => String::new(),
                     };
                     let line: Vec<&str> = exit.output.split_whitespace().collect();
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         }
     };
     match options.command {
+        Command::Restart(options) => restart::main(&options),
         Command::Demo(options) => hypersync::demo::main(options),
         Command::Run(options) => match Config::check(options) {
             Ok(config) => appliance::run(&config),

@@ -2,7 +2,7 @@
 //! the heartbeats, publishes the view for the other shards, and tells the notify command.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::ccp::bytes::Writer;
@@ -31,7 +31,11 @@ const GOODBYE_PAUSE: Duration = Duration::from_millis(10);
 pub struct Shared {
     /// The process was asked to end.
     pub stop: AtomicBool,
-    /// Goodbye was said: every shard ends.
+    /// The process was asked to restart and to be back within so many ms; 0: it was not.
+    pub restart: AtomicU32,
+    /// That it restarts was said: `finished` means this.
+    pub restarts: AtomicBool,
+    /// Goodbye, or that it restarts, was said: every shard ends.
     pub finished: AtomicBool,
     /// A shard failed: the process ends without a goodbye, and with an error.
     pub failed: AtomicBool,
@@ -59,13 +63,14 @@ pub struct Membership<'m> {
     leaving_since: Option<Time>,
     goodbyes_said: u8,
     goodbye_at: Time,
+    announced: bool,
     published: View,
     last_tick: Time,
     heartbeat: Duration,
 }
 
 impl<'m> Membership<'m> {
-    /// A member that knows nobody yet.
+    /// A member that knows nobody yet, or whom the last process knew, if the region was taken up from it.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         group: Group,
@@ -79,7 +84,7 @@ impl<'m> Membership<'m> {
         now: Time,
     ) -> Membership<'m> {
         let me = group.view().me;
-        Membership {
+        let mut membership = Membership {
             published: View::new(me),
             last_tick: now,
             heartbeat: group.heartbeat(),
@@ -99,7 +104,26 @@ impl<'m> Membership<'m> {
             leaving_since: None,
             goodbyes_said: 0,
             goodbye_at: Time(0),
+            announced: false,
+        };
+        if region.is_resumed() {
+            membership.remember(now);
         }
+        membership
+    }
+
+    /// The group table is that of the last process. What it knew of the others holds until they are heard, and
+    /// a death that it did not live to tell is told.
+    fn remember(&mut self, now: Time) {
+        let table = self.region.group();
+        for id in 1..=MEMBERS_MAX as MemberId {
+            let Some(known) = table.read(id) else { continue };
+            self.group.remember(now, id, &known);
+        }
+        let is_told = self.settled_version() >= table.version();
+        self.publish();
+        let dead = self.group.view().others().filter(|(_, m)| m.status == Status::Dead && !is_told);
+        self.dead.extend(dead.map(|(id, _)| (id, table.version())));
     }
 
     /// A heartbeat arrived.
@@ -183,10 +207,15 @@ impl<'m> Membership<'m> {
         self.published.clone_from(view);
     }
 
+    /// Up to which version of the group the kernel is owed nothing.
+    fn settled_version(&self) -> u64 {
+        let group = self.region.group();
+        (0..self.shards).map(|s| group.shard(s).settled_version()).min().unwrap_or(0)
+    }
+
     /// A death is told once every shard has taken over what it has to.
     fn tell_dead(&mut self) {
-        let group = self.region.group();
-        let settled = (0..self.shards).map(|s| group.shard(s).settled_version()).min().unwrap_or(0);
+        let settled = self.settled_version();
         self.dead.retain(|(member, version)| {
             let done = settled >= *version;
             if done {
@@ -292,10 +321,21 @@ impl<'m> Membership<'m> {
         }
         if self.goodbyes_said < GOODBYES && self.goodbye_at.reached(now) {
             self.goodbyes_said += 1;
+            // Others take over what is in it: after a goodbye the table is nobody's.
+            self.region.end();
             self.goodbye_at = now.after(GOODBYE_PAUSE);
             say_goodbye();
         }
         self.goodbyes_said == GOODBYES && self.goodbye_at.reached(now)
+    }
+
+    /// The way out of a process that comes back: the others are told when. Returns whether it was said often
+    /// enough. Nobody is told that this member is not ready: the kernel goes on forwarding.
+    pub fn announce_restart(&mut self, now: Time, back: Duration) -> bool {
+        if !std::mem::replace(&mut self.announced, true) {
+            self.group.announce_restart(now, back);
+        }
+        self.group.has_announced(now)
     }
 
     /// When to be called next.

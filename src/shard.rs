@@ -262,10 +262,14 @@ impl<'m> Shard<'m> {
             port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0).is_ok()
         };
         replica.transmit(now, &mut send);
-        if let Some(membership) = membership
-            && shared.stop.load(Ordering::Relaxed)
-            && membership.leave(now, &mut || replica.send_goodbyes(&mut send))
-        {
+        let Some(membership) = membership else { return };
+        let back_ms = shared.restart.load(Ordering::Relaxed);
+        if shared.stop.load(Ordering::Relaxed) {
+            if membership.leave(now, &mut || replica.send_goodbyes(&mut send)) {
+                shared.finished.store(true, Ordering::Relaxed);
+            }
+        } else if back_ms != 0 && membership.announce_restart(now, Duration::from_millis(back_ms as u64)) {
+            shared.restarts.store(true, Ordering::Relaxed);
             shared.finished.store(true, Ordering::Relaxed);
         }
     }

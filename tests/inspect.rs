@@ -279,8 +279,8 @@ fn the_state_tells_slots_exposure_and_group() {
     let first = format!("member 3 of group 7, pid {}, table", std::process::id());
     assert!(said.starts_with(&first) && said.contains(", up "), "{said}");
     assert!(said.contains("half within 112 us") && said.contains("2500us"), "{said}");
-    let member = said.lines().find(|line| line.starts_with("     9 ready    2001:db8::9")).unwrap();
-    assert!(member.ends_with("yes      0000abcd"), "{member}");
+    let line = said.lines().find(|line| line.starts_with("     9 ready      2001:db8::9")).unwrap();
+    assert!(line.ends_with("yes      0000abcd"), "{line}");
 
     let state = a.json(&["state", "--json"]);
     assert_eq!((&state["running"], &state["member"], &state["group"]), (&true.into(), &3.into(), &7.into()));
@@ -294,6 +294,15 @@ fn the_state_tells_slots_exposure_and_group() {
     assert_eq!(state["shards"][1 - shard as usize]["last_pass_age_ns"], Value::Null);
     assert_eq!((&state["group_version"], state["members"].as_array().unwrap().len()), (&1.into(), 1));
     assert_eq!((&state["members"][0]["member"], &state["members"][0]["room"]), (&9.into(), &77.into()));
+    assert_eq!(state["members"][0]["restarting"], false);
+
+    a.region.group().write(9, &Member { back_by: Time(clock::now().0 + 1), ..member });
+    assert!(text(&a.run(&["state"])).contains("     9 restarting 2001:db8::9"));
+    let state = a.json(&["state", "--json"]);
+    assert_eq!(
+        (&state["members"][0]["status"], &state["members"][0]["restarting"]),
+        (&"ready".into(), &true.into())
+    );
 }
 
 #[test]

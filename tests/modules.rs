@@ -21,6 +21,7 @@ const MODULES: &[(&str, Kind)] = &[
     ("load", Kind::Edge),
     ("notify", Kind::Edge),
     ("appliance", Kind::Edge),
+    ("restart", Kind::Edge),
     ("bell", Kind::Edge),
     ("feed", Kind::Edge),
     ("membership", Kind::Edge),

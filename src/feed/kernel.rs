@@ -44,6 +44,8 @@ pub struct KernelParts {
     pub may_be_unheard: bool,
     /// Slots of the shard.
     pub capacity: u32,
+    /// Whether the table was not empty at the start: after the first dump it is swept and verified.
+    pub resumed: bool,
 }
 
 /// A shard's end of the kernel.

@@ -26,6 +26,13 @@ pub const FULL_SIZE_EVERY: u32 = 4;
 /// How many such heartbeats may be missing in a row before the sender is no backup any more.
 pub const FULL_SIZE_MISSED: u32 = 3;
 
+/// How far apart the heartbeats are with which a member says that it restarts, and how many they are.
+const ANNOUNCE_PAUSE: Duration = Duration::from_millis(10);
+const ANNOUNCEMENTS: u8 = 3;
+
+/// The longest that a member which restarts is waited for, whatever it says.
+pub const BACK_MAX: Duration = Duration::from_secs(120);
+
 /// Something that the notify command may want to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -90,6 +97,8 @@ pub struct Group {
     next_heartbeat: Time,
     sent: u32,
     own_duplicate_at: Time,
+    /// Within which time this member said that it will be back, and how often it has said it.
+    restart: Option<(Duration, u8)>,
 }
 
 /// A second sender under one member number: a restarted process, or another host.
@@ -113,8 +122,37 @@ impl Group {
             next_heartbeat: now,
             sent: 0,
             own_duplicate_at: Time(0),
+            restart: None,
             me,
         }
+    }
+
+    /// What this member's last process knew of another: one that was alive has its dead time to be heard again.
+    /// For the start only.
+    pub fn remember(&mut self, now: Time, id: MemberId, known: &Member) {
+        if id == self.me.member || known.status == Status::Absent {
+            return;
+        }
+        let mut member = *known;
+        if known.status.is_alive() {
+            member.status = Status::Joining;
+            member.last_heard = now;
+            // Whether it hears this member is asked anew: what was so in between counts for nothing.
+            member.since = now;
+            self.detectors[id as usize].heard(now, false);
+        }
+        self.view.set(id, member);
+    }
+
+    /// From now on heartbeats say that this member restarts and is back within this time.
+    pub fn announce_restart(&mut self, now: Time, back: Duration) {
+        self.restart = Some((back.min(BACK_MAX), 0));
+        self.next_heartbeat = now;
+    }
+
+    /// Whether it was said often enough.
+    pub fn has_announced(&self, now: Time) -> bool {
+        self.restart.is_some_and(|(_, said)| said == ANNOUNCEMENTS) && self.next_heartbeat.reached(now)
     }
 
     /// The view now.
@@ -130,7 +168,12 @@ impl Group {
     /// When [`tick`](Self::tick) has something to do next.
     pub fn poll_at(&self) -> Time {
         let deaths = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
-        deaths.map(|m| self.detectors[m].silent_at()).fold(self.next_heartbeat, Time::min)
+        deaths.map(|m| self.dead_at(m)).fold(self.next_heartbeat, Time::min)
+    }
+
+    /// When a member is dead unless it is heard before.
+    fn dead_at(&self, id: usize) -> Time {
+        self.detectors[id].silent_at().max(self.view.members[id].back_by)
     }
 
     /// A heartbeat of this group arrived. `false` if it came from another host with a number in use.
@@ -174,9 +217,14 @@ impl Group {
         true
     }
 
-    /// Whether a new incarnation may replace the known one: only once that has missed a heartbeat.
+    /// Whether a new incarnation may replace the known one: only once that has missed a heartbeat, or if it
+    /// said that it restarts, and this has its table.
     fn admit_rival(&mut self, now: Time, source: IpAddr, heartbeat: &Heartbeat) -> bool {
         let id = heartbeat.from as usize;
+        let known = &self.view.members[id];
+        if known.is_restarting() && known.table_id == heartbeat.table_id {
+            return true;
+        }
         let patience = self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms as u64)) * 3 / 2;
         if now.since(self.detectors[id].last_heard()) > patience {
             return true;
@@ -197,6 +245,12 @@ impl Group {
         let id = heartbeat.from;
         let old = self.view.members[id as usize];
         let hears_me = heartbeat.hears(self.me.member);
+        let back_by = match heartbeat.back_ms {
+            // A heartbeat of the same process that comes late takes nothing back.
+            0 if old.is_restarting() && old.incarnation == heartbeat.incarnation => old.back_by,
+            0 => Time(0),
+            ms => now.after(Duration::from_millis(ms as u64).min(BACK_MAX)),
+        };
         let usable = heartbeat.ready && hears_me && self.detectors[id as usize].hears_full_size(now);
         let status = match (heartbeat.leaving, usable) {
             (true, _) => Status::Leaving,
@@ -215,6 +269,7 @@ impl Group {
             address: Some(source),
             hears_me,
             last_heard: now,
+            back_by,
             since: if status == old.status { old.since } else { now },
         };
         self.view.set(id, new);
@@ -236,7 +291,7 @@ impl Group {
 
     fn leave(&mut self, now: Time, member: MemberId, status: Status) {
         let old = self.view.members[member as usize];
-        self.view.set(member, Member { status, since: now, ..old });
+        self.view.set(member, Member { status, since: now, back_by: Time(0), ..old });
         self.detectors[member as usize].forget();
     }
 
@@ -264,11 +319,13 @@ impl Group {
             if !member.status.is_alive() {
                 continue;
             }
-            let detector = &self.detectors[id as usize];
-            if detector.silent_at().reached(now) {
+            if self.dead_at(id as usize).reached(now) {
                 self.leave(now, id, Status::Dead);
                 self.push(Event::MemberDead(id));
-            } else if member.status == Status::Ready && !detector.hears_full_size(now) {
+            } else if member.status == Status::Ready
+                && !member.is_restarting()
+                && !self.detectors[id as usize].hears_full_size(now)
+            {
                 self.view.set(id, Member { status: Status::Joining, since: now, ..member });
             }
         }
@@ -279,9 +336,16 @@ impl Group {
         if !self.next_heartbeat.reached(now) {
             return None;
         }
+        if let Some((_, said)) = &mut self.restart {
+            if *said == ANNOUNCEMENTS {
+                return None;
+            }
+            *said += 1;
+        }
         // Keep the rhythm, but never catch up with a burst.
-        let next = self.next_heartbeat.after(self.me.heartbeat);
-        self.next_heartbeat = if next.reached(now) { now.after(self.me.heartbeat) } else { next };
+        let pause = if self.restart.is_some() { ANNOUNCE_PAUSE } else { self.me.heartbeat };
+        let next = self.next_heartbeat.after(pause);
+        self.next_heartbeat = if next.reached(now) { now.after(pause) } else { next };
         let full_size = self.sent.is_multiple_of(FULL_SIZE_EVERY);
         self.sent = self.sent.wrapping_add(1);
         let mut hears = 0;
@@ -332,7 +396,7 @@ impl Group {
             capacity: tables.capacity,
             room: tables.room,
             synced: 0,
-            back_ms: 0,
+            back_ms: self.restart.map_or(0, |(back, _)| back.as_millis().max(1) as u32),
         };
         Some((heartbeat, shown))
     }

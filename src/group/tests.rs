@@ -156,3 +156,121 @@ fn goodbye_is_no_death() {
     a.tick(at(9));
     assert_eq!(events(&mut a), [Event::MemberLeft(2)]);
 }
+
+/// A pair whose second member has said, at the tick 1, that it restarts and is back within this time.
+fn announced(back: Duration) -> (Group, Group) {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    beat(&mut a, &mut b, at(0));
+    beat(&mut b, &mut a, at(0));
+    events(&mut a);
+    b.announce_restart(at(1), back);
+    let mut said = 0;
+    let mut now = at(1);
+    while !b.has_announced(now) {
+        if let Some((heartbeat, _)) = b.poll_heartbeat(now, &READY) {
+            a.handle_heartbeat(now, address(2), &heartbeat);
+            said += 1;
+        }
+        now = now.after(Duration::from_millis(1));
+    }
+    assert_eq!((said, now), (3, at(1).after(Duration::from_millis(30))), "ten milliseconds apart");
+    assert!(b.poll_heartbeat(now, &READY).is_none(), "it is silent from then on");
+    assert_eq!(a.view().members[2].standing(), "restarting");
+    (a, b)
+}
+
+/// The same member in a new process.
+fn again(table_id: u32, now: Time) -> Group {
+    Group::new(Identity { table_id, ..identity(2, 23) }, now)
+}
+
+#[test]
+fn who_said_that_it_restarts_is_awaited_and_admitted_at_once_with_its_table() {
+    let (mut a, _) = announced(TICK * 100);
+    for n in 2..60 {
+        a.tick(at(n));
+    }
+    assert_eq!(a.view().members[2].status, Status::Ready, "it stays what it was");
+    assert_eq!(events(&mut a), []);
+    assert!(a.poll_heartbeat(at(60), &READY).unwrap().0.hears(2), "it is told that it is heard");
+    beat(&mut again(22, at(60)), &mut a, at(60));
+    let seen = a.view().members[2];
+    assert_eq!((seen.incarnation, seen.table_id, seen.standing()), (23, 22, "joining"));
+    assert_eq!(events(&mut a), [], "nobody came, nobody died");
+    // The announcement is over: from now on silence is death again.
+    a.tick(at(63));
+    assert_eq!(events(&mut a), [Event::MemberDead(2)]);
+}
+
+#[test]
+fn a_restart_that_takes_no_time_need_not_wait_for_a_missed_heartbeat() {
+    let (mut a, _) = announced(TICK * 100);
+    let now = at(1).after(Duration::from_millis(31));
+    beat(&mut again(22, now), &mut a, now);
+    assert_eq!(a.view().members[2].incarnation, 23);
+}
+
+#[test]
+fn who_does_not_come_back_in_time_is_dead_then() {
+    let (mut a, _) = announced(TICK * 100);
+    let due = at(101).after(Duration::from_millis(20));
+    a.tick(Time(due.0 - 1));
+    assert_eq!(events(&mut a), []);
+    a.tick(due);
+    assert_eq!(events(&mut a), [Event::MemberDead(2)]);
+    assert_eq!(a.view().members[2].standing(), "dead");
+}
+
+#[test]
+fn nobody_is_awaited_longer_than_two_minutes() {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    let (heartbeat, _) = b.poll_heartbeat(at(0), &READY).unwrap();
+    a.handle_heartbeat(at(0), address(2), &Heartbeat { back_ms: u32::MAX, ..heartbeat });
+    a.tick(Time(at(1200).0 - 1));
+    assert!(a.view().members[2].is_restarting());
+    a.tick(at(1200));
+    assert_eq!(a.view().members[2].status, Status::Dead);
+}
+
+#[test]
+fn a_late_heartbeat_takes_no_announcement_back_but_a_goodbye_does() {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    let (late, _) = b.poll_heartbeat(at(0), &READY).unwrap();
+    a.handle_heartbeat(at(0), address(2), &Heartbeat { back_ms: 30_000, ..late.clone() });
+    a.handle_heartbeat(at(0), address(2), &late);
+    assert!(a.view().members[2].is_restarting());
+    a.tick(at(20));
+    events(&mut a);
+    a.handle_goodbye(at(20), 2);
+    assert_eq!(events(&mut a), [Event::MemberLeft(2)]);
+    assert_eq!((a.view().members[2].standing(), a.view().members[2].back_by), ("left", Time(0)));
+}
+
+#[test]
+fn an_announced_restart_that_loses_the_table_is_a_death() {
+    let (mut a, _) = announced(TICK * 100);
+    let mut empty = again(33, at(2));
+    let (heartbeat, _) = empty.poll_heartbeat(at(2), &READY).unwrap();
+    assert!(!a.handle_heartbeat(at(2), address(2), &heartbeat), "as any other incarnation");
+    beat(&mut empty, &mut a, at(3));
+    assert_eq!(events(&mut a), [Event::MemberDead(2), Event::MemberUp(2)]);
+}
+
+#[test]
+fn a_process_that_took_the_table_up_gives_those_that_were_there_their_dead_time() {
+    let mut a = Group::new(identity(1, 11), at(0));
+    let mut b = Group::new(identity(2, 22), at(0));
+    beat(&mut b, &mut a, at(0));
+    a.handle_goodbye(at(0), 3);
+    let mut resumed = Group::new(identity(1, 12), at(1000));
+    for (id, member) in a.view().others() {
+        resumed.remember(at(1000), id, member);
+    }
+    let seen = resumed.view().members[2];
+    assert_eq!((seen.status, seen.table_id, seen.incarnation), (Status::Joining, 22, 22), "no backup yet");
+    assert_eq!((seen.since, seen.last_heard), (at(1000), at(1000)));
+    resumed.tick(at(1002));
+    assert_eq!(events(&mut resumed), []);
+    resumed.tick(at(1003));
+    assert_eq!(events(&mut resumed), [Event::MemberDead(2)]);
+}

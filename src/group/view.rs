@@ -85,6 +85,21 @@ pub struct Member {
     pub last_heard: Time,
     /// Since when it has this status.
     pub since: Time,
+    /// It said that it restarts with its table and is back by then: until then its silence is no death, and it
+    /// stays what it was. `Time(0)`: it did not.
+    pub back_by: Time,
+}
+
+impl Member {
+    /// Whether it said that it restarts, and is awaited.
+    pub fn is_restarting(&self) -> bool {
+        self.status.is_alive() && self.back_by != Time(0)
+    }
+
+    /// The word for an operator: its status, or that it restarts.
+    pub fn standing(&self) -> &'static str {
+        if self.is_restarting() { "restarting" } else { self.status.name() }
+    }
 }
 
 /// Every member, by number; entry 0 is unused.

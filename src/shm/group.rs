@@ -10,9 +10,9 @@
 //!  member  word 0  seqlock (odd: torn)
 //!               1  status 8 | hears me 8 | shards 8 | priority 8 | site 8 | family 8 | 0   (from bit 0)
 //!               2  table id            6, 7  address, low word first; IPv4 in the low 32 bits
-//!               3  incarnation            8  last heard, ns       10.. zero
-//!               4  capacity, slots        9  status since, ns
-//!               5  room, slots
+//!               3  incarnation            8  last heard, ns
+//!               4  capacity, slots        9  status since, ns        11.. zero
+//!               5  room, slots             10  back by, ns: it restarts; 0: it does not
 //!
 //!  shard   word 0  last pass, ns
 //!               1  version of the group that the shard has acted on
@@ -34,7 +34,7 @@ use crate::time::Time;
 
 const V4: u64 = 4;
 const V6: u64 = 6;
-const MEMBER_WORDS: usize = 10;
+const MEMBER_WORDS: usize = 11;
 
 fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
     let (family, address) = match m.address {
@@ -59,6 +59,7 @@ fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
         (address >> 64) as u64,
         m.last_heard.0,
         m.since.0,
+        m.back_by.0,
     ]
 }
 
@@ -81,6 +82,7 @@ fn from_words(w: &[u64; MEMBER_WORDS]) -> Member {
         },
         last_heard: Time(w[8]),
         since: Time(w[9]),
+        back_by: Time(w[10]),
     }
 }
 
@@ -152,6 +154,22 @@ impl GroupWords {
         let copy = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
         fence(Ordering::Acquire);
         (words[0].load(Ordering::Relaxed) == before).then(|| from_words(&copy))
+    }
+
+    /// A new process goes on with the table of one that is gone: records that it left torn are taken as they
+    /// are (each word is of before or of after the write, and heartbeats will tell), and `shards` shards have
+    /// done nothing yet. For what the kernel is owed is still known: `settled_version` stays.
+    pub fn resume(&self, shards: u8) {
+        for member in &self.members {
+            let seqlock = member.0[0].load(Ordering::Relaxed);
+            member.0[0].store(seqlock.wrapping_add(seqlock & 1), Ordering::Release);
+        }
+        for shard in 0..shards {
+            let line = self.shard(shard);
+            line.set_last_pass(Time(0));
+            line.set_view_version(0);
+            line.set_standing(Standing::Starting);
+        }
     }
 
     /// A shard's line; `shard` is below 64.
@@ -246,6 +264,7 @@ mod tests {
             address: Some("2001:db8::7".parse().unwrap()),
             last_heard: Time(5),
             since: Time(4),
+            back_by: Time(6),
         }
     }
 
@@ -271,6 +290,26 @@ mod tests {
         assert_eq!(group.read(3), None);
         group.write(3, &record());
         assert_eq!(group.read(3), Some(record()), "the next write heals it");
+    }
+
+    #[test]
+    fn a_new_process_reads_what_a_killed_one_left_and_has_done_nothing() {
+        let group = Box::<GroupWords>::default();
+        group.write(3, &record());
+        let line = group.shard(1);
+        line.set_last_pass(Time(1));
+        line.set_view_version(2);
+        line.set_settled_version(2);
+        line.set_standing(Standing::Ready);
+        group.members[3].0[0].fetch_add(1, Ordering::Relaxed);
+        assert_eq!(group.read(3), None, "it was killed in mid-write");
+        group.resume(2);
+        assert_eq!(group.read(3), Some(record()));
+        assert_eq!(
+            (line.last_pass(), line.view_version(), line.standing()),
+            (Time(0), 0, Standing::Starting)
+        );
+        assert_eq!((line.settled_version(), group.version()), (2, 1));
     }
 
     #[test]

@@ -29,9 +29,11 @@
 //!       2  bytes in all             9  pid of the appliance       16  member id
 //!       3  bytes of this header    10  boot id, first 8 bytes     17  started, CLOCK_MONOTONIC ns
 //!       4  shards                  11  boot id, last 8 bytes      18  extras a shard
-//!       5  slots a shard           12  table id (never 0)         19  READY: written last
+//!       5  slots a shard           12  table id (never 0)         19  READY, or RESUMING: written last
 //!       6  arena bytes a shard     13  incarnation                20  old values of sysctls (see `old_values`)
-//!                                                               23.. zero
+//!                                                               23  ended: not 0 once the member said goodbye
+//!                                                               24  back within, ms: written by `hypersync restart`
+//!                                                               25.. zero
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -60,11 +62,29 @@ pub const PAGE: usize = 4096;
 /// What the READY word holds once the region may be read.
 const READY: u64 = u64::from_be_bytes(*b"ready\0\0\0");
 
+/// What it holds while a start takes the region up again, plus how often in a row one did so in vain.
+const RESUMING: u64 = u64::from_be_bytes(*b"resume\0\0");
+
+/// A region that as many starts in a row could not bring to READY is not taken up once more.
+const TRIES: u64 = 3;
+
 /// Words of the header before READY.
 pub const HEADER_WORDS: usize = 19;
 
+/// The word with the pid.
+pub const PID: usize = 9;
+
+/// The word with the incarnation.
+pub const INCARNATION: usize = 13;
+
 /// The words behind READY that hold the old values of sysctls.
 pub const OLD_VALUES: std::ops::Range<usize> = HEADER_WORDS + 1..HEADER_WORDS + 1 + OLD_VALUES_WORDS;
+
+/// The word that says that the member left the group: its table is not taken up again.
+pub const ENDED: usize = OLD_VALUES.end;
+
+/// The word in which a restart is told how long it may take, in ms; 0: nobody has said.
+pub const BACK_WITHIN: usize = ENDED + 1;
 
 /// What the layout follows from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -308,6 +328,21 @@ pub fn copy_words(words: &[AtomicU64]) -> [u64; HEADER_WORDS] {
 /// Says that the region may be read. Whoever sees it sees everything written before.
 pub fn publish_ready(words: &[AtomicU64]) {
     words[HEADER_WORDS].store(READY, Ordering::Release);
+}
+
+/// Says that nobody may read the region for now, because a start takes it up. What is written after this is
+/// not seen by who saw READY.
+pub fn begin_resume(words: &[AtomicU64]) {
+    let ready = words[HEADER_WORDS].load(Ordering::Relaxed);
+    let tries = if ready == READY { 0 } else { ready.wrapping_sub(RESUMING) };
+    words[HEADER_WORDS].store(RESUMING + tries.wrapping_add(1), Ordering::Relaxed);
+    // Pairs with the fences of a reader, which looks at the word before and after the header.
+    fence(Ordering::Release);
+}
+
+/// Whether a READY word is that of a region that was ready, or that too few starts in a row failed to take up.
+pub fn may_resume(ready: u64) -> bool {
+    ready == READY || ready.wrapping_sub(RESUMING) < TRIES
 }
 
 /// Whether the region may be read. Pairs with `publish_ready`; a relaxed load and a fence, as a

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use layout::{Header, Sizes};
 pub use old_values::OldValues;
-pub use region::{Place, Region, RegionConfig};
+pub use region::{Fresh, Place, Region, RegionConfig, ask_back_within};
 pub use view::RegionView;
 
 /// Name of the region's file in its directory.
@@ -147,8 +147,9 @@ impl std::fmt::Display for ShmError {
             ),
             ShmError::Version { path, found } => write!(
                 f,
-                "{} has layout version {found}, this program knows {}: it was left alone; \
-                 use the matching hypersync, or remove the file once nothing needs it",
+                "{0} has layout version {found}, this program knows {1}: it was left alone; to change versions, one \
+                 member at a time: stop the hypersync of version {found} with SIGTERM, so that it leaves the group, \
+                 remove {0}, and start this one, with a new table",
                 path.display(),
                 layout::VERSION
             ),

@@ -1,8 +1,10 @@
-//! The appliance's side: making the region, and being the only one that does.
+//! The appliance's side: making the region or taking it up again, and being the only one that does.
 //!
 //! A lock file (flock, released by the kernel however the process ends) keeps a second
-//! appliance out. A new region is written beside the old one and renamed into its place, so
-//! whoever still has the old one mapped goes on reading it. All memory is reserved before it
+//! appliance out. The region of a process that was killed or restarts is [taken up](Region::resume) where it
+//! lies, if it fits ([`Fresh`] says when not): table, streams and history go on, and so do producers and
+//! readers that have it mapped. Otherwise a new one is written beside the old one and renamed into its place,
+//! so whoever still has the old one mapped goes on reading it. All memory is reserved before it
 //! is mapped: tmpfs answers a lack of memory with SIGBUS otherwise. What is not ours, or of
 //! another layout version, is refused and left alone.
 #![allow(unsafe_code)]
@@ -13,8 +15,10 @@ use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::layout::{self, HEADER, HEADER_BYTES, Header, Sizes, total_bytes};
+use super::group::GroupWords;
+use super::layout::{self, GROUP, HEADER, HEADER_BYTES, HEADER_WORDS, Header, Sizes, total_bytes};
 use super::mapping::Mapping;
 use super::old_values::{OLD_VALUES_WORDS, OldValues};
 use super::view::{RegionView, boot_id, file_bytes, open_file, refusal};
@@ -44,6 +48,7 @@ pub struct RegionConfig {
 /// long as this lives; the file stays behind.
 pub struct Region {
     view: RegionView,
+    resumed: bool,
     /// Closing it gives the lock back, so it comes after the mapping.
     _lock: File,
 }
@@ -57,12 +62,64 @@ impl Deref for Region {
 }
 
 /// The right to put a region into a directory: nobody else has it as long as this lives. What lies there
-/// is as it was until [`Region::create_in`].
+/// is as it was until [`Region::create_in`] or [`Region::resume`].
 pub struct Place {
     dir: PathBuf,
     lock: File,
-    /// What the region that lies there says of sysctls; zeros if there is none.
-    old_values: [u64; OLD_VALUES_WORDS],
+    /// The region that lies there.
+    lying: Option<Lying>,
+}
+
+/// The first words of a region of this layout version, and the length of its file.
+struct Lying {
+    words: [u64; layout::ENDED + 1],
+    bytes: u64,
+}
+
+impl Lying {
+    fn header(&self) -> [u64; HEADER_WORDS] {
+        std::array::from_fn(|i| self.words[i])
+    }
+}
+
+/// Why a new table is begun although a region may lie in the directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fresh {
+    /// There is none.
+    Nothing,
+    /// The operator wants it.
+    Asked,
+    /// The member said goodbye: others have taken over what was in it.
+    Ended,
+    /// The host was started again since.
+    Boot,
+    /// Starts failed, or were killed, before it was ready.
+    Unfinished,
+    /// The build has other parts.
+    Build,
+    /// Something that the table depends on is another.
+    Changed {
+        /// The option that says it.
+        what: &'static str,
+        /// Then.
+        was: u64,
+        /// Now.
+        is: u64,
+    },
+}
+
+impl std::fmt::Display for Fresh {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Fresh::Nothing => write!(f, "there is none yet"),
+            Fresh::Asked => write!(f, "--new-table asks for it"),
+            Fresh::Ended => write!(f, "the old one ended when the member left the group"),
+            Fresh::Boot => write!(f, "the old one is of an earlier boot of this host"),
+            Fresh::Unfinished => write!(f, "the old one was never ready, or could not be taken up"),
+            Fresh::Build => write!(f, "the old one was written by another build"),
+            Fresh::Changed { what, was, is } => write!(f, "{what} was {was} and is {is}"),
+        }
+    }
 }
 
 impl Place {
@@ -74,8 +131,52 @@ impl Place {
     pub fn claim(dir: &Path) -> Result<Place, ShmError> {
         make_directory(dir)?;
         let lock = take_lock(dir)?;
-        let old_values = check_replaceable(&dir.join(FILE))?;
-        Ok(Place { dir: dir.into(), lock, old_values })
+        let lying = check_replaceable(&dir.join(FILE))?;
+        Ok(Place { dir: dir.into(), lock, lying })
+    }
+
+    /// Whether the region that lies here can be taken up by an appliance like this, or why it cannot.
+    ///
+    /// # Errors
+    /// It cannot: make a new one.
+    pub fn resumable(&self, config: &RegionConfig) -> Result<(), Fresh> {
+        let lying = self.lying.as_ref().ok_or(Fresh::Nothing)?;
+        let old = Header::read(&lying.header(), lying.bytes).map_err(|_| Fresh::Build)?;
+        if boot_id().ok() != Some(old.boot_id) {
+            return Err(Fresh::Boot);
+        }
+        if lying.words[layout::ENDED] != 0 {
+            return Err(Fresh::Ended);
+        }
+        if !layout::may_resume(lying.words[HEADER_WORDS]) {
+            return Err(Fresh::Unfinished);
+        }
+        let (was, is) = (&old.sizes, &config.sizes);
+        for (what, was, is) in [
+            ("--group", old.group as u64, config.group as u64),
+            ("--member", old.member as u64, config.member as u64),
+            ("--shards", was.shards as u64, is.shards as u64),
+            ("--capacity (slots a shard)", was.memory.capacity as u64, is.memory.capacity as u64),
+            ("--extras (a shard)", was.memory.extras as u64, is.memory.extras as u64),
+            ("--arena", was.memory.arena as u64, is.memory.arena as u64),
+            ("--ring", was.ring_records as u64, is.ring_records as u64),
+        ] {
+            if was != is {
+                return Err(Fresh::Changed { what, was, is });
+            }
+        }
+        Ok(())
+    }
+
+    /// What the region that lies here says of sysctls; zeros if it says nothing that still counts.
+    fn old_values(&self) -> Result<[u64; OLD_VALUES_WORDS], ShmError> {
+        // Counted in words, not read as a header: another build's region has the record in the same place.
+        match &self.lying {
+            Some(lying) if layout::boot_id_of(&lying.header()) == boot_id()? => {
+                Ok(std::array::from_fn(|i| lying.words[layout::OLD_VALUES.start + i]))
+            }
+            _ => Ok([0; OLD_VALUES_WORDS]),
+        }
     }
 }
 
@@ -100,7 +201,8 @@ impl Region {
     pub fn create_in(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
         assert!(config.sizes.is_valid() && config.member >= 1);
         assert!(config.member as usize <= crate::limits::MEMBERS_MAX);
-        let Place { dir, lock, old_values } = place;
+        let old_values = place.old_values()?;
+        let Place { dir, lock, .. } = place;
         let path = dir.join(FILE);
 
         let mut random = [0; 12];
@@ -131,7 +233,59 @@ impl Region {
         if config.huge_pages {
             mapping.advise_huge_pages();
         }
-        Ok(Region { view: RegionView::of_creator(mapping, header), _lock: lock })
+        Ok(Region { view: RegionView::of_creator(mapping, header), resumed: false, _lock: lock })
+    }
+
+    /// Takes up the region that lies in the place, which is [resumable](Place::resumable) with this
+    /// configuration: the same file, table id and index key. Only pid, incarnation and start are written anew,
+    /// and what the shards said of their progress. Readers refuse it until
+    /// [`publish_ready`](Region::publish_ready); those that have it mapped go on reading.
+    ///
+    /// # Errors
+    /// The system refuses.
+    ///
+    /// # Panics
+    /// If the place is not resumable with this configuration.
+    pub fn resume(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
+        assert_eq!(place.resumable(config), Ok(()));
+        let Place { dir, lock, .. } = place;
+        let path = dir.join(FILE);
+        let file = open_file(&path, OpenOptions::new().read(true).write(true))?;
+        let bytes = file_bytes(&file, &path)?;
+        let mapping = Mapping::read_write(&file, 0, bytes as usize).map_err(ShmError::io("map", &path))?;
+        let words = mapping.slice(HEADER);
+        let old =
+            Header::read(&layout::copy_words(words), bytes).map_err(|why| refusal(why, &path, bytes))?;
+        let header = Header {
+            pid: std::process::id(),
+            incarnation: config.incarnation,
+            started: config.started,
+            ..old
+        };
+        layout::begin_resume(words);
+        header.write(words);
+        words[layout::BACK_WITHIN].store(0, Ordering::Relaxed);
+        let group: &GroupWords = &mapping.slice(GROUP)[0];
+        group.resume(config.sizes.shards);
+        if config.huge_pages {
+            mapping.advise_huge_pages();
+        }
+        Ok(Region { view: RegionView::of_creator(mapping, header), resumed: true, _lock: lock })
+    }
+
+    /// Whether the region was taken up again, with all that is in it.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// Says that this table is not to be taken up again: the member leaves the group, or the table is broken.
+    pub fn end(&self) {
+        self.view.mapping().slice::<AtomicU64>(HEADER)[layout::ENDED].store(1, Ordering::Relaxed);
+    }
+
+    /// How long a restart that was asked for may take, in ms; 0 if nobody has said. Asking forgets it.
+    pub fn take_back_within(&self) -> u64 {
+        self.view.mapping().slice::<AtomicU64>(HEADER)[layout::BACK_WITHIN].swap(0, Ordering::Relaxed)
     }
 
     /// Says that the region may be read.
@@ -144,6 +298,17 @@ impl Region {
     pub fn arena_ptr(&self, shard: u8) -> (*const u8, usize) {
         self.view.mapping().bytes_of(self.view.layout(shard).arena, 8)
     }
+}
+
+/// Says in the region of the running appliance in `dir` how long a restart may take.
+///
+/// # Errors
+/// It may not be written.
+pub fn ask_back_within(dir: &Path, within: std::time::Duration) -> Result<(), ShmError> {
+    let path = dir.join(FILE);
+    let file = open_file(&path, OpenOptions::new().write(true))?;
+    let ms = within.as_millis() as u64;
+    file.write_all_at(&ms.to_ne_bytes(), 8 * layout::BACK_WITHIN as u64).map_err(ShmError::io("write", &path))
 }
 
 fn make_directory(dir: &Path) -> Result<(), ShmError> {
@@ -187,27 +352,22 @@ fn take_lock(dir: &Path) -> Result<File, ShmError> {
     Ok(lock)
 }
 
-/// Whether what lies at `path` may be replaced: nothing, or a whole region of this layout version. Returns its
-/// record of sysctls, if that still means something.
-fn check_replaceable(path: &Path) -> Result<[u64; OLD_VALUES_WORDS], ShmError> {
+/// Whether what lies at `path` may be replaced: nothing, or a whole region of this layout version.
+fn check_replaceable(path: &Path) -> Result<Option<Lying>, ShmError> {
     let file = match open_file(path, OpenOptions::new().read(true)) {
-        Err(ShmError::Missing(_)) => return Ok([0; OLD_VALUES_WORDS]),
+        Err(ShmError::Missing(_)) => return Ok(None),
         other => other?,
     };
     let bytes = file_bytes(&file, path)?;
-    let mut raw = [0; 8 * layout::OLD_VALUES.end];
+    let mut raw = [0; 8 * (layout::ENDED + 1)];
     file.read_exact_at(&mut raw, 0).map_err(ShmError::io("read", path))?;
-    let mut words = [0; layout::OLD_VALUES.end];
+    let mut words = [0; layout::ENDED + 1];
     for (word, bytes) in words.iter_mut().zip(raw.as_chunks().0) {
         *word = u64::from_ne_bytes(*bytes);
     }
-    let header = std::array::from_fn(|i| words[i]);
-    layout::check_identity(&header, bytes).map_err(|why| refusal(why, path, bytes))?;
-    // Counted in words, not read as a header: another build's region has the record in the same place.
-    match layout::boot_id_of(&header) == boot_id()? {
-        true => Ok(std::array::from_fn(|i| words[layout::OLD_VALUES.start + i])),
-        false => Ok([0; OLD_VALUES_WORDS]),
-    }
+    let lying = Lying { words, bytes };
+    layout::check_identity(&lying.header(), bytes).map_err(|why| refusal(why, path, bytes))?;
+    Ok(Some(lying))
 }
 
 /// Makes the file with its header, all of its memory reserved.
@@ -270,7 +430,7 @@ fn fill_random(into: &mut [u8; 12]) -> io::Result<()> {
     }
 }
 
-const _: () = assert!(8 * layout::OLD_VALUES.end <= HEADER_BYTES);
+const _: () = assert!(8 * (layout::BACK_WITHIN + 1) <= HEADER_BYTES);
 
 #[cfg(test)]
 #[path = "region_tests.rs"]

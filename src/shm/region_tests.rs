@@ -83,7 +83,7 @@ fn a_second_appliance_is_refused_by_the_first_ones_pid() {
 }
 
 #[test]
-fn a_restart_makes_a_new_table_and_old_readers_keep_the_old_one() {
+fn a_new_table_takes_the_old_ones_place_and_old_readers_keep_the_old_one() {
     let dir = TestDir::new("restart");
     let region = Region::create(&dir.0, &config()).unwrap();
     region.shard(0).counters[1].store(77, Ordering::Relaxed);
@@ -202,4 +202,109 @@ fn what_sysctls_were_survives_a_crash_and_a_start_that_fails_but_no_boot() {
     file.write_all_at(&[0; 8], 10 * 8).unwrap(); // another boot's id
     let region = Region::create(&dir.0, &config()).unwrap();
     assert_eq!((region.old_values().namespace(), region.old_values().get(0)), (0, None));
+}
+
+/// A table that was ready and that nobody has any more.
+fn left_behind(dir: &TestDir) -> Header {
+    let region = Region::create(&dir.0, &config()).unwrap();
+    region.publish_ready();
+    *region.header()
+}
+
+/// Why a start like this makes a new table.
+fn fresh(dir: &TestDir, config: &RegionConfig) -> Fresh {
+    Place::claim(&dir.0).unwrap().resumable(config).expect_err("it is not taken up")
+}
+
+#[test]
+fn a_start_takes_up_what_lies_there_and_whoever_has_it_mapped_goes_on() {
+    let dir = TestDir::new("resume");
+    assert_eq!(fresh(&dir, &config()), Fresh::Nothing);
+    let region = Region::create(&dir.0, &config()).unwrap();
+    assert!(!region.is_resumed());
+    region.publish_ready();
+    region.shard(1).counters[0].store(5, Ordering::Relaxed);
+    region.shard(1).journal[63].store(6, Ordering::Relaxed);
+    region.old_values().begin(77);
+    region.group().shard(0).set_standing(super::super::group::Standing::Ready);
+    let (reader, old) = (RegionView::open(&dir.0).unwrap(), *region.header());
+    drop(region);
+    ask_back_within(&dir.0, std::time::Duration::from_secs(9)).unwrap();
+
+    let later = RegionConfig { incarnation: 4, started: Time(100), ..config() };
+    let region = Region::resume(Place::claim(&dir.0).unwrap(), &later).unwrap();
+    assert!(region.is_resumed());
+    assert_eq!(*region.header(), Header { incarnation: 4, started: Time(100), ..old });
+    assert!(matches!(unreadable(&dir.0), ShmError::NotReady(_)), "not before it says so");
+    assert_eq!((reader.header().incarnation, reader.incarnation()), (3, 4));
+    assert_eq!(reader.pid(), std::process::id());
+    assert_eq!(region.shard(1).counters[0].load(Ordering::Relaxed), 5);
+    assert_eq!(region.shard(1).journal[63].load(Ordering::Relaxed), 6);
+    assert_eq!(region.old_values().namespace(), 77);
+    assert_eq!(region.group().shard(0).standing(), super::super::group::Standing::Starting);
+    assert_eq!(region.take_back_within(), 0, "that was about an earlier process");
+    region.publish_ready();
+    let view = RegionView::open(&dir.0).unwrap();
+    assert_eq!(view.header(), region.header());
+    region.shard(0).counters[1].store(8, Ordering::Relaxed);
+    assert_eq!(reader.shard(0).counters[1].load(Ordering::Relaxed), 8, "it is the same memory");
+
+    ask_back_within(&dir.0, std::time::Duration::from_secs(9)).unwrap();
+    assert_eq!((region.take_back_within(), region.take_back_within()), (9000, 0));
+}
+
+#[test]
+fn what_does_not_fit_is_not_taken_up_and_the_reason_is_named() {
+    let dir = TestDir::new("unfit");
+    left_behind(&dir);
+    assert_eq!(Place::claim(&dir.0).unwrap().resumable(&config()), Ok(()));
+    type Spoil = fn(&mut RegionConfig);
+    let changes: [(Spoil, &str); 7] = [
+        (|c| c.group = 8, "--group was 7 and is 8"),
+        (|c| c.member = 1, "--member was 52 and is 1"),
+        (|c| c.sizes.shards = 1, "--shards was 2 and is 1"),
+        (|c| c.sizes.memory.capacity = 128, "--capacity (slots a shard) was 64 and is 128"),
+        (|c| c.sizes.memory.extras = 9, "--extras (a shard) was 8 and is 9"),
+        (|c| c.sizes.memory.arena = 2 * ARENA_MIN, "--arena was 524288 and is 1048576"),
+        (|c| c.sizes.ring_records = 128, "--ring was 64 and is 128"),
+    ];
+    for (change, says) in changes {
+        let mut other = config();
+        change(&mut other);
+        assert_eq!(fresh(&dir, &other).to_string(), says);
+    }
+    let write = |word: usize, value: u64| {
+        let file = OpenOptions::new().write(true).open(dir.0.join(FILE)).unwrap();
+        file.write_all_at(&value.to_ne_bytes(), 8 * word as u64).unwrap();
+    };
+    write(10, 0);
+    assert_eq!(fresh(&dir, &config()), Fresh::Boot);
+    left_behind(&dir);
+    write(8, 1);
+    assert_eq!(fresh(&dir, &config()), Fresh::Build);
+}
+
+#[test]
+fn a_table_that_ended_or_cannot_be_taken_up_is_left_behind() {
+    let dir = TestDir::new("ended");
+    let region = Region::create(&dir.0, &config()).unwrap();
+    drop(region);
+    assert_eq!(fresh(&dir, &config()), Fresh::Unfinished, "it never was ready");
+    left_behind(&dir);
+    let take = || Region::resume(Place::claim(&dir.0).unwrap(), &config()).unwrap();
+    for _ in 0..2 {
+        // Three starts in a row fail, one in between does not.
+        (0..2).for_each(|_| drop(take()));
+        take().publish_ready();
+    }
+    (0..3).for_each(|_| drop(take()));
+    assert_eq!(fresh(&dir, &config()), Fresh::Unfinished);
+
+    let region = Region::create(&dir.0, &config()).unwrap();
+    region.publish_ready();
+    region.end();
+    drop(region);
+    assert_eq!(fresh(&dir, &config()), Fresh::Ended);
+    drop(Region::create(&dir.0, &config()).unwrap());
+    assert_eq!(fresh(&dir, &config()), Fresh::Unfinished, "a new table has not ended");
 }

@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::group::GroupWords;
 use super::ingest::Ring;
@@ -43,6 +43,9 @@ impl RegionView {
         let words = mapping.slice::<AtomicU64>(HEADER);
         let ready = layout::is_ready(words);
         let header = Header::read(&layout::copy_words(words), bytes).map_err(|e| refusal(e, path, bytes))?;
+        // A start that takes the region up withdraws READY before it writes the header.
+        fence(Ordering::Acquire);
+        let ready = ready && layout::is_ready(words);
         let view = RegionView { mapping, header };
         match ready {
             true => Ok(view),
@@ -51,7 +54,7 @@ impl RegionView {
         }
     }
 
-    /// The appliance's own mapping, which it has just set up.
+    /// The appliance's own mapping.
     pub(super) fn of_creator(mapping: Mapping, header: Header) -> RegionView {
         RegionView { mapping, header }
     }
@@ -108,9 +111,23 @@ impl RegionView {
         }
     }
 
-    /// Whether the appliance that made this region still runs (as far as this pid namespace tells).
+    /// The process that has the region now: that of the header, or one that has taken it up since this was opened.
+    pub fn pid(&self) -> u32 {
+        self.word(layout::PID) as u32
+    }
+
+    /// Which run of the process has the region now; see [`pid`](RegionView::pid).
+    pub fn incarnation(&self) -> u64 {
+        self.word(layout::INCARNATION)
+    }
+
+    /// Whether the appliance that has this region still runs (as far as this pid namespace tells).
     pub fn is_running(&self) -> bool {
-        self.is_of_this_boot() && Path::new("/proc").join(self.header.pid.to_string()).exists()
+        self.is_of_this_boot() && Path::new("/proc").join(self.pid().to_string()).exists()
+    }
+
+    pub(super) fn word(&self, word: usize) -> u64 {
+        self.mapping.slice::<AtomicU64>(HEADER)[word].load(Ordering::Relaxed)
     }
 
     pub(super) fn layout(&self, shard: u8) -> ShardLayout {

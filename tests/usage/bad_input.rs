@@ -201,7 +201,8 @@ fn shared_memory_of_another_version_or_size_or_kind_is_refused_and_left_alone() 
     };
     let file = fs::File::options().write(true).open(&path).unwrap();
     file.write_all_at(&99u64.to_ne_bytes(), 8).unwrap();
-    refuse(&["version 99", "left alone", path.to_str().unwrap()]);
+    let upgrade = ["one member at a time", "SIGTERM", "remove", "new table"];
+    refuse(&[&["version 99", "left alone", path.to_str().unwrap()], &upgrade[..]].concat());
 
     fs::write(&path, &whole[..whole.len() - 4096]).unwrap();
     refuse(&[&whole.len().to_string(), &(whole.len() - 4096).to_string(), "left alone"]);

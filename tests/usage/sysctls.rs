@@ -103,3 +103,17 @@ fn sysctls_are_left_alone_if_so_told_and_the_log_says_which_are_wrong() {
     stop(member);
     assert_eq!(settings(&host), [2, 0]);
 }
+
+#[test]
+fn sysctls_stay_set_through_a_restart_and_the_next_process_puts_them_back() {
+    if !may_make_namespaces("sysctls through a restart") {
+        return;
+    }
+    let (lab, host) = (Lab::new(), host());
+    let member = start(&lab, &host, "set");
+    let mut command = hypersync();
+    run(command.arg("restart").arg("--shm").arg(lab.path("m1")));
+    assert_eq!(settings(&host), [1, 1]);
+    stop(member);
+    assert_eq!(settings(&host), [2, 0]);
+}

@@ -187,7 +187,7 @@ fn print_text(
     }
     writeln!(
         out,
-        "{:>6} {:<8} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} table",
+        "{:>6} {:<10} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} table",
         "member",
         "status",
         "address",
@@ -203,8 +203,8 @@ fn print_text(
     for (id, m) in members {
         writeln!(
             out,
-            "{id:>6} {:<8} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} {:08x}",
-            m.status.name(),
+            "{id:>6} {:<10} {:<40} {:>6} {:>8} {:>4} {:>10} {:>10} {:>10} {:>10} {:<8} {:08x}",
+            m.standing(),
             m.address.map_or("-".into(), |a| a.to_string()),
             m.shards,
             m.priority,
@@ -235,6 +235,7 @@ fn print_json(
             json!({
                 "member": id,
                 "status": m.status.name(),
+                "restarting": m.is_restarting(),
                 "address": m.address.map(|a| a.to_string()),
                 "shards": m.shards,
                 "priority": m.priority,

@@ -145,7 +145,7 @@ fn run(args: &FlowsArgs) -> Result<(), String> {
         if now.since(report.at) >= Duration::from_secs(1) {
             report.print(&load, started, now);
             if !load.is_current() {
-                return Err("the appliance was started anew: nobody reads these rings any more".into());
+                return Err("the appliance began a new table: nobody reads these rings any more".into());
             }
         }
         if end.reached(now) || interrupt::came() {

@@ -16,7 +16,10 @@ pub struct Consumer<'m> {
 }
 
 impl<'m> Consumer<'m> {
-    /// The consumer of a new or of an abandoned ring. The region must be writable (the appliance's).
+    /// The consumer of a new ring, or of one whose consumer is gone. That goes on where the last one said that it
+    /// was, which it said once a drain: what the last drain before a kill handed over, at most its `cap` records,
+    /// is handed over again, in the same order, and nothing is left out. The region must be writable (the
+    /// appliance's).
     pub fn new(ring: Ring<'m>) -> Consumer<'m> {
         let tail = ring.words.tail.0.load(Ordering::Relaxed);
         Consumer { ring, tail, head_seen: tail }

@@ -112,8 +112,8 @@ impl Producer {
         self.wake();
     }
 
-    /// Whether this is still the appliance's region. After a restart of the appliance there is a
-    /// new one: nobody reads this ring any more. Asks the file system, so not for every record.
+    /// Whether this is still the appliance's region. A restart takes it up again, and the ring with it; a new
+    /// table is in a new one, and then nobody reads this ring any more. Asks the file system, so not for every record.
     pub fn is_current(&self) -> bool {
         let id = |about: std::fs::Metadata| (about.dev(), about.ino());
         match (self.file.metadata().map(id), std::fs::metadata(&self.path).map(id)) {

@@ -4,7 +4,7 @@
 use super::*;
 use crate::conn::{Connection, State, Tuple, shard_of};
 use crate::shm::region::tests::{TestDir, config};
-use crate::shm::{Region, RegionConfig, ShmError};
+use crate::shm::{Place, Region, RegionConfig, ShmError, Sizes};
 use crate::source::SourceEvent;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -102,6 +102,54 @@ fn events_find_the_ring_of_their_shard() {
     drop(region);
     let _next = Region::create(&dir.0, &config()).unwrap();
     assert!(!producers.is_current());
+}
+
+#[test]
+fn a_consumer_that_was_killed_is_followed_by_one_that_repeats_but_skips_nothing() {
+    let dir = TestDir::new("again");
+    let first = region(&dir, 1, 64);
+    first.publish_ready();
+    let mut producer = Producer::open(&dir.0, 0).unwrap();
+    let mut next = 0..;
+    let mut push = |count: usize| {
+        next.by_ref().take(count).for_each(|n| producer.push(&event(n)).unwrap());
+        producer.flush();
+        producer.is_current()
+    };
+    let ports = |consumer: &mut Consumer<'_>, cap: usize| {
+        let mut seen = Vec::new();
+        consumer.drain(cap, &mut |got| match got.unwrap() {
+            SourceEvent::Seen { connection, .. } => seen.push(connection.original),
+            SourceEvent::Gone { original } => seen.push(original),
+        });
+        seen
+    };
+    let original = |n: u32| match event(n) {
+        SourceEvent::Seen { connection, .. } => connection.original,
+        SourceEvent::Gone { original } => original,
+    };
+    push(30);
+    let mut consumer = Consumer::new(first.ring(0));
+    assert_eq!(ports(&mut consumer, 10).len(), 10);
+    assert!(consumer.prepare_sleep().is_none());
+    // Killed in the middle of a drain: five of ten were handed over, and the position was not moved.
+    let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut left = 5;
+        consumer.drain(10, &mut |_| {
+            left -= 1;
+            if left == 0 {
+                std::panic::resume_unwind(Box::new(()));
+            }
+        })
+    }));
+    assert!(killed.is_err());
+    drop(first);
+    assert!(push(20), "the producer notices nothing");
+    let config = RegionConfig { sizes: Sizes { shards: 1, ring_records: 64, ..config().sizes }, ..config() };
+    let second = Region::resume(Place::claim(&dir.0).unwrap(), &config).unwrap();
+    assert!(push(10));
+    let seen = ports(&mut Consumer::new(second.ring(0)), 99);
+    assert_eq!(seen, (10..60).map(original).collect::<Vec<_>>(), "from 10 on: 10 to 14 come again");
 }
 
 #[test]
