@@ -346,6 +346,8 @@ fn run_shard(
                 rules: config.rules.clone(),
                 commit: config.commit,
                 may_be_unheard,
+                verify: options.verify,
+                resumed: false,
                 capacity: config.sizes.memory.capacity as u32,
             })
         }
