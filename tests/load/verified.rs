@@ -155,7 +155,8 @@ fn a_walk_over_many_copies_keeps_to_its_budget() {
     const COPIES: u32 = 60_000;
     /// Of both shards, a second.
     const LOOKS_MAX: u64 = 2 * 2000;
-    for period in ["1m", "1s"] {
+    // What the process takes without a walk, then at the highest pace.
+    for period in ["0s", "1s"] {
         let (gateways, one, two) = pair(period, COPIES);
         let processor = || -> u64 {
             let stat = std::fs::read_to_string(format!("/proc/{}/stat", two.pid())).expect("it runs");
@@ -164,8 +165,9 @@ fn a_walk_over_many_copies_keeps_to_its_budget() {
             fields[12..14].iter().map(|ticks| ticks.parse::<u64>().expect("a number") * 10).sum()
         };
         let (looks, used, since) = (two.counter(Counter::VerifyLooks), processor(), Instant::now());
-        wait_for("a second or two of it", LATEST, || {
-            since.elapsed() > Duration::from_secs(3) && two.counter(Counter::VerifyLooks) > looks
+        wait_for("a few seconds of it", LATEST, || {
+            let is_walking = two.counter(Counter::VerifyLooks) > looks || period == "0s";
+            since.elapsed() > Duration::from_secs(5) && is_walking
         });
         let (looks, took) = (two.counter(Counter::VerifyLooks) - looks, since.elapsed().as_secs_f64());
         println!(
