@@ -412,6 +412,7 @@ fn run_shard(
                 rules: config.rules.clone(),
                 commit: config.commit,
                 may_be_unheard,
+                verify: options.verify,
                 capacity: config.sizes.memory.capacity as u32,
                 resumed: region.is_resumed(),
             })

@@ -61,6 +61,10 @@ pub struct RunOptions {
     /// died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
+    /// how long a walk takes that asks the kernel for the entry of every copy, with --commit eager: 1s to 24h,
+    /// or 0s for no walk (default 10m)
+    #[argh(option, default = "Duration::from_secs(600)", from_str_fn(span))]
+    pub verify: Duration,
     /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
     /// rule that matches decides
     #[argh(option)]
@@ -241,6 +245,9 @@ impl Config {
         }
         lasting("hold", o.hold, Duration::ZERO, hour)?;
         lasting("reprotect-after", o.reprotect_after, Duration::ZERO, hour)?;
+        if !o.verify.is_zero() {
+            lasting("verify", o.verify, Duration::from_secs(1), 24 * hour)?;
+        }
         within("arena", o.arena as u64, ARENA_MIN as u64, ARENA_MAX as u64)?;
         within("event-buffer", o.event_buffer as u64, EVENT_BUFFER_MIN, EVENT_BUFFER_MAX)?;
         within("ring", o.ring as u64, INGEST_RECORDS_MIN as u64, INGEST_RECORDS_MAX as u64)?;
@@ -377,6 +384,8 @@ mod tests {
             ("--extras", "1000001"),
             ("--heartbeat", "1ms"),
             ("--heartbeat", "fast"),
+            ("--verify", "1ms"),
+            ("--verify", "2days"),
             ("--dead-after", "1"),
             ("--arena", "4096"),
             ("--ring", "1000"),

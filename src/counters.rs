@@ -139,6 +139,13 @@ counters! {
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";
+    LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
+    VerifyWalks, "verify_walks", "walks over the table that asked the kernel for the entry of every copy, completed";
+    VerifyLooks, "verify_looks", "entries of copies that such a walk asked the kernel for";
+    VerifyMissing, "verify_missing", "of these, entries that were not there: written again";
+    VerifyDiffered, "verify_differed", "entries with another translation, mark, label or state than their copy: written again";
+    VerifyTouched, "verify_touched", "entries with the timeout that a packet gives, though their active lives elsewhere: traffic may have moved here; the timeout was set again";
+    VerifyForeign, "verify_foreign", "entries of another connection with a copy's original tuple, with traffic of their own: left alone";
 
     // The loop.
     Passes, "passes", "passes of the loop";

@@ -11,6 +11,7 @@
 //! | `load/overruns.rs` | events that are lost, and 100,000 a second of which none may stay lost |
 //! | `load/refusals.rs` | what a kernel does not take: a full table, a translation that is in use |
 //! | `load/committed.rs` | committed entries: flushed, before and after a takeover, their timeouts, many at once |
+//! | `load/verified.rs` | entries that vanish or change without an event, and the walk that finds them |
 //! | `load/deaths.rs` | ten deaths in a row with traffic and churn |
 
 #[path = "load/committed.rs"]
@@ -32,3 +33,5 @@ mod refusals;
 #[path = "gateway/traffic.rs"]
 #[allow(dead_code)]
 mod traffic;
+#[path = "load/verified.rs"]
+mod verified;

@@ -16,6 +16,7 @@
 //!               |   Clash            DELETE, CREATE --ok--> Written, EEXIST --> Clash
 //!               + no room: GET; what is not there is refused (NoRoom)
 //!  delete -> DELETE --ok, ENOENT--> Removed
+//!  replace -> DELETE, CREATE, as above
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
 //!
@@ -219,6 +220,20 @@ impl Committer {
 
     /// Adds an entry to be written, created or brought up to date.
     pub fn write(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+        self.add_written(connection, lifetime, Step::Create)
+    }
+
+    /// Adds an entry to be written in place of whatever has its original tuple: for what an update cannot change.
+    pub fn replace(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+        self.add_written(connection, lifetime, Step::Replace)
+    }
+
+    fn add_written(
+        &mut self,
+        connection: &Connection,
+        lifetime: Lifetime,
+        step: Step,
+    ) -> Result<(), FlushFirst> {
         let timeout_s = match lifetime {
             Lifetime::Kept => KEPT_TIMEOUT_S,
             Lifetime::Normal if connection.original.protocol == GRE => GRE_TIMEOUT_S,
@@ -230,7 +245,7 @@ impl Committer {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry { connection, timeout_s, may_create: true, step: Step::Create })?;
+        self.add(Entry { connection, timeout_s, may_create: true, step })?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -376,6 +391,12 @@ impl Committer {
     }
 }
 
+/// Whether this entry of the kernel translates anything: one that was made with a translated reply tuple and
+/// without a translation looks as if it did.
+pub fn translates(entry: &Connection) -> bool {
+    entry.state.status & (status::SRC_NAT | status::DST_NAT) != 0
+}
+
 /// What the kernel said to the one or two requests of an entry; silence is success.
 #[derive(Clone, Copy, Default)]
 struct Answers {
@@ -401,16 +422,21 @@ impl Entry {
     }
 
     /// Whether the entry that is there lacks the helper that this one should have.
+    fn wants_a_helper_besides(&self, there: &Connection) -> bool {
+        let wanted = &self.connection.extra;
+        wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
+    }
+
+    /// Whether the entry that is there shows the translated tuple, but translates nothing.
+    fn wants_a_translation_besides(&self, there: &Connection) -> bool {
+        self.connection.is_translated() && !translates(there)
+    }
+
     /// Whether the entry that is there has a fixed timeout that is not, or will not be for long, the wanted one.
     fn wants_another_fixed_timeout(&self, there: &Connection) -> bool {
         let rest = there.state.timeout_s;
         there.state.status & status::FIXED_TIMEOUT != 0
             && (self.timeout_s < rest || self.timeout_s / 2 > rest)
-    }
-
-    fn wants_a_helper_besides(&self, there: &Connection) -> bool {
-        let wanted = &self.connection.extra;
-        wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
     }
 
     fn next_step(
@@ -453,6 +479,7 @@ impl Entry {
                 // A translation, a helper or a fixed timeout cannot be given to an entry that is there.
                 Some(there)
                     if there.reply == self.connection.reply
+                        && !self.wants_a_translation_besides(&there)
                         && !self.wants_a_helper_besides(&there)
                         && !self.wants_another_fixed_timeout(&there) =>
                 {

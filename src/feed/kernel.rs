@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::repair::Repair;
+use super::verify::Verify;
 use super::writer::Writer;
 use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::{LocalAddresses, LocalView};
 use crate::counters::{Counter, Counters};
-use crate::limits::INGEST_PER_PASS;
+use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
 use crate::rules::Rules;
 use crate::source::{CommitMode, SourceEvent};
@@ -42,10 +43,13 @@ pub struct KernelParts {
     pub commit: CommitMode,
     /// Whether connections may exist that raise no events, because they were born while nobody listened.
     pub may_be_unheard: bool,
+    /// How long the walk takes that checks the kernel's entries of copies; zero: there is none. Only where
+    /// copies are written at once.
+    pub verify: Duration,
+    /// The table was not empty at the start: this process goes on with what an earlier one held.
+    pub resumed: bool,
     /// Slots of the shard.
     pub capacity: u32,
-    /// Whether the table was not empty at the start: after the first dump it is swept and verified.
-    pub resumed: bool,
 }
 
 /// A shard's end of the kernel.
@@ -60,11 +64,14 @@ pub struct KernelFeed {
     overruns: u32,
     check_at: Time,
     repair: Repair,
+    verify: Verify,
     writer: Writer,
 }
 
 impl KernelFeed {
     pub(super) fn new(parts: KernelParts) -> KernelFeed {
+        let is_eager = parts.commit == CommitMode::Eager;
+        let period = if is_eager { parts.verify } else { Duration::ZERO };
         KernelFeed {
             source: parts.source,
             addresses: parts.addresses,
@@ -74,7 +81,8 @@ impl KernelFeed {
             drain_at: Time(0),
             overruns: 0,
             check_at: Time(0),
-            repair: Repair::new(parts.capacity, parts.may_be_unheard, parts.commit),
+            repair: Repair::new(parts.capacity, parts.may_be_unheard, parts.resumed, parts.commit),
+            verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
             writer: Writer::new(parts.committer),
         }
     }
@@ -149,11 +157,15 @@ impl KernelFeed {
     /// When to look by itself.
     pub(super) fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
-        at.min(self.repair.wake_at(now))
+        at.min(self.repair.wake_at(now)).min(self.verify.wake_at())
     }
 
     pub(super) fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        self.writer.write(now, &mut self.repair, replica, counters);
+        // What traffic asks for comes first: the walk has time.
+        let has_room = replica.commits_waiting() < COMMIT_PER_PASS / 2;
+        let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
+        self.verify.step(now, has_time);
+        self.writer.write(now, &mut self.repair, &mut self.verify, replica, counters);
     }
 
     /// Watches the socket again if it was drained.

@@ -4,6 +4,7 @@
 //!  ring    records -------------> rules ---------> Replica
 //!  kernel  events, in batches --> rules ---------> Replica
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
+//!          verify: look-ups of copies -----------> Replica     slowly, all the time
 //!          writer <--- commits ------------------- Replica
 //! ```
 
@@ -11,6 +12,7 @@ mod admission;
 mod kernel;
 mod repair;
 mod ring;
+mod verify;
 mod writer;
 
 pub use kernel::{EVENTS_KEY, KernelFeed, KernelParts};

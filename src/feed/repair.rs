@@ -6,6 +6,12 @@
 //! did not show may be there all the same: each is **looked up** before anything is believed. The
 //! same look-ups follow, once a minute, connections that raise no events.
 //!
+//! **After a warm restart** the table is there and nobody listened for a while: connections have changed, closed and
+//! begun. So the first dump is followed by a sweep as well, and the source counts as read to its end when all the
+//! look-ups of that are answered. Entries that only we write, of connections that the table does not have, are deletes
+//! that the earlier process owed: they are made up for. What is a copy, or was taken over without traffic,
+//! is no business of that sweep: `verify` walks over all of those then, at once.
+//!
 //! Dumps are a repair: after the one at the start, which finds what was there before, there is none
 //! unless events were lost. They are counted (`source_dumps`).
 
@@ -15,7 +21,7 @@ use std::time::Duration;
 use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Generation, Kind};
+use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
@@ -38,7 +44,7 @@ const DUMP_PAUSE: Duration = Duration::from_millis(500);
 /// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
 /// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
 /// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
-const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
+pub(super) const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
 
 const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
 
@@ -59,8 +65,14 @@ pub(super) struct Repair {
     stage: Stage,
     /// More events were lost since the dump under way began.
     again: bool,
-    /// The dump at the start is done.
+    /// The dump at the start is done, and after a warm restart the sweep behind it as well.
     complete: bool,
+    /// The table was not empty at the start.
+    resumed: bool,
+    /// The sweep after a warm restart has asked for everything.
+    swept: bool,
+    /// After a warm restart, entries that the earlier process owed a delete; those that were looked at say so.
+    leftovers: VecDeque<(Tuple, bool)>,
     /// When a dump may begin.
     dump_at: Time,
     /// It was said that a dump cannot be made.
@@ -78,12 +90,15 @@ pub(super) struct Repair {
 }
 
 impl Repair {
-    pub(super) fn new(capacity: u32, may_be_unheard: bool, commit: CommitMode) -> Repair {
+    pub(super) fn new(capacity: u32, may_be_unheard: bool, resumed: bool, commit: CommitMode) -> Repair {
         let words = capacity.div_ceil(64) as usize;
         Repair {
             stage: Stage::Wanted,
             again: false,
             complete: false,
+            resumed,
+            swept: false,
+            leftovers: VecDeque::with_capacity(if resumed { LOOKS_MAX } else { 0 }),
             dump_at: Time(0),
             complained: false,
             shown: vec![0; words],
@@ -101,6 +116,16 @@ impl Repair {
         self.complete
     }
 
+    /// Nothing is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.complete && self.stage == Stage::Idle && self.looks.is_empty()
+    }
+
+    /// The table was taken over from an earlier process, and not all of what that one may have missed is known yet.
+    fn is_resuming(&self) -> bool {
+        self.resumed && !self.complete
+    }
+
     /// Events were lost.
     pub(super) fn want(&mut self) {
         match self.stage {
@@ -115,7 +140,9 @@ impl Repair {
         let at = match self.stage {
             Stage::Wanted => self.dump_at.max(now.after(BATCH_PAUSE)),
             Stage::Dumping | Stage::Sweeping(_) => now.after(BATCH_PAUSE),
-            Stage::Idle if !self.looks.is_empty() => now.after(BATCH_PAUSE),
+            Stage::Idle if !self.looks.is_empty() || !self.leftovers.is_empty() || !self.complete => {
+                now.after(BATCH_PAUSE)
+            }
             Stage::Idle => Time::NEVER,
         };
         at.min(self.unheard_at)
@@ -133,6 +160,7 @@ impl Repair {
         if self.unheard_at.reached(now) {
             self.ask_for_the_unheard(now, replica);
         }
+        self.complete |= self.swept && self.looks.is_empty();
         match self.stage {
             Stage::Wanted if self.dump_at.reached(now) => match source.start_dump() {
                 Ok(true) => {
@@ -162,7 +190,8 @@ impl Repair {
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let Repair { shown, unheard, timeouts, complete, .. } = self;
+        let is_resuming = self.is_resuming();
+        let Repair { shown, unheard, timeouts, complete, leftovers, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -174,13 +203,18 @@ impl Repair {
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
                     if !replica.is_unclaimed(slot) {
                         replica.handle_source(now, &event);
+                        if is_resuming && !unheard.is_empty() {
+                            set(unheard, slot);
+                        }
                     }
                 }
                 // Not ours, and its active may have closed it long ago.
-                None if known & groups::TIMEOUT != 0
-                    && connection.state.timeout_s > timeouts.of(connection).max(LEFTOVER_MIN_S) =>
-                {
+                None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
                     counters.count(Counter::SourceLeftovers);
+                    // What does not fit is found by the next run, or expires.
+                    if is_resuming && *commit == CommitMode::Eager && leftovers.len() < LOOKS_MAX {
+                        leftovers.push_back((connection.original, false));
+                    }
                 }
                 None => {
                     replica.handle_source(now, &event);
@@ -211,7 +245,8 @@ impl Repair {
 
     /// A dump is complete.
     fn dumped(&mut self, now: Time) {
-        let is_first = !std::mem::replace(&mut self.complete, true);
+        let is_first = !self.complete && !self.resumed;
+        self.complete |= is_first;
         self.stage = if self.again {
             // What was lost meanwhile this dump may have passed before.
             self.dump_at = now.after(DUMP_PAUSE);
@@ -237,11 +272,13 @@ impl Repair {
         let mut slot = from;
         while slot < end && self.looks.len() < LOOKS_MAX {
             let line = replica.table().line(slot);
-            if !is_set(&self.shown, slot) && self.belongs_in_the_kernel(slot, line.kind(), replica) {
+            let is_shown = is_set(&self.shown, slot) || self.is_resuming() && replica.is_unclaimed(slot);
+            if !is_shown && self.belongs_in_the_kernel(slot, line.kind(), replica) {
                 self.looks.push_back((slot, line.generation()));
             }
             slot += 1;
         }
+        self.swept |= slot == self.capacity;
         self.stage = match slot == self.capacity {
             false => Stage::Sweeping(slot),
             true if self.again => {
@@ -299,6 +336,29 @@ impl Repair {
         None
     }
 
+    /// The next entry that may have to go because an earlier process owed it a delete, and whether it was looked at.
+    pub(super) fn next_leftover(&mut self, replica: &Replica<'_>) -> Option<(Tuple, bool)> {
+        while let Some(leftover) = self.leftovers.pop_front() {
+            // Unless it came to life again: then the entry belongs to that connection.
+            if replica.table().find_original(&leftover.0).is_none() {
+                return Some(leftover);
+            }
+        }
+        None
+    }
+
+    /// Such an entry cannot be asked for, or removed, just now.
+    pub(super) fn leftover_later(&mut self, leftover: (Tuple, bool)) {
+        self.leftovers.push_front(leftover);
+    }
+
+    /// Such an entry is still there: it goes, if no packet has passed it.
+    pub(super) fn found_leftover(&mut self, there: &Connection) {
+        if is_leftover(&self.timeouts, there) {
+            self.leftovers.push_front((there.original, true));
+        }
+    }
+
     /// The answer to a look-up.
     pub(super) fn found(
         &mut self,
@@ -323,6 +383,11 @@ impl Repair {
             }
         }
     }
+}
+
+/// Whether only we can have given the entry its timeout, and no packet has passed it since.
+fn is_leftover(timeouts: &Timeouts, there: &Connection) -> bool {
+    there.state.timeout_s > timeouts.of(there).max(LEFTOVER_MIN_S)
 }
 
 fn set(bits: &mut [u64], slot: u32) {

@@ -49,7 +49,7 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let mut replica = replica(&memory);
     let slots = ten(&mut replica);
-    let mut repair = Repair::new(64, false, CommitMode::Eager);
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
     slots[..7].iter().for_each(|slot| set(&mut repair.shown, *slot));
     repair.stage = Stage::Sweeping(0);
     repair.sweep(NOW, 0, &replica);
@@ -71,7 +71,7 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
 fn events_lost_during_a_sweep_bring_another_dump() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let replica = replica(&memory);
-    let mut repair = Repair::new(64, false, CommitMode::Eager);
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
     repair.stage = Stage::Sweeping(0);
     repair.want();
     repair.sweep(NOW, 0, &replica);
@@ -83,7 +83,7 @@ fn connections_that_raise_no_events_are_looked_up_once_a_period() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let mut replica = replica(&memory);
     let slots = ten(&mut replica);
-    let mut repair = Repair::new(64, true, CommitMode::Eager);
+    let mut repair = Repair::new(64, true, false, CommitMode::Eager);
     slots[..4].iter().for_each(|slot| set(&mut repair.unheard, *slot));
     replica.handle_source(NOW, &SourceEvent::Gone { original: connection(3, 3).original });
     repair.ask_for_the_unheard(NOW, &replica);

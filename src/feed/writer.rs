@@ -1,6 +1,7 @@
 //! The commit stage: batches of entries for the kernel, and of questions to it.
 
 use super::repair::Repair;
+use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
@@ -24,6 +25,12 @@ enum For {
     Nobody,
     /// The question whether the connection in this slot is there.
     Look(u32, Generation),
+    /// The same of a copy, for the walk that verifies.
+    Verify(u32, Generation),
+    /// The question whether an entry that an earlier process owed a delete is there.
+    Leftover,
+    /// Removing it.
+    LeftoverGone,
 }
 
 /// A shard's pen.
@@ -52,6 +59,7 @@ impl Writer {
         &mut self,
         now: Time,
         repair: &mut Repair,
+        verify: &mut Verify,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -59,7 +67,7 @@ impl Writer {
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit() else { break };
             if self.add(replica, &commit).is_err() {
-                self.flush(now, repair, replica, counters);
+                self.flush(now, repair, verify, replica, counters);
                 assert!(self.add(replica, &commit).is_ok(), "an empty batch takes everything");
             }
         }
@@ -73,7 +81,55 @@ impl Writer {
             }
             self.batch.push(For::Look(slot, generation));
         }
-        self.flush(now, repair, replica, counters);
+        self.remove_leftovers(repair, replica);
+        self.verify(now, verify, replica, counters);
+        self.flush(now, repair, verify, replica, counters);
+    }
+
+    /// Entries that an earlier process owed a delete: asked for first, then removed.
+    fn remove_leftovers(&mut self, repair: &mut Repair, replica: &Replica<'_>) {
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((original, looked)) = repair.next_leftover(replica)
+        {
+            let (added, entry) = match looked {
+                true => (self.committer.delete(&original), For::LeftoverGone),
+                false => (self.committer.look(&original), For::Leftover),
+            };
+            if added.is_err() {
+                return repair.leftover_later((original, looked));
+            }
+            self.batch.push(entry);
+        }
+    }
+
+    /// What the walk that verifies has to write, then what it has to ask.
+    fn verify(&mut self, now: Time, verify: &mut Verify, replica: &Replica<'_>, counters: &Counters<'_>) {
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((slot, generation)) = verify.next_write(replica)
+        {
+            let connection = replica.table().connection(slot);
+            let (added, entry) = match replica.table().kind(slot) {
+                Kind::Backup if replica.is_living_copy(slot) => {
+                    (self.committer.replace(&connection, Lifetime::Kept), For::Copy(slot, generation))
+                }
+                Kind::Backup => {
+                    (self.committer.replace(&connection, Lifetime::Normal), For::Copy(slot, generation))
+                }
+                _ => (self.committer.write(&connection, Lifetime::Normal), For::Own(slot, generation)),
+            };
+            if added.is_err() {
+                return verify.write_later(slot, generation); // It is being written just now.
+            }
+            self.batch.push(entry);
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((slot, generation)) = verify.next_look(now, replica, counters)
+        {
+            if self.committer.look(&replica.table().tuples(slot).0).is_ok() {
+                counters.count(Counter::VerifyLooks);
+                self.batch.push(For::Verify(slot, generation));
+            } // Or it is being written just now: nothing is to be found out.
+        }
     }
 
     fn add(&mut self, replica: &Replica<'_>, commit: &Commit) -> Result<(), FlushFirst> {
@@ -103,7 +159,14 @@ impl Writer {
         Ok(())
     }
 
-    fn flush(&mut self, now: Time, repair: &mut Repair, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    fn flush(
+        &mut self,
+        now: Time,
+        repair: &mut Repair,
+        verify: &mut Verify,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) {
         let Writer { committer, batch, .. } = self;
         if batch.is_empty() {
             return;
@@ -116,6 +179,15 @@ impl Writer {
                 (Outcome::Removed, For::Look(slot, generation)) => {
                     return repair.found(now, slot, generation, None, replica);
                 }
+                (Outcome::Present(connection), For::Verify(slot, generation)) => {
+                    return verify.found(now, (slot, generation), Some(&connection), replica, counters);
+                }
+                (Outcome::Removed, For::Verify(slot, generation)) => {
+                    return verify.found(now, (slot, generation), None, replica, counters);
+                }
+                (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection),
+                (Outcome::Removed, For::Leftover) => return,
+                (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
                 (Outcome::Written, _) => {
                     counters.count(Counter::Commits);
                     Ok(())

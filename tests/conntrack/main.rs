@@ -6,8 +6,12 @@ mod listening;
 mod namespace;
 mod nat;
 mod real;
+mod resuming;
 mod settings;
 mod traffic;
+#[path = "../protocol/world.rs"]
+#[allow(dead_code)] // Only a pair with a few connections is needed.
+mod world;
 mod writing;
 
 use std::net::Ipv4Addr;

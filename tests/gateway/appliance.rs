@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use hypersync::counters::{Counter, Counters};
+use hypersync::shm::RegionView;
+
 use crate::common::{forced_flags, wait_for};
 use crate::topology::Topology;
 
@@ -35,6 +38,16 @@ pub struct Appliances<'a> {
 impl<'a> Appliances<'a> {
     /// Starts one appliance in each gateway, with these numbers of shards.
     pub fn start(topology: &'a Topology, discovery: Discovery, shards: &[u8]) -> Appliances<'a> {
+        Appliances::start_with(topology, discovery, shards, &[])
+    }
+
+    /// The same with further flags.
+    pub fn start_with(
+        topology: &'a Topology,
+        discovery: Discovery,
+        shards: &[u8],
+        extra: &[&str],
+    ) -> Appliances<'a> {
         assert_eq!(shards.len(), topology.gateways.len(), "a number of shards for each gateway");
         let directory = std::env::temp_dir().join(&topology.prefix);
         let memory = Path::new("/dev/shm").join(&topology.prefix);
@@ -61,6 +74,7 @@ impl<'a> Appliances<'a> {
             command.args(["--hold", "1s", "--heartbeat", "100ms", "--dead-after", "3"]);
             command.args(["--reprotect-after", "2s", "--priority", &PRIORITIES[place].to_string()]);
             command.arg("--shm").arg(shared_memory).arg("--notify").arg(notify).args(forced_flags());
+            command.args(extra);
             command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
             // SAFETY: prctl(PR_SET_PDEATHSIG) is one system call without pointers, allowed between
             // fork and exec. It covers a test that is killed before it can stop its children.
@@ -90,6 +104,13 @@ impl<'a> Appliances<'a> {
             let ended = child.try_wait().expect("a child can be asked for its status");
             assert_eq!(ended, None, "appliance {member} ended: {what}");
         }
+    }
+
+    /// A counter of an appliance, over all its shards.
+    pub fn counter(&self, member: u8, counter: Counter) -> u64 {
+        let view = RegionView::open(&self.memory.join(format!("gw{member}"))).expect("it is running");
+        let shards = view.header().sizes.shards;
+        (0..shards).map(|shard| Counters::new(view.shard(shard).counters).get(counter)).sum()
     }
 
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use hypersync::counters::Counter;
+
 use crate::appliance::{Appliances, Discovery};
-use crate::common::may_make_namespaces;
+use crate::common::{may_make_namespaces, run, wait_for};
 use crate::entries::{self, are_replicated, count};
 use crate::topology::{SERVER, SHARED, Topology};
 use crate::traffic::Traffic;
@@ -82,4 +84,49 @@ fn connections_of_the_gateways_themselves_are_never_copied() {
         assert_eq!(count(&entries::read(gateway), own), 3, "gateway 1 knows its own");
         assert_eq!(count(&copied, own), 0, "connections with {} were copied", own.server_address);
     }
+}
+
+#[test]
+fn traffic_that_moves_to_the_backup_without_a_death_is_noticed_by_the_walk_and_its_entries_last() {
+    if !may_make_namespaces("traffic that moves while both gateways live") {
+        return;
+    }
+    /// What a packet gives an entry; a copy has more as long as its active lives.
+    const NORMAL_S: u64 = 432_000;
+    let _turn = one_at_a_time();
+    let topology = Topology::build(2);
+    let traffic;
+    let mut appliances =
+        Appliances::start_with(&topology, Discovery::Multicast, &[2, 2], &["--verify", "1s"]);
+    traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
+    appliances.wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
+        topology.gateways.iter().all(|gateway| are_replicated(&entries::read(gateway), &traffic, SHARED))
+    });
+    assert_eq!(appliances.counter(2, Counter::VerifyTouched), 0, "gateway 2 has seen no packet");
+    topology.route_through(2);
+    traffic.wait_for_more(20, Duration::from_secs(20), "every connection goes on through gateway 2");
+    let noticed = || appliances.counter(2, Counter::VerifyTouched) >= CONNECTIONS as u64;
+    wait_for("the walk notices every connection", Duration::from_secs(10), noticed);
+    traffic.finish(Duration::from_secs(10));
+    let timeouts = || -> Vec<u64> {
+        let list = run(topology.gateway(2).command("conntrack").args([
+            "-L",
+            "-p",
+            "tcp",
+            "--dport",
+            &PORT.to_string(),
+        ]));
+        list.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse().ok()).collect()
+    };
+    wait_for("their entries last as long as their active lives", Duration::from_secs(10), || {
+        let timeouts = timeouts();
+        timeouts.len() == CONNECTIONS && timeouts.iter().all(|seconds| *seconds > NORMAL_S)
+    });
+    assert!(are_replicated(&entries::read(topology.gateway(2)), &traffic, SHARED));
+    println!(
+        "of {CONNECTIONS} connections that moved, {} were claimed; the walk wrote {} timeouts again",
+        appliances.counter(2, Counter::Claims),
+        appliances.counter(2, Counter::VerifyTouched),
+    );
+    appliances.assert_running("both live");
 }

@@ -75,9 +75,14 @@ impl Hand {
 
     /// Opens these connections; fails the test if the kernel does not take one.
     pub fn open(&mut self, connections: impl IntoIterator<Item = Connection>) {
+        // The kernel's own timeout: an entry with a longer one would look like one that was committed.
+        self.write(connections, Lifetime::Normal);
+    }
+
+    /// The same with another timeout.
+    pub fn write(&mut self, connections: impl IntoIterator<Item = Connection>, lifetime: Lifetime) {
         for c in connections {
-            // The kernel's own timeout: an entry with a longer one would look like one that was committed.
-            self.put(|committer| committer.write(&c, Lifetime::Normal));
+            self.put(|committer| committer.write(&c, lifetime));
         }
         assert_eq!(self.take_failed(), 0, "the kernel takes every connection");
     }
