@@ -6,6 +6,7 @@
 
 pub mod detector;
 pub mod hearing;
+pub mod readiness;
 pub mod selection;
 pub mod view;
 
@@ -76,6 +77,10 @@ pub struct Tables {
     pub room: u64,
     /// Whether the member can take over and hold copies.
     pub ready: bool,
+    /// Whether it can hold copies and does not have all yet that it should have.
+    pub syncing: bool,
+    /// Bit m: member m has every copy that this member wants it to have.
+    pub synced: u64,
     /// Whether it is about to leave.
     pub leaving: bool,
 }
@@ -197,11 +202,12 @@ impl Group {
         let id = heartbeat.from;
         let old = self.view.members[id as usize];
         let hears_me = heartbeat.hears(self.me.member);
-        let usable = heartbeat.ready && hears_me && self.detectors[id as usize].hears_full_size(now);
-        let status = match (heartbeat.leaving, usable) {
-            (true, _) => Status::Leaving,
-            (false, true) => Status::Ready,
-            (false, false) => Status::Joining,
+        let usable = hears_me && self.detectors[id as usize].hears_full_size(now);
+        let status = match () {
+            () if heartbeat.leaving => Status::Leaving,
+            () if heartbeat.ready && usable => Status::Ready,
+            () if heartbeat.syncing && usable => Status::Syncing,
+            () => Status::Joining,
         };
         let new = Member {
             status,
@@ -214,6 +220,8 @@ impl Group {
             room: heartbeat.room,
             address: Some(source),
             hears_me,
+            has_begun: heartbeat.syncing || heartbeat.ready || heartbeat.leaving,
+            has_synced_me: heartbeat.synced >> self.me.member & 1 == 1,
             last_heard: now,
             since: if status == old.status { old.since } else { now },
         };
@@ -262,7 +270,7 @@ impl Group {
             if detector.silent_at().reached(now) {
                 self.leave(now, id, Status::Dead);
                 self.push(Event::MemberDead(id));
-            } else if member.status == Status::Ready && !detector.hears_full_size(now) {
+            } else if member.status.is_able() && !detector.hears_full_size(now) {
                 self.view.set(id, Member { status: Status::Joining, since: now, ..member });
             }
         }
@@ -297,7 +305,7 @@ impl Group {
             let age = now.since(member.last_heard).as_nanos() / self.me.heartbeat.as_nanos().max(1);
             let state = match member.status {
                 Status::Ready => Shown::Active,
-                Status::Joining => Shown::Initializing,
+                Status::Joining | Status::Syncing => Shown::Initializing,
                 Status::Leaving => Shown::Standby,
                 Status::Absent | Status::Left | Status::Dead => Shown::Down,
             };
@@ -311,7 +319,7 @@ impl Group {
         let heartbeat = Heartbeat {
             from: self.me.member,
             ready: tables.ready,
-            syncing: false,
+            syncing: tables.syncing,
             leaving: tables.leaving,
             full_size,
             shards: self.me.shards,
@@ -324,7 +332,7 @@ impl Group {
             incarnation: self.me.incarnation,
             capacity: tables.capacity,
             room: tables.room,
-            synced: 0,
+            synced: tables.synced,
             back_ms: 0,
         };
         Some((heartbeat, shown))

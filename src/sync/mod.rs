@@ -10,6 +10,7 @@
 //! - `receive`: datagrams become copies; what is refused, what moves the floor;
 //! - `acks`: what comes back for what was sent: floors, repeats, refusals;
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
+//! - `progress`: full sync: who has all that it should have, and how much goes before live changes;
 //! - `chores`: releases and offers, which belong to no single delta; make before break.
 
 mod acks;
@@ -23,6 +24,7 @@ pub mod mutation;
 #[cfg(not(feature = "mutations"))]
 #[allow(dead_code)]
 mod mutation;
+pub mod progress;
 mod receive;
 mod replica;
 pub mod stream;

@@ -8,6 +8,7 @@ use super::chores::Chores;
 use super::history::History;
 use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
+use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
@@ -127,6 +128,8 @@ pub struct Replica<'m> {
     /// What that was when the last walk that writes copies of a dead member was done.
     pub(super) taken_over_at: u64,
     pub(super) goodbyes: u64,
+    /// How far the full sync to each member is.
+    pub(super) progress: Progress,
 }
 
 impl<'m> Replica<'m> {
@@ -169,6 +172,7 @@ impl<'m> Replica<'m> {
             commits_asked: 0,
             taken_over_at: 0,
             goodbyes: 0,
+            progress: Progress::new(),
             memory,
             config,
         }
@@ -480,6 +484,7 @@ impl<'m> Replica<'m> {
         self.tick_missing(now);
         self.tick_chores();
         self.tick_walk(now);
+        self.tick_progress(now);
         self.publish_gauges(now);
     }
 
@@ -498,12 +503,16 @@ impl<'m> Replica<'m> {
         {
             self.protect(now, slot);
         }
+        if self.waiting.is_empty() {
+            self.progress.barren_since = None;
+        }
         if self.waiting.is_empty() || !self.retry_at.reached(now) {
             return;
         }
-        // A bounded number a tick; who finds no backup goes to the end of the queue.
+        // Live changes first; who finds no backup goes to the end of the queue.
         let mut failed = 0;
-        for _ in 0..self.waiting.len().min(4096) {
+        let budget = self.waiting_budget();
+        for _ in 0..budget {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
             match self.lease_for(now, slot, 0) {
@@ -517,6 +526,8 @@ impl<'m> Replica<'m> {
                 }
             }
         }
+        let barren = self.progress.barren_since.unwrap_or(now);
+        self.progress.barren_since = (failed == budget || failed > 64).then_some(barren);
         // A lease that arrives ends the pause.
         self.retry_at = now.after(if failed == 0 { Duration::from_millis(1) } else { RETRY });
     }
