@@ -136,6 +136,11 @@ impl Replica<'_> {
         done.fold(0, |bits, (member, _)| bits | 1 << member)
     }
 
+    /// Connections that wait for a backup.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.len() as u64
+    }
+
     /// How many connections that wait may get a backup now.
     pub(super) fn waiting_budget(&self) -> usize {
         let ahead = (self.dirty_actives + self.unacknowledged).saturating_sub(self.dirty_for_the_silent());
