@@ -123,7 +123,9 @@ impl Replica<'_> {
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
-        let claimed = self.table.line(own.slot).is_claimed();
+        let line = self.table.line(own.slot);
+        // Of a copy that bit says that it is witnessed, which outranks nobody.
+        let claimed = line.kind() == Kind::Active && line.is_claimed();
         self.add_chore(Rank::Question, Task::Offer { own, claimed }, target)
     }
 
@@ -247,7 +249,7 @@ impl Replica<'_> {
                     self.chores.remove(id);
                     return None;
                 }
-                let claimed = line.is_claimed();
+                let claimed = line.kind() == Kind::Active && line.is_claimed();
                 task = Task::Offer { own, claimed };
                 Message::Offer { target, own, stamp: line.stamp(), claimed }
             }
