@@ -251,9 +251,9 @@ impl<'m> Membership<'m> {
                  say that all is here; look at `hypersync-inspect sync` there, and whether it hears this member"
             );
         }
-        if copies > 0 && self.total(Counter::SlotsFree) <= self.capacity() / 8 {
+        if self.total(Counter::TableFull) > 0 {
             log::warn!(
-                "ready with {copies} copies and a full table: the others may have connections without a copy here \
+                "ready with {copies} copies; the table had no room for more slots to be leased: the others may have connections without a copy here \
                  (`hypersync-inspect sync` there says `full`); raise --capacity"
             );
         }

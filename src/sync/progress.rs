@@ -31,8 +31,9 @@ use crate::time::Time;
 /// change queues behind no more. At a round trip of 1 ms that is two million connections a second.
 pub(super) const AHEAD: u64 = 2048;
 
-/// How many of those that wait get a backup at each try all the same, so that live changes alone never keep them out.
-pub(super) const TRICKLE: usize = 16;
+/// How many of those that wait get a backup at each try all the same, so that live changes alone never keep them out:
+/// at least 8000 a second, as long as what was sent before is acknowledged.
+pub(super) const TRICKLE: usize = 8;
 
 /// How long nothing that waits found a place before a member counts as one that takes no more.
 const FULL: Duration = Duration::from_secs(1);
@@ -144,7 +145,12 @@ impl Replica<'_> {
     /// How many connections that wait may get a backup now.
     pub(super) fn waiting_budget(&self) -> usize {
         let ahead = (self.dirty_actives + self.unacknowledged).saturating_sub(self.dirty_for_the_silent());
-        (AHEAD.saturating_sub(ahead) as usize).max(TRICKLE).min(self.waiting.len() as usize)
+        let stuck = |s: &u16| {
+            let stream = *s as usize;
+            self.is_up(stream_member(stream)) && self.streams[stream].repeats > 0
+        };
+        let trickle = if self.busy.iter().any(stuck) { 0 } else { TRICKLE };
+        (AHEAD.saturating_sub(ahead) as usize).max(trickle).min(self.waiting.len() as usize)
     }
 
     /// Looks at how far each full sync is.
