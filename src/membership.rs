@@ -9,6 +9,7 @@ use crate::ccp::bytes::Writer;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
 use crate::group::hearing::{Hearing, Trouble};
+use crate::group::readiness::{Own, Readiness, Stage};
 use crate::group::view::{Status, View};
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
@@ -56,9 +57,9 @@ pub struct Membership<'m> {
     counters: Counters<'m>,
     shards: u8,
     me: MemberId,
-    started: Time,
-    settle: Duration,
-    ready: bool,
+    readiness: Readiness,
+    /// The version of the group with which each member came: what shards say of it counts from then on.
+    came_with: Vec<u64>,
     dead: Vec<(MemberId, u64)>,
     leaving_since: Option<Time>,
     goodbyes_said: u8,
@@ -97,9 +98,8 @@ impl<'m> Membership<'m> {
             counters,
             shards: region.header().sizes.shards,
             me,
-            started: now,
-            settle,
-            ready: false,
+            readiness: Readiness::new(settle, now),
+            came_with: vec![0; MEMBERS_MAX + 1],
             dead: Vec::with_capacity(MEMBERS_MAX),
             leaving_since: None,
             goodbyes_said: 0,
@@ -168,6 +168,7 @@ impl<'m> Membership<'m> {
                     // A death that was not told yet is history: told later, it would take a living
                     // member's addresses away.
                     self.dead.retain(|(dead, _)| *dead != member);
+                    self.came_with[member as usize] = self.region.group().version();
                     self.notifier.tell("member-up", member);
                 }
                 Event::MemberReady(member) => self.notifier.tell("member-ready", member),
@@ -189,7 +190,7 @@ impl<'m> Membership<'m> {
         }
         self.tell_dead();
         self.tell_troubles(now);
-        self.become_ready(now);
+        self.review_readiness(now);
         self.region.group().version() != before
     }
 
@@ -254,25 +255,77 @@ impl<'m> Membership<'m> {
         });
     }
 
-    fn become_ready(&mut self, now: Time) {
-        let complete = self.shared.complete.load(Ordering::Relaxed) == self.shards;
-        if !self.ready && complete && now.since(self.started) >= self.settle && self.leaving_since.is_none() {
-            self.ready = true;
-            self.region.group().shard(0).set_standing(Standing::Ready);
-            self.notifier.tell("self-ready", self.me);
+    /// Moves on towards being ready.
+    fn review_readiness(&mut self, now: Time) {
+        if self.leaving_since.is_some() {
+            return;
+        }
+        let own = Own {
+            complete: self.shared.complete.load(Ordering::Relaxed) == self.shards,
+            copies: self.total(Counter::ConnectionsBackup),
+            version: self.region.group().version(),
+            settled: self.settled_version(),
+        };
+        while let Some(stage) = self.readiness.tick(now, self.group.view(), &own) {
+            let line = self.region.group().shard(0);
+            match stage {
+                Stage::Starting => {}
+                Stage::Syncing => line.set_standing(Standing::Syncing),
+                Stage::Ready => {
+                    line.set_standing(Standing::Ready);
+                    self.notifier.tell("self-ready", self.me);
+                    self.tell_what_is_missing(own.copies);
+                }
+            }
+        }
+        self.region.group().shard(0).set_awaited(self.readiness.awaited());
+    }
+
+    fn tell_what_is_missing(&self, copies: u64) {
+        for member in (1..=MEMBERS_MAX).filter(|m| self.readiness.awaited() >> m & 1 == 1) {
+            log::warn!(
+                "ready with {copies} copies, but not with everything of member {member}: it sends no more, and does not \
+                 say that all is here; look at `hypersync-inspect sync` there, and whether it hears this member"
+            );
+        }
+        if self.total(Counter::TableFull) > 0 {
+            log::warn!(
+                "ready with {copies} copies; the table had no room for more slots to be leased: the others may have connections without a copy here \
+                 (`hypersync-inspect sync` there says `full`); raise --capacity"
+            );
         }
     }
 
-    fn tables(&self) -> Tables {
+    fn total(&self, counter: Counter) -> u64 {
+        (0..self.shards).map(|s| Counters::new(self.region.shard(s).counters).get(counter)).sum()
+    }
+
+    fn capacity(&self) -> u64 {
         let sizes = &self.region.header().sizes;
-        let room = (0..self.shards)
-            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::SlotsFree))
-            .sum();
+        sizes.memory.capacity as u64 * sizes.shards as u64
+    }
+
+    /// The members that have everything that each shard wants them to have, as bits.
+    fn synced(&self) -> u64 {
+        let lines = (0..self.shards).map(|shard| self.region.group().shard(shard));
+        let (seen, synced) = lines.fold((u64::MAX, u64::MAX), |(seen, synced), line| {
+            // First the version: the bits are at least as new.
+            (seen.min(line.view_version()), synced & line.synced())
+        });
+        let current = (1..=MEMBERS_MAX).filter(|m| seen >= self.came_with[*m]);
+        synced & current.fold(0, |bits, m| bits | 1u64 << m)
+    }
+
+    fn tables(&self) -> Tables {
+        let stage = self.readiness.stage();
+        let leaving = self.leaving_since.is_some();
         Tables {
-            capacity: sizes.memory.capacity as u64 * sizes.shards as u64,
-            room,
-            ready: self.ready,
-            leaving: self.leaving_since.is_some(),
+            capacity: self.capacity(),
+            room: self.total(Counter::SlotsFree),
+            ready: stage == Stage::Ready && !leaving,
+            syncing: stage == Stage::Syncing && !leaving,
+            synced: self.synced(),
+            leaving,
         }
     }
 
@@ -300,22 +353,18 @@ impl<'m> Membership<'m> {
             None => {
                 self.leaving_since = Some(now);
                 self.region.group().shard(0).set_standing(Standing::Leaving);
-                if std::mem::take(&mut self.ready) {
+                if self.readiness.stage() == Stage::Ready {
                     self.notifier.tell("self-not-ready", self.me);
                 }
                 now
             }
         };
-        let copies: u64 = (0..self.shards)
-            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::ConnectionsBackup))
-            .sum();
+        let copies = self.total(Counter::ConnectionsBackup);
         let alone = self.group.view().others().all(|(_, m)| !m.status.is_alive());
         // Copies can move only if there is a third member; our own last changes can reach a second.
-        let ready = self.group.view().others().filter(|(_, m)| m.status == Status::Ready).count();
-        let exposed: u64 = (0..self.shards)
-            .map(|s| Counters::new(self.region.shard(s).counters).get(Counter::Exposure))
-            .sum();
-        let drained = alone || (copies == 0 || ready < 2) && (exposed == 0 || ready == 0);
+        let able = self.group.view().others().filter(|(_, m)| m.status.is_able()).count();
+        let exposed = self.total(Counter::Exposure);
+        let drained = alone || (copies == 0 || able < 2) && (exposed == 0 || able == 0);
         if !drained && now.since(since) < LEAVE_LIMIT {
             return false;
         }

@@ -279,6 +279,8 @@ impl<'m> Shard<'m> {
         self.counters.count(Counter::Passes);
         let status = self.region.group().shard(self.shard);
         status.set_last_pass(now);
+        // Before the version: whoever sees that this view was acted on sees what became of it.
+        status.set_synced(self.replica.synced());
         status.set_view_version(self.view_version);
         if let Some((_, asked)) = &mut self.settling {
             if self.replica.is_taking_over() {

@@ -7,6 +7,8 @@ mod common;
 mod garbage;
 #[path = "appliance/inspecting.rs"]
 mod inspecting;
+#[path = "appliance/joining.rs"]
+mod joining;
 #[path = "appliance/links.rs"]
 mod links;
 #[path = "appliance/pair.rs"]

@@ -354,6 +354,11 @@ fn the_check_says_ready_only_of_a_member_that_is_so_now() {
         assert!(said.1.contains(why) && said.1.lines().count() == 1, "{said:?}");
     };
     check(2, "not-ready", "is starting", [0, 0]);
+    group.shard(0).set_standing(Standing::Syncing);
+    group.shard(0).set_awaited(1 << 1 | 1 << 4);
+    // What the table of this test holds, a connection or two.
+    check(2, "not-ready", "is syncing: ", [0, 0]);
+    check(2, "not-ready", "copies so far, not yet all of members 1, 4", [0, 0]);
     group.shard(0).set_standing(Standing::Ready);
     check(0, "ready", "can carry", [0, 0]);
     // One shard of two hangs: half of the connections are not cared for.

@@ -177,11 +177,17 @@ pub fn shard_of(original: &Tuple, shards: u8) -> u8 {
 /// `theirs_of`) at a peer: both are the same hash, modulo two numbers, so they agree modulo
 /// every common divisor.
 pub fn shards_can_meet(mine: u8, mine_of: u8, theirs: u8, theirs_of: u8) -> bool {
-    fn gcd(a: u8, b: u8) -> u8 {
-        if b == 0 { a } else { gcd(b, a % b) }
-    }
     let g = gcd(mine_of.max(1), theirs_of.max(1));
     mine % g == theirs % g
+}
+
+/// With how many of a peer's shards each shard of a member can share connections: at least 1.
+pub fn shards_met(mine_of: u8, theirs_of: u8) -> u8 {
+    theirs_of.max(1) / gcd(mine_of.max(1), theirs_of.max(1))
+}
+
+fn gcd(a: u8, b: u8) -> u8 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 impl std::fmt::Display for Tuple {

@@ -6,6 +6,7 @@
 
 pub mod detector;
 pub mod hearing;
+pub mod readiness;
 pub mod selection;
 pub mod view;
 
@@ -83,6 +84,10 @@ pub struct Tables {
     pub room: u64,
     /// Whether the member can take over and hold copies.
     pub ready: bool,
+    /// Whether it can hold copies and does not have all yet that it should have.
+    pub syncing: bool,
+    /// Bit m: member m has every copy that this member wants it to have.
+    pub synced: u64,
     /// Whether it is about to leave.
     pub leaving: bool,
 }
@@ -251,11 +256,12 @@ impl Group {
             0 => Time(0),
             ms => now.after(Duration::from_millis(ms as u64).min(BACK_MAX)),
         };
-        let usable = heartbeat.ready && hears_me && self.detectors[id as usize].hears_full_size(now);
-        let status = match (heartbeat.leaving, usable) {
-            (true, _) => Status::Leaving,
-            (false, true) => Status::Ready,
-            (false, false) => Status::Joining,
+        let usable = hears_me && self.detectors[id as usize].hears_full_size(now);
+        let status = match () {
+            () if heartbeat.leaving => Status::Leaving,
+            () if heartbeat.ready && usable => Status::Ready,
+            () if heartbeat.syncing && usable => Status::Syncing,
+            () => Status::Joining,
         };
         let new = Member {
             status,
@@ -268,6 +274,8 @@ impl Group {
             room: heartbeat.room,
             address: Some(source),
             hears_me,
+            has_begun: heartbeat.syncing || heartbeat.ready || heartbeat.leaving,
+            has_synced_me: heartbeat.synced >> self.me.member & 1 == 1,
             last_heard: now,
             back_by,
             since: if status == old.status { old.since } else { now },
@@ -322,7 +330,7 @@ impl Group {
             if self.dead_at(id as usize).reached(now) {
                 self.leave(now, id, Status::Dead);
                 self.push(Event::MemberDead(id));
-            } else if member.status == Status::Ready
+            } else if member.status.is_able()
                 && !member.is_restarting()
                 && !self.detectors[id as usize].hears_full_size(now)
             {
@@ -362,13 +370,14 @@ impl Group {
             }
             let member = &self.view.members[id as usize];
             // Whose full-size heartbeats get lost on the way here is told that it is not heard: what it sends gets lost as well.
-            if member.status.is_alive() && !self.detectors[id as usize].hears_only_small(now) {
+            let only_small = self.detectors[id as usize].hears_only_small(now) && !member.is_restarting();
+            if member.status.is_alive() && !only_small {
                 hears |= 1u64 << id;
             }
             let age = now.since(member.last_heard).as_nanos() / self.me.heartbeat.as_nanos().max(1);
             let state = match member.status {
                 Status::Ready => Shown::Active,
-                Status::Joining => Shown::Initializing,
+                Status::Joining | Status::Syncing => Shown::Initializing,
                 Status::Leaving => Shown::Standby,
                 Status::Absent | Status::Left | Status::Dead => Shown::Down,
             };
@@ -382,7 +391,7 @@ impl Group {
         let heartbeat = Heartbeat {
             from: self.me.member,
             ready: tables.ready,
-            syncing: false,
+            syncing: tables.syncing,
             leaving: tables.leaving,
             full_size,
             shards: self.me.shards,
@@ -395,7 +404,7 @@ impl Group {
             incarnation: self.me.incarnation,
             capacity: tables.capacity,
             room: tables.room,
-            synced: 0,
+            synced: tables.synced,
             back_ms: self.restart.map_or(0, |(back, _)| back.as_millis().max(1) as u32),
         };
         Some((heartbeat, shown))

@@ -25,7 +25,8 @@ fn address(member: MemberId) -> IpAddr {
     IpAddr::from([10, 9, 0, member])
 }
 
-const READY: Tables = Tables { capacity: 1000, room: 1000, ready: true, leaving: false };
+const READY: Tables =
+    Tables { capacity: 1000, room: 1000, ready: true, syncing: false, synced: 0, leaving: false };
 
 /// Sends one heartbeat from `from` to `to`.
 fn beat(from: &mut Group, to: &mut Group, now: Time) {

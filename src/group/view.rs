@@ -13,10 +13,10 @@ pub enum Status {
     /// Never heard.
     #[default]
     Absent = 0,
-    /// Heard, but not a backup: it is not ready, does not hear this member, or only its small
+    /// Heard, but not a backup: it is starting, does not hear this member, or only its small
     /// heartbeats arrive.
     Joining = 1,
-    /// Can be a backup.
+    /// Can be a backup and carry traffic.
     Ready = 2,
     /// Is about to leave: its copies are moved away.
     Leaving = 3,
@@ -24,6 +24,8 @@ pub enum Status {
     Left = 4,
     /// Fell silent.
     Dead = 5,
+    /// Can be a backup, and does not have all yet that it should have.
+    Syncing = 6,
 }
 
 impl Status {
@@ -36,13 +38,19 @@ impl Status {
             3 => Status::Leaving,
             4 => Status::Left,
             5 => Status::Dead,
+            6 => Status::Syncing,
             _ => return None,
         })
     }
 
     /// Whether the member is heard.
     pub fn is_alive(self) -> bool {
-        matches!(self, Status::Joining | Status::Ready | Status::Leaving)
+        matches!(self, Status::Joining | Status::Syncing | Status::Ready | Status::Leaving)
+    }
+
+    /// Whether the member takes new copies.
+    pub fn is_able(self) -> bool {
+        matches!(self, Status::Syncing | Status::Ready)
     }
 
     /// The word for an operator.
@@ -54,6 +62,7 @@ impl Status {
             Status::Leaving => "leaving",
             Status::Left => "left",
             Status::Dead => "dead",
+            Status::Syncing => "syncing",
         }
     }
 }
@@ -81,6 +90,11 @@ pub struct Member {
     pub address: Option<IpAddr>,
     /// Whether it says that it hears this member.
     pub hears_me: bool,
+    /// Whether it says that it gives and takes copies, whatever of it can be heard: it is syncing, ready or
+    /// leaving.
+    pub has_begun: bool,
+    /// Whether it says that this member has every copy that it should have of it.
+    pub has_synced_me: bool,
     /// When it was heard last.
     pub last_heard: Time,
     /// Since when it has this status.

@@ -8,7 +8,8 @@
 //!       15104  unused, to 16384
 //!
 //!  member  word 0  seqlock (odd: torn)
-//!               1  status 8 | hears me 8 | shards 8 | priority 8 | site 8 | family 8 | 0   (from bit 0)
+//!               1  status 8 | hears me 8 | shards 8 | priority 8 | site 8 | family 8 | says 8   (from bit 0)
+//!                  says: bit 0 it gives and takes copies, bit 1 this member has all that it should have of it
 //!               2  table id            6, 7  address, low word first; IPv4 in the low 32 bits
 //!               3  incarnation            8  last heard, ns
 //!               4  capacity, slots        9  status since, ns        11.. zero
@@ -17,7 +18,9 @@
 //!  shard   word 0  last pass, ns
 //!               1  version of the group that the shard has acted on
 //!               2  version of the group for which its kernel commits have settled
-//!               3  of shard 0: the member's standing: 0 starting, 1 ready, 2 leaving
+//!               3  of shard 0: the member's standing: 0 starting, 1 ready, 2 leaving, 3 syncing
+//!               4  members to which the shard's full sync is done, as bits
+//!               5  of shard 0: the members whose full sync to this one is not done, as bits
 //! ```
 //!
 //! One thread writes a record (shard 0) or a line (its shard); anybody reads, without locks. The
@@ -47,7 +50,9 @@ fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
         | (m.shards as u64) << 16
         | (m.priority as u64) << 24
         | (m.site as u64) << 32
-        | family << 40;
+        | family << 40
+        | (m.has_begun as u64) << 48
+        | (m.has_synced_me as u64) << 49;
     [
         0,
         small,
@@ -68,6 +73,8 @@ fn from_words(w: &[u64; MEMBER_WORDS]) -> Member {
     Member {
         status: Status::from_raw(byte(0)).unwrap_or_default(),
         hears_me: byte(8) != 0,
+        has_begun: byte(48) & 1 != 0,
+        has_synced_me: byte(48) & 2 != 0,
         shards: byte(16),
         priority: byte(24),
         site: byte(32),
@@ -187,6 +194,20 @@ pub enum Standing {
     Ready,
     /// No longer: it was told to end.
     Leaving,
+    /// It takes copies, and does not have all yet that it should have.
+    Syncing,
+}
+
+impl Standing {
+    /// The word for an operator.
+    pub fn name(self) -> &'static str {
+        match self {
+            Standing::Starting => "starting",
+            Standing::Ready => "ready",
+            Standing::Leaving => "leaving",
+            Standing::Syncing => "syncing",
+        }
+    }
 }
 
 /// How far a shard is. Its shard writes, anybody reads.
@@ -229,6 +250,7 @@ impl ShardStatus<'_> {
         match self.load(3) {
             1 => Standing::Ready,
             2 => Standing::Leaving,
+            3 => Standing::Syncing,
             _ => Standing::Starting,
         }
     }
@@ -236,6 +258,26 @@ impl ShardStatus<'_> {
     /// Says how the member stands.
     pub fn set_standing(&self, standing: Standing) {
         self.0.0[3].store(standing as u64, Ordering::Release);
+    }
+
+    /// The members to which this shard's full sync is done, as bits.
+    pub fn synced(&self) -> u64 {
+        self.load(4)
+    }
+
+    /// Says to which members the full sync is done, as bits.
+    pub fn set_synced(&self, members: u64) {
+        self.0.0[4].store(members, Ordering::Release);
+    }
+
+    /// The members whose full sync to this one is not done, as bits; on the line of shard 0.
+    pub fn awaited(&self) -> u64 {
+        self.load(5)
+    }
+
+    /// Says whose full sync is not done, as bits.
+    pub fn set_awaited(&self, members: u64) {
+        self.0.0[5].store(members, Ordering::Release);
     }
 
     fn load(&self, word: usize) -> u64 {
@@ -254,6 +296,8 @@ mod tests {
         Member {
             status: Status::Ready,
             hears_me: true,
+            has_begun: true,
+            has_synced_me: true,
             shards: 64,
             priority: 200,
             site: 3,
@@ -343,5 +387,12 @@ mod tests {
         let seen = group.shard(63);
         assert_eq!((seen.last_pass(), seen.view_version(), seen.settled_version()), (Time(1), 2, 3));
         assert_eq!(group.shard(0).last_pass(), Time(0));
+        line.set_synced(1 << 52);
+        line.set_awaited(6);
+        assert_eq!((seen.synced(), seen.awaited()), (1 << 52, 6));
+        for standing in [Standing::Syncing, Standing::Ready, Standing::Leaving, Standing::Starting] {
+            line.set_standing(standing);
+            assert_eq!(seen.standing(), standing);
+        }
     }
 }

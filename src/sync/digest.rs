@@ -34,9 +34,9 @@ use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Message, Place, encode_digest};
 use crate::conn::slot::groups;
 use crate::conn::tuple::{Family, Tuple, shards_can_meet};
-use crate::conn::{Connection, Coordinate, Kind, Stamp};
+use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
 use crate::counters::Counter;
-use crate::limits::{DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, RESENDS_MAX, STREAMS_MAX, WINDOW};
+use crate::limits::{DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX, STREAMS_MAX, WINDOW};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -252,7 +252,7 @@ impl Replica<'_> {
     }
 
     /// What was agreed with this member may have been let go on either side.
-    pub(super) fn unverify(&mut self, member: crate::conn::MemberId) {
+    pub(super) fn unverify(&mut self, member: MemberId) {
         let shards = self.view.members[member as usize].shards;
         for shard in 0..shards {
             if shards_can_meet(self.config.shard, self.config.shards, shard, shards) {
@@ -275,8 +275,8 @@ impl Replica<'_> {
     }
 
     /// The member is not there: nothing is compared with it.
-    pub(super) fn stop_comparing(&mut self, member: crate::conn::MemberId) {
-        for shard in 0..crate::limits::SHARDS_MAX as u8 {
+    pub(super) fn stop_comparing(&mut self, member: MemberId) {
+        for shard in 0..SHARDS_MAX as u8 {
             let stream = stream_index(member, shard);
             self.verify(stream);
             let s = &mut self.streams[stream];
@@ -293,6 +293,13 @@ impl Replica<'_> {
         if self.jobs.len() != before {
             self.walk_slot = 0;
         }
+    }
+
+    /// Whether what was agreed with this member surely is as both sides believe.
+    pub(super) fn is_verified(&self, member: MemberId) -> bool {
+        let first = stream_index(member, 0);
+        self.unverified == 0
+            || !self.streams[first..first + SHARDS_MAX].iter().any(|s| s.comparing.unverified)
     }
 
     /// Connections whose stream is unverified, and that are not counted as exposed otherwise.

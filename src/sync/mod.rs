@@ -12,6 +12,7 @@
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
+//! - `progress`: full sync: who has all that it should have, and how much goes before live changes;
 //! - `chores`: releases and offers, which belong to no single delta; make before break.
 
 mod acks;
@@ -26,6 +27,7 @@ pub mod mutation;
 #[cfg(not(feature = "mutations"))]
 #[allow(dead_code)]
 mod mutation;
+pub mod progress;
 mod receive;
 mod replica;
 mod resume;

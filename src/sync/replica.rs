@@ -10,11 +10,13 @@ use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
+use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::takeover::{Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
+use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::group::view::View;
@@ -138,6 +140,8 @@ pub struct Replica<'m> {
     pub(super) comparison: Comparison,
     /// Streams whose sides must agree before their connections count as protected.
     pub(super) unverified: u32,
+    /// How far the full sync to each member is.
+    pub(super) progress: Progress,
 }
 
 impl<'m> Replica<'m> {
@@ -197,6 +201,7 @@ impl<'m> Replica<'m> {
             digests: Digests::new(),
             comparison: Comparison::new(),
             unverified: 0,
+            progress: Progress::new(),
             memory,
             config,
         }
@@ -414,9 +419,11 @@ impl<'m> Replica<'m> {
         place
     }
 
-    /// Asks for more slots before the lease runs out: twice what was taken in a tenth of a second.
+    /// Asks for more slots before the lease runs out: twice what was taken in a tenth of a second, and what waits.
     fn replenish(&mut self, now: Time, stream: usize) {
-        let waiting = self.waiting.len() as u64;
+        // Of what waits, the stream's share: what one stream hoards another may lack.
+        let met = shards_met(self.config.shards, self.view.members[stream_member(stream) as usize].shards);
+        let waiting = (self.waiting.len() as u64).div_ceil(met as u64);
         let room = self.leases.room() as u64;
         let durable = self.durable(stream);
         let s = &mut self.streams[stream];
@@ -424,8 +431,7 @@ impl<'m> Replica<'m> {
             (s.taken_before, s.taken, s.rate_since) = (s.taken, 0, now);
         }
         let rate = 2 * s.taken.max(s.taken_before);
-        let target =
-            (rate + if s.lease.is_empty() { waiting } else { 0 }).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX);
+        let target = (rate + waiting).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX);
         let have = s.lease.len() as u64;
         if have < target / 2 && target - have <= room {
             let want = durable.granted_to_us() + target - have;
@@ -511,6 +517,7 @@ impl<'m> Replica<'m> {
         self.tick_chores();
         self.tick_walk(now);
         self.tick_digests(now);
+        self.tick_progress(now);
         self.publish_gauges(now);
     }
 
@@ -529,16 +536,25 @@ impl<'m> Replica<'m> {
         {
             self.protect(now, slot);
         }
+        if self.waiting.is_empty() {
+            self.progress.barren_since = None;
+        }
         if self.waiting.is_empty() || !self.retry_at.reached(now) {
             return;
         }
-        // A bounded number a tick; who finds no backup goes to the end of the queue.
+        // Live changes first; who finds no backup goes to the end of the queue.
         let mut failed = 0;
-        for _ in 0..self.waiting.len().min(4096) {
+        let budget = self.waiting_budget();
+        for _ in 0..budget {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
             match self.lease_for(now, slot, 0) {
-                Found::At(backup) => self.assign(now, slot, backup),
+                Found::At(backup) => {
+                    // What waits is asked for by its number; only what comes anew makes a rate.
+                    let s = &mut self.streams[stream_index(backup.member(), backup.shard())];
+                    s.taken = s.taken.saturating_sub(1);
+                    self.assign(now, slot, backup);
+                }
                 Found::Soon | Found::Nobody => {
                     self.table.push(&mut self.waiting, On::Waiting, slot, since);
                     failed += 1;
@@ -547,6 +563,10 @@ impl<'m> Replica<'m> {
                     }
                 }
             }
+        }
+        if budget > 0 {
+            let barren = self.progress.barren_since.unwrap_or(now);
+            self.progress.barren_since = (failed == budget || failed > 64).then_some(barren);
         }
         // A lease that arrives ends the pause.
         self.retry_at = now.after(if failed == 0 { Duration::from_millis(1) } else { RETRY });

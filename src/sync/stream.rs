@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::digest::Comparing;
 use super::lease::LeaseList;
+use super::progress::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
@@ -53,9 +54,13 @@ pub const WORD_LET_GO: usize = 6;
 pub const WORD_RECEIVE_FLOOR: usize = 8;
 /// Word: slots granted to the peer since a life of either half began.
 pub const WORD_GRANTED_BY_US: usize = 9;
+/// Words, of the stream to shard 0 of a member, for the full sync to the member: phase, begin, end, copies before,
+/// done, to do; see [`Figures`].
+pub const WORD_FULL_SYNC: usize = 10;
 /// Words: one bit for each number beyond the receive floor, in a ring of `WINDOW` bits.
 pub const WORD_RECEIVED: usize = 16;
 
+const _: () = assert!(WORD_FULL_SYNC + 6 <= WORD_RECEIVED);
 const _: () = assert!(WORD_RECEIVED + (WINDOW / 64) as usize <= 48);
 
 /// Accessors of a stream's durable half. One thread writes; an inspector reads words that stand
@@ -116,6 +121,21 @@ impl Durable<'_> {
     /// Slots granted to the peer.
     pub fn granted_by_us(&self) -> u64 {
         self.get(WORD_GRANTED_BY_US)
+    }
+
+    /// How far the full sync to the stream's member is; of the stream to its shard 0.
+    pub fn full_sync(&self) -> Figures {
+        let [phase, begun, ended, before, done, to_do] =
+            std::array::from_fn(|i| self.get(WORD_FULL_SYNC + i));
+        let phase = Phase::from_raw(phase);
+        Figures { phase, begun: Time(begun), ended: Time(ended), before, done, to_do }
+    }
+
+    /// Says how far the full sync to the stream's member is.
+    pub fn set_full_sync(&self, figures: &Figures) {
+        let Figures { phase, begun, ended, before, done, to_do } = *figures;
+        let words = [phase as u64, begun.0, ended.0, before, done, to_do];
+        words.iter().enumerate().for_each(|(i, word)| self.set(WORD_FULL_SYNC + i, *word));
     }
 
     /// Counts slots granted to the peer.

@@ -396,7 +396,7 @@ impl Replica<'_> {
     }
 
     /// Connections and closes that wait to be sent to members that are not there, or do not hear us.
-    fn dirty_for_the_silent(&self) -> u64 {
+    pub(super) fn dirty_for_the_silent(&self) -> u64 {
         let silent = self.busy.iter().filter(|stream| {
             let member = stream_member(**stream as usize);
             !self.is_up(member) || self.abandoned >> member & 1 == 1

@@ -13,6 +13,7 @@ use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::extra::{Extra, parts};
 use hypersync::conn::{Connection, Coordinate, Kind, MemberId, Stamp, State, Tuple, shard_of};
 use hypersync::counters::{Counter, Counters};
+use hypersync::group::readiness::{Own, Readiness, Stage};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
@@ -81,6 +82,7 @@ pub struct Host<'m> {
     last_pass: Time,
     /// Commits wait: its kernel is not asked at all.
     pub stalled: bool,
+    pub readiness: Readiness,
     view_version: u64,
     /// Its process is killed after so many stores to its memory.
     pub doomed: Option<u64>,
@@ -248,6 +250,7 @@ impl<'m> World<'m> {
             mail: VecDeque::new(),
             last_pass: self.now,
             stalled: false,
+            readiness: Readiness::new(HEARTBEAT * 3, self.now),
             view_version: 0,
             doomed: None,
         };
@@ -561,9 +564,35 @@ impl<'m> World<'m> {
                 shard.handle_view(now, host.group.view());
             }
         }
+        // As in the appliance's membership.
+        let version = host.group.view().version;
+        let own = Own {
+            complete: true,
+            copies: host
+                .memory
+                .iter()
+                .map(|m| Counters::new(m.counters).get(Counter::ConnectionsBackup))
+                .sum(),
+            version,
+            settled: if host.shards.iter().all(|s| s.commits_waiting() == 0) { version } else { 0 },
+        };
+        while let Some(stage) = host.readiness.tick(now, host.group.view(), &own) {
+            if let Some(log) = log {
+                log(true_now, member, "stage", format_args!("{stage:?}"));
+            }
+        }
+        let stage = host.readiness.stage();
         let room = host.shards.iter().map(|s| s.room() as u64).sum();
         let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
-        let tables = Tables { capacity, room, ready: true, leaving: host.leaving };
+        let leaving = host.leaving;
+        let tables = Tables {
+            capacity,
+            room,
+            ready: stage == Stage::Ready && !leaving,
+            syncing: stage == Stage::Syncing && !leaving,
+            synced: host.shards.iter().fold(u64::MAX, |bits, shard| bits & shard.synced()),
+            leaving,
+        };
         if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
             let mut bytes = vec![0; DATAGRAM_MAX];
             let mut w = Writer::new(&mut bytes);

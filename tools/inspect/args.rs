@@ -29,6 +29,8 @@ pub enum Command {
     Connections(Connections),
     /// Every counter.
     Counters(Counters),
+    /// Full syncs.
+    Sync(Sync),
     /// Whether traffic may be sent here.
     Check(Check),
 }
@@ -73,8 +75,17 @@ pub struct Counters {
     pub json: bool,
 }
 
+/// How far the full sync to each other member is: connections that it has, connections to do, rate, time left.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "sync")]
+pub struct Sync {
+    /// as JSON
+    #[argh(switch)]
+    pub json: bool,
+}
+
 /// Whether this member can carry the group's traffic, for scripts. Exit status 0: it can; 1: it does not
-/// run; 2: it runs and is not ready (starting, leaving, or it hangs).
+/// run; 2: it runs and is not ready (starting, syncing, leaving, or it hangs).
 #[derive(FromArgs)]
 #[argh(subcommand, name = "check")]
 pub struct Check {

@@ -9,9 +9,13 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use hypersync::counters::Counter;
+use hypersync::limits::MEMBERS_MAX;
 use hypersync::shm::group::Standing;
 use hypersync::shm::{RegionView, ShmError};
 use serde_json::{Value, json};
+
+use crate::counters::of_shards;
 
 /// A shard makes a pass at least every 50 ms. One that has made none for so long is no longer good
 /// for a verdict; a busy host takes a few hundred milliseconds now and then.
@@ -96,7 +100,23 @@ fn judge(view: &RegionView) -> (Verdict, String) {
             let why = "is starting: it has not yet read the connections that there are, or not yet listened for the others";
             (Verdict::NotReady, format!("{whom} {why}"))
         }
+        Standing::Syncing => (Verdict::NotReady, format!("{whom} is syncing: {}", syncing(view))),
         Standing::Leaving => (Verdict::NotReady, format!("{whom} is leaving the group")),
         Standing::Ready => (Verdict::Ready, format!("{whom} can carry the group's traffic")),
+    }
+}
+
+/// What there is so far, and whose rest is missing.
+fn syncing(view: &RegionView) -> String {
+    let copies: u64 = of_shards(view, Counter::ConnectionsBackup).iter().sum();
+    let awaited = view.group().shard(0).awaited();
+    let members: Vec<String> =
+        (1..=MEMBERS_MAX).filter(|m| awaited >> m & 1 == 1).map(|m| m.to_string()).collect();
+    match members.len() {
+        0 => format!(
+            "{copies} copies so far; the last are being written to the kernel, or nobody else is heard"
+        ),
+        1 => format!("{copies} copies so far, not yet all of member {}", members[0]),
+        _ => format!("{copies} copies so far, not yet all of members {}", members.join(", ")),
     }
 }

@@ -11,6 +11,7 @@ mod check;
 mod connections;
 mod counters;
 mod state;
+mod sync;
 
 use std::io::{self, BufWriter, ErrorKind, Write};
 use std::process::ExitCode;
@@ -52,6 +53,7 @@ fn run(view: &RegionView, command: &Command, out: &mut dyn Write) -> io::Result<
         Command::State(c) => state::print(view, c.json, out)?,
         Command::Connections(c) => connections::print_all(view, c.json, out)?,
         Command::Counters(c) => counters::print(view, c.json, out)?,
+        Command::Sync(c) => sync::print(view, c.json, out)?,
         Command::Check(_) => unreachable!("it is answered without a region, too"),
         Command::Find(c) => match c.tuple.join(" ").parse() {
             Ok(tuple) => return connections::print_found(view, &tuple, c.json, out),

@@ -258,6 +258,7 @@ fn print_json(
         "group": h.group,
         "pid": h.pid,
         "running": view.is_running(),
+        "standing": view.group().shard(0).standing().name(),
         "boot_id": boot_id,
         "table_id": h.table_id,
         "incarnation": h.incarnation,
@@ -290,7 +291,7 @@ fn age(at: Time, now: Time) -> String {
 }
 
 /// A span in the unit that suits it.
-fn span(span: Duration) -> String {
+pub fn span(span: Duration) -> String {
     let (us, s) = (span.as_micros(), span.as_secs());
     match () {
         () if us == 0 => "0".into(),
