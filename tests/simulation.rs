@@ -20,6 +20,8 @@
 mod checkers;
 #[path = "simulation/plan.rs"]
 mod plan;
+#[path = "simulation/scale.rs"]
+mod scale;
 #[path = "simulation/sim.rs"]
 mod sim;
 #[path = "simulation/truth.rs"]

@@ -26,6 +26,15 @@ pub const STEP: Duration = Duration::from_micros(250);
 pub const HOLD: Duration = Duration::from_millis(50);
 pub const HEARTBEAT: Duration = Duration::from_millis(20);
 pub const REPROTECT: Duration = Duration::from_millis(200);
+pub const FLUSH: Duration = Duration::from_millis(1);
+
+/// The times that members which start from now on keep.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub heartbeat: Duration,
+    pub hold: Duration,
+    pub reprotect_after: Duration,
+}
 
 /// A small generator (splitmix64) whose stream never changes between versions.
 pub struct Rng(pub u64);
@@ -143,6 +152,9 @@ pub struct World<'m> {
     pub fresh: u32,
     /// How members that start from now on commit.
     pub commit: CommitMode,
+    pub timing: Timing,
+    /// Heartbeats go to members 1 to this one.
+    pub highest: MemberId,
     commit_rng: Rng,
     packets: BTreeMap<(Time, u64), Packet>,
     sequence: u64,
@@ -184,6 +196,8 @@ impl<'m> World<'m> {
             events: Vec::new(),
             fresh: 0,
             commit: CommitMode::Eager,
+            timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT },
+            highest: 8,
             packets: BTreeMap::new(),
             sequence: 0,
             memories: memories.iter(),
@@ -201,7 +215,7 @@ impl<'m> World<'m> {
             site: 0,
             table_id,
             incarnation,
-            heartbeat: HEARTBEAT,
+            heartbeat: self.timing.heartbeat,
             dead_after: 3,
         };
         let memory: Vec<Memory<'m>> =
@@ -215,9 +229,9 @@ impl<'m> World<'m> {
                 site: 0,
                 table_id,
                 index_key: incarnation,
-                hold: HOLD,
-                reprotect_after: REPROTECT,
-                flush: Duration::from_millis(1),
+                hold: self.timing.hold,
+                reprotect_after: self.timing.reprotect_after,
+                flush: FLUSH,
                 commit: self.commit,
             };
             Replica::new(config, *memory)
@@ -452,7 +466,7 @@ impl<'m> World<'m> {
         let true_now = now;
         let host = self.hosts.get_mut(&member).expect("it exists");
         let now = host.clock(now);
-        if now.since(host.last_pass) > HEARTBEAT {
+        if now.since(host.last_pass) > host.group.heartbeat() {
             host.group.excuse(now); // As the appliance does after a pause.
         }
         host.last_pass = now;
@@ -485,7 +499,7 @@ impl<'m> World<'m> {
             heartbeat.encode(7, &shown, &mut w);
             let len = w.len();
             bytes.truncate(len);
-            out.extend((1..=8).filter(|to| *to != member).map(|to| (to, bytes.clone())));
+            out.extend((1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())));
         }
         for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
             shard.tick(now);
