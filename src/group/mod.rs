@@ -129,8 +129,12 @@ impl Group {
 
     /// When [`tick`](Self::tick) has something to do next.
     pub fn poll_at(&self) -> Time {
-        let deaths = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
-        deaths.map(|m| self.detectors[m].silent_at()).fold(self.next_heartbeat, Time::min)
+        let alive = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
+        alive.fold(self.next_heartbeat, |at, m| {
+            let ready = self.view.members[m].status == Status::Ready;
+            let missed = self.detectors[m].full_size_missed_at().filter(|_| ready);
+            at.min(self.detectors[m].silent_at()).min(missed.unwrap_or(Time::NEVER))
+        })
     }
 
     /// A heartbeat of this group arrived. `false` if it came from another host with a number in use.
