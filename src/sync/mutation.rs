@@ -42,6 +42,7 @@ mutations! {
     EarlyReleaseIgnored, "a release that overtook its claim is ignored";
     MemoryGrows, "each ack allocates and forgets a little";
     TargetOff, "a new names the slot beside its own";
+    RepeatsUnannounced, "poll_at forgets when something has to be repeated";
     UpdateIncomplete, "an update does not take over the mark";
 }
 

@@ -87,10 +87,17 @@ pub struct Host<'m> {
     pub drift_ppm: i64,
     mail: VecDeque<Packet>,
     last_pass: Time,
+    /// When each shard makes its next pass by its own clock, if nothing arrives before.
+    wake_at: Vec<Time>,
+    /// Shards for which something arrived, or which have something left to do, as bits.
+    awake: u64,
     /// Commits wait: its kernel is not asked at all.
     pub stalled: bool,
     view_version: u64,
 }
+
+/// The longest wait of a shard, as the appliance's is half of its heartbeats' interval.
+const WAIT_MAX: Duration = Duration::from_millis(10);
 
 /// Datagrams that wait for a member that makes no pass; further ones are lost.
 const MAIL_MAX: usize = 300;
@@ -99,6 +106,13 @@ const MAIL_MAX: usize = 300;
 const BEGINNING: Time = Time(1_000_000_000);
 
 impl Host<'_> {
+    /// Shards that have a pass to make, as bits.
+    fn due(&self, now: Time) -> u64 {
+        let now = self.clock(now);
+        let come = self.wake_at.iter().enumerate().filter(|(_, at)| at.reached(now));
+        come.fold(self.awake, |bits, (shard, _)| bits | 1 << shard)
+    }
+
     /// The time that this member's clock shows.
     pub fn clock(&self, now: Time) -> Time {
         let passed = now.since(BEGINNING).as_nanos() as i64;
@@ -153,6 +167,11 @@ pub struct World<'m> {
     /// How members that start from now on commit.
     pub commit: CommitMode,
     pub timing: Timing,
+    /// Passes are made when something arrives or a timer that was announced has come, as the appliance
+    /// does, not at every step.
+    pub as_announced: bool,
+    /// What was found due at a time that nobody had announced.
+    pub unannounced: Option<String>,
     /// Heartbeats go to members 1 to this one.
     pub highest: MemberId,
     commit_rng: Rng,
@@ -197,6 +216,8 @@ impl<'m> World<'m> {
             fresh: 0,
             commit: CommitMode::Eager,
             timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT },
+            as_announced: false,
+            unannounced: None,
             highest: 8,
             packets: BTreeMap::new(),
             sequence: 0,
@@ -250,6 +271,8 @@ impl<'m> World<'m> {
             drift_ppm: 0,
             mail: VecDeque::new(),
             last_pass: self.now,
+            wake_at: vec![Time(0); shards as usize],
+            awake: 0,
             stalled: false,
             view_version: 0,
         };
@@ -277,6 +300,7 @@ impl<'m> World<'m> {
         let now = self.now;
         let host = self.host(member);
         let now = host.clock(now);
+        host.awake |= 1 << shard;
         host.shards[shard as usize].handle_datagram(now, Some(source), bytes);
     }
 
@@ -319,11 +343,12 @@ impl<'m> World<'m> {
             }
             SourceEvent::Gone { .. } => self.note(member, "gone", format_args!("{original}")),
         }
+        let shard = shard_of(&original, self.hosts[&member].shards.len() as u8);
+        self.rouse(member, shard);
         let now = self.now;
         let before = self.allocated.map_or(0, |allocated| allocated());
         let host = self.host(member);
         let now = host.clock(now);
-        let shard = shard_of(&original, host.shards.len() as u8);
         host.shards[shard as usize].handle_source(now, event);
         self.account(member, before);
     }
@@ -416,26 +441,59 @@ impl<'m> World<'m> {
         }
         for member in self.hosts.keys().copied().collect::<Vec<_>>() {
             let host = &self.hosts[&member];
-            if host.running && !host.paused {
-                let before = self.allocated.map_or(0, |allocated| allocated());
-                let out = self.run(member);
-                self.account(
-                    member,
-                    before
-                        + out.iter().map(|(_, bytes)| bytes.capacity() as isize).sum::<isize>()
-                        + (out.capacity() * size_of::<(MemberId, Vec<u8>)>()) as isize,
-                );
-                for (to, bytes) in out {
-                    self.post(member, to, bytes);
-                }
+            let shards = if self.as_announced { host.due(self.now) } else { u64::MAX };
+            if host.running && !host.paused && shards != 0 {
+                self.pass(member, shards);
             }
         }
+    }
+
+    /// A pass of these shards (bits) of a member; returns what it sent.
+    fn pass(&mut self, member: MemberId, shards: u64) -> usize {
+        let before = self.allocated.map_or(0, |allocated| allocated());
+        let out = self.run(member, shards);
+        self.account(
+            member,
+            before
+                + out.iter().map(|(_, bytes)| bytes.capacity() as isize).sum::<isize>()
+                + (out.capacity() * size_of::<(MemberId, Vec<u8>)>()) as isize,
+        );
+        let sent = out.len();
+        for (to, bytes) in out {
+            self.post(member, to, bytes);
+        }
+        sent
+    }
+
+    /// Something is about to arrive for a shard. If it sleeps it makes a pass first, as a loop may that is
+    /// woken for nothing: whatever that finds to do should have been announced.
+    fn rouse(&mut self, member: MemberId, shard: u8) {
+        let host = &self.hosts[&member];
+        if !self.as_announced || !host.running || host.paused {
+            return;
+        }
+        if host.due(self.now) >> shard & 1 == 0 {
+            let (at, now) = (host.wake_at[shard as usize], host.clock(self.now));
+            let sent = self.pass(member, 1 << shard);
+            if sent > 0 {
+                self.unannounced.get_or_insert_with(|| {
+                    format!("shard {shard} of {member} sent {sent} datagrams {:?} too early", at.since(now))
+                });
+            }
+        }
+        self.host(member).awake |= 1 << shard;
     }
 
     fn deliver(&mut self, packet: Packet) {
         if self.log.is_some() {
             let Sent { from, to, bytes } = &packet;
             self.note(*to, "arrive", format_args!("from {from}: {}", describe_head(bytes)));
+        }
+        let mut r = Reader::new(&packet.bytes);
+        let Ok(header) = Header::decode(&mut r, 7) else { return };
+        let shards = self.hosts.get(&packet.to).map_or(0, |host| host.shards.len());
+        if (header.to_shard as usize) < shards {
+            self.rouse(packet.to, header.to_shard);
         }
         let now = self.now;
         let before = self.allocated.map_or(0, |allocated| allocated());
@@ -447,8 +505,6 @@ impl<'m> World<'m> {
             return;
         }
         let (now, member) = (host.clock(now), packet.to);
-        let mut r = Reader::new(&packet.bytes);
-        let Ok(header) = Header::decode(&mut r, 7) else { return };
         if header.opcode == OPCODE_HEARTBEAT {
             if let Ok(heartbeat) = Heartbeat::decode(&header, &mut r, packet.bytes.len()) {
                 host.group.handle_heartbeat(now, address(packet.from), &heartbeat);
@@ -460,48 +516,56 @@ impl<'m> World<'m> {
         self.account(member, before);
     }
 
-    /// A pass of a member; what it sends.
-    fn run(&mut self, member: MemberId) -> Vec<(MemberId, Vec<u8>)> {
+    /// A pass of these shards (bits) of a member; what it sends.
+    fn run(&mut self, member: MemberId, mut shards: u64) -> Vec<(MemberId, Vec<u8>)> {
         let (now, log) = (self.now, self.log);
         let true_now = now;
         let host = self.hosts.get_mut(&member).expect("it exists");
         let now = host.clock(now);
-        if now.since(host.last_pass) > host.group.heartbeat() {
-            host.group.excuse(now); // As the appliance does after a pause.
-        }
-        host.last_pass = now;
         let mut out: Vec<(MemberId, Vec<u8>)> = Vec::new();
-        for shard in &mut host.shards {
-            let goodbyes = shard.take_goodbyes();
-            for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
-                host.group.handle_goodbye(now, gone);
+        if shards & 1 == 1 {
+            if now.since(host.last_pass) > host.group.heartbeat() {
+                host.group.excuse(now); // As the appliance does after a pause.
             }
-        }
-        host.group.tick(now);
-        while let Some(event) = host.group.poll_event() {
-            if let Some(log) = log {
-                log(true_now, member, "group", format_args!("{event:?}"));
-            }
-            self.events.push((member, event));
-        }
-        if host.group.view().version != host.view_version {
-            host.view_version = host.group.view().version;
+            host.last_pass = now;
             for shard in &mut host.shards {
-                shard.handle_view(now, host.group.view());
+                let goodbyes = shard.take_goodbyes();
+                for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
+                    host.group.handle_goodbye(now, gone);
+                }
+            }
+            host.group.tick(now);
+            while let Some(event) = host.group.poll_event() {
+                if let Some(log) = log {
+                    log(true_now, member, "group", format_args!("{event:?}"));
+                }
+                self.events.push((member, event));
+            }
+            if host.group.view().version != host.view_version {
+                host.view_version = host.group.view().version;
+                for shard in &mut host.shards {
+                    shard.handle_view(now, host.group.view());
+                }
+                shards = u64::MAX; // Their bells ring.
+            }
+            let room = host.shards.iter().map(|s| s.room() as u64).sum();
+            let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
+            let tables = Tables { capacity, room, ready: true, leaving: host.leaving };
+            if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
+                let mut bytes = vec![0; DATAGRAM_MAX];
+                let mut w = Writer::new(&mut bytes);
+                heartbeat.encode(7, &shown, &mut w);
+                let len = w.len();
+                bytes.truncate(len);
+                out.extend((1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())));
             }
         }
-        let room = host.shards.iter().map(|s| s.room() as u64).sum();
-        let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
-        let tables = Tables { capacity, room, ready: true, leaving: host.leaving };
-        if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
-            let mut bytes = vec![0; DATAGRAM_MAX];
-            let mut w = Writer::new(&mut bytes);
-            heartbeat.encode(7, &shown, &mut w);
-            let len = w.len();
-            bytes.truncate(len);
-            out.extend((1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())));
+        host.awake &= !shards;
+        if !out.is_empty() {
+            host.awake |= 1; // As after every send.
         }
-        for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
+        for (index, memory) in host.memory.iter().enumerate().filter(|(index, _)| shards >> index & 1 == 1) {
+            let shard = &mut host.shards[index];
             shard.tick(now);
             while !host.stalled
                 && let Some(commit) = shard.poll_commit()
@@ -532,8 +596,15 @@ impl<'m> World<'m> {
                 landed.push(transmit.token);
                 true
             });
+            // What was sent, and commits that wait, end the wait that follows.
+            let busy = !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
+            host.awake |= u64::from(busy) << index;
             for token in landed {
                 shard.landed(token, false);
+            }
+            if self.as_announced {
+                let at = now.after(WAIT_MAX).min(shard.poll_at());
+                host.wake_at[index] = if index == 0 { at.min(host.group.poll_at()) } else { at };
             }
         }
         out
