@@ -61,6 +61,7 @@ counters! {
     TableFull, "table_full", "connections or copies refused because no slot was free";
     Claims, "claims", "copies claimed here because their traffic showed up";
     ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";
+    SlotsWalked, "slots_walked", "slots that walks over the table looked at";
     Promotions, "promotions", "copies of a dead member made active and given a new backup";
     Conflicts, "conflicts", "connections that two members held as active; the older state gave way";
 

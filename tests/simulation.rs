@@ -8,6 +8,10 @@
 //! how many are run, `FIRST=n` the first of them; with `ALL=1` every failure is listed, a line each. With the
 //! feature `mutations`, `MUTATION=name` tries one deliberate fault only.
 //!
+//! In half of the seeds a shard makes a pass only when something arrives or the time that its `poll_at` announced
+//! has come, as the appliance's loop does. A shard that something arrives for makes one more pass first, as a
+//! loop may that is woken for nothing: if that sends anything, a timer was not announced.
+//!
 //! What the protocol does not handle yet is not generated: traffic shows up only where the other copy of
 //! its connection is, or where nobody has one, and not at two members within one round trip. Two members may
 //! end up as actives of one connection that neither sends to the other: when traffic moves to a member whose
@@ -20,6 +24,8 @@
 mod checkers;
 #[path = "simulation/plan.rs"]
 mod plan;
+#[path = "simulation/scale.rs"]
+mod scale;
 #[path = "simulation/sim.rs"]
 mod sim;
 #[path = "simulation/truth.rs"]

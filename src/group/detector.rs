@@ -58,7 +58,12 @@ impl Detector {
 
     /// Whether full-size heartbeats arrive.
     pub fn hears_full_size(&self, now: Time) -> bool {
-        self.last_full_size.is_some_and(|last| now.since(last) <= self.full_size_silence)
+        !self.full_size_missed_at().is_none_or(|at| at.reached(now))
+    }
+
+    /// When that ends unless one is heard before; `None` if none was heard.
+    pub fn full_size_missed_at(&self) -> Option<Time> {
+        self.last_full_size.map(|last| last.after(self.full_size_silence))
     }
 
     /// Whether heartbeats arrive, and none of full size for so long that the path must be losing those.

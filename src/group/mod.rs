@@ -172,8 +172,12 @@ impl Group {
 
     /// When [`tick`](Self::tick) has something to do next.
     pub fn poll_at(&self) -> Time {
-        let deaths = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
-        deaths.map(|m| self.dead_at(m)).fold(self.next_heartbeat, Time::min)
+        let alive = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
+        alive.fold(self.next_heartbeat, |at, m| {
+            let ready = self.view.members[m].status.is_able() && !self.view.members[m].is_restarting();
+            let missed = self.detectors[m].full_size_missed_at().filter(|_| ready);
+            at.min(self.dead_at(m)).min(missed.unwrap_or(Time::NEVER))
+        })
     }
 
     /// When a member is dead unless it is heard before.

@@ -43,6 +43,7 @@ mutations! {
     MemoryGrows, "each ack allocates and forgets a little";
     TargetOff, "a new names the slot beside its own";
     DigestStands, "what is held changes without its digest";
+    RepeatsUnannounced, "poll_at forgets when something has to be repeated";
     UpdateIncomplete, "an update does not take over the mark";
 }
 

@@ -654,7 +654,8 @@ impl<'m> Replica<'m> {
                 continue; // Nothing is sent there, whatever is due.
             }
             let s = &self.streams[*stream as usize];
-            at = at.min(s.repeat_at).min(s.want_at);
+            let repeat_at = if is(Mutation::RepeatsUnannounced) { Time::NEVER } else { s.repeat_at };
+            at = at.min(repeat_at).min(s.want_at);
             if !s.dirty.is_empty() && self.unsent_room(*stream as usize) {
                 at = at.min(s.flush_at);
             }

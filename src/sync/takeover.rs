@@ -308,6 +308,7 @@ impl Replica<'_> {
             }
             slot += 1;
         }
+        self.counters.add(Counter::SlotsWalked, (slot - self.walk_slot) as u64);
         // One that could not go on looks again a little later.
         self.walk_next = if slot == end { now } else { now.after(WALK_PAUSE) };
         self.walk_slot = slot;

@@ -27,6 +27,15 @@ pub const STEP: Duration = Duration::from_micros(250);
 pub const HOLD: Duration = Duration::from_millis(50);
 pub const HEARTBEAT: Duration = Duration::from_millis(20);
 pub const REPROTECT: Duration = Duration::from_millis(200);
+pub const FLUSH: Duration = Duration::from_millis(1);
+
+/// The times that members which start from now on keep.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    pub heartbeat: Duration,
+    pub hold: Duration,
+    pub reprotect_after: Duration,
+}
 
 /// A small generator (splitmix64) whose stream never changes between versions.
 pub struct Rng(pub u64);
@@ -80,6 +89,10 @@ pub struct Host<'m> {
     pub drift_ppm: i64,
     mail: VecDeque<Packet>,
     last_pass: Time,
+    /// When each shard makes its next pass by its own clock, if nothing arrives before.
+    wake_at: Vec<Time>,
+    /// Shards for which something arrived, or which have something left to do, as bits.
+    awake: u64,
     /// Commits wait: its kernel is not asked at all.
     pub stalled: bool,
     pub readiness: Readiness,
@@ -89,7 +102,7 @@ pub struct Host<'m> {
 }
 
 /// What a shard of this member is told at its start.
-fn config(identity: &Identity, shard: u8, commit: CommitMode) -> ReplicaConfig {
+fn config(identity: &Identity, shard: u8, commit: CommitMode, timing: Timing) -> ReplicaConfig {
     ReplicaConfig {
         group: 7,
         member: identity.member,
@@ -98,13 +111,16 @@ fn config(identity: &Identity, shard: u8, commit: CommitMode) -> ReplicaConfig {
         site: 0,
         table_id: identity.table_id,
         index_key: identity.table_id as u64,
-        hold: HOLD,
-        reprotect_after: REPROTECT,
-        flush: Duration::from_millis(1),
+        hold: timing.hold,
+        reprotect_after: timing.reprotect_after,
+        flush: FLUSH,
         compare: Duration::from_millis(100),
         commit,
     }
 }
+
+/// The longest wait of a shard, as the appliance's is half of its heartbeats' interval.
+const WAIT_MAX: Duration = Duration::from_millis(10);
 
 /// Datagrams that wait for a member that makes no pass; further ones are lost.
 const MAIL_MAX: usize = 300;
@@ -113,6 +129,13 @@ const MAIL_MAX: usize = 300;
 const BEGINNING: Time = Time(1_000_000_000);
 
 impl Host<'_> {
+    /// Shards that have a pass to make, as bits.
+    fn due(&self, now: Time) -> u64 {
+        let now = self.clock(now);
+        let come = self.wake_at.iter().enumerate().filter(|(_, at)| at.reached(now));
+        come.fold(self.awake, |bits, (shard, _)| bits | 1 << shard)
+    }
+
     /// The time that this member's clock shows.
     pub fn clock(&self, now: Time) -> Time {
         let passed = now.since(BEGINNING).as_nanos() as i64;
@@ -166,6 +189,14 @@ pub struct World<'m> {
     pub fresh: u32,
     /// How members that start from now on commit.
     pub commit: CommitMode,
+    pub timing: Timing,
+    /// Passes are made when something arrives or a timer that was announced has come, as the appliance
+    /// does, not at every step.
+    pub as_announced: bool,
+    /// What was found due at a time that nobody had announced.
+    pub unannounced: Option<String>,
+    /// Heartbeats go to members 1 to this one.
+    pub highest: MemberId,
     commit_rng: Rng,
     packets: BTreeMap<(Time, u64), Packet>,
     sequence: u64,
@@ -207,6 +238,10 @@ impl<'m> World<'m> {
             events: Vec::new(),
             fresh: 0,
             commit: CommitMode::Eager,
+            timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT },
+            as_announced: false,
+            unannounced: None,
+            highest: 8,
             packets: BTreeMap::new(),
             sequence: 0,
             memories: memories.iter(),
@@ -224,16 +259,16 @@ impl<'m> World<'m> {
             site: 0,
             table_id,
             incarnation,
-            heartbeat: HEARTBEAT,
+            heartbeat: self.timing.heartbeat,
             dead_after: 3,
         };
         let memory: Vec<Memory<'m>> =
             (0..shards).map(|_| self.memories.next().expect("enough memories").parts()).collect();
-        let commit = self.commit;
+        let (commit, timing) = (self.commit, self.timing);
         let replicas = memory
             .iter()
             .enumerate()
-            .map(|(shard, memory)| Replica::new(config(&identity, shard as u8, commit), *memory));
+            .map(|(shard, memory)| Replica::new(config(&identity, shard as u8, commit, timing), *memory));
         let host = Host {
             member,
             shards: replicas.collect(),
@@ -249,8 +284,10 @@ impl<'m> World<'m> {
             drift_ppm: 0,
             mail: VecDeque::new(),
             last_pass: self.now,
+            wake_at: vec![Time(0); shards as usize],
+            awake: 0,
             stalled: false,
-            readiness: Readiness::new(HEARTBEAT * 3, self.now),
+            readiness: Readiness::new(self.timing.heartbeat * 3, self.now),
             view_version: 0,
             doomed: None,
         };
@@ -268,7 +305,7 @@ impl<'m> World<'m> {
     /// kernel went on: what was owed to it is found by look-ups, as the feed makes them.
     pub fn resume(&mut self, member: MemberId) {
         let incarnation = self.rng.next() | 1;
-        let (true_now, commit) = (self.now, self.commit);
+        let (true_now, commit, timing) = (self.now, self.commit, self.timing);
         let host = self.host(member);
         assert!(!host.running);
         let now = host.clock(true_now);
@@ -277,7 +314,8 @@ impl<'m> World<'m> {
         host.shards.clear();
         let mut lost = 0;
         for (shard, memory) in host.memory.iter().enumerate() {
-            let (replica, torn) = Replica::resume(config(&host.identity, shard as u8, commit), *memory, now);
+            let (replica, torn) =
+                Replica::resume(config(&host.identity, shard as u8, commit, timing), *memory, now);
             host.shards.push(replica);
             lost += torn;
         }
@@ -298,7 +336,9 @@ impl<'m> World<'m> {
             shards[shard_of(tuple, count) as usize].table().find_original(tuple).is_some()
         });
         (host.running, host.paused, host.doomed) = (true, false, None);
+        host.readiness = Readiness::new(timing.heartbeat * 3, now);
         (host.view_version, host.last_pass) = (0, now);
+        host.awake = u64::MAX;
         host.mail.clear();
         self.note(member, "resume", format_args!("{lost} slots were torn"));
         self.grown.insert(member, 0);
@@ -350,6 +390,7 @@ impl<'m> World<'m> {
         let now = self.now;
         let host = self.host(member);
         let now = host.clock(now);
+        host.awake |= 1 << shard;
         host.shards[shard as usize].handle_datagram(now, Some(source), bytes);
     }
 
@@ -392,11 +433,12 @@ impl<'m> World<'m> {
             }
             SourceEvent::Gone { .. } => self.note(member, "gone", format_args!("{original}")),
         }
+        let shard = shard_of(&original, self.hosts[&member].shards.len() as u8);
+        self.rouse(member, shard);
         let now = self.now;
         let before = self.allocated.map_or(0, |allocated| allocated());
         let host = self.host(member);
         let now = host.clock(now);
-        let shard = shard_of(&original, host.shards.len() as u8);
         self.mortal(member, |world| world.host(member).shards[shard as usize].handle_source(now, event));
         self.account(member, before);
     }
@@ -490,26 +532,59 @@ impl<'m> World<'m> {
         }
         for member in self.hosts.keys().copied().collect::<Vec<_>>() {
             let host = &self.hosts[&member];
-            if host.running && !host.paused {
-                let before = self.allocated.map_or(0, |allocated| allocated());
-                let out = self.mortal(member, |world| world.run(member)).unwrap_or_default();
-                self.account(
-                    member,
-                    before
-                        + out.iter().map(|(_, bytes)| bytes.capacity() as isize).sum::<isize>()
-                        + (out.capacity() * size_of::<(MemberId, Vec<u8>)>()) as isize,
-                );
-                for (to, bytes) in out {
-                    self.post(member, to, bytes);
-                }
+            let shards = if self.as_announced { host.due(self.now) } else { u64::MAX };
+            if host.running && !host.paused && shards != 0 {
+                self.pass(member, shards);
             }
         }
+    }
+
+    /// A pass of these shards (bits) of a member; returns what it sent.
+    fn pass(&mut self, member: MemberId, shards: u64) -> usize {
+        let before = self.allocated.map_or(0, |allocated| allocated());
+        let out = self.mortal(member, |world| world.run(member, shards)).unwrap_or_default();
+        self.account(
+            member,
+            before
+                + out.iter().map(|(_, bytes)| bytes.capacity() as isize).sum::<isize>()
+                + (out.capacity() * size_of::<(MemberId, Vec<u8>)>()) as isize,
+        );
+        let sent = out.len();
+        for (to, bytes) in out {
+            self.post(member, to, bytes);
+        }
+        sent
+    }
+
+    /// Something is about to arrive for a shard. If it sleeps it makes a pass first, as a loop may that is
+    /// woken for nothing: whatever that finds to do should have been announced.
+    fn rouse(&mut self, member: MemberId, shard: u8) {
+        let host = &self.hosts[&member];
+        if !self.as_announced || !host.running || host.paused {
+            return;
+        }
+        if host.due(self.now) >> shard & 1 == 0 {
+            let (at, now) = (host.wake_at[shard as usize], host.clock(self.now));
+            let sent = self.pass(member, 1 << shard);
+            if sent > 0 {
+                self.unannounced.get_or_insert_with(|| {
+                    format!("shard {shard} of {member} sent {sent} datagrams {:?} too early", at.since(now))
+                });
+            }
+        }
+        self.host(member).awake |= 1 << shard;
     }
 
     fn deliver(&mut self, packet: Packet) {
         if self.log.is_some() {
             let Sent { from, to, bytes } = &packet;
             self.note(*to, "arrive", format_args!("from {from}: {}", describe_head(bytes)));
+        }
+        let mut r = Reader::new(&packet.bytes);
+        let Ok(header) = Header::decode(&mut r, 7) else { return };
+        let shards = self.hosts.get(&packet.to).map_or(0, |host| host.shards.len());
+        if (header.to_shard as usize) < shards {
+            self.rouse(packet.to, header.to_shard);
         }
         let now = self.now;
         let before = self.allocated.map_or(0, |allocated| allocated());
@@ -521,8 +596,6 @@ impl<'m> World<'m> {
             return;
         }
         let (now, member) = (host.clock(now), packet.to);
-        let mut r = Reader::new(&packet.bytes);
-        let Ok(header) = Header::decode(&mut r, 7) else { return };
         if header.opcode == OPCODE_HEARTBEAT {
             if let Ok(heartbeat) = Heartbeat::decode(&header, &mut r, packet.bytes.len()) {
                 host.group.handle_heartbeat(now, address(packet.from), &heartbeat);
@@ -534,74 +607,82 @@ impl<'m> World<'m> {
         self.account(member, before);
     }
 
-    /// A pass of a member; what it sends.
-    fn run(&mut self, member: MemberId) -> Vec<(MemberId, Vec<u8>)> {
+    /// A pass of these shards (bits) of a member; what it sends.
+    fn run(&mut self, member: MemberId, mut shards: u64) -> Vec<(MemberId, Vec<u8>)> {
         let (now, log) = (self.now, self.log);
         let true_now = now;
         let host = self.hosts.get_mut(&member).expect("it exists");
         let now = host.clock(now);
-        if now.since(host.last_pass) > HEARTBEAT {
-            host.group.excuse(now); // As the appliance does after a pause.
-        }
-        host.last_pass = now;
         let mut out: Vec<(MemberId, Vec<u8>)> = Vec::new();
-        for shard in &mut host.shards {
-            let goodbyes = shard.take_goodbyes();
-            for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
-                host.group.handle_goodbye(now, gone);
+        if shards & 1 == 1 {
+            if now.since(host.last_pass) > host.group.heartbeat() {
+                host.group.excuse(now); // As the appliance does after a pause.
             }
-        }
-        host.group.tick(now);
-        while let Some(event) = host.group.poll_event() {
-            if let Some(log) = log {
-                log(true_now, member, "group", format_args!("{event:?}"));
-            }
-            self.events.push((member, event));
-        }
-        if host.group.view().version != host.view_version {
-            host.view_version = host.group.view().version;
+            host.last_pass = now;
             for shard in &mut host.shards {
-                shard.handle_view(now, host.group.view());
+                let goodbyes = shard.take_goodbyes();
+                for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
+                    host.group.handle_goodbye(now, gone);
+                }
+            }
+            host.group.tick(now);
+            while let Some(event) = host.group.poll_event() {
+                if let Some(log) = log {
+                    log(true_now, member, "group", format_args!("{event:?}"));
+                }
+                self.events.push((member, event));
+            }
+            if host.group.view().version != host.view_version {
+                host.view_version = host.group.view().version;
+                for shard in &mut host.shards {
+                    shard.handle_view(now, host.group.view());
+                }
+                shards = u64::MAX; // Their bells ring.
+            }
+            // As in the appliance's membership.
+            let version = host.group.view().version;
+            let own = Own {
+                complete: true,
+                copies: host
+                    .memory
+                    .iter()
+                    .map(|m| Counters::new(m.counters).get(Counter::ConnectionsBackup))
+                    .sum(),
+                version,
+                settled: if host.shards.iter().all(|s| s.commits_waiting() == 0) { version } else { 0 },
+            };
+            while let Some(stage) = host.readiness.tick(now, host.group.view(), &own) {
+                if let Some(log) = log {
+                    log(true_now, member, "stage", format_args!("{stage:?}"));
+                }
+            }
+            let stage = host.readiness.stage();
+            let room = host.shards.iter().map(|s| s.room() as u64).sum();
+            let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
+            let leaving = host.leaving;
+            let tables = Tables {
+                capacity,
+                room,
+                ready: stage == Stage::Ready && !leaving,
+                syncing: stage == Stage::Syncing && !leaving,
+                synced: host.shards.iter().fold(u64::MAX, |bits, shard| bits & shard.synced()),
+                leaving,
+            };
+            if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
+                let mut bytes = vec![0; DATAGRAM_MAX];
+                let mut w = Writer::new(&mut bytes);
+                heartbeat.encode(7, &shown, &mut w);
+                let len = w.len();
+                bytes.truncate(len);
+                out.extend((1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())));
             }
         }
-        // As in the appliance's membership.
-        let version = host.group.view().version;
-        let own = Own {
-            complete: true,
-            copies: host
-                .memory
-                .iter()
-                .map(|m| Counters::new(m.counters).get(Counter::ConnectionsBackup))
-                .sum(),
-            version,
-            settled: if host.shards.iter().all(|s| s.commits_waiting() == 0) { version } else { 0 },
-        };
-        while let Some(stage) = host.readiness.tick(now, host.group.view(), &own) {
-            if let Some(log) = log {
-                log(true_now, member, "stage", format_args!("{stage:?}"));
-            }
+        host.awake &= !shards;
+        if !out.is_empty() {
+            host.awake |= 1; // As after every send.
         }
-        let stage = host.readiness.stage();
-        let room = host.shards.iter().map(|s| s.room() as u64).sum();
-        let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
-        let leaving = host.leaving;
-        let tables = Tables {
-            capacity,
-            room,
-            ready: stage == Stage::Ready && !leaving,
-            syncing: stage == Stage::Syncing && !leaving,
-            synced: host.shards.iter().fold(u64::MAX, |bits, shard| bits & shard.synced()),
-            leaving,
-        };
-        if let Some((heartbeat, shown)) = host.group.poll_heartbeat(now, &tables) {
-            let mut bytes = vec![0; DATAGRAM_MAX];
-            let mut w = Writer::new(&mut bytes);
-            heartbeat.encode(7, &shown, &mut w);
-            let len = w.len();
-            bytes.truncate(len);
-            out.extend((1..=8).filter(|to| *to != member).map(|to| (to, bytes.clone())));
-        }
-        for (shard, memory) in host.shards.iter_mut().zip(&host.memory) {
+        for (index, memory) in host.memory.iter().enumerate().filter(|(index, _)| shards >> index & 1 == 1) {
+            let shard = &mut host.shards[index];
             shard.tick(now);
             while !host.stalled
                 && let Some(commit) = shard.poll_commit()
@@ -632,8 +713,15 @@ impl<'m> World<'m> {
                 landed.push(transmit.token);
                 true
             });
+            // What was sent, and commits that wait, end the wait that follows.
+            let busy = !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
+            host.awake |= u64::from(busy) << index;
             for token in landed {
                 shard.landed(token, false);
+            }
+            if self.as_announced {
+                let at = now.after(WAIT_MAX).min(shard.poll_at());
+                host.wake_at[index] = if index == 0 { at.min(host.group.poll_at()) } else { at };
             }
         }
         out

@@ -31,6 +31,8 @@ pub struct Plan {
     pub drift: bool,
     /// In how many of 1000 steps a datagram is forged.
     pub forged: u64,
+    /// Whether passes are made when something arrives or an announced timer has come, not at every step.
+    pub as_announced: bool,
 }
 
 /// Starts after the first that there is memory for.
@@ -61,6 +63,8 @@ impl Plan {
             missed: if rng.chance(30) { rng.below(100) } else { 0 },
             drift: rng.chance(50),
             forged: rng.below(60),
+            // Not drawn from the same numbers, so that what a seed does does not depend on it otherwise.
+            as_announced: Rng(!rng.0).chance(50),
         }
     }
 

@@ -58,6 +58,7 @@ impl<'m> Sim<'m> {
         let mut world = World::new(seed, memories);
         world.sent = Some(Vec::new());
         world.commit = plan.commit;
+        world.as_announced = plan.as_announced;
         let mut sim = Sim {
             expire_at: world.now,
             world,
@@ -131,6 +132,9 @@ impl<'m> Sim<'m> {
         }
         self.world.step();
         let sent = std::mem::take(self.world.sent.as_mut().expect("it is watched"));
+        if let Some(found) = self.world.unannounced.take() {
+            return Err(format!("timers are announced: {found}"));
+        }
         self.checks.after_step(&self.world, &self.truth, &sent)?;
         if self.impaired || self.checks.anybody_is_apart {
             let lately = self.moved.drain(..).filter(|(at, _)| self.world.now.since(*at) < ms(300));
