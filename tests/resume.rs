@@ -137,3 +137,68 @@ fn killed_in_the_middle_of_any_store_it_comes_back_right() {
     }
     assert!(killed > 100, "only {killed} were killed in the middle of something");
 }
+
+#[cfg(feature = "mutations")]
+fn settle(world: &mut World<'_>) {
+    world.network = Network::default();
+    for _ in 0..2 {
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+    }
+    world.check();
+}
+
+/// A datagram that was in the history and not yet counted as sent must not be there twice.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_twice_between_any_two_stores_the_history_still_adds_up() {
+    for n in 0..300u64 {
+        let memories = memories(4);
+        let mut world = pair(1, &memories, 1);
+        churn(&mut world, 300, &[1, 2]);
+        world.host(1).doomed = Some(n);
+        churn(&mut world, 100, &[1, 2]);
+        assert!(!world.hosts[&1].running);
+        world.resume(1);
+        // It sends again, and hears no ack before it is killed once more.
+        world.run_until(ms(500), "it hears the other", |w| {
+            w.hosts[&1].group.view().members[2].status.is_alive()
+        });
+        world.cut.push((2, 1));
+        dump(&mut world, 1);
+        world.run_for(ms(5));
+        world.kill(1);
+        world.resume(1);
+        world.cut.clear();
+        world.read_kernel(1);
+        settle(&mut world);
+    }
+}
+
+/// A start that is killed leaves behind what the next one can take up.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
+    let mut killed = 0;
+    for n in 0..120u64 {
+        let memories = memories(4);
+        let mut world = pair(n, &memories, 1);
+        world.network = Network { loss: 3, late: 5, ..Network::default() };
+        churn(&mut world, 300, &[1, 2]);
+        world.host(1).doomed = Some(n * 31);
+        churn(&mut world, 400, &[1, 2]);
+        world.host(1).doomed = Some(n * n % 997);
+        if world.hosts[&1].running {
+            world.kill(1);
+        }
+        world.resume(1);
+        killed += world.hosts[&1].doomed.is_none() as u32;
+        world.host(1).doomed = None;
+        dump(&mut world, 1);
+        for tuple in world.closed.clone() {
+            world.tell(1, &hypersync::source::SourceEvent::Gone { original: tuple });
+        }
+        settle(&mut world);
+    }
+    assert!(killed > 10, "only {killed} were killed again");
+}

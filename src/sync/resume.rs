@@ -48,7 +48,11 @@ impl<'m> Replica<'m> {
         let (leases, lists) =
             LeasePool::resume(memory.leases, |stream, place| used.insert((stream, place.slot)));
         drop(used);
-        let mut replica = Replica::over(config, memory, table, leases, History::resume(&memory));
+        let history = History::resume(&memory, |entry| {
+            let durable = Durable(&memory.streams[entry.stream]);
+            entry.life != durable.life() || !entry.seq.is_after(durable.sent())
+        });
+        let mut replica = Replica::over(config, memory, table, leases, history);
         for (stream, list) in lists.into_iter().enumerate() {
             replica.streams[stream].lease = list;
         }
