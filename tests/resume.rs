@@ -202,3 +202,36 @@ fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
     }
     assert!(killed > 10, "only {killed} were killed again");
 }
+
+/// Not even a connection that was changing its backup at that moment is taken for somebody else's.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_backups_move_it_keeps_every_connection() {
+    for n in 0..400u64 {
+        let memories = memories(6);
+        let mut world = pair(3, &memories, 1);
+        for _ in 0..20 {
+            world.open_at(1);
+        }
+        world.run_for(ms(200));
+        world.start(3, 1, 200);
+        world.run_until(ms(2000), "the better backup is there", |w| {
+            w.hosts[&1].group.view().members[3].status.is_able()
+        });
+        world.host(1).doomed = Some(n * 7);
+        world.run_for(ms(100));
+        if world.hosts[&1].running {
+            world.host(1).doomed = None;
+            assert!(n > 20);
+            break;
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+        for tuple in world.open.keys() {
+            assert!(world.copies().contains_key(tuple), "{n}: {tuple} is nowhere");
+        }
+        settle(&mut world);
+    }
+}
