@@ -235,3 +235,31 @@ fn killed_while_backups_move_it_keeps_every_connection() {
         settle(&mut world);
     }
 }
+
+/// What was taken over from a table that is no more is nobody's to ask back, also if the start of its member and
+/// the end of this process fall together.
+#[test]
+fn killed_while_it_forgets_a_former_table_it_keeps_what_it_took_over() {
+    for steps in 0..160 {
+        let memories = memories(4);
+        let mut world = pair(4, &memories, 1);
+        for _ in 0..10 {
+            world.open_at(2);
+        }
+        world.run_for(ms(200));
+        world.kill(2);
+        world.run_for(ms(500));
+        world.start(2, 1, 100);
+        for _ in 0..steps {
+            world.step();
+        }
+        world.kill(1);
+        world.resume(1);
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+        let copies = world.copies();
+        for tuple in world.open.keys() {
+            assert!(copies.contains_key(tuple), "after {steps} steps: {tuple} is nowhere");
+        }
+    }
+}

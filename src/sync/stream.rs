@@ -50,6 +50,8 @@ pub const WORD_GRANTED_TO_US: usize = 4;
 pub const WORD_PEER_TABLE: usize = 5;
 /// Word: 1 while what was agreed with the peer is being let go, until the next life begins.
 pub const WORD_LET_GO: usize = 6;
+/// Word, of the stream to shard 0 of a member: 1 while what was taken over from a table before is being forgotten.
+pub const WORD_FORGETTING: usize = 7;
 /// Word: the receive floor: everything up to here is received and applied, or was skipped.
 pub const WORD_RECEIVE_FLOOR: usize = 8;
 /// Word: slots granted to the peer since a life of either half began.
@@ -185,9 +187,19 @@ impl Durable<'_> {
         self.set(WORD_LET_GO, 0);
     }
 
+    /// Whether it is still to be forgotten what was taken over from a table that the member does not have any more.
+    pub fn is_forgetting(&self) -> bool {
+        self.get(WORD_FORGETTING) != 0
+    }
+
+    /// Notes that, or that it is done.
+    pub fn set_forgetting(&self, forgetting: bool) {
+        self.set(WORD_FORGETTING, forgetting as u64);
+    }
+
     /// Forgets a table of the peer in which this stream does not exist any more.
     pub fn forget(&self) {
-        for word in 0..48 {
+        for word in (0..48).filter(|word| *word != WORD_FORGETTING) {
             self.set(word, 0);
         }
     }

@@ -241,6 +241,10 @@ impl Replica<'_> {
         let returned = known == seen.table_id;
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
+        if !returned && known != 0 {
+            // Before anything says that this is the table: who goes on from here must forget the other one as well.
+            self.durable(stream_index(member, 0)).set_forgetting(true);
+        }
         for shard in (0..SHARDS_MAX as u8).filter(|_| !returned) {
             let durable = self.durable(stream_index(member, shard));
             let exists = shard < seen.shards
@@ -445,7 +449,10 @@ impl Replica<'_> {
                     self.walk_next = now.after(REHOME_PAUSE);
                 }
             }
-            Job::Forget { .. } => self.retry_at = now,
+            Job::Forget { member } => {
+                self.durable(stream_index(member, 0)).set_forgetting(false);
+                self.retry_at = now;
+            }
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
             Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
             Job::Compare { stream } => self.compared(stream),

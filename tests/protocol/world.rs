@@ -315,7 +315,11 @@ impl<'m> World<'m> {
         assert!(!host.running);
         let now = host.clock(true_now);
         host.identity.incarnation = incarnation;
-        host.group = Group::new(host.identity.clone(), now);
+        let mut group = Group::new(host.identity.clone(), now);
+        for (id, known) in host.group.view().others() {
+            group.remember(now, id, known);
+        }
+        host.group = group;
         host.shards.clear();
         let mut lost = 0;
         for (shard, memory) in host.memory.iter().enumerate() {
