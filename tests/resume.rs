@@ -11,6 +11,9 @@ use std::time::Duration;
 use hypersync::conn::{Coordinate, Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
+use hypersync::source::CommitMode;
+#[cfg(feature = "mutations")]
+use hypersync::sync::stream::{Durable, stream_index};
 use world::{Network, World, memories};
 
 fn ms(n: u64) -> Duration {
@@ -261,5 +264,120 @@ fn killed_while_it_forgets_a_former_table_it_keeps_what_it_took_over() {
         for tuple in world.open.keys() {
             assert!(copies.contains_key(tuple), "after {steps} steps: {tuple} is nowhere");
         }
+    }
+}
+
+/// Copies of a member that is dead are written to the kernel, whenever this process ends meanwhile.
+#[test]
+fn killed_while_it_takes_over_its_kernel_gets_every_entry() {
+    for steps in 0..40 {
+        let memories = memories(4);
+        let mut world = World::new(5, &memories);
+        world.commit = CommitMode::Takeover;
+        world.start(1, 1, 100);
+        world.start(2, 1, 100);
+        world.run_for(ms(150));
+        for _ in 0..10 {
+            world.open_at(2);
+        }
+        world.run_for(ms(200));
+        world.host(1).stalled = true;
+        world.kill(2);
+        world.run_for(ms(40 + 2 * steps));
+        world.kill(1);
+        world.resume(1);
+        world.host(1).stalled = false;
+        world.run_for(ms(1000));
+        for tuple in world.open.keys() {
+            let entry = world.hosts[&1].kernel.get(tuple);
+            assert!(entry.is_some(), "after {steps} times 2 ms: {tuple} is not in the kernel");
+        }
+    }
+}
+
+/// Every slot that is lent is one that its lessee can still fill, and the streams go on, whenever this process ends
+/// while the other begins a new life.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_the_other_begins_a_new_life_nothing_lent_is_lost() {
+    for n in 0..140u64 {
+        let memories = memories(4);
+        let mut world = pair(6, &memories, 1);
+        churn(&mut world, 400, &[1, 2]);
+        world.run_for(ms(100));
+        world.cut.push((2, 1));
+        world.run_for(ms(600));
+        world.cut.clear();
+        let peer_life =
+            |world: &World<'_>| Durable(&world.hosts[&1].memory[0].streams[stream_index(2, 0)]).peer_life();
+        let life = peer_life(&world);
+        match n {
+            0..40 => {
+                world.run_until(ms(500), "a new life", |w| peer_life(w) != life);
+                (0..n).for_each(|_| world.step());
+                world.kill(1);
+            }
+            _ => {
+                let end = (n - 40) * 3;
+                world.host(1).doomed = Some(end);
+                world.run_for(ms(100));
+                world.host(1).doomed = None;
+                if world.hosts[&1].running {
+                    world.kill(1);
+                }
+            }
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        settle(&mut world);
+        let life = peer_life(&world);
+        let table = world.hosts[&1].shards[0].table();
+        for slot in 0..table.capacity() {
+            let line = table.line(slot);
+            assert!(
+                line.kind() != Kind::Leased || line.life() == life,
+                "{n}: slot {slot} was lent in life {}, now is {life}",
+                line.life()
+            );
+        }
+    }
+}
+
+/// Two members that took over from each other ask each other, whenever this process ends meanwhile.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_it_takes_over_or_gives_way_there_is_one_active_afterwards() {
+    for n in 0..240u64 {
+        let memories = memories(6);
+        let mut world = World::new(7, &memories);
+        for member in 1..=3 {
+            world.start(member, 1, 100);
+        }
+        world.run_for(ms(150));
+        churn(&mut world, 300, &[1, 2]);
+        world.run_for(ms(100));
+        world.cut = vec![(1, 2), (2, 1)];
+        if n % 2 == 0 {
+            world.run_for(ms(200));
+            world.host(1).doomed = Some(n * 2);
+        }
+        world.run_for(ms(400));
+        // Some end at the others meanwhile.
+        for _ in 0..4 {
+            let tuple = world.any_open().filter(|t| world.open[t].owner == 2);
+            tuple.into_iter().for_each(|t| world.close(t));
+        }
+        world.cut.clear();
+        if n % 2 == 1 {
+            world.host(1).doomed = Some(n * 6);
+            world.run_for(ms(300));
+        }
+        world.host(1).doomed = None;
+        if world.hosts[&1].running {
+            world.kill(1);
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        settle(&mut world);
     }
 }

@@ -119,6 +119,8 @@ impl<'m> Replica<'m> {
             }
             let stream = if peer.is_somewhere() { self.stream_of(peer) } else { 0 };
             match line.kind() {
+                // The walk that takes back what was lent in an earlier life did not come to its end.
+                Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot),
                 Kind::Free | Kind::Leased => {}
                 Kind::Held => self.table.push(&mut self.held, On::Held, slot, now),
                 Kind::Active if !peer.is_somewhere() => self.wait(now, slot),
@@ -171,7 +173,11 @@ impl<'m> Replica<'m> {
             let let_go = first != table || known.iter().any(Durable::is_let_go);
             self.tables[member as usize] = table;
             self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
+            if self.config.commit == CommitMode::Takeover {
+                self.unwritten |= 1 << member;
+            }
             if let_go {
+                self.write_copies(member);
                 self.purge(now, member);
             }
             // Behind the purge, and before anything is offered.

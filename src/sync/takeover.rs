@@ -143,10 +143,9 @@ impl Replica<'_> {
             PeerState::Up => {
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind: false, lost: false };
                 if self.config.commit == CommitMode::Takeover {
-                    self.may_hold_entries = true;
-                    self.jobs.insert(0, Job::Commit { member });
-                    self.walk_slot = 0;
+                    self.unwritten |= 1 << member;
                 }
+                self.write_copies(member);
                 for shard in 0..SHARDS_MAX as u8 {
                     let stream = stream_index(member, shard);
                     self.streams[stream].refusals.clear();
@@ -165,7 +164,12 @@ impl Replica<'_> {
         let seen = self.view.members[member as usize];
         let same_table = seen.table_id == self.tables[member as usize];
         let is_late = since.after(self.config.reprotect_after).reached(now);
-        if seen.status.is_alive() && same_table {
+        let is_back = seen.status.is_alive() && same_table;
+        if !is_back && (is_late || seen.status != Status::Absent) {
+            self.write_copies(member);
+        }
+        if is_back {
+            self.unwritten &= !(1 << member);
             self.go_on(now, member);
             if left_behind {
                 self.unverify(member);
@@ -181,6 +185,16 @@ impl Replica<'_> {
             self.purge(now, member);
         } else if is_late && !lost {
             self.lose(now, member);
+        }
+    }
+
+    /// The member is gone: its copies are written to the kernel, unless they were, or are there all the time.
+    pub(super) fn write_copies(&mut self, member: MemberId) {
+        if self.unwritten >> member & 1 == 1 {
+            self.unwritten &= !(1 << member);
+            self.may_hold_entries = true;
+            self.jobs.insert(0, Job::Commit { member });
+            self.walk_slot = 0;
         }
     }
 
