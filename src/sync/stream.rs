@@ -178,6 +178,8 @@ impl Durable<'_> {
     /// Begins the next life of the sending half.
     pub fn begin_life(&self, peer_table: u32) {
         let life = self.life().wrapping_add(1).max(1);
+        // Until all of it is done: a life that has begun in half is let go at a resume.
+        self.let_go();
         self.set(WORD_LIVES, self.get(WORD_LIVES) & !0xffff | life as u64);
         self.set(WORD_PEER_TABLE, peer_table as u64);
         // What was granted either way is taken back, and counted anew.
@@ -206,13 +208,14 @@ impl Durable<'_> {
 
     /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
     pub fn begin_peer_life(&self, life: u16) {
-        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
         self.set(WORD_RECEIVE_FLOOR, 0);
         self.set(WORD_GRANTED_BY_US, 0);
         self.set(WORD_GRANTED_TO_US, 0);
         for word in 0..(WINDOW / 64) as usize {
             self.set(WORD_RECEIVED + word, 0);
         }
+        // Last: what was received in the life before must never be acknowledged in this one.
+        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
     }
 
     /// The receive floor.

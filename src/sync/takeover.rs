@@ -532,6 +532,9 @@ impl Replica<'_> {
                     return true;
                 }
                 self.counters.count(Counter::Promotions);
+                // First where it is taken over from: an active that does not say so is nobody's to ask back.
+                let previous = self.table.former(slot);
+                self.table.set_former(slot, peer);
                 self.table.update(slot, |line| {
                     line.set_kind(Kind::Active);
                     line.set_peer(Coordinate::NOWHERE);
@@ -540,7 +543,7 @@ impl Replica<'_> {
                         line.set_stamp(line.stamp().claimed());
                     }
                 });
-                self.protect_promoted(now, slot, peer);
+                self.protect_promoted(now, slot, previous);
                 self.commit(Commit::Refresh { slot, generation: line.generation() });
                 if has_no_entry && self.config.commit == CommitMode::Takeover {
                     self.owe(now, slot);
@@ -591,11 +594,9 @@ impl Replica<'_> {
         self.table.index.find(original, lives).is_some()
     }
 
-    /// A copy became active here, and its former active at `former` is gone. If that had named a previous
+    /// A copy became active here, and its former active is gone. If that had named a `previous`
     /// backup, the pair with it is the one that is left, so that only one of the two carries on.
-    pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, former: Coordinate) {
-        let previous = self.table.former(slot);
-        self.table.set_former(slot, former);
+    pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, previous: Coordinate) {
         assert!(self.table.on(slot) == On::None);
         // A member that came back with other shards has nothing there.
         let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize].shards.max(1);
