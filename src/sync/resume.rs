@@ -166,7 +166,7 @@ impl<'m> Replica<'m> {
             let is_forgetting = self.durable(stream_index(member, 0)).is_forgetting();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
             // New lives begin one stream after the other: the last one may still be with the table before.
-            let (Some(first), Some(table)) = (tables().next(), tables().last()) else {
+            let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
                 self.jobs.extend(is_forgetting.then_some(Job::Forget { member }));
                 continue;
             };
