@@ -214,9 +214,11 @@ impl Replica<'_> {
             self.mark_dirty(now, slot, groups::ALL);
         } else {
             line.set_peer(Coordinate::NOWHERE);
+            let previous = self.table.former(slot);
+            self.table.set_former(slot, peer);
             self.table.store(slot, &line);
             self.leave_behind(peer.member());
-            self.protect_promoted(now, slot, peer);
+            self.protect_promoted(now, slot, previous);
         }
     }
 

@@ -95,6 +95,8 @@ pub struct Replica<'m> {
     pub(super) tables: Vec<u32>,
     /// Members that do not hear us and whose copies of ours were given up, as bits.
     pub(super) abandoned: u64,
+    /// Silent members, since a resume, whose copies may have to be written to the kernel, as bits.
+    pub(super) unwritten: u64,
     /// Walks over the table: the first is under way, from slot `walk_at` on.
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
@@ -173,6 +175,7 @@ impl<'m> Replica<'m> {
             ranked: Vec::with_capacity(MEMBERS_MAX),
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
+            unwritten: 0,
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
