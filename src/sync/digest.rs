@@ -33,6 +33,8 @@ use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Message, Place, encode_digest};
 use crate::conn::slot::groups;
+#[cfg(any(test, feature = "mutations"))]
+use crate::conn::table::On;
 use crate::conn::tuple::{Family, Tuple, shards_can_meet};
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
 use crate::counters::Counter;
@@ -308,7 +310,7 @@ impl Replica<'_> {
             return 0;
         }
         let unverified = self.streams.iter().filter(|s| s.comparing.unverified);
-        unverified.map(|s| s.actives - (s.dirty.len() as u64 + s.unacknowledged).min(s.actives)).sum()
+        unverified.map(|s| s.uncounted()).sum()
     }
 
     /// Says which streams are due for a digest.
@@ -615,6 +617,57 @@ impl Replica<'_> {
         for s in &mut self.streams {
             s.comparing.unsure = true;
         }
+    }
+
+    /// Whether the sums, and the counts beside them, are what the table says; for tests: it looks at every slot.
+    #[cfg(any(test, feature = "mutations"))]
+    pub fn check_sums(&self) -> Result<(), String> {
+        let mut expected = Digests::new();
+        let mut counts = vec![(0u64, 0u64, 0u64); STREAMS_MAX];
+        for slot in 0..self.table.capacity() {
+            let (line, digest) = (self.table.line(slot), self.table.digest(slot));
+            let (peer, own) = (line.peer(), Place { slot, generation: line.generation() });
+            let at = || format!("slot {slot}, {:?} of {peer}, on {:?}", line.kind(), self.table.on(slot));
+            let now = |backup, active| hash(backup, active, line.stamp(), &self.table.connection(slot));
+            match line.kind() {
+                Kind::Backup => {
+                    let stream = self.stream_of(peer);
+                    if digest != now(own, Place::of(peer)) {
+                        return Err(format!("{}: a copy that is not what was added up", at()));
+                    }
+                    expected.held[stream * BUCKETS + bucket(slot)] ^= digest;
+                    counts[stream].1 += 1;
+                }
+                Kind::Active | Kind::Closing if peer.is_somewhere() => {
+                    let stream = self.stream_of(peer);
+                    let is_sent = line.kind() == Kind::Active && self.table.on(slot) == On::None;
+                    if is_sent && digest != now(Place::of(peer), own) {
+                        return Err(format!("{}: what was sent is not what was added up", at()));
+                    }
+                    expected.sent[stream * BUCKETS + bucket(peer.slot())] ^= digest;
+                    let is_active = line.kind() == Kind::Active;
+                    counts[stream].0 += is_active as u64;
+                    counts[stream].2 += (is_active && self.table.on(slot) == On::Dirty) as u64;
+                }
+                _ if digest != 0 => return Err(format!("{}: still part of a digest", at())),
+                _ => {}
+            }
+        }
+        if expected.sent != self.digests.sent || expected.held != self.digests.held {
+            return Err("the sums are not those of what was added up".to_owned());
+        }
+        for (stream, s) in self.streams.iter().enumerate() {
+            let is = (s.actives, s.copies, s.dirty_actives);
+            if is != counts[stream] {
+                return Err(format!("stream {stream} counts {is:?} and has {:?}", counts[stream]));
+            }
+        }
+        let dirty: u64 = counts.iter().map(|(_, _, dirty)| dirty).sum();
+        let unverified = self.streams.iter().filter(|s| s.comparing.unverified).count() as u32;
+        if (dirty, unverified) != (self.dirty_actives, self.unverified) {
+            return Err(format!("{} dirty, {} unverified", self.dirty_actives, self.unverified));
+        }
+        Ok(())
     }
 
     /// The next connection that the peer of this stream has to send again.
