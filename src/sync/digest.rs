@@ -52,6 +52,9 @@ pub type Mask = [u64; BUCKETS / 64];
 pub(super) const ITEM_BYTES: usize = 20;
 pub(super) const END_BYTES: usize = 40;
 
+/// Seen of a copy that came while a comparison was under way: its active may not have named it.
+const FRESH: u8 = u8::MAX;
+
 /// Digests of streams that carry nothing go out this much more rarely.
 const IDLE: u32 = 8;
 
@@ -123,7 +126,7 @@ fn has(mask: &Mask, slot: u32) -> bool {
 /// A message of a comparison that waits to be sent.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Line {
-    Item { target: Place, own: Place, hash: u32, session: u8 },
+    Item { own: Place, session: u8 },
     End { session: u8, mask: Mask },
 }
 
@@ -157,6 +160,8 @@ pub struct Comparing {
     pub due: bool,
     /// Sending: sweeps since the last digest.
     pub rested: u32,
+    /// Sending: the number of the first digest that was not answered: an answer to an earlier one says nothing any more.
+    asked: Option<Seq>,
     /// Sending: the buckets of the walk under way, if `walking`.
     mask: Mask,
     walking: bool,
@@ -164,6 +169,10 @@ pub struct Comparing {
     /// Receiving: digests in a row that differed, and the buckets of the last one.
     differed: u32,
     suspect: Mask,
+    /// Receiving: buckets that were compared since they differ.
+    compared: Mask,
+    /// Receiving: whether a comparison was asked for, and is not over.
+    asking: bool,
     /// Receiving: the answer that is due.
     answer: Option<(Seq, Mask)>,
     /// Receiving: what is left to be offered after the end of a comparison.
@@ -234,7 +243,9 @@ impl Replica<'_> {
     /// The copy in this slot counts from now on.
     pub(super) fn begin_copy(&mut self, slot: u32) {
         let stream = self.stream_of(self.table.line(slot).peer());
-        self.streams[stream].copies += 1;
+        let s = &mut self.streams[stream];
+        s.copies += 1;
+        self.table.set_seen(slot, if s.comparing.asking { FRESH } else { 0 });
         self.account_held(slot);
     }
 
@@ -268,6 +279,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream].comparing;
         self.unverified += !s.unverified as u32;
         s.unverified = true;
+        s.asked = None;
     }
 
     fn verify(&mut self, stream: usize) {
@@ -287,6 +299,9 @@ impl Replica<'_> {
         }
         self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
         self.comparison.resends.retain(|(stream, _)| stream_member(*stream as usize) != member);
+        if let Some((next, _)) = self.comparison.lines.front() {
+            self.wake(*next as usize);
+        }
         let of_member = |stream: &usize| stream_member(*stream) == member;
         let before = self.jobs.len();
         self.jobs.retain(
@@ -373,6 +388,7 @@ impl Replica<'_> {
             self.counters.count(Counter::DigestsSent);
             let s = &mut self.streams[stream].comparing;
             (s.due, s.rested) = (false, 0);
+            s.asked.get_or_insert(seq);
         }
     }
 
@@ -403,20 +419,24 @@ impl Replica<'_> {
         }
         let s = &mut self.streams[stream].comparing;
         if mask == Mask::default() {
-            (s.differed, s.suspect) = (0, mask);
+            (s.differed, s.suspect, s.compared) = (0, mask, mask);
             if unverified {
                 s.answer = Some((seq, mask));
                 self.wake(stream);
             }
             return Ok(());
         }
-        s.differed = s.differed.saturating_add(1);
         let again: Mask = std::array::from_fn(|i| mask[i] & s.suspect[i]);
         s.suspect = mask;
+        s.compared = std::array::from_fn(|i| mask[i] & s.compared[i]);
         s.expected = unverified;
-        let report = if unverified { mask } else { again };
-        // What cannot be repaired is looked at ever more rarely.
-        if report != Mask::default() && s.differed.is_power_of_two() {
+        let mut report = if unverified { mask } else { again };
+        s.differed = if report == Mask::default() { 0 } else { s.differed.saturating_add(1) };
+        // What cannot be repaired is looked at ever more rarely; what differs anew does not wait for that.
+        if !s.differed.is_power_of_two() {
+            report = std::array::from_fn(|i| report[i] & !s.compared[i]);
+        }
+        if report != Mask::default() {
             s.answer = Some((seq, report));
             self.counters.count(Counter::DigestsDiffered);
             self.wake(stream);
@@ -427,15 +447,27 @@ impl Replica<'_> {
     /// The answer to a digest, for the next control datagram.
     pub(super) fn take_answer(&mut self, stream: usize) -> Option<Message<'static>> {
         let life = self.durable(stream).peer_life();
-        let (seq, mask) = self.streams[stream].comparing.answer.take()?;
+        let s = &mut self.streams[stream].comparing;
+        let (seq, mask) = s.answer.take()?;
+        s.asking |= mask != Mask::default();
         Some(Message::Differ { life, seq, mask })
     }
 
     /// The backup compared: in these buckets it holds something else.
-    pub(super) fn handle_differ(&mut self, stream: usize, life: u16, mask: Mask) -> Result<(), Reject> {
+    pub(super) fn handle_differ(
+        &mut self,
+        stream: usize,
+        (life, seq): (u16, Seq),
+        mask: Mask,
+    ) -> Result<(), Reject> {
         if life != self.durable(stream).life() {
             return Err(Reject::Table);
         }
+        let s = &mut self.streams[stream].comparing;
+        if s.asked.is_none_or(|asked| asked.is_after(seq)) {
+            return Ok(()); // The answer to a question of before, or to none.
+        }
+        s.asked = None;
         if mask == Mask::default() {
             self.verify(stream);
             return Ok(());
@@ -467,7 +499,7 @@ impl Replica<'_> {
             return false;
         }
         let own = Place { slot, generation: line.generation() };
-        let item = Line::Item { target: Place::of(peer), own, hash, session: s.session };
+        let item = Line::Item { own, session: s.session };
         self.comparison.lines.push_back((stream as u16, item));
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
@@ -497,10 +529,21 @@ impl Replica<'_> {
             && w.room() >= END_BYTES
         {
             match line {
-                Line::Item { target, own, hash, session } => Message::Item { target, own, hash, session },
-                Line::End { session, mask } => Message::End { session, mask },
+                // As it was sent last: a delta may have left since the walk passed it.
+                Line::Item { own, session } => {
+                    let line = self.table.line(own.slot);
+                    let (peer, hash) = (line.peer(), self.table.digest(own.slot));
+                    let still = line.generation() == own.generation
+                        && line.kind() == Kind::Active
+                        && peer.is_somewhere()
+                        && self.stream_of(peer) == stream
+                        && hash != 0;
+                    if still {
+                        Message::Item { target: Place::of(peer), own, hash, session }.encode(w);
+                    }
+                }
+                Line::End { session, mask } => Message::End { session, mask }.encode(w),
             }
-            .encode(w);
             self.comparison.lines.pop_front();
             if let Some((next, _)) = self.comparison.lines.front() {
                 self.wake(*next as usize);
@@ -513,6 +556,12 @@ impl Replica<'_> {
         self.comparison.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
     }
 
+    /// Whether this datagram is applied right after all before it, and before all behind it.
+    pub(super) fn is_in_order(&self, stream: usize, seq: Seq) -> bool {
+        let durable = self.durable(stream);
+        durable.receive_floor().next() == seq && durable.beyond(&mut [0; (WINDOW / 64) as usize]) == 0
+    }
+
     /// The active has a connection at `own` and takes the copy at `target` for this.
     pub(super) fn apply_item(
         &mut self,
@@ -521,6 +570,7 @@ impl Replica<'_> {
         own: Coordinate,
         hash: u32,
         session: u8,
+        in_order: bool,
     ) {
         let here = Coordinate::new(self.config.member, self.config.shard, target.slot, target.generation);
         if target.slot >= self.table.capacity() {
@@ -539,7 +589,10 @@ impl Replica<'_> {
             Kind::Active if is_here => return,
             _ => {}
         }
-        self.find(stream, Finding::Differs { here, active: own });
+        // Earlier or later deltas may not be what it speaks of: then nothing need be wrong.
+        if in_order {
+            self.find(stream, Finding::Differs { here, active: own });
+        }
         self.comparison.resends.push((stream as u16, Place::of(own)));
         self.wake(stream);
     }
@@ -548,6 +601,7 @@ impl Replica<'_> {
     pub(super) fn apply_end(&mut self, stream: usize, session: u8, mask: Mask) {
         let s = &mut self.streams[stream].comparing;
         (s.unseen, s.unseen_session) = (mask, session + 1);
+        s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
         let job = Job::Unseen { stream };
         if !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
             self.jobs.push_back(job);
@@ -566,6 +620,10 @@ impl Replica<'_> {
         if !unseen {
             return true;
         }
+        if self.table.seen(slot) == FRESH {
+            self.table.set_seen(slot, 0);
+            return true;
+        }
         let own = Place { slot, generation: line.generation() };
         let offered = self.offer(line.peer(), own);
         if offered {
@@ -573,6 +631,11 @@ impl Replica<'_> {
             self.find(stream, Finding::Orphan { here: self.coordinate(slot), active: line.peer() });
         }
         offered
+    }
+
+    /// That walk is done.
+    pub(super) fn unseen_done(&mut self, stream: usize) {
+        self.streams[stream].comparing.asking = false;
     }
 
     /// The backup does not hold this connection as it should: all of it goes out again.
@@ -588,6 +651,11 @@ impl Replica<'_> {
         if ours {
             self.counters.count(Counter::CompareResent);
             self.mark_dirty(now, own.slot, groups::ALL);
+            // It may hold something else under the same stamp, and takes nothing that is not newer. What is only
+            // presumed here does not become newer than what its former active has.
+            if !self.is_presumed(own.slot) {
+                self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
+            }
         }
     }
 
