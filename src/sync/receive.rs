@@ -171,9 +171,12 @@ impl Replica<'_> {
                 Message::Item { .. } if !self.has_room_for_items() => Busy,
                 Message::Item { target, own, hash, session } => {
                     let own = self.sender(stream, own);
-                    self.apply_item(stream, target, own, hash, session);
+                    let in_order = self.is_in_order(stream, seq);
+                    self.apply_item(stream, target, own, hash, session, in_order);
                     Applied
                 }
+                // It speaks of items before it: they come first.
+                Message::End { .. } if seq != durable.receive_floor().next() => Busy,
                 Message::End { session, mask } => {
                     self.apply_end(stream, session, mask);
                     Applied

@@ -332,6 +332,7 @@ impl<'m> Replica<'m> {
             s.flush_at = now.after(self.config.flush);
         }
         self.table.push(&mut s.dirty, On::Dirty, slot, now);
+        s.dirty_actives += (kind == Kind::Active) as u64;
         self.dirty_actives += (kind == Kind::Active) as u64;
         self.wake(stream);
     }
@@ -346,7 +347,9 @@ impl<'m> Replica<'m> {
             On::Shelved => self.table.unlink(&mut self.shelved, slot),
             On::Dirty => {
                 let stream = self.stream_of(line.peer());
-                self.table.unlink(&mut self.streams[stream].dirty, slot);
+                let s = &mut self.streams[stream];
+                self.table.unlink(&mut s.dirty, slot);
+                s.dirty_actives -= (line.kind() == Kind::Active) as u64;
                 self.dirty_actives -= (line.kind() == Kind::Active) as u64;
             }
             On::Closing => {
@@ -599,9 +602,7 @@ impl<'m> Replica<'m> {
     fn of_member(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
         let shards = self.streams[first..].iter().take(crate::limits::SHARDS_MAX);
-        // Those that are dirty, or in a datagram that is not acknowledged, are counted already.
-        let counted = |s: &Stream| (s.dirty.len() as u64 + s.unacknowledged).min(s.actives);
-        shards.map(|s| s.actives + s.copies - counted(s)).sum()
+        shards.map(|s| s.copies + s.uncounted()).sum()
     }
 
     fn publish_gauges(&mut self, now: Time) {

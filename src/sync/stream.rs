@@ -320,6 +320,8 @@ pub struct Refusal {
 pub struct Stream {
     /// Connections (and closes) that wait to be sent.
     pub dirty: List,
+    /// How many of these are connections.
+    pub dirty_actives: u64,
     /// Closes sent and not yet acknowledged, in order.
     pub closing: List,
     /// Slots leased to this member.
@@ -381,6 +383,7 @@ impl Stream {
     pub fn new() -> Stream {
         Stream {
             dirty: List::default(),
+            dirty_actives: 0,
             closing: List::default(),
             lease: LeaseList::default(),
             oldest: None,
@@ -409,6 +412,12 @@ impl Stream {
             comparing: Comparing::default(),
             busy: false,
         }
+    }
+
+    /// Connections that do not count as exposed by themselves: neither dirty nor in a datagram that is not
+    /// acknowledged. Closes that wait are none of them.
+    pub fn uncounted(&self) -> u64 {
+        self.actives - (self.dirty_actives + self.unacknowledged).min(self.actives)
     }
 
     /// A sample of the round trip.

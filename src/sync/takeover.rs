@@ -141,7 +141,11 @@ impl Replica<'_> {
             PeerState::Vacant if seen.status.is_alive() => self.come_up(now, member),
             PeerState::Up if seen.status.is_alive() && same_table => {}
             PeerState::Up => {
-                self.peers[member as usize] = PeerState::Down { since: now, left_behind: false, lost: false };
+                // What was to be verified, or offered, still is when it returns.
+                let left_behind = !self.is_verified(member)
+                    || self.offered >> member & 1 == 1
+                    || self.jobs.contains(&Job::Offer { member });
+                self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }
@@ -362,7 +366,14 @@ impl Replica<'_> {
             let bit = 1u64 << member;
             if deaf && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
-                self.jobs.push_back(Job::Abandon { member });
+                // Before all walks that may wait for somebody: for this very member, perhaps.
+                let urgent =
+                    |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. } | Job::Abandon { .. });
+                let at = self.jobs.iter().take_while(urgent).count();
+                self.jobs.insert(at, Job::Abandon { member });
+                if at == 0 {
+                    self.walk_slot = 0;
+                }
             } else if seen.hears_me {
                 self.abandoned &= !bit;
             }
@@ -470,6 +481,7 @@ impl Replica<'_> {
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
             Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
             Job::Compare { stream } => self.compared(stream),
+            Job::Unseen { stream } => self.unseen_done(stream),
             Job::Offer { member } if self.offered >> member & 1 == 1 => {
                 self.offer_at = now.after(OFFER_AGAIN);
             }
@@ -477,7 +489,6 @@ impl Replica<'_> {
             | Job::Verify { .. }
             | Job::Offer { .. }
             | Job::Lose { .. }
-            | Job::Unseen { .. }
             | Job::Rewrite { .. } => {}
         }
     }
