@@ -53,7 +53,7 @@ table ip translate {
 /// How a gateway dies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Death {
-    /// No power: its links are down, and it comes back with nothing in its kernel.
+    /// No power: its links are down, and it comes back with nothing in its kernel or its memory.
     Power,
     /// The appliance only. The kernel keeps its entries, and traffic moves away.
     Process,
@@ -192,6 +192,7 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
             traffic.wait_for_more(10, LATEST, "every connection goes on through the survivor");
             if death == Death::Power {
                 run(gateways.gateway(victim).command("conntrack").arg("-F"));
+                std::fs::remove_dir_all(&members[at(victim)].shm).expect("it is ours");
                 site.set_links(victim, "up");
             }
             members[at(victim)] = start(victim);
