@@ -586,6 +586,8 @@ impl Replica<'_> {
         if ours {
             self.counters.count(Counter::CompareResent);
             self.mark_dirty(now, own.slot, groups::ALL);
+            // Under the stamp that it has the copy would take it for old: it differs, and is of the same stamp.
+            self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
         }
     }
 
