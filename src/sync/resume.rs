@@ -159,7 +159,7 @@ impl<'m> Replica<'m> {
                 streams.map(|s| self.durable(s)).filter(|d| d.life() != 0 || d.peer_life() != 0).collect();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
             // New lives begin one stream after the other: the last one may still be with the table before.
-            let (Some(first), Some(table)) = (tables().next(), tables().last()) else { continue };
+            let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else { continue };
             let let_go = first != table || known.iter().any(Durable::is_let_go);
             self.tables[member as usize] = table;
             self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
