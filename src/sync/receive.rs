@@ -598,6 +598,8 @@ impl Replica<'_> {
                 self.table.update(target.slot, |line| line.set_life(life));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
+            // Its previous backup: released once the new one has acknowledged.
+            Some(_) if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
             Some(line) if line.kind().is_connection() => {
                 let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }
