@@ -53,6 +53,9 @@ pub(super) const END_BYTES: usize = 40;
 /// Digests of streams that carry nothing go out this much more rarely.
 const IDLE: u32 = 8;
 
+/// Instead of a hash: whatever the copy is, it is to be kept for now.
+const KEPT: u32 = 0;
+
 /// What both sides must agree on, as a number that is never 0. The same on every kind of host.
 fn hash(backup: Place, active: Place, stamp: Stamp, connection: &Connection) -> u32 {
     // Folded multiplication, as in the index, without a secret: two sides of one pair compare it.
@@ -453,19 +456,24 @@ impl Replica<'_> {
         let line = self.table.line(slot);
         let (peer, s) = (line.peer(), &self.streams[stream].comparing);
         let hash = self.table.digest(slot);
-        let concerned = line.kind() == Kind::Active
-            && peer.is_somewhere()
-            && self.stream_of(peer) == stream
-            && has(&s.mask, peer.slot())
-            && hash != 0;
-        if !concerned || !self.is_up(stream_member(stream)) {
+        let is_there =
+            |at: Coordinate| at.is_somewhere() && self.stream_of(at) == stream && has(&s.mask, at.slot());
+        if line.kind() != Kind::Active || !self.is_up(stream_member(stream)) {
             return true;
         }
+        let (at, hash) = match () {
+            () if is_there(peer) && hash != 0 => (peer, hash),
+            // Its previous backup keeps what it has until it is released.
+            () if self.table.is_moving(slot) && is_there(self.table.former(slot)) => {
+                (self.table.former(slot), KEPT)
+            }
+            () => return true,
+        };
         if self.comparison.lines.len() >= ITEMS_MAX {
             return false;
         }
         let own = Place { slot, generation: line.generation() };
-        let item = Line::Item { target: Place::of(peer), own, hash, session: s.session };
+        let item = Line::Item { target: Place::of(at), own, hash, session: s.session };
         self.comparison.lines.push_back((stream as u16, item));
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
@@ -495,15 +503,25 @@ impl Replica<'_> {
             && w.room() >= END_BYTES
         {
             match line {
-                Line::Item { target, own, hash, session } => Message::Item { target, own, hash, session },
-                Line::End { session, mask } => Message::End { session, mask },
+                Line::Item { target, own, hash, session } if self.is_current(target, own, hash) => {
+                    Message::Item { target, own, hash, session }.encode(w);
+                }
+                // It changed since; what it is by now travels by itself.
+                Line::Item { .. } => {}
+                Line::End { session, mask } => Message::End { session, mask }.encode(w),
             }
-            .encode(w);
             self.comparison.lines.pop_front();
             if let Some((next, _)) = self.comparison.lines.front() {
                 self.wake(*next as usize);
             }
         }
+    }
+
+    /// Whether what an item says is still so.
+    fn is_current(&self, target: Place, own: Place, hash: u32) -> bool {
+        let line = self.table.line(own.slot);
+        let at = if hash == KEPT { self.table.former(own.slot) } else { line.peer() };
+        line.generation() == own.generation && line.kind() == Kind::Active && Place::of(at) == target
     }
 
     /// Whether as many differences as a datagram can bring can be answered.
@@ -533,9 +551,12 @@ impl Replica<'_> {
                     return;
                 }
             }
-            // Claimed or presumed here: the two sides settle that between them.
-            Kind::Active if is_here => return,
+            // Claimed or presumed here, or closed after that: the two sides settle it between them.
+            Kind::Active | Kind::Closing if is_here => return,
             _ => {}
+        }
+        if hash == KEPT {
+            return;
         }
         self.find(stream, Finding::Differs { here, active: own });
         self.comparison.resends.push((stream as u16, Place::of(own)));
@@ -586,6 +607,8 @@ impl Replica<'_> {
         if ours {
             self.counters.count(Counter::CompareResent);
             self.mark_dirty(now, own.slot, groups::ALL);
+            // What is there may have the same stamp and other fields: only a newer one is taken over.
+            self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
         }
     }
 

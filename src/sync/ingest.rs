@@ -144,11 +144,12 @@ impl Replica<'_> {
                 });
             }
             Kind::Backup => {
-                self.table.store(slot, &line);
+                // First the claim with its stamp: no state is ever seen under the stamp of another one.
+                self.claim(now, slot);
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
                 }
-                self.claim(now, slot);
+                self.table.update(slot, |line| line.set_state(&new));
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }

@@ -94,6 +94,9 @@ impl Replica<'_> {
             }
         }
         let stream = stream_index(header.from, sync.from_shard);
+        if sync.life != self.durable(stream).peer_life() && sync.seq.raw() > WINDOW {
+            return Err(Reject::Window); // No life begins so far on.
+        }
         self.accept_life(stream, sync.life)?;
         match sync.seq {
             Seq::NONE => self.control(now, stream, r),
@@ -322,8 +325,10 @@ impl Replica<'_> {
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             return Ok(false); // The close of the older one is on its way.
         }
-        let presumed = self.is_presumed(slot) && self.table.former(slot) == own;
-        if !presumed && (stamp, own.member()) < (line.stamp(), self.config.member) {
+        // Taken over without any traffic seen here since: then this member has not witnessed it.
+        let presumed = self.is_presumed(slot);
+        let presumed_from_it = presumed && self.table.former(slot) == own;
+        if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
@@ -597,6 +602,8 @@ impl Replica<'_> {
                 self.table.update(target.slot, |line| line.set_life(life));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
+            // Its previous backup: released once the new one has acknowledged.
+            Some(_) if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
             Some(line) if line.kind().is_connection() => {
                 let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }

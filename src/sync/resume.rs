@@ -166,10 +166,10 @@ impl<'m> Replica<'m> {
             let streams = (0..SHARDS_MAX as u8).map(|shard| stream_index(member, shard));
             let known: Vec<Durable<'_>> =
                 streams.map(|s| self.durable(s)).filter(|d| d.life() != 0 || d.peer_life() != 0).collect();
-            let Some(table) = known.iter().map(Durable::peer_table).find(|table| *table != 0) else {
-                continue;
-            };
-            let let_go = known.iter().any(Durable::is_let_go);
+            let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
+            // New lives begin one stream after the other: the last one may still be with the table before.
+            let (Some(first), Some(table)) = (tables().next(), tables().last()) else { continue };
+            let let_go = first != table || known.iter().any(Durable::is_let_go);
             self.tables[member as usize] = table;
             self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
             if let_go {

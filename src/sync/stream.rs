@@ -185,6 +185,13 @@ impl Durable<'_> {
         self.set(WORD_LET_GO, 0);
     }
 
+    /// Forgets a table of the peer in which this stream does not exist any more.
+    pub fn forget(&self) {
+        for word in 0..48 {
+            self.set(word, 0);
+        }
+    }
+
     /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
     pub fn begin_peer_life(&self, life: u16) {
         self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);

@@ -241,13 +241,13 @@ impl Replica<'_> {
         let returned = known == seen.table_id;
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
-        for shard in 0..seen.shards {
-            let stream = stream_index(member, shard);
-            if !shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards) {
-                continue;
-            }
-            if !returned {
-                self.durable(stream).begin_peer_life(0);
+        for shard in (0..SHARDS_MAX as u8).filter(|_| !returned) {
+            let durable = self.durable(stream_index(member, shard));
+            let exists = shard < seen.shards
+                && shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards);
+            match exists {
+                true => durable.begin_peer_life(0),
+                false => durable.forget(),
             }
         }
         self.begin_lives(now, member);
