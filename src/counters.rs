@@ -98,6 +98,7 @@ counters! {
     DeltasClosed, "deltas_closed", "deltas for a copy that was closed before, ignored";
     AcksReceived, "acks_received", "acks received";
     LeasesGranted, "leases_granted", "slots leased to peers since the start";
+    LeasesGivenBack, "leases_given_back", "slots that peers had leased here and gave back empty";
     Refused, "refused", "new connections refused to their active";
     Declined, "declined", "gauge: connections whose backup's kernel does not have them; they count as exposed";
     DeclinedByPeer, "declined_by_peer", "times that a backup said that its kernel does not have a copy";

@@ -66,8 +66,6 @@ pub struct Membership<'m> {
     goodbye_at: Time,
     announced: bool,
     published: View,
-    last_tick: Time,
-    heartbeat: Duration,
 }
 
 impl<'m> Membership<'m> {
@@ -87,8 +85,6 @@ impl<'m> Membership<'m> {
         let me = group.view().me;
         let mut membership = Membership {
             published: View::new(me),
-            last_tick: now,
-            heartbeat: group.heartbeat(),
             group,
             group_number,
             hearing,
@@ -156,10 +152,7 @@ impl<'m> Membership<'m> {
     pub fn tick(&mut self, now: Time, behind: bool) -> bool {
         let before = self.region.group().version();
         // Nobody is dead because this member could not listen: mail lies unread, or it was paused itself.
-        if behind || now.since(self.last_tick) > self.heartbeat {
-            self.group.excuse(now);
-        }
-        self.last_tick = now;
+        self.group.begin_pass(now, behind);
         self.group.tick(now);
         self.publish();
         while let Some(event) = self.group.poll_event() {
@@ -321,7 +314,8 @@ impl<'m> Membership<'m> {
         let leaving = self.leaving_since.is_some();
         Tables {
             capacity: self.capacity(),
-            room: self.total(Counter::SlotsFree),
+            // Empty is empty, leased or not: who asks for more gives back what is not used.
+            room: self.total(Counter::SlotsFree) + self.total(Counter::SlotsLeased),
             ready: stage == Stage::Ready && !leaving,
             syncing: stage == Stage::Syncing && !leaving,
             synced: self.synced(),

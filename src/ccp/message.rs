@@ -159,6 +159,8 @@ pub enum Message<'b> {
     },
     /// Slots that the receiver may fill from now on.
     Lease(Places<'b>),
+    /// Slots that the sender had leased from the receiver and does not need: it will not fill them.
+    GiveBack(Places<'b>),
     /// What the sender has received and applied of the stream in the other direction.
     Ack {
         /// The life of that stream.
@@ -258,6 +260,7 @@ const DIFFER: u64 = 14;
 const ITEM: u64 = 15;
 const END: u64 = 16;
 const RESEND: u64 = 17;
+const GIVE_BACK: u64 = 18;
 
 /// A row of places in a datagram, eight bytes each.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -339,7 +342,9 @@ impl<'b> Message<'b> {
                 w.u64(own.raw());
                 w.u32(*number);
             }
-            Message::Lease(_) => unreachable!("leases are written place by place, see `encode_lease`"),
+            Message::Lease(_) | Message::GiveBack(_) => {
+                unreachable!("places are written one by one, see `encode_lease` and `encode_give_back`")
+            }
             Message::Ack { .. } => unreachable!("acks are written from the receive window, see `encode_ack`"),
             Message::Want { total } => {
                 w.u64(head(WANT, 0, 0));
@@ -428,11 +433,12 @@ impl<'b> Message<'b> {
                 };
                 Message::Decline { target, own: Place::from_raw(r.u64()?), number: r.u32()?, fault }
             }
-            LEASE => {
+            kind @ (LEASE | GIVE_BACK) => {
                 if low == 0 || low > LEASE_GRANT_MAX as u64 {
                     return Err(Reject::Message);
                 }
-                Message::Lease(Places(r.bytes(low as usize * 8)?))
+                let places = Places(r.bytes(low as usize * 8)?);
+                if kind == LEASE { Message::Lease(places) } else { Message::GiveBack(places) }
             }
             ACK => {
                 let count = (low >> 16) as usize;
@@ -500,8 +506,17 @@ pub fn encode_digest(life: u16, seq: Seq, unverified: bool, sums: &[u32; DIGEST_
 
 /// Writes a lease of these places: 8 bytes and 8 more a place; at most [`LEASE_GRANT_MAX`] places.
 pub fn encode_lease(places: &[Place], w: &mut Writer<'_>) {
+    encode_places(LEASE, places, w);
+}
+
+/// Writes that these places are given back; like a lease.
+pub fn encode_give_back(places: &[Place], w: &mut Writer<'_>) {
+    encode_places(GIVE_BACK, places, w);
+}
+
+fn encode_places(kind: u64, places: &[Place], w: &mut Writer<'_>) {
     assert!((1..=LEASE_GRANT_MAX).contains(&places.len()));
-    w.u64(head(LEASE, 0, places.len() as u64));
+    w.u64(head(kind, 0, places.len() as u64));
     places.iter().for_each(|place| w.u64(place.raw()));
 }
 
@@ -621,15 +636,18 @@ mod tests {
     #[test]
     fn rows_of_places_and_bits_read_back() {
         let places: Vec<Place> = (0..LEASE_GRANT_MAX as u32).map(|n| place(n, n * 3)).collect();
-        let mut buffer = [0xa5; 2048];
+        let mut buffer = [0xa5; 4096];
         let mut w = Writer::new(&mut buffer);
         encode_lease(&places, &mut w);
+        encode_give_back(&places[1..], &mut w);
         encode_ack(4, Seq::NONE.plus(77), &[1, u64::MAX], &mut w);
         w.u8(0);
         let len = w.len();
         let mut r = Reader::new(&buffer[..len]);
         let Ok(Some(Message::Lease(got))) = Message::decode(&mut r) else { panic!() };
-        assert!(got.iter().eq(places));
+        assert!(got.iter().eq(places.iter().copied()));
+        let Ok(Some(Message::GiveBack(got))) = Message::decode(&mut r) else { panic!() };
+        assert!(got.iter().eq(places[1..].iter().copied()));
         let Ok(Some(Message::Ack { life, floor, beyond })) = Message::decode(&mut r) else { panic!() };
         assert_eq!((life, floor.raw()), (4, 77));
         assert!(beyond.words().eq([1, u64::MAX]));

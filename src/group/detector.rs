@@ -18,12 +18,21 @@ pub struct Detector {
     last_full_size: Option<Time>,
     /// When the first heartbeat of this presence arrived.
     first: Option<Time>,
+    /// When a pause of the listener was excused first since the last one arrived.
+    excused: Option<Time>,
 }
 
 impl Detector {
     /// A member is dead after `silence`, and no backup after `full_size_silence` without a full-size heartbeat.
     pub fn new(silence: Duration, full_size_silence: Duration) -> Detector {
-        Detector { silence, full_size_silence, last: Time(0), last_full_size: None, first: None }
+        Detector {
+            silence,
+            full_size_silence,
+            last: Time(0),
+            last_full_size: None,
+            first: None,
+            excused: None,
+        }
     }
 
     /// What silence means follows from the longer of two rhythms: the listener's and the sender's.
@@ -34,6 +43,7 @@ impl Detector {
     /// A heartbeat arrived.
     pub fn heard(&mut self, now: Time, full_size: bool) {
         self.last = now;
+        self.excused = None;
         self.first.get_or_insert(now);
         if full_size {
             self.last_full_size = Some(now);
@@ -44,6 +54,15 @@ impl Detector {
     pub fn excuse(&mut self, now: Time, interval: Duration) {
         let spared = self.silence.saturating_sub(interval);
         self.last = self.last.max(Time(now.0.saturating_sub(spared.as_nanos() as u64)));
+    }
+
+    /// The listener was paused: excused the same way, but not for longer than silence may last. A listener that is
+    /// late at each of its passes reads its mail all the same, and a dead member would be excused for ever.
+    pub fn excuse_pause(&mut self, now: Time, interval: Duration) {
+        let first = *self.excused.get_or_insert(now);
+        if now.since(first) <= self.silence {
+            self.excuse(now, interval);
+        }
     }
 
     /// When the last one arrived.

@@ -313,15 +313,20 @@ impl Group {
             && self.detectors[member as usize].hears_only_small(now)
     }
 
-    /// How often this member sends heartbeats.
-    pub fn heartbeat(&self) -> Duration {
-        self.me.heartbeat
-    }
-
-    /// This member could not listen for a while: everybody gets one more interval to be heard.
-    pub fn excuse(&mut self, now: Time) {
+    /// A pass begins, before [`tick`](Self::tick) and after what arrived was handled. If this member could not listen,
+    /// everybody gets one more interval to be heard: because mail lies unread (`behind`), or because it was paused. It was
+    /// if its own heartbeat is overdue: [`poll_at`](Self::poll_at) asked for a pass by then. That a loop wakes a little late
+    /// is no pause, however short the interval is.
+    pub fn begin_pass(&mut self, now: Time, behind: bool) {
         let interval = self.me.heartbeat;
-        self.detectors.iter_mut().for_each(|detector| detector.excuse(now, interval));
+        let paused = now.since(self.next_heartbeat) > interval / 4;
+        for detector in &mut self.detectors {
+            if behind {
+                detector.excuse(now, interval);
+            } else if paused {
+                detector.excuse_pause(now, interval);
+            }
+        }
     }
 
     /// Finds who fell silent.

@@ -140,11 +140,48 @@ fn who_could_not_listen_calls_nobody_dead_at_once() {
     let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
     beat(&mut b, &mut a, at(0));
     events(&mut a);
-    a.excuse(at(50));
-    a.tick(at(50));
+    pass(&mut a, at(50));
     assert_eq!(events(&mut a), []);
-    a.tick(at(51));
+    pass(&mut a, at(51));
     assert_eq!(events(&mut a), [Event::MemberDead(2)]);
+}
+
+/// What a loop does in each pass, besides listening.
+fn pass(group: &mut Group, now: Time) {
+    group.begin_pass(now, false);
+    group.tick(now);
+    group.poll_heartbeat(now, &READY);
+}
+
+/// Passes of a member whose only peer is dead, each at the time that `wake` makes of the one asked for;
+/// when the death is noticed.
+fn noticed_at(wake: impl Fn(u32, Time) -> Time) -> Time {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    beat(&mut b, &mut a, at(0));
+    pass(&mut a, at(0));
+    events(&mut a);
+    let mut now = at(0);
+    for n in 0..100 {
+        now = wake(n, a.poll_at().max(now));
+        pass(&mut a, now);
+        if events(&mut a) == [Event::MemberDead(2)] {
+            return now;
+        }
+    }
+    panic!("the dead member was excused for ever");
+}
+
+#[test]
+fn a_loop_that_wakes_a_little_late_finds_the_dead_in_time() {
+    let late = TICK / 5;
+    let noticed = noticed_at(|n, asked| if n % 2 == 0 { asked.after(late) } else { asked });
+    assert!(noticed <= at(3).after(late), "after {:?}", noticed.since(at(0)));
+}
+
+#[test]
+fn a_loop_that_always_is_late_finds_the_dead_all_the_same() {
+    let noticed = noticed_at(|_, asked| asked.after(TICK / 2));
+    assert!(noticed <= at(9), "after {:?}", noticed.since(at(0)));
 }
 
 #[test]

@@ -38,6 +38,8 @@ pub enum Content {
     Granted(Place),
     /// Release number n.
     Release(u32),
+    /// This slot of the peer, which it had leased to us, was given back.
+    GivenBack(Place),
 }
 
 impl Content {
@@ -47,6 +49,7 @@ impl Content {
             Content::Delta(place) => word(0, place),
             Content::Granted(place) => word(1, place),
             Content::Release(n) => 2 << 62 | n as u64,
+            Content::GivenBack(place) => word(3, place),
         }
     }
 
@@ -58,7 +61,8 @@ impl Content {
         match raw >> 62 {
             0 => Content::Delta(place),
             1 => Content::Granted(place),
-            _ => Content::Release(raw as u32),
+            2 => Content::Release(raw as u32),
+            _ => Content::GivenBack(place),
         }
     }
 }

@@ -130,6 +130,16 @@ impl<'m> LeasePool<'m> {
         Some(place)
     }
 
+    /// The slots that [`take`](Self::take) would take next, as many as there are and `into` has room for.
+    pub fn first(&self, list: &LeaseList, into: &mut [Place]) -> usize {
+        let (mut entry, count) = (list.head, into.len().min(list.len as usize));
+        for place in &mut into[..count] {
+            *place = place_of(self.entries[entry as usize].0[0].load(Ordering::Relaxed));
+            entry = self.next(entry);
+        }
+        count
+    }
+
     /// Drops a stream's whole lease at once.
     pub fn drop_all(&mut self, list: &mut LeaseList) {
         if list.is_empty() {
@@ -200,6 +210,9 @@ mod tests {
         }
         assert!(pool.put(3327, &mut b, place(9)));
         assert!(!pool.put(3327, &mut b, place(10)), "the pool is full");
+        let mut first = [place(99); 4];
+        assert_eq!(pool.first(&a, &mut first[..2]), 2);
+        assert_eq!((pool.first(&a, &mut first), first), (3, [place(0), place(1), place(2), place(99)]));
         assert_eq!(pool.take(&mut a), Some(place(0)));
         pool.drop_all(&mut a);
         assert_eq!((pool.room(), a.len(), pool.take(&mut a)), (3, 0, None));

@@ -119,7 +119,8 @@ impl Replica<'_> {
         }
         durable.begin_peer_life(life);
         let s = &mut self.streams[stream];
-        (s.grant_due, s.want, s.want_at) = (0, 0, Time::NEVER);
+        s.want_nothing();
+        s.grant_due = 0;
         s.refusals.clear();
         // What it had leased to us it took back.
         self.leases.drop_all(&mut s.lease);
@@ -202,10 +203,13 @@ impl Replica<'_> {
         }
         complete |= is(Mutation::RefusedAcknowledged);
         if complete {
-            // Leases come last: a datagram that comes again must not grant twice.
+            // Leases come last: a datagram that comes again must not grant twice, and what is given back in one
+            // that is refused is the sender's again.
             while let Some(message) = Message::decode(&mut again)? {
-                if let Message::Lease(places) = message {
-                    self.take_grant(now, stream, places);
+                match message {
+                    Message::Lease(places) => self.take_grant(now, stream, places),
+                    Message::GiveBack(places) => self.take_back(stream, places),
+                    _ => {}
                 }
             }
             durable.receive(seq);
@@ -624,6 +628,21 @@ impl Replica<'_> {
         }
         self.durable(stream).add_granted_to_us(count);
         self.streams[stream].starved_since = None;
+        self.ask(now, stream);
         self.retry_at = now;
+    }
+
+    /// Slots leased to the stream that it does not need. Two lives later they are free: a new for one that is on its
+    /// way nevertheless misses. What is counted as granted stays, at both ends alike.
+    fn take_back(&mut self, stream: usize, places: Places<'_>) {
+        for place in places.iter() {
+            let leased = self.target(place).is_some_and(|line| {
+                line.generation() == place.generation && self.is_leased_to(&line, stream)
+            });
+            if leased {
+                self.table.recycle(place.slot);
+                self.counters.count(Counter::LeasesGivenBack);
+            }
+        }
     }
 }

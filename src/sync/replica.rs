@@ -32,8 +32,11 @@ const STARVED: Duration = Duration::from_millis(100);
 /// How often connections that found no backup are looked at again.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// How often a member that did not grant what was wanted is asked again.
+/// How long after it a member that did not grant what was wanted is asked again: twice as long each time, up to 16 times.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
+
+/// How often leases are reviewed: what was not needed for so long is given back.
+const REVIEW: Duration = Duration::from_secs(1);
 
 /// How long a connection that was refused as older waits before it asks again.
 const SHELF: Duration = Duration::from_secs(1);
@@ -91,6 +94,8 @@ pub struct Replica<'m> {
     pub(super) view: View,
     pub(super) peers: Vec<PeerState>,
     pub(super) ranked: Vec<MemberId>,
+    /// Members that are short of room, as bits.
+    pub(super) short: u64,
     /// Tables that peers had when they were last here.
     pub(super) tables: Vec<u32>,
     /// Members that do not hear us and whose copies of ours were given up, as bits.
@@ -128,6 +133,8 @@ pub struct Replica<'m> {
     /// lives: an active died, or one of ours gave way.
     pub(super) may_hold_entries: bool,
     pub(super) retry_at: Time,
+    /// When leases are reviewed next.
+    pub(super) review_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
     /// Connections in datagrams that are not acknowledged.
@@ -173,6 +180,7 @@ impl<'m> Replica<'m> {
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
             ranked: Vec::with_capacity(MEMBERS_MAX),
+            short: 0,
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
             unwritten: 0,
@@ -195,6 +203,7 @@ impl<'m> Replica<'m> {
             kernel_has_room: true,
             may_hold_entries: false,
             retry_at: Time(0),
+            review_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
@@ -420,30 +429,69 @@ impl<'m> Replica<'m> {
         if place.is_some() {
             s.starved_since = None;
             s.taken += 1;
+            s.lease_used = true;
+            s.lease_low = s.lease_low.min(s.lease.len());
         }
         self.replenish(now, stream);
         place
     }
 
-    /// Asks for more slots before the lease runs out: twice what was taken in a tenth of a second, and what waits.
-    fn replenish(&mut self, now: Time, stream: usize) {
+    /// How many slots the stream's lease should have: twice what was taken in a tenth of a second, and what waits.
+    fn lease_target(&mut self, now: Time, stream: usize) -> u64 {
         // Of what waits, the stream's share: what one stream hoards another may lack.
         let met = shards_met(self.config.shards, self.view.members[stream_member(stream) as usize].shards);
         let waiting = (self.waiting.len() as u64).div_ceil(met as u64);
-        let room = self.leases.room() as u64;
-        let durable = self.durable(stream);
         let s = &mut self.streams[stream];
         if now.since(s.rate_since) >= Duration::from_millis(100) {
             (s.taken_before, s.taken, s.rate_since) = (s.taken, 0, now);
         }
         let rate = 2 * s.taken.max(s.taken_before);
-        let target = (rate + waiting).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX);
+        (rate + waiting).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX)
+    }
+
+    /// Asks for more slots before the lease runs out.
+    fn replenish(&mut self, now: Time, stream: usize) {
+        let target = self.lease_target(now, stream);
+        let room = self.leases.room() as u64;
+        let granted = self.durable(stream).granted_to_us();
+        let s = &mut self.streams[stream];
         let have = s.lease.len() as u64;
         if have < target / 2 && target - have <= room {
-            let want = durable.granted_to_us() + target - have;
-            if want > s.want {
-                s.want = want;
-                s.want_at = s.want_at.min(now);
+            s.want = s.want.max(granted + target - have);
+            s.give_back = 0;
+            self.ask(now, stream);
+        }
+    }
+
+    /// What was asked for is here, and more is wanted: asks at once. Otherwise the time to ask again stands.
+    pub(super) fn ask(&mut self, now: Time, stream: usize) {
+        let granted = self.durable(stream).granted_to_us();
+        let s = &mut self.streams[stream];
+        if s.want > granted && granted >= s.asked {
+            (s.want_at, s.asked_in_vain) = (s.want_at.min(now), 0);
+            self.wake(stream);
+        }
+    }
+
+    /// What a stream has not needed since the last review it gives back: all of it, if none was used and the member is
+    /// not the first choice; otherwise what is beyond twice the target.
+    fn tick_leases(&mut self, now: Time) {
+        if !self.review_at.reached(now) {
+            return;
+        }
+        self.review_at = now.after(REVIEW);
+        let best = self.ranked.first().copied();
+        for stream in 0..self.streams.len() {
+            if self.streams[stream].lease.is_empty() {
+                continue;
+            }
+            let target = self.lease_target(now, stream) as u32;
+            let s = &mut self.streams[stream];
+            let kept = if s.lease_used || best == Some(stream_member(stream)) { 2 * target } else { 0 };
+            let unused = s.lease_low.saturating_sub(kept);
+            (s.lease_used, s.lease_low) = (false, s.lease.len());
+            if unused > kept / 8 {
+                s.give_back = unused;
                 self.wake(stream);
             }
         }
@@ -460,7 +508,9 @@ impl<'m> Replica<'m> {
         if !s.want_at.reached(now) {
             return None;
         }
-        s.want_at = now.after(ASK_AGAIN);
+        s.want_at = now.after(ASK_AGAIN * (1 << s.asked_in_vain.min(4)));
+        s.asked = s.want;
+        s.asked_in_vain += 1;
         Some(s.want)
     }
 
@@ -519,6 +569,7 @@ impl<'m> Replica<'m> {
     pub fn tick(&mut self, now: Time) {
         self.tick_holds(now);
         self.tick_waiting(now);
+        self.tick_leases(now);
         self.tick_missing(now);
         self.tick_chores();
         self.tick_walk(now);
@@ -646,7 +697,8 @@ impl<'m> Replica<'m> {
             .min(self.hold_at())
             .min(self.walk_at())
             .min(self.shelf_at())
-            .min(self.missing_at());
+            .min(self.missing_at())
+            .min(self.review_at);
         if self.config.commit == CommitMode::Eager {
             at = at.min(self.rewrite_at);
         }

@@ -7,6 +7,7 @@
 //!
 //! - a slot that was being written is freed two lives later, and its other copy finds that out;
 //! - a delta in a datagram that was never entered into the history is dirty again;
+//! - slots given back in a datagram of the history are no lease any more, though they may still stand in one;
 //! - what the kernel was owed is found by the look-ups that follow a resume;
 //! - releases, offers and declines under way are forgotten: moves begin anew from the slots, the rest is
 //!   found by comparing digests.
@@ -16,7 +17,7 @@
 
 use std::collections::HashSet;
 
-use super::history::History;
+use super::history::{Content, Entry, History};
 use super::lease::LeasePool;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
@@ -28,8 +29,6 @@ use crate::memory::Memory;
 use crate::seq::Seq;
 use crate::source::CommitMode;
 use crate::time::Time;
-
-use super::history::Content;
 
 impl<'m> Replica<'m> {
     /// A shard over the memory that a killed process left behind; the configuration's table id and key are those
@@ -44,14 +43,26 @@ impl<'m> Replica<'m> {
                 used.insert((stream_index(line.peer().member(), line.peer().shard()), line.peer().slot()));
             }
         }
-        // A lease that was used, or came back, just then must not stand here twice.
-        let (leases, lists) =
-            LeasePool::resume(memory.leases, |stream, place| used.insert((stream, place.slot)));
-        drop(used);
         let history = History::resume(&memory, |entry| {
             let durable = Durable(&memory.streams[entry.stream]);
             entry.life != durable.life() || !entry.seq.is_after(durable.sent())
         });
+        let mut given_back = HashSet::new();
+        for id in history.ids() {
+            let Entry { stream, life, seq, .. } = history.entry(id);
+            if is_outstanding(Durable(&memory.streams[stream]), life, seq) {
+                given_back.extend(history.contents(id).filter_map(|content| match content {
+                    Content::GivenBack(place) => Some((stream, place.slot, place.generation.raw())),
+                    _ => None,
+                }));
+            }
+        }
+        // A lease that was used, or came back, or was given back, just then must not stand here twice.
+        let (leases, lists) = LeasePool::resume(memory.leases, |stream, place| {
+            !given_back.contains(&(stream, place.slot, place.generation.raw()))
+                && used.insert((stream, place.slot))
+        });
+        drop((used, given_back));
         let mut replica = Replica::over(config, memory, table, leases, history);
         for (stream, list) in lists.into_iter().enumerate() {
             replica.streams[stream].lease = list;
@@ -71,10 +82,7 @@ impl<'m> Replica<'m> {
         for id in ids {
             let entry = self.history.entry(id);
             let durable = self.durable(entry.stream);
-            let settled = entry.seq.is_passed_by(durable.floor())
-                || entry.seq.is_passed_by(durable.given_up())
-                || entry.seq.is_after(durable.sent());
-            if settled || entry.life != durable.life() {
+            if !is_outstanding(durable, entry.life, entry.seq) {
                 continue;
             }
             let carried = |content: &Content| match content {
@@ -208,4 +216,12 @@ impl<'m> Replica<'m> {
             );
         }
     }
+}
+
+/// Whether a datagram of the history was sent, and neither acknowledged nor given up.
+fn is_outstanding(durable: Durable<'_>, life: u16, seq: Seq) -> bool {
+    life == durable.life()
+        && !seq.is_passed_by(durable.floor())
+        && !seq.is_passed_by(durable.given_up())
+        && !seq.is_after(durable.sent())
 }

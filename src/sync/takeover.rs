@@ -101,7 +101,7 @@ impl Replica<'_> {
         assert_eq!(view.me, self.config.member);
         let old_best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
         self.view.clone_from(view);
-        self.ranked = ranked(view, self.config.site);
+        self.ranked = ranked(view, self.config.site, &mut self.short);
         for member in 1..self.peers.len() as MemberId {
             if member != self.config.member {
                 self.review(now, member);
@@ -299,7 +299,8 @@ impl Replica<'_> {
             self.durable(stream_index(member, shard)).let_go();
             let s = &mut self.streams[stream_index(member, shard)];
             self.leases.drop_all(&mut s.lease);
-            (s.want, s.want_at, s.grant_due, s.starved_since) = (0, Time::NEVER, 0, None);
+            s.want_nothing();
+            s.grant_due = 0;
         }
         // Before all walks that may wait for somebody; what such a walk did it does not do again.
         let urgent = |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
@@ -411,7 +412,7 @@ impl Replica<'_> {
             self.leases.drop_all(&mut self.streams[stream].lease);
             self.durable(stream).begin_life(seen.table_id);
             let s = &mut self.streams[stream];
-            (s.want, s.want_at, s.starved_since) = (0, Time::NEVER, None);
+            s.want_nothing();
             (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
             self.wake(stream);
         }

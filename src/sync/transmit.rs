@@ -14,7 +14,7 @@ use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
-use crate::ccp::message::{DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_lease};
+use crate::ccp::message::{DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease};
 use crate::ccp::sync::SyncHeader;
 use crate::ccp::value::EXTRA_MAX;
 use crate::conn::slot::groups;
@@ -105,6 +105,7 @@ impl Replica<'_> {
             || self.has_answers(stream)
             || self.has_lines(stream)
             || s.grant_due > 0
+            || s.to_give_back() > 0
             || self.skip_due(stream).is_some()
             || self.has_chores(stream)
     }
@@ -308,7 +309,11 @@ impl Replica<'_> {
     fn has_data(&self, now: Time, stream: usize, started: bool) -> bool {
         let s = &self.streams[stream];
         let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
-        (!s.dirty.is_empty() && flush) || s.grant_due > 0 || self.has_chores(stream) || self.has_lines(stream)
+        (!s.dirty.is_empty() && flush)
+            || s.grant_due > 0
+            || s.to_give_back() > 0
+            || self.has_chores(stream)
+            || self.has_lines(stream)
     }
 
     /// Dirty connections, grants and chores, in trains of datagrams.
@@ -393,6 +398,8 @@ impl Replica<'_> {
         let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
         let granted = self.build_grants(stream, &mut places, &mut w);
         noted += granted;
+        let given_back = if granted == 0 { self.build_give_back(stream, &mut w) } else { 0 };
+        noted += given_back;
         noted += self.build_chores(stream, seq, &mut w, MANIFEST_PER_DATAGRAM - noted);
         self.build_lines(stream, &mut w);
         let mut oldest_change = now;
@@ -415,7 +422,8 @@ impl Replica<'_> {
             return None;
         }
         // If more follows, this datagram is not the last of its train: it takes up its full size.
-        let more = !self.streams[stream].dirty.is_empty() || self.streams[stream].grant_due > 0;
+        let s = &self.streams[stream];
+        let more = !s.dirty.is_empty() || s.grant_due > 0 || s.to_give_back() > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
         let life = self.durable(stream).life();
         let entry = Entry { stream, life, seq, offset, len: len as u32, first_sent: now };
@@ -425,6 +433,7 @@ impl Replica<'_> {
         self.durable(stream).set_sent(seq);
         // Only now: a process that is killed before it has lent nothing.
         self.lend(stream, &places[..granted]);
+        self.let_go_of(stream, given_back);
         let s = &mut self.streams[stream];
         match s.newest {
             Some(newest) => self.history.set_next(newest, id),
@@ -537,6 +546,29 @@ impl Replica<'_> {
         self.counters.add(Counter::LeasesGranted, count);
     }
 
+    /// Slots leased from the peer that are not needed here.
+    fn build_give_back(&mut self, stream: usize, w: &mut Writer<'_>) -> usize {
+        let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
+        let s = &self.streams[stream];
+        let due = (s.to_give_back() as usize).min(LEASE_GRANT_MAX);
+        let count = self.leases.first(&s.lease, &mut places[..due]);
+        if count > 0 {
+            encode_give_back(&places[..count], w);
+            places[..count].iter().for_each(|place| self.history.note(Content::GivenBack(*place)));
+        }
+        count
+    }
+
+    /// So many slots, the first of the stream's lease, are in a datagram of the history: they are no lease any more.
+    fn let_go_of(&mut self, stream: usize, count: usize) {
+        let s = &mut self.streams[stream];
+        for _ in 0..count {
+            self.leases.take(&mut s.lease);
+        }
+        s.give_back -= count as u32;
+        s.lease_low = s.lease_low.min(s.lease.len());
+    }
+
     fn build_chores(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
         let mut built = 0;
         while built < most && w.room() >= SMALL_MAX {
@@ -573,6 +605,10 @@ impl Replica<'_> {
                         }
                     }
                     Content::Release(chore) => self.chore_given_up(chore, entry.seq),
+                    // Ours again, unless the peer had taken it back all the same: then it refuses whatever is sent there.
+                    Content::GivenBack(place) => {
+                        self.leases.put(stream, &mut self.streams[stream].lease, place);
+                    }
                 }
             }
             self.settle_oldest(stream, id);

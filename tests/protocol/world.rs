@@ -88,7 +88,6 @@ pub struct Host<'m> {
     /// How much faster its clock runs than time does, millionths.
     pub drift_ppm: i64,
     mail: VecDeque<Packet>,
-    last_pass: Time,
     /// When each shard makes its next pass by its own clock, if nothing arrives before.
     wake_at: Vec<Time>,
     /// Shards for which something arrived, or which have something left to do, as bits.
@@ -283,7 +282,6 @@ impl<'m> World<'m> {
             paused: false,
             drift_ppm: 0,
             mail: VecDeque::new(),
-            last_pass: self.now,
             wake_at: vec![Time(0); shards as usize],
             awake: 0,
             stalled: false,
@@ -346,7 +344,7 @@ impl<'m> World<'m> {
         });
         (host.running, host.paused) = (true, false);
         host.readiness = Readiness::new(timing.heartbeat * 3, now);
-        (host.view_version, host.last_pass) = (0, now);
+        host.view_version = 0;
         host.awake = u64::MAX;
         host.mail.clear();
         self.note(member, "resume", format_args!("{lost} slots were torn"));
@@ -644,10 +642,7 @@ impl<'m> World<'m> {
         let now = host.clock(now);
         let mut out: Vec<(MemberId, Vec<u8>)> = Vec::new();
         if shards & 1 == 1 {
-            if now.since(host.last_pass) > host.group.heartbeat() {
-                host.group.excuse(now); // As the appliance does after a pause.
-            }
-            host.last_pass = now;
+            host.group.begin_pass(now, false);
             for shard in &mut host.shards {
                 let goodbyes = shard.take_goodbyes();
                 for gone in (1..64).filter(|m| goodbyes >> m & 1 == 1) {
@@ -686,7 +681,8 @@ impl<'m> World<'m> {
                 }
             }
             let stage = host.readiness.stage();
-            let room = host.shards.iter().map(|s| s.room() as u64).sum();
+            let leased = host.memory.iter().map(|m| Counters::new(m.counters).get(Counter::SlotsLeased));
+            let room = leased.sum::<u64>() + host.shards.iter().map(|s| s.room() as u64).sum::<u64>();
             let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
             let leaving = host.leaving;
             let tables = Tables {
@@ -949,6 +945,7 @@ fn describe_datagram(bytes: &[u8]) -> String {
                 connection.state.mark
             ),
             Message::Lease(places) => format!(" | lease of {}", places.iter().count()),
+            Message::GiveBack(places) => format!(" | {} given back", places.iter().count()),
             Message::Ack { life, floor, .. } => format!(" | ack {} of life {life}", floor.raw()),
             other => format!(" | {other:?}"),
         };

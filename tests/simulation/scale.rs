@@ -322,7 +322,6 @@ fn one_more_member_costs_the_others_at_most_one_percent() {
 
 /// The same with tables that are filled to two thirds.
 #[test]
-#[ignore = "fails: members flock to whoever has the most room, and leases are not given back"]
 fn it_does_not_cost_more_with_tables_that_are_well_filled() {
     let all = measure_all(&[2, 4, 8, 16], ROOMY / 8);
     assert!(all.iter().all(|sums| sums.refused == 0), "tables were full");
