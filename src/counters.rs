@@ -86,6 +86,7 @@ counters! {
     DigestsCompared, "digests_compared", "digests of peers compared with what is held here";
     DigestsDiffered, "digests_differed", "digests that differed and were answered, so that the peer names what it counts on";
     OffersPutOff, "offers_put_off", "offers not answered for lack of room; they are made again";
+    DigestsUnresolved, "digests_unresolved", "streams whose sides did not agree after an absence, within ten seconds of comparing";
     CompareItems, "compare_items", "connections named to a backup in buckets that differed";
     CompareResent, "compare_resent", "connections sent again whole because the backup did not hold them as it should";
     CompareOffered, "compare_offered", "copies here that their active did not name, and that were offered to it";

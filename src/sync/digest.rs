@@ -55,6 +55,9 @@ pub(super) const END_BYTES: usize = 40;
 /// Seen of a copy that came while a comparison was under way: its active may not have named it.
 const FRESH: u8 = u8::MAX;
 
+/// A pair that has not agreed after so many digests counts as verified all the same.
+const TRIES: u32 = 40;
+
 /// Digests of streams that carry nothing go out this much more rarely.
 const IDLE: u32 = 8;
 
@@ -163,6 +166,8 @@ pub struct Comparing {
     pub due: bool,
     /// Sending: sweeps since the last digest.
     pub rested: u32,
+    /// Sending: digests since the stream became unverified.
+    pub tries: u32,
     /// Sending: the number of the first digest that was not answered: an answer to an earlier one says nothing any more.
     asked: Option<Seq>,
     /// Sending: the buckets of the walk under way, if `walking`.
@@ -281,7 +286,7 @@ impl Replica<'_> {
     pub(super) fn unverify_stream(&mut self, stream: usize) {
         let s = &mut self.streams[stream].comparing;
         self.unverified += !s.unverified as u32;
-        s.unverified = true;
+        (s.unverified, s.tries) = (true, 0);
         s.asked = None;
     }
 
@@ -390,8 +395,14 @@ impl Replica<'_> {
         if self.send_control_bytes(stream, &scratch[..len], send) {
             self.counters.count(Counter::DigestsSent);
             let s = &mut self.streams[stream].comparing;
-            (s.due, s.rested) = (false, 0);
+            (s.due, s.rested, s.tries) = (false, 0, s.tries.saturating_add(1));
+            let is_hopeless = s.unverified && s.tries > TRIES;
             s.asked.get_or_insert(seq);
+            // What differs still cannot be mended: it does not keep the rest exposed.
+            if is_hopeless {
+                self.counters.count(Counter::DigestsUnresolved);
+                self.verify(stream);
+            }
         }
     }
 

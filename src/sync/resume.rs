@@ -95,6 +95,19 @@ impl<'m> Replica<'m> {
                 _ => false,
             };
             let connections = self.history.contents(id).filter(carried).count() as u32;
+            // Killed before they were lent: nobody may take the name for another connection's place.
+            let granted = self.history.contents(id).filter_map(|content| match content {
+                Content::Granted(place) => Some(place),
+                _ => None,
+            });
+            for place in granted {
+                let line = self.table.line(place.slot);
+                if line.kind() == Kind::Free && line.generation() == place.generation {
+                    self.table.update(place.slot, |line| {
+                        line.set_generation(line.generation().next().next());
+                    });
+                }
+            }
             self.history.take_up(id, connections);
             self.unacknowledged += connections as u64;
             self.streams[entry.stream].unacknowledged += connections as u64;

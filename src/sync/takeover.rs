@@ -100,11 +100,22 @@ impl Replica<'_> {
     pub fn handle_view(&mut self, now: Time, view: &View) {
         assert_eq!(view.me, self.config.member);
         let old_best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
+        // A process that took its memory up again may have lost what it was writing.
+        let resumed = self.view.others().filter(|(id, old)| {
+            let new = &view.members[*id as usize];
+            old.incarnation != 0 && old.incarnation != new.incarnation && old.table_id == new.table_id
+        });
+        let resumed: u64 = resumed.fold(0, |bits, (id, _)| bits | 1 << id);
         self.view.clone_from(view);
         self.ranked = ranked(view, self.config.site, &mut self.short);
         for member in 1..self.peers.len() as MemberId {
             if member != self.config.member {
                 self.review(now, member);
+            }
+        }
+        for member in (1..self.peers.len() as MemberId).filter(|m| resumed >> m & 1 == 1) {
+            if self.is_up(member) {
+                self.unverify(member);
             }
         }
         let leaving = self.bits(|m| m.status == Status::Leaving);
