@@ -2,7 +2,8 @@
 //!
 //! With the feature `mutations` a test arms a countdown; when it has run out, the thread unwinds in the
 //! middle of whatever it does, and what is in memory then is what a killed process leaves behind. Without
-//! the feature there is nothing here.
+//! the feature there is nothing here but the order of those stores, which the compiler must keep: a killed process
+//! has made all stores before some instruction, and none behind it.
 
 /// What the thread unwinds with.
 #[cfg(feature = "mutations")]
@@ -28,6 +29,7 @@ pub fn disarm() -> Option<u64> {
 /// A store to memory that outlives the process follows.
 #[inline(always)]
 pub fn kill_point() {
+    std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
     #[cfg(feature = "mutations")]
     match LEFT.get() {
         None => {}

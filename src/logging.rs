@@ -4,9 +4,38 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use crate::limits::LOG_QUEUE;
+use crate::time::Time;
 use log::{Level, Log, Metadata, Record};
+
+/// Lines of one kind, of which many may come at once: the first is written, the others are counted for the next.
+pub struct Sparse {
+    pause: Duration,
+    told_at: Option<Time>,
+    untold: u64,
+}
+
+impl Sparse {
+    /// At most one line in each `pause`.
+    pub fn new(pause: Duration) -> Sparse {
+        Sparse { pause, told_at: None, untold: 0 }
+    }
+
+    /// What to write behind a line that is told now; `None`: it is left out, and counted.
+    pub fn tell(&mut self, now: Time) -> Option<String> {
+        if self.told_at.is_some_and(|at| now.since(at) < self.pause) {
+            self.untold += 1;
+            return None;
+        }
+        self.told_at = Some(now);
+        Some(match std::mem::take(&mut self.untold) {
+            0 => String::new(),
+            n => format!(" ({n} more like this since the last such line)"),
+        })
+    }
+}
 
 struct Line {
     level: Level,
@@ -97,5 +126,20 @@ pub fn start() {
     let logger = Queued { filter, queue, lost: &LOST };
     if writer.is_ok() && log::set_boxed_logger(Box::new(logger)).is_ok() {
         log::set_max_level(level);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_lines_the_first_is_told_and_the_next_one_says_how_many_there_were() {
+        let mut sparse = Sparse::new(Duration::from_secs(1));
+        let mut tell = |ms: u64| sparse.tell(Time(1 + ms * 1_000_000));
+        assert_eq!([tell(0), tell(0), tell(999)], [Some(String::new()), None, None]);
+        assert_eq!(tell(1000).unwrap(), " (2 more like this since the last such line)");
+        assert_eq!([tell(1500), tell(2100).map(|_| String::new())], [None, Some(String::new())]);
+        assert_eq!(tell(9000).unwrap(), "", "none was left out");
     }
 }

@@ -18,11 +18,12 @@ use crate::counters::{Counter, Counters};
 use crate::feed::{EVENTS_KEY, Feed};
 use crate::group::view::View;
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS_MAX};
+use crate::logging::Sparse;
 use crate::membership::{Membership, Shared};
 use crate::net::{Event, NetError, Port, Target};
 use crate::shm::Region;
 use crate::sync::stream::stream_member;
-use crate::sync::{Replica, Token};
+use crate::sync::{Finding, Replica, Token};
 use crate::time::Time;
 
 /// The watch key of the shard's bell.
@@ -34,6 +35,9 @@ const LATE: Duration = Duration::from_millis(10);
 const GATHER: Duration = Duration::from_micros(500);
 /// The longest wait: the words that ask the process to end are looked at this often.
 const WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// Copies that differ are named in the log at most this often.
+const DIFFERS_PAUSE: Duration = Duration::from_secs(1);
 
 /// A datagram that arrived at the wrong shard.
 pub struct Stray {
@@ -80,6 +84,8 @@ pub struct Shard<'m> {
     /// Whether a stream's socket could not be opened, and that was said, in this view.
     unopened: bool,
     last_pass: Time,
+    /// Lines about copies that differ.
+    differs: Sparse,
 }
 
 impl<'m> Shard<'m> {
@@ -121,6 +127,7 @@ impl<'m> Shard<'m> {
             torn_view: false,
             unopened: false,
             last_pass: Time(0),
+            differs: Sparse::new(DIFFERS_PAUSE),
         }
     }
 
@@ -201,6 +208,10 @@ impl<'m> Shard<'m> {
         }
         self.follow_view(now);
         self.replica.tick(now);
+        while let Some(finding) = self.replica.poll_finding() {
+            let Some(more) = self.differs.tell(now) else { continue };
+            log::warn!("{}{more}", describe(finding));
+        }
         if !self.complete && self.feed.is_complete() {
             self.complete = true;
             self.shared.complete.fetch_add(1, Ordering::Relaxed);
@@ -333,6 +344,18 @@ impl<'m> Shard<'m> {
             let loaded = now.since(self.last_pass) < GATHER * 2;
             self.last_pass = now;
             self.port.wait_gather(at, if loaded { GATHER } else { Duration::ZERO })
+        }
+    }
+}
+
+/// What the log says of a copy that differs.
+fn describe(finding: Finding) -> String {
+    match finding {
+        Finding::Differs { here, active } => {
+            format!("copy {here} is not what its active {active} sent: it is sent again whole")
+        }
+        Finding::Orphan { here, active } => {
+            format!("copy {here} is not known to its active {active}: that is asked whether it still stands")
         }
     }
 }

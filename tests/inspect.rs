@@ -210,6 +210,10 @@ fn what_only_few_connections_have_is_shown_with_them() {
         (&(-3).into(), &12.into())
     );
 
+    // Of what member 1 had, 2, 4 and 6 are copies here, and it is silent.
+    for (member, status) in [(1, Status::Dead), (2, Status::Leaving)] {
+        a.region.group().write(member, &Member { status, ..Member::default() });
+    }
     // A crash in the middle of a write leaves an odd count in the record: the connection is still shown.
     let memory = a.region.shard(shard_of(&other.original, 2));
     let record = memory.extra_of[3].load(Ordering::Relaxed) as usize - 1;
@@ -228,7 +232,12 @@ fn every_connection_is_listed_once_and_a_torn_slot_never() {
     let a = appliance("connections");
     for n in 1..=20 {
         let kind = if n % 2 == 0 { Kind::Backup } else { Kind::Active };
-        a.put(n as u32, &connection(n), kind, Coordinate::new(1, 0, n as u32, Generation::default()));
+        let member = if n < 7 { 1 } else { 2 };
+        a.put(n as u32, &connection(n), kind, Coordinate::new(member, 0, n as u32, Generation::default()));
+    }
+    // Of what member 1 had, 2, 4 and 6 are copies here, and it is silent.
+    for (member, status) in [(1, Status::Dead), (2, Status::Leaving)] {
+        a.region.group().write(member, &Member { status, ..Member::default() });
     }
     // A crash in the middle of a write leaves an odd count in the slot's first word.
     let shard = shard_of(&connection(3).original, 2);
@@ -241,12 +250,22 @@ fn every_connection_is_listed_once_and_a_torn_slot_never() {
     assert_eq!(said.lines().count(), 1 + 19, "{said}");
     assert!(!said.contains("10.0.0.3:1000 >"));
     let wanted =
-        |line: &str| line.starts_with("backup ") && line.contains(" 10.0.0.4:1000 > 10.0.0.200:80  reply");
+        |line: &str| line.starts_with("presumed ") && line.contains(" 10.0.0.4:1000 > 10.0.0.200:80  reply");
     assert!(said.lines().any(wanted), "{said}");
     let lines = text(&a.run(&["connections", "--json"]));
     let kinds: Vec<Value> =
         lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["kind"].clone()).collect();
-    assert_eq!(kinds.iter().filter(|kind| *kind == "backup").count(), 10);
+    let count = |kind: &str| kinds.iter().filter(|k| *k == kind).count();
+    assert_eq!((count("backup"), count("presumed")), (7, 3));
+    assert!(
+        text(&a.run(&["find", &connection(4).original.to_string()])).contains("  kind          presumed\n")
+    );
+    let of = a.json(&["state", "--json"]);
+    let slots = |kind: &str| -> u64 {
+        of["shards"].as_array().unwrap().iter().map(|s| s["slots"][kind].as_u64().unwrap()).sum()
+    };
+    assert_eq!((slots("active"), slots("backup"), slots("presumed")), (9, 7, 3));
+    assert_eq!(slots("free"), 2 * 64 - 20, "the torn one is in none");
     assert_eq!(kinds.len(), 19);
 }
 

@@ -13,6 +13,7 @@
 //! | `load/committed.rs` | committed entries: flushed, before and after a takeover, their timeouts, many at once |
 //! | `load/verified.rs` | entries that vanish or change without an event, and the walk that finds them |
 //! | `load/deaths.rs` | ten deaths in a row with traffic and churn |
+//! | `load/restarts.rs` | appliances killed under traffic that go on with their tables |
 
 #[path = "load/committed.rs"]
 mod committed;
@@ -30,6 +31,8 @@ mod gateways;
 mod overruns;
 #[path = "load/refusals.rs"]
 mod refusals;
+#[path = "load/restarts.rs"]
+mod restarts;
 #[path = "gateway/traffic.rs"]
 #[allow(dead_code)]
 mod traffic;

@@ -9,6 +9,7 @@
 //! | `proof/churn.rs` | connections that open, change and close, and what the tables must hold of them in the end |
 //! | `proof/links.rs` | faults of the sync link |
 //! | `proof/members.rs` | faults of a member; a group of one |
+//! | `proof/restarts.rs` | a member's process is killed, or restarts, and goes on with its table |
 
 #[path = "proof/churn.rs"]
 mod churn;
@@ -19,3 +20,5 @@ mod field;
 mod links;
 #[path = "proof/members.rs"]
 mod members;
+#[path = "proof/restarts.rs"]
+mod restarts;

@@ -11,6 +11,9 @@ use std::time::Duration;
 use hypersync::conn::{Coordinate, Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
+use hypersync::source::CommitMode;
+#[cfg(feature = "mutations")]
+use hypersync::sync::stream::{Durable, stream_index};
 use world::{Network, World, memories};
 
 fn ms(n: u64) -> Duration {
@@ -136,4 +139,245 @@ fn killed_in_the_middle_of_any_store_it_comes_back_right() {
         world.check();
     }
     assert!(killed > 100, "only {killed} were killed in the middle of something");
+}
+
+#[cfg(feature = "mutations")]
+fn settle(world: &mut World<'_>) {
+    world.network = Network::default();
+    for _ in 0..2 {
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+    }
+    world.check();
+}
+
+/// A datagram that was in the history and not yet counted as sent must not be there twice.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_twice_between_any_two_stores_the_history_still_adds_up() {
+    for n in 0..300u64 {
+        let memories = memories(4);
+        let mut world = pair(1, &memories, 1);
+        churn(&mut world, 300, &[1, 2]);
+        world.host(1).doomed = Some(n);
+        churn(&mut world, 100, &[1, 2]);
+        assert!(!world.hosts[&1].running);
+        world.resume(1);
+        // It sends again, and hears no ack before it is killed once more.
+        world.run_until(ms(500), "it hears the other", |w| {
+            w.hosts[&1].group.view().members[2].status.is_alive()
+        });
+        world.cut.push((2, 1));
+        dump(&mut world, 1);
+        world.run_for(ms(5));
+        world.kill(1);
+        world.resume(1);
+        world.cut.clear();
+        world.read_kernel(1);
+        settle(&mut world);
+    }
+}
+
+/// A start that is killed leaves behind what the next one can take up.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
+    let mut killed = 0;
+    for n in 0..120u64 {
+        let memories = memories(4);
+        let mut world = pair(n, &memories, 1);
+        world.network = Network { loss: 3, late: 5, ..Network::default() };
+        churn(&mut world, 300, &[1, 2]);
+        world.host(1).doomed = Some(n * 31);
+        churn(&mut world, 400, &[1, 2]);
+        world.host(1).doomed = Some(n * n % 997);
+        if world.hosts[&1].running {
+            world.kill(1);
+        }
+        world.resume(1);
+        killed += world.hosts[&1].doomed.is_none() as u32;
+        world.host(1).doomed = None;
+        dump(&mut world, 1);
+        for tuple in world.closed.clone() {
+            world.tell(1, &hypersync::source::SourceEvent::Gone { original: tuple });
+        }
+        settle(&mut world);
+    }
+    assert!(killed > 10, "only {killed} were killed again");
+}
+
+/// Not even a connection that was changing its backup at that moment is taken for somebody else's.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_backups_move_it_keeps_every_connection() {
+    for n in 0..400u64 {
+        let memories = memories(6);
+        let mut world = pair(3, &memories, 1);
+        for _ in 0..20 {
+            world.open_at(1);
+        }
+        world.run_for(ms(200));
+        world.start(3, 1, 200);
+        world.run_until(ms(2000), "the better backup is there", |w| {
+            w.hosts[&1].group.view().members[3].status.is_able()
+        });
+        world.host(1).doomed = Some(n * 7);
+        world.run_for(ms(100));
+        if world.hosts[&1].running {
+            world.host(1).doomed = None;
+            assert!(n > 20);
+            break;
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+        for tuple in world.open.keys() {
+            assert!(world.copies().contains_key(tuple), "{n}: {tuple} is nowhere");
+        }
+        settle(&mut world);
+    }
+}
+
+/// What was taken over from a table that is no more is nobody's to ask back, also if the start of its member and
+/// the end of this process fall together.
+#[test]
+fn killed_while_it_forgets_a_former_table_it_keeps_what_it_took_over() {
+    for steps in 0..160 {
+        let memories = memories(4);
+        let mut world = pair(4, &memories, 1);
+        for _ in 0..10 {
+            world.open_at(2);
+        }
+        world.run_for(ms(200));
+        world.kill(2);
+        world.run_for(ms(500));
+        world.start(2, 1, 100);
+        for _ in 0..steps {
+            world.step();
+        }
+        world.kill(1);
+        world.resume(1);
+        world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+        world.run_for(ms(1500));
+        let copies = world.copies();
+        for tuple in world.open.keys() {
+            assert!(copies.contains_key(tuple), "after {steps} steps: {tuple} is nowhere");
+        }
+    }
+}
+
+/// Copies of a member that is dead are written to the kernel, whenever this process ends meanwhile.
+#[test]
+fn killed_while_it_takes_over_its_kernel_gets_every_entry() {
+    for steps in 0..40 {
+        let memories = memories(4);
+        let mut world = World::new(5, &memories);
+        world.commit = CommitMode::Takeover;
+        world.start(1, 1, 100);
+        world.start(2, 1, 100);
+        world.run_for(ms(150));
+        for _ in 0..10 {
+            world.open_at(2);
+        }
+        world.run_for(ms(200));
+        world.host(1).stalled = true;
+        world.kill(2);
+        world.run_for(ms(40 + 2 * steps));
+        world.kill(1);
+        world.resume(1);
+        world.host(1).stalled = false;
+        world.run_for(ms(1000));
+        for tuple in world.open.keys() {
+            let entry = world.hosts[&1].kernel.get(tuple);
+            assert!(entry.is_some(), "after {steps} times 2 ms: {tuple} is not in the kernel");
+        }
+    }
+}
+
+/// Every slot that is lent is one that its lessee can still fill, and the streams go on, whenever this process ends
+/// while the other begins a new life.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_the_other_begins_a_new_life_nothing_lent_is_lost() {
+    for n in 0..140u64 {
+        let memories = memories(4);
+        let mut world = pair(6, &memories, 1);
+        churn(&mut world, 400, &[1, 2]);
+        world.run_for(ms(100));
+        world.cut.push((2, 1));
+        world.run_for(ms(600));
+        world.cut.clear();
+        let peer_life =
+            |world: &World<'_>| Durable(&world.hosts[&1].memory[0].streams[stream_index(2, 0)]).peer_life();
+        let life = peer_life(&world);
+        match n {
+            0..40 => {
+                world.run_until(ms(500), "a new life", |w| peer_life(w) != life);
+                (0..n).for_each(|_| world.step());
+                world.kill(1);
+            }
+            _ => {
+                let end = (n - 40) * 3;
+                world.host(1).doomed = Some(end);
+                world.run_for(ms(100));
+                world.host(1).doomed = None;
+                if world.hosts[&1].running {
+                    world.kill(1);
+                }
+            }
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        settle(&mut world);
+        let life = peer_life(&world);
+        let table = world.hosts[&1].shards[0].table();
+        for slot in 0..table.capacity() {
+            let line = table.line(slot);
+            assert!(
+                line.kind() != Kind::Leased || line.life() == life,
+                "{n}: slot {slot} was lent in life {}, now is {life}",
+                line.life()
+            );
+        }
+    }
+}
+
+/// Two members that took over from each other ask each other, whenever this process ends meanwhile.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_it_takes_over_or_gives_way_there_is_one_active_afterwards() {
+    for n in 0..240u64 {
+        let memories = memories(6);
+        let mut world = World::new(7, &memories);
+        for member in 1..=3 {
+            world.start(member, 1, 100);
+        }
+        world.run_for(ms(150));
+        churn(&mut world, 300, &[1, 2]);
+        world.run_for(ms(100));
+        world.cut = vec![(1, 2), (2, 1)];
+        if n % 2 == 0 {
+            world.run_for(ms(200));
+            world.host(1).doomed = Some(n * 2);
+        }
+        world.run_for(ms(400));
+        // Some end at the others meanwhile.
+        for _ in 0..4 {
+            let tuple = world.any_open().filter(|t| world.open[t].owner == 2);
+            tuple.into_iter().for_each(|t| world.close(t));
+        }
+        world.cut.clear();
+        if n % 2 == 1 {
+            world.host(1).doomed = Some(n * 6);
+            world.run_for(ms(300));
+        }
+        world.host(1).doomed = None;
+        if world.hosts[&1].running {
+            world.kill(1);
+        }
+        world.resume(1);
+        world.read_kernel(1);
+        settle(&mut world);
+    }
 }

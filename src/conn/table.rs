@@ -307,9 +307,10 @@ impl<'m> Table<'m> {
         line.set_groups(0);
         line.set_moving(false);
         line.set_last(crate::seq::Seq::NONE);
+        // First it is free: what still holds a connection never lacks what belongs to that.
+        self.store(slot, &line);
         self.set_former(slot, Coordinate::NOWHERE);
         self.set_extra(slot, &Extra::NONE);
-        self.store(slot, &line);
         let mut free = self.free;
         self.push(&mut free, On::Free, slot, Time(0));
         self.free = free;

@@ -37,6 +37,7 @@ use crate::conntrack::codec::status;
 use crate::conntrack::commit::translates;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
+use crate::logging::Sparse;
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -98,8 +99,7 @@ pub(super) struct Verify {
     suspects: Vec<Suspect>,
     /// What no commit of the protocol's does: entries to be replaced, and those of connections taken over.
     writes: VecDeque<(u32, Generation)>,
-    told_at: Option<Time>,
-    untold: u64,
+    lines: Sparse,
 }
 
 impl Verify {
@@ -118,8 +118,7 @@ impl Verify {
             suspects_before: Vec::with_capacity(if walks { SUSPECTS_MAX } else { 0 }),
             suspects: Vec::with_capacity(if walks { SUSPECTS_MAX } else { 0 }),
             writes: VecDeque::with_capacity(LOOKS_PER_STEP as usize),
-            told_at: None,
-            untold: 0,
+            lines: Sparse::new(TELL_PAUSE),
         }
     }
 
@@ -325,17 +324,9 @@ impl Verify {
 
     /// Says what was found, at most once in a while: of many the first, and how many there were since.
     fn tell(&mut self, now: Time, slot: u32, replica: &Replica<'_>, what: &str, deed: &str) {
-        if self.told_at.is_some_and(|at| now.since(at) < TELL_PAUSE) {
-            self.untold += 1;
-            return;
-        }
-        let more = match std::mem::take(&mut self.untold) {
-            0 => String::new(),
-            n => format!(" ({n} more like this since the last such line)"),
-        };
+        let Some(more) = self.lines.tell(now) else { return };
         let (copy, original) = (replica.coordinate(slot), replica.table().tuples(slot).0);
         log::warn!("the kernel's entry of copy {copy}, {original}, {what}: {deed}{more}");
-        self.told_at = Some(now);
     }
 }
 

@@ -56,7 +56,7 @@ impl Replica<'_> {
                 Message::Digest { life, seq, unverified, sums } => {
                     self.handle_digest(stream, (life, seq), unverified, sums)?;
                 }
-                Message::Differ { life, mask, .. } => self.handle_differ(stream, life, mask)?,
+                Message::Differ { life, seq, mask } => self.handle_differ(stream, (life, seq), mask)?,
                 Message::Resend { target } => self.handle_resend(now, stream, target),
                 Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
                 _ => return Err(Reject::Message),

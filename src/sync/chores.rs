@@ -148,8 +148,10 @@ impl Replica<'_> {
         // A promoted connection remembers its former active there instead, and does not name its
         // previous backup to the new one.
         if !self.table.former(slot).is_somewhere() {
-            self.table.set_former(slot, previous);
+            // Marked as moving before, and until after, it is named: a connection that is not moving and has a former
+            // coordinate was taken over from there.
             self.table.set_moving(slot, true);
+            self.table.set_former(slot, previous);
         }
         self.assign(now, slot, backup);
         true
@@ -158,8 +160,8 @@ impl Replica<'_> {
     /// The connection goes while it changes its backup. The release of the previous one goes its own way.
     pub(super) fn end_move(&mut self, slot: u32) {
         if self.table.is_moving(slot) {
-            self.table.set_moving(slot, false);
             self.table.set_former(slot, Coordinate::NOWHERE);
+            self.table.set_moving(slot, false);
         }
     }
 
@@ -235,8 +237,8 @@ impl Replica<'_> {
         if let Some(of) = of {
             let line = self.table.line(of.slot);
             if line.generation() == of.generation && self.table.is_moving(of.slot) {
-                self.table.set_moving(of.slot, false);
                 self.table.set_former(of.slot, Coordinate::NOWHERE);
+                self.table.set_moving(of.slot, false);
             }
         }
     }

@@ -33,6 +33,8 @@ use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Message, Place, encode_digest};
 use crate::conn::slot::groups;
+#[cfg(any(test, feature = "mutations"))]
+use crate::conn::table::On;
 use crate::conn::tuple::{Family, Tuple, shards_can_meet};
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
 use crate::counters::Counter;
@@ -49,6 +51,9 @@ pub type Mask = [u64; BUCKETS / 64];
 /// Bytes of an item, and of an end.
 pub(super) const ITEM_BYTES: usize = 20;
 pub(super) const END_BYTES: usize = 40;
+
+/// Seen of a copy that came while a comparison was under way: its active may not have named it.
+const FRESH: u8 = u8::MAX;
 
 /// Digests of streams that carry nothing go out this much more rarely.
 const IDLE: u32 = 8;
@@ -124,7 +129,7 @@ fn has(mask: &Mask, slot: u32) -> bool {
 /// A message of a comparison that waits to be sent.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Line {
-    Item { target: Place, own: Place, hash: u32, session: u8 },
+    Item { own: Place, session: u8 },
     End { session: u8, mask: Mask },
 }
 
@@ -158,6 +163,8 @@ pub struct Comparing {
     pub due: bool,
     /// Sending: sweeps since the last digest.
     pub rested: u32,
+    /// Sending: the number of the first digest that was not answered: an answer to an earlier one says nothing any more.
+    asked: Option<Seq>,
     /// Sending: the buckets of the walk under way, if `walking`.
     mask: Mask,
     walking: bool,
@@ -165,6 +172,10 @@ pub struct Comparing {
     /// Receiving: digests in a row that differed, and the buckets of the last one.
     differed: u32,
     suspect: Mask,
+    /// Receiving: buckets that were compared since they differ.
+    compared: Mask,
+    /// Receiving: whether a comparison was asked for, and is not over.
+    asking: bool,
     /// Receiving: the answer that is due.
     answer: Option<(Seq, Mask)>,
     /// Receiving: what is left to be offered after the end of a comparison.
@@ -235,7 +246,9 @@ impl Replica<'_> {
     /// The copy in this slot counts from now on.
     pub(super) fn begin_copy(&mut self, slot: u32) {
         let stream = self.stream_of(self.table.line(slot).peer());
-        self.streams[stream].copies += 1;
+        let s = &mut self.streams[stream];
+        s.copies += 1;
+        self.table.set_seen(slot, if s.comparing.asking { FRESH } else { 0 });
         self.account_held(slot);
     }
 
@@ -269,6 +282,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream].comparing;
         self.unverified += !s.unverified as u32;
         s.unverified = true;
+        s.asked = None;
     }
 
     fn verify(&mut self, stream: usize) {
@@ -288,6 +302,9 @@ impl Replica<'_> {
         }
         self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
         self.comparison.resends.retain(|(stream, _)| stream_member(*stream as usize) != member);
+        if let Some((next, _)) = self.comparison.lines.front() {
+            self.wake(*next as usize);
+        }
         let of_member = |stream: &usize| stream_member(*stream) == member;
         let before = self.jobs.len();
         self.jobs.retain(
@@ -311,7 +328,7 @@ impl Replica<'_> {
             return 0;
         }
         let unverified = self.streams.iter().filter(|s| s.comparing.unverified);
-        unverified.map(|s| s.actives - (s.dirty.len() as u64 + s.unacknowledged).min(s.actives)).sum()
+        unverified.map(|s| s.uncounted()).sum()
     }
 
     /// Says which streams are due for a digest.
@@ -374,6 +391,7 @@ impl Replica<'_> {
             self.counters.count(Counter::DigestsSent);
             let s = &mut self.streams[stream].comparing;
             (s.due, s.rested) = (false, 0);
+            s.asked.get_or_insert(seq);
         }
     }
 
@@ -404,20 +422,24 @@ impl Replica<'_> {
         }
         let s = &mut self.streams[stream].comparing;
         if mask == Mask::default() {
-            (s.differed, s.suspect) = (0, mask);
+            (s.differed, s.suspect, s.compared) = (0, mask, mask);
             if unverified {
                 s.answer = Some((seq, mask));
                 self.wake(stream);
             }
             return Ok(());
         }
-        s.differed = s.differed.saturating_add(1);
         let again: Mask = std::array::from_fn(|i| mask[i] & s.suspect[i]);
         s.suspect = mask;
+        s.compared = std::array::from_fn(|i| mask[i] & s.compared[i]);
         s.expected = unverified;
-        let report = if unverified { mask } else { again };
-        // What cannot be repaired is looked at ever more rarely.
-        if report != Mask::default() && s.differed.is_power_of_two() {
+        let mut report = if unverified { mask } else { again };
+        s.differed = if report == Mask::default() { 0 } else { s.differed.saturating_add(1) };
+        // What cannot be repaired is looked at ever more rarely; what differs anew does not wait for that.
+        if !s.differed.is_power_of_two() {
+            report = std::array::from_fn(|i| report[i] & !s.compared[i]);
+        }
+        if report != Mask::default() {
             s.answer = Some((seq, report));
             self.counters.count(Counter::DigestsDiffered);
             self.wake(stream);
@@ -428,15 +450,27 @@ impl Replica<'_> {
     /// The answer to a digest, for the next control datagram.
     pub(super) fn take_answer(&mut self, stream: usize) -> Option<Message<'static>> {
         let life = self.durable(stream).peer_life();
-        let (seq, mask) = self.streams[stream].comparing.answer.take()?;
+        let s = &mut self.streams[stream].comparing;
+        let (seq, mask) = s.answer.take()?;
+        s.asking |= mask != Mask::default();
         Some(Message::Differ { life, seq, mask })
     }
 
     /// The backup compared: in these buckets it holds something else.
-    pub(super) fn handle_differ(&mut self, stream: usize, life: u16, mask: Mask) -> Result<(), Reject> {
+    pub(super) fn handle_differ(
+        &mut self,
+        stream: usize,
+        (life, seq): (u16, Seq),
+        mask: Mask,
+    ) -> Result<(), Reject> {
         if life != self.durable(stream).life() {
             return Err(Reject::Table);
         }
+        let s = &mut self.streams[stream].comparing;
+        if s.asked.is_none_or(|asked| asked.is_after(seq)) {
+            return Ok(()); // The answer to a question of before, or to none.
+        }
+        s.asked = None;
         if mask == Mask::default() {
             self.verify(stream);
             return Ok(());
@@ -453,27 +487,16 @@ impl Replica<'_> {
 
     /// One slot of the walk that names what the backup should hold. `false`: no room for another line.
     pub(super) fn compare_slot(&mut self, stream: usize, slot: u32) -> bool {
-        let line = self.table.line(slot);
-        let (peer, s) = (line.peer(), &self.streams[stream].comparing);
-        let hash = self.table.digest(slot);
-        let is_there =
-            |at: Coordinate| at.is_somewhere() && self.stream_of(at) == stream && has(&s.mask, at.slot());
-        if line.kind() != Kind::Active || !self.is_up(stream_member(stream)) {
+        let s = &self.streams[stream].comparing;
+        let named = self.item(stream, slot).filter(|(target, _)| has(&s.mask, target.slot));
+        if named.is_none() || !self.is_up(stream_member(stream)) {
             return true;
         }
-        let (at, hash) = match () {
-            () if is_there(peer) && hash != 0 => (peer, hash),
-            // Its previous backup keeps what it has until it is released.
-            () if self.table.is_moving(slot) && is_there(self.table.former(slot)) => {
-                (self.table.former(slot), KEPT)
-            }
-            () => return true,
-        };
         if self.comparison.lines.len() >= ITEMS_MAX {
             return false;
         }
-        let own = Place { slot, generation: line.generation() };
-        let item = Line::Item { target: Place::of(at), own, hash, session: s.session };
+        let own = Place { slot, generation: self.table.line(slot).generation() };
+        let item = Line::Item { own, session: s.session };
         self.comparison.lines.push_back((stream as u16, item));
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
@@ -503,11 +526,15 @@ impl Replica<'_> {
             && w.room() >= END_BYTES
         {
             match line {
-                Line::Item { target, own, hash, session } if self.is_current(target, own, hash) => {
-                    Message::Item { target, own, hash, session }.encode(w);
+                // As it is now: a delta may have left since the walk passed it.
+                Line::Item { own, session } => {
+                    let line = self.table.line(own.slot);
+                    if line.generation() == own.generation
+                        && let Some((target, hash)) = self.item(stream, own.slot)
+                    {
+                        Message::Item { target, own, hash, session }.encode(w);
+                    }
                 }
-                // It changed since; what it is by now travels by itself.
-                Line::Item { .. } => {}
                 Line::End { session, mask } => Message::End { session, mask }.encode(w),
             }
             self.comparison.lines.pop_front();
@@ -517,16 +544,30 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether what an item says is still so.
-    fn is_current(&self, target: Place, own: Place, hash: u32) -> bool {
-        let line = self.table.line(own.slot);
-        let at = if hash == KEPT { self.table.former(own.slot) } else { line.peer() };
-        line.generation() == own.generation && line.kind() == Kind::Active && Place::of(at) == target
+    /// Where on this stream a copy of the connection in this slot should be, and what it should be.
+    fn item(&self, stream: usize, slot: u32) -> Option<(Place, u32)> {
+        let line = self.table.line(slot);
+        let is_on_it = |at: Coordinate| at.is_somewhere() && self.stream_of(at) == stream;
+        match self.table.digest(slot) {
+            _ if line.kind() != Kind::Active => None,
+            hash if hash != 0 && is_on_it(line.peer()) => Some((Place::of(line.peer()), hash)),
+            // Its previous backup keeps what it has until it is released.
+            _ if self.table.is_moving(slot) && is_on_it(self.table.former(slot)) => {
+                Some((Place::of(self.table.former(slot)), KEPT))
+            }
+            _ => None,
+        }
     }
 
     /// Whether as many differences as a datagram can bring can be answered.
     pub(super) fn has_room_for_items(&self) -> bool {
         self.comparison.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
+    }
+
+    /// Whether this datagram is applied right after all before it, and before all behind it.
+    pub(super) fn is_in_order(&self, stream: usize, seq: Seq) -> bool {
+        let durable = self.durable(stream);
+        durable.receive_floor().next() == seq && durable.beyond(&mut [0; (WINDOW / 64) as usize]) == 0
     }
 
     /// The active has a connection at `own` and takes the copy at `target` for this.
@@ -537,6 +578,7 @@ impl Replica<'_> {
         own: Coordinate,
         hash: u32,
         session: u8,
+        in_order: bool,
     ) {
         let here = Coordinate::new(self.config.member, self.config.shard, target.slot, target.generation);
         if target.slot >= self.table.capacity() {
@@ -555,10 +597,13 @@ impl Replica<'_> {
             Kind::Active | Kind::Closing if is_here => return,
             _ => {}
         }
+        // Earlier or later deltas may not be what it speaks of: then nothing need be wrong.
         if hash == KEPT {
             return;
         }
-        self.find(stream, Finding::Differs { here, active: own });
+        if in_order {
+            self.find(stream, Finding::Differs { here, active: own });
+        }
         self.comparison.resends.push((stream as u16, Place::of(own)));
         self.wake(stream);
     }
@@ -567,6 +612,7 @@ impl Replica<'_> {
     pub(super) fn apply_end(&mut self, stream: usize, session: u8, mask: Mask) {
         let s = &mut self.streams[stream].comparing;
         (s.unseen, s.unseen_session) = (mask, session + 1);
+        s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
         let job = Job::Unseen { stream };
         if !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
             self.jobs.push_back(job);
@@ -585,6 +631,10 @@ impl Replica<'_> {
         if !unseen {
             return true;
         }
+        if self.table.seen(slot) == FRESH {
+            self.table.set_seen(slot, 0);
+            return true;
+        }
         let own = Place { slot, generation: line.generation() };
         let offered = self.offer(line.peer(), own);
         if offered {
@@ -592,6 +642,11 @@ impl Replica<'_> {
             self.find(stream, Finding::Orphan { here: self.coordinate(slot), active: line.peer() });
         }
         offered
+    }
+
+    /// That walk is done.
+    pub(super) fn unseen_done(&mut self, stream: usize) {
+        self.streams[stream].comparing.asking = false;
     }
 
     /// The backup does not hold this connection as it should: all of it goes out again.
@@ -607,8 +662,11 @@ impl Replica<'_> {
         if ours {
             self.counters.count(Counter::CompareResent);
             self.mark_dirty(now, own.slot, groups::ALL);
-            // What is there may have the same stamp and other fields: only a newer one is taken over.
-            self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
+            // It may hold something else under the same stamp, and takes nothing that is not newer. What is only
+            // presumed here does not become newer than what its former active has.
+            if !self.is_presumed(own.slot) {
+                self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
+            }
         }
     }
 
@@ -638,6 +696,57 @@ impl Replica<'_> {
         for s in &mut self.streams {
             s.comparing.unsure = true;
         }
+    }
+
+    /// Whether the sums, and the counts beside them, are what the table says; for tests: it looks at every slot.
+    #[cfg(any(test, feature = "mutations"))]
+    pub fn check_sums(&self) -> Result<(), String> {
+        let mut expected = Digests::new();
+        let mut counts = vec![(0u64, 0u64, 0u64); STREAMS_MAX];
+        for slot in 0..self.table.capacity() {
+            let (line, digest) = (self.table.line(slot), self.table.digest(slot));
+            let (peer, own) = (line.peer(), Place { slot, generation: line.generation() });
+            let at = || format!("slot {slot}, {:?} of {peer}, on {:?}", line.kind(), self.table.on(slot));
+            let now = |backup, active| hash(backup, active, line.stamp(), &self.table.connection(slot));
+            match line.kind() {
+                Kind::Backup => {
+                    let stream = self.stream_of(peer);
+                    if digest != now(own, Place::of(peer)) {
+                        return Err(format!("{}: a copy that is not what was added up", at()));
+                    }
+                    expected.held[stream * BUCKETS + bucket(slot)] ^= digest;
+                    counts[stream].1 += 1;
+                }
+                Kind::Active | Kind::Closing if peer.is_somewhere() => {
+                    let stream = self.stream_of(peer);
+                    let is_sent = line.kind() == Kind::Active && self.table.on(slot) == On::None;
+                    if is_sent && digest != now(Place::of(peer), own) {
+                        return Err(format!("{}: what was sent is not what was added up", at()));
+                    }
+                    expected.sent[stream * BUCKETS + bucket(peer.slot())] ^= digest;
+                    let is_active = line.kind() == Kind::Active;
+                    counts[stream].0 += is_active as u64;
+                    counts[stream].2 += (is_active && self.table.on(slot) == On::Dirty) as u64;
+                }
+                _ if digest != 0 => return Err(format!("{}: still part of a digest", at())),
+                _ => {}
+            }
+        }
+        if expected.sent != self.digests.sent || expected.held != self.digests.held {
+            return Err("the sums are not those of what was added up".to_owned());
+        }
+        for (stream, s) in self.streams.iter().enumerate() {
+            let is = (s.actives, s.copies, s.dirty_actives);
+            if is != counts[stream] {
+                return Err(format!("stream {stream} counts {is:?} and has {:?}", counts[stream]));
+            }
+        }
+        let dirty: u64 = counts.iter().map(|(_, _, dirty)| dirty).sum();
+        let unverified = self.streams.iter().filter(|s| s.comparing.unverified).count() as u32;
+        if (dirty, unverified) != (self.dirty_actives, self.unverified) {
+            return Err(format!("{} dirty, {} unverified", self.dirty_actives, self.unverified));
+        }
+        Ok(())
     }
 
     /// The next connection that the peer of this stream has to send again.

@@ -126,11 +126,16 @@ pub struct History<'m> {
 
 impl<'m> History<'m> {
     /// The history that a killed process left behind. Nothing of it is outstanding until
-    /// [`take_up`](Self::take_up) says so.
-    pub fn resume(memory: &Memory<'m>) -> History<'m> {
+    /// [`take_up`](Self::take_up) says so. If the newest datagram was not `counted` as sent it is taken out: its number
+    /// goes to another one.
+    pub fn resume(memory: &Memory<'m>, counted: impl Fn(&Entry) -> bool) -> History<'m> {
         let mut history = History::new(memory);
         let journal = |word: usize| memory.journal[word].load(Ordering::Relaxed);
-        let (head, tail) = (journal(JOURNAL_HEAD), journal(JOURNAL_TAIL));
+        let (mut head, tail) = (journal(JOURNAL_HEAD), journal(JOURNAL_TAIL));
+        if head > tail && !counted(&history.entry(history.place(head - 1))) {
+            head -= 1;
+            history.note_journal(JOURNAL_HEAD, head);
+        }
         if head == 0 {
             return history;
         }

@@ -7,6 +7,7 @@
 use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
+use super::takeover::PeerState;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple, shard_of};
@@ -205,8 +206,11 @@ impl Replica<'_> {
         line.set_groups(groups::ALL);
         line.set_claimed(true);
         line.set_life(self.durable(stream).peer_life());
-        if self.is_up(peer.member()) {
-            // The former active is the backup now: the pair stays, only its direction turns.
+        let waits = matches!(self.peers[peer.member() as usize], PeerState::Down { .. })
+            && !self.has_another(peer.member());
+        if self.is_up(peer.member()) || waits {
+            // The former active is the backup now: the pair stays, only its direction turns. If it is silent, and
+            // nobody else could be the backup, the claim waits for it, and so does the close that may follow.
             self.table.set_former(slot, Coordinate::NOWHERE);
             self.table.store(slot, &line);
             self.table.forget_declines(slot);
@@ -214,9 +218,11 @@ impl Replica<'_> {
             self.mark_dirty(now, slot, groups::ALL);
         } else {
             line.set_peer(Coordinate::NOWHERE);
+            let previous = self.table.former(slot);
+            self.table.set_former(slot, peer);
             self.table.store(slot, &line);
             self.leave_behind(peer.member());
-            self.protect_promoted(now, slot, peer);
+            self.protect_promoted(now, slot, previous);
         }
     }
 

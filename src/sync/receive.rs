@@ -172,9 +172,12 @@ impl Replica<'_> {
                 Message::Item { .. } if !self.has_room_for_items() => Busy,
                 Message::Item { target, own, hash, session } => {
                     let own = self.sender(stream, own);
-                    self.apply_item(stream, target, own, hash, session);
+                    let in_order = self.is_in_order(stream, seq);
+                    self.apply_item(stream, target, own, hash, session, in_order);
                     Applied
                 }
+                // It speaks of items before it: they come first.
+                Message::End { .. } if seq != durable.receive_floor().next() => Busy,
                 Message::End { session, mask } => {
                     self.apply_end(stream, session, mask);
                     Applied
@@ -302,6 +305,7 @@ impl Replica<'_> {
                     line.set_claimed(false);
                     line.set_groups(0);
                 });
+                self.table.set_former(slot, Coordinate::NOWHERE);
                 // It may believe what was said before the roles changed: a commit that succeeds is told.
                 self.table.set_declined(slot, true);
                 self.begin_copy(slot);
@@ -356,8 +360,8 @@ impl Replica<'_> {
         self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();
+        // Where it was taken over from stays until the slot is something else: what ends it may come once more.
         self.unassign(slot);
-        self.table.set_former(slot, Coordinate::NOWHERE);
         if peer.is_somewhere() && peer != winner && !is(Mutation::LoserKeepsBackup) {
             let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of a chore");
@@ -543,8 +547,6 @@ impl Replica<'_> {
     fn drop_to_lease(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
-        self.table.set_former(slot, Coordinate::NOWHERE);
-        self.table.set_extra(slot, &Extra::NONE);
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {
@@ -555,6 +557,8 @@ impl Replica<'_> {
             line.set_life(life);
             line.set_claimed(false);
         });
+        self.table.set_former(slot, Coordinate::NOWHERE);
+        self.table.set_extra(slot, &Extra::NONE);
         if let Some((now, connection)) = reopen {
             self.open(now, connection);
         }

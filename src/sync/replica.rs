@@ -100,6 +100,8 @@ pub struct Replica<'m> {
     pub(super) tables: Vec<u32>,
     /// Members that do not hear us and whose copies of ours were given up, as bits.
     pub(super) abandoned: u64,
+    /// Silent members, since a resume, whose copies may have to be written to the kernel, as bits.
+    pub(super) unwritten: u64,
     /// Walks over the table: the first is under way, from slot `walk_at` on.
     pub(super) jobs: VecDeque<Job>,
     pub(super) walk_slot: u32,
@@ -181,6 +183,7 @@ impl<'m> Replica<'m> {
             short: 0,
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
+            unwritten: 0,
             jobs: VecDeque::with_capacity(STREAMS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
@@ -338,6 +341,7 @@ impl<'m> Replica<'m> {
             s.flush_at = now.after(self.config.flush);
         }
         self.table.push(&mut s.dirty, On::Dirty, slot, now);
+        s.dirty_actives += (kind == Kind::Active) as u64;
         self.dirty_actives += (kind == Kind::Active) as u64;
         self.wake(stream);
     }
@@ -352,7 +356,9 @@ impl<'m> Replica<'m> {
             On::Shelved => self.table.unlink(&mut self.shelved, slot),
             On::Dirty => {
                 let stream = self.stream_of(line.peer());
-                self.table.unlink(&mut self.streams[stream].dirty, slot);
+                let s = &mut self.streams[stream];
+                self.table.unlink(&mut s.dirty, slot);
+                s.dirty_actives -= (line.kind() == Kind::Active) as u64;
                 self.dirty_actives -= (line.kind() == Kind::Active) as u64;
             }
             On::Closing => {
@@ -647,9 +653,7 @@ impl<'m> Replica<'m> {
     fn of_member(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
         let shards = self.streams[first..].iter().take(crate::limits::SHARDS_MAX);
-        // Those that are dirty, or in a datagram that is not acknowledged, are counted already.
-        let counted = |s: &Stream| (s.dirty.len() as u64 + s.unacknowledged).min(s.actives);
-        shards.map(|s| s.actives + s.copies - counted(s)).sum()
+        shards.map(|s| s.copies + s.uncounted()).sum()
     }
 
     fn publish_gauges(&mut self, now: Time) {

@@ -21,7 +21,7 @@ use super::history::{Content, Entry, History};
 use super::lease::LeasePool;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
-use super::takeover::PeerState;
+use super::takeover::{Job, PeerState};
 use crate::conn::table::{On, Table};
 use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
@@ -43,7 +43,10 @@ impl<'m> Replica<'m> {
                 used.insert((stream_index(line.peer().member(), line.peer().shard()), line.peer().slot()));
             }
         }
-        let history = History::resume(&memory);
+        let history = History::resume(&memory, |entry| {
+            let durable = Durable(&memory.streams[entry.stream]);
+            entry.life != durable.life() || !entry.seq.is_after(durable.sent())
+        });
         let mut given_back = HashSet::new();
         for id in history.ids() {
             let Entry { stream, life, seq, .. } = history.entry(id);
@@ -124,6 +127,8 @@ impl<'m> Replica<'m> {
             }
             let stream = if peer.is_somewhere() { self.stream_of(peer) } else { 0 };
             match line.kind() {
+                // The walk that takes back what was lent in an earlier life did not come to its end.
+                Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot),
                 Kind::Free | Kind::Leased => {}
                 Kind::Held => self.table.push(&mut self.held, On::Held, slot, now),
                 Kind::Active if !peer.is_somewhere() => self.wait(now, slot),
@@ -166,15 +171,25 @@ impl<'m> Replica<'m> {
             let streams = (0..SHARDS_MAX as u8).map(|shard| stream_index(member, shard));
             let known: Vec<Durable<'_>> =
                 streams.map(|s| self.durable(s)).filter(|d| d.life() != 0 || d.peer_life() != 0).collect();
+            let is_forgetting = self.durable(stream_index(member, 0)).is_forgetting();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
             // New lives begin one stream after the other: the last one may still be with the table before.
-            let (Some(first), Some(table)) = (tables().next(), tables().last()) else { continue };
+            let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
+                self.jobs.extend(is_forgetting.then_some(Job::Forget { member }));
+                continue;
+            };
             let let_go = first != table || known.iter().any(Durable::is_let_go);
             self.tables[member as usize] = table;
             self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
+            if self.config.commit == CommitMode::Takeover {
+                self.unwritten |= 1 << member;
+            }
             if let_go {
+                self.write_copies(member);
                 self.purge(now, member);
             }
+            // Behind the purge, and before anything is offered.
+            self.jobs.extend(is_forgetting.then_some(Job::Forget { member }));
         }
         for stream in 0..STREAMS_MAX {
             let durable = self.durable(stream);

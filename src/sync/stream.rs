@@ -50,6 +50,8 @@ pub const WORD_GRANTED_TO_US: usize = 4;
 pub const WORD_PEER_TABLE: usize = 5;
 /// Word: 1 while what was agreed with the peer is being let go, until the next life begins.
 pub const WORD_LET_GO: usize = 6;
+/// Word, of the stream to shard 0 of a member: 1 while what was taken over from a table before is being forgotten.
+pub const WORD_FORGETTING: usize = 7;
 /// Word: the receive floor: everything up to here is received and applied, or was skipped.
 pub const WORD_RECEIVE_FLOOR: usize = 8;
 /// Word: slots granted to the peer since a life of either half began.
@@ -176,6 +178,8 @@ impl Durable<'_> {
     /// Begins the next life of the sending half.
     pub fn begin_life(&self, peer_table: u32) {
         let life = self.life().wrapping_add(1).max(1);
+        // Until all of it is done: a life that has begun in half is let go at a resume.
+        self.let_go();
         self.set(WORD_LIVES, self.get(WORD_LIVES) & !0xffff | life as u64);
         self.set(WORD_PEER_TABLE, peer_table as u64);
         // What was granted either way is taken back, and counted anew.
@@ -185,22 +189,33 @@ impl Durable<'_> {
         self.set(WORD_LET_GO, 0);
     }
 
+    /// Whether it is still to be forgotten what was taken over from a table that the member does not have any more.
+    pub fn is_forgetting(&self) -> bool {
+        self.get(WORD_FORGETTING) != 0
+    }
+
+    /// Notes that, or that it is done.
+    pub fn set_forgetting(&self, forgetting: bool) {
+        self.set(WORD_FORGETTING, forgetting as u64);
+    }
+
     /// Forgets a table of the peer in which this stream does not exist any more.
     pub fn forget(&self) {
-        for word in 0..48 {
+        for word in (0..48).filter(|word| *word != WORD_FORGETTING) {
             self.set(word, 0);
         }
     }
 
     /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
     pub fn begin_peer_life(&self, life: u16) {
-        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
         self.set(WORD_RECEIVE_FLOOR, 0);
         self.set(WORD_GRANTED_BY_US, 0);
         self.set(WORD_GRANTED_TO_US, 0);
         for word in 0..(WINDOW / 64) as usize {
             self.set(WORD_RECEIVED + word, 0);
         }
+        // Last: what was received in the life before must never be acknowledged in this one.
+        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
     }
 
     /// The receive floor.
@@ -305,6 +320,8 @@ pub struct Refusal {
 pub struct Stream {
     /// Connections (and closes) that wait to be sent.
     pub dirty: List,
+    /// How many of these are connections.
+    pub dirty_actives: u64,
     /// Closes sent and not yet acknowledged, in order.
     pub closing: List,
     /// Slots leased to this member.
@@ -376,6 +393,7 @@ impl Stream {
     pub fn new() -> Stream {
         Stream {
             dirty: List::default(),
+            dirty_actives: 0,
             closing: List::default(),
             lease: LeaseList::default(),
             oldest: None,
@@ -409,6 +427,12 @@ impl Stream {
             comparing: Comparing::default(),
             busy: false,
         }
+    }
+
+    /// Connections that do not count as exposed by themselves: neither dirty nor in a datagram that is not
+    /// acknowledged. Closes that wait are none of them.
+    pub fn uncounted(&self) -> u64 {
+        self.actives - (self.dirty_actives + self.unacknowledged).min(self.actives)
     }
 
     /// Nothing is granted to this member, and nothing is wanted yet: a life begins.

@@ -141,12 +141,15 @@ impl Replica<'_> {
             PeerState::Vacant if seen.status.is_alive() => self.come_up(now, member),
             PeerState::Up if seen.status.is_alive() && same_table => {}
             PeerState::Up => {
-                self.peers[member as usize] = PeerState::Down { since: now, left_behind: false, lost: false };
+                // What was to be verified, or offered, still is when it returns.
+                let left_behind = !self.is_verified(member)
+                    || self.offered >> member & 1 == 1
+                    || self.jobs.contains(&Job::Offer { member });
+                self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
                 if self.config.commit == CommitMode::Takeover {
-                    self.may_hold_entries = true;
-                    self.jobs.insert(0, Job::Commit { member });
-                    self.walk_slot = 0;
+                    self.unwritten |= 1 << member;
                 }
+                self.write_copies(member);
                 for shard in 0..SHARDS_MAX as u8 {
                     let stream = stream_index(member, shard);
                     self.streams[stream].refusals.clear();
@@ -165,7 +168,12 @@ impl Replica<'_> {
         let seen = self.view.members[member as usize];
         let same_table = seen.table_id == self.tables[member as usize];
         let is_late = since.after(self.config.reprotect_after).reached(now);
-        if seen.status.is_alive() && same_table {
+        let is_back = seen.status.is_alive() && same_table;
+        if !is_back && (is_late || seen.status != Status::Absent) {
+            self.write_copies(member);
+        }
+        if is_back {
+            self.unwritten &= !(1 << member);
             self.go_on(now, member);
             if left_behind {
                 self.unverify(member);
@@ -181,6 +189,16 @@ impl Replica<'_> {
             self.purge(now, member);
         } else if is_late && !lost {
             self.lose(now, member);
+        }
+    }
+
+    /// The member is gone: its copies are written to the kernel, unless they were, or are there all the time.
+    pub(super) fn write_copies(&mut self, member: MemberId) {
+        if self.unwritten >> member & 1 == 1 {
+            self.unwritten &= !(1 << member);
+            self.may_hold_entries = true;
+            self.jobs.insert(0, Job::Commit { member });
+            self.walk_slot = 0;
         }
     }
 
@@ -241,6 +259,10 @@ impl Replica<'_> {
         let returned = known == seen.table_id;
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
+        if !returned && known != 0 {
+            // Before anything says that this is the table: who goes on from here must forget the other one as well.
+            self.durable(stream_index(member, 0)).set_forgetting(true);
+        }
         for shard in (0..SHARDS_MAX as u8).filter(|_| !returned) {
             let durable = self.durable(stream_index(member, shard));
             let exists = shard < seen.shards
@@ -345,7 +367,14 @@ impl Replica<'_> {
             let bit = 1u64 << member;
             if deaf && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
-                self.jobs.push_back(Job::Abandon { member });
+                // Before all walks that may wait for somebody: for this very member, perhaps.
+                let urgent =
+                    |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. } | Job::Abandon { .. });
+                let at = self.jobs.iter().take_while(urgent).count();
+                self.jobs.insert(at, Job::Abandon { member });
+                if at == 0 {
+                    self.walk_slot = 0;
+                }
             } else if seen.hears_me {
                 self.abandoned &= !bit;
             }
@@ -446,10 +475,14 @@ impl Replica<'_> {
                     self.walk_next = now.after(REHOME_PAUSE);
                 }
             }
-            Job::Forget { .. } => self.retry_at = now,
+            Job::Forget { member } => {
+                self.durable(stream_index(member, 0)).set_forgetting(false);
+                self.retry_at = now;
+            }
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
             Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
             Job::Compare { stream } => self.compared(stream),
+            Job::Unseen { stream } => self.unseen_done(stream),
             Job::Offer { member } if self.offered >> member & 1 == 1 => {
                 self.offer_at = now.after(OFFER_AGAIN);
             }
@@ -457,7 +490,6 @@ impl Replica<'_> {
             | Job::Verify { .. }
             | Job::Offer { .. }
             | Job::Lose { .. }
-            | Job::Unseen { .. }
             | Job::Rewrite { .. } => {}
         }
     }
@@ -512,6 +544,9 @@ impl Replica<'_> {
                     return true;
                 }
                 self.counters.count(Counter::Promotions);
+                // First where it is taken over from: an active that does not say so is nobody's to ask back.
+                let previous = self.table.former(slot);
+                self.table.set_former(slot, peer);
                 self.table.update(slot, |line| {
                     line.set_kind(Kind::Active);
                     line.set_peer(Coordinate::NOWHERE);
@@ -520,7 +555,7 @@ impl Replica<'_> {
                         line.set_stamp(line.stamp().claimed());
                     }
                 });
-                self.protect_promoted(now, slot, peer);
+                self.protect_promoted(now, slot, previous);
                 self.commit(Commit::Refresh { slot, generation: line.generation() });
                 if has_no_entry && self.config.commit == CommitMode::Takeover {
                     self.owe(now, slot);
@@ -571,11 +606,9 @@ impl Replica<'_> {
         self.table.index.find(original, lives).is_some()
     }
 
-    /// A copy became active here, and its former active at `former` is gone. If that had named a previous
+    /// A copy became active here, and its former active is gone. If that had named a `previous`
     /// backup, the pair with it is the one that is left, so that only one of the two carries on.
-    pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, former: Coordinate) {
-        let previous = self.table.former(slot);
-        self.table.set_former(slot, former);
+    pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, previous: Coordinate) {
         assert!(self.table.on(slot) == On::None);
         // A member that came back with other shards has nothing there.
         let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize].shards.max(1);

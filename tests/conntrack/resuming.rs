@@ -157,11 +157,17 @@ fn after_a_cold_start_what_an_earlier_run_left_stays() {
 
 #[test]
 fn what_the_kernel_lacks_of_a_silent_members_connections_after_a_warm_restart_is_no_close() {
-    // Its copies here are as they were; or they were taken over, and no traffic has come yet.
-    for (silent_for, kind) in [(120, Kind::Backup), (600, Kind::Active)] {
+    // Its copies here are as they were, also when it is lost, for nobody else is there; or they were taken over,
+    // with their backups at a third member now, and no traffic has come yet.
+    for (silent_for, others, kind) in [(120, 1, Kind::Backup), (600, 1, Kind::Backup), (600, 2, Kind::Active)]
+    {
         in_namespace("a warm restart beside a silent member", || {
-            let memories = memories(2);
+            let memories = memories(1 + others);
             let mut world = pair(&memories);
+            if others == 2 {
+                world.start(3, 1, 50);
+                world.run_for(Duration::from_millis(500));
+            }
             let (copies, own) = (at_two(&world, Kind::Backup), at_two(&world, Kind::Active));
             world.kill(1);
             world.run_for(Duration::from_millis(silent_for));

@@ -20,7 +20,8 @@ use crate::gateways::{Gateways, HOLD, LATEST, check_dumps, print_passes};
 use crate::traffic::Traffic;
 
 const TRAFFIC: usize = 50;
-const SERVER: (&str, u16) = ("10.2.0.10", 7000);
+/// Where the traffic goes.
+pub const SERVER: (&str, u16) = ("10.2.0.10", 7000);
 /// New connections a second; one of so many stays open.
 const CHURN: Plan = Plan { rate: 20_000, first: 0, open: 2_000, keep_one_of: 200, most: u32::MAX };
 const ROUNDS: usize = 10;
@@ -53,7 +54,7 @@ table ip translate {
 /// How a gateway dies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Death {
-    /// No power: its links are down, and it comes back with nothing in its kernel.
+    /// No power: its links are down, and it comes back with nothing in its kernel or its memory.
     Power,
     /// The appliance only. The kernel keeps its entries, and traffic moves away.
     Process,
@@ -61,14 +62,19 @@ enum Death {
     Restart,
 }
 
-struct Site {
-    gateways: Gateways,
-    client: Namespace,
-    server: Namespace,
+/// A client and a server behind two gateways, without appliances.
+pub struct Site {
+    /// The gateways.
+    pub gateways: Gateways,
+    /// The client's host.
+    pub client: Namespace,
+    /// The server's host.
+    pub server: Namespace,
 }
 
 impl Site {
-    fn build() -> Site {
+    /// Builds it; no route leads through a gateway yet.
+    pub fn build() -> Site {
         let gateways = Gateways::build(2);
         gateways.bridge("lan-c");
         gateways.bridge("lan-s");
@@ -89,12 +95,14 @@ impl Site {
         Site { gateways, client, server }
     }
 
-    fn route_through(&self, number: u8) {
+    /// Makes the routes of client and server lead through this gateway.
+    pub fn route_through(&self, number: u8) {
         self.client.ip(&format!("route replace 10.2.0.0/24 via 10.1.0.{number}"));
         self.server.ip(&format!("route replace 10.3.0.1/32 via 10.2.0.{number}"));
     }
 
-    fn set_links(&self, number: u8, state: &str) {
+    /// Sets all links of a gateway up or down.
+    pub fn set_links(&self, number: u8, state: &str) {
         let lines = ["cl0", "sv0", "sy0"].map(|link| format!("link set {link} {state}\n")).concat();
         self.gateways.gateway(number).ip(&lines);
     }
@@ -192,6 +200,7 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
             traffic.wait_for_more(10, LATEST, "every connection goes on through the survivor");
             if death == Death::Power {
                 run(gateways.gateway(victim).command("conntrack").arg("-F"));
+                std::fs::remove_dir_all(&members[at(victim)].shm).expect("it is ours");
                 site.set_links(victim, "up");
             }
             members[at(victim)] = start(victim);

@@ -132,6 +132,12 @@ impl Churn {
         self.wanted().into_iter().map(|(original, c)| (original, c.state.mark)).collect()
     }
 
+    /// Connections that opened so far, but for those that are never copied.
+    pub fn opened(&self) -> u64 {
+        let told = self.planes.iter().map(|plane| plane.load.flows.told());
+        told.map(|told| told.opened - told.opened_short).sum()
+    }
+
     /// Connections that closed so far.
     pub fn closed(&self) -> u64 {
         self.planes.iter().map(|plane| plane.load.flows.told().closed).sum()

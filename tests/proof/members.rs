@@ -19,9 +19,9 @@ fn a_member_that_stands_still_for_a_second_is_taken_for_dead_and_all_agree_after
     if !may_make_namespaces("a member that is stopped for a second") {
         return;
     }
-    let field = Field::build(2);
     // Back before anything agreed was let go, and after it.
     for (reprotect_after, keeps_streams) in [("5s", true), ("300ms", false)] {
+        let field = Field::build(2); // In the same place they would go on with the tables of the first time.
         let words = ["--reprotect-after", reprotect_after];
         let (one, two) = (field.start(1, &words), field.start(2, &words));
         let members = [&one, &two];

@@ -300,15 +300,24 @@ impl<'m> World<'m> {
     }
 
     /// The process of a member that was killed starts again and takes up the memory that was left behind. Its
-    /// kernel went on: what was owed to it is found by look-ups, as the feed makes them.
+    /// kernel went on: what was owed to it is found by look-ups, as the feed makes them. If it is doomed it may be
+    /// killed again before it is ready; then it starts once more.
     pub fn resume(&mut self, member: MemberId) {
+        while self.mortal(member, |world| world.take_up(member)).is_none() {}
+    }
+
+    fn take_up(&mut self, member: MemberId) {
         let incarnation = self.rng.next() | 1;
         let (true_now, commit, timing) = (self.now, self.commit, self.timing);
         let host = self.host(member);
         assert!(!host.running);
         let now = host.clock(true_now);
         host.identity.incarnation = incarnation;
-        host.group = Group::new(host.identity.clone(), now);
+        let mut group = Group::new(host.identity.clone(), now);
+        for (id, known) in host.group.view().others() {
+            group.remember(now, id, known);
+        }
+        host.group = group;
         host.shards.clear();
         let mut lost = 0;
         for (shard, memory) in host.memory.iter().enumerate() {
@@ -333,7 +342,7 @@ impl<'m> World<'m> {
         kernel.retain(|tuple, _| {
             shards[shard_of(tuple, count) as usize].table().find_original(tuple).is_some()
         });
-        (host.running, host.paused, host.doomed) = (true, false, None);
+        (host.running, host.paused) = (true, false);
         host.readiness = Readiness::new(timing.heartbeat * 3, now);
         host.view_version = 0;
         host.awake = u64::MAX;
@@ -472,6 +481,26 @@ impl<'m> World<'m> {
         known.mark = mark;
         let owner = known.owner;
         self.tell(owner, &SourceEvent::seen(Self::connection(tuple, mark)));
+    }
+
+    /// What the feed of a resumed member learns from its kernel by a dump and look-ups. It takes nothing for news
+    /// where the table says that the traffic is somebody else's.
+    pub fn read_kernel(&mut self, member: MemberId) {
+        let open = self.open.iter().filter(|(_, k)| k.owner == member).map(|(t, k)| (*t, Some(k.mark)));
+        let mut tuples: Vec<(Tuple, Option<u32>)> =
+            open.chain(self.closed.iter().map(|t| (*t, None))).collect();
+        tuples.sort();
+        for (original, mark) in tuples {
+            let shards = &self.hosts[&member].shards;
+            let shard = &shards[shard_of(&original, shards.len() as u8) as usize];
+            let found = shard.table().find_original(&original);
+            match mark {
+                _ if found.is_some_and(|slot| shard.is_unclaimed(slot)) => {}
+                Some(mark) => self.tell(member, &SourceEvent::seen(Self::connection(original, mark))),
+                None if found.is_some() => self.tell(member, &SourceEvent::Gone { original }),
+                None => {}
+            }
+        }
     }
 
     pub fn close(&mut self, tuple: Tuple) {

@@ -99,6 +99,20 @@ impl Checks {
         self.shard(world, truth, member, shard)
     }
 
+    /// 1: what digests compare is what the tables hold, whatever happened before.
+    pub fn sums_are_true(world: &World<'_>) -> Result<(), Broken> {
+        #[cfg(feature = "mutations")]
+        for host in world.hosts.values().filter(|host| host.running) {
+            for (shard, replica) in host.shards.iter().enumerate() {
+                if let Err(what) = replica.check_sums() {
+                    return broken!("1 digests are true", "shard {shard} of {}: {what}", host.member);
+                }
+            }
+        }
+        let _ = world;
+        Ok(())
+    }
+
     /// All that holds of one shard's table at any time.
     pub fn shard(
         &mut self,

@@ -617,6 +617,7 @@ impl<'m> Sim<'m> {
     /// Faults and traffic end; everything has to agree within the time that is stated.
     fn peace(&mut self) -> Result<(), Broken> {
         self.world.note(0, "peace", format_args!(""));
+        Checks::sums_are_true(&self.world)?;
         self.world.cut.clear();
         self.world.links.clear();
         self.world.network = Default::default();
@@ -638,6 +639,7 @@ impl<'m> Sim<'m> {
                 return rest.map_err(|broken| format!("after {CONVERGES:?} still: {broken}"));
             }
         }
+        Checks::sums_are_true(&self.world)?;
         self.impaired = false;
         self.moved.clear();
         self.truth.buried.extend(&self.truth.closed);

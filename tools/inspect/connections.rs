@@ -11,7 +11,8 @@ use hypersync::conn::extras;
 use hypersync::conn::index::Index;
 use hypersync::conn::slot::{Addresses, Line};
 use hypersync::conn::tuple::DCCP;
-use hypersync::conn::{Coordinate, Extra, Kind, Slot, State, Tuple, shard_of};
+use hypersync::conn::{Coordinate, Extra, Kind, MemberId, Slot, State, Tuple, shard_of};
+use hypersync::limits::MEMBERS_MAX;
 use hypersync::memory::Memory;
 use hypersync::seq::Seq;
 use hypersync::shm::RegionView;
@@ -25,6 +26,29 @@ const TRIES: u32 = 100_000;
 /// How often a look-up that found nothing is repeated: an entry that is just being moved in the
 /// index can be missed.
 const LOOKUPS: u32 = 4;
+
+/// What a slot can hold, in the words for an operator.
+pub const ROLES: [&str; 7] = ["free", "leased", "held", "active", "backup", PRESUMED, "closing"];
+
+/// A copy whose active is silent: its connection lives here, as far as this member can know.
+const PRESUMED: &str = "presumed";
+
+/// The members, a bit each, that this one does not hear: their copies here are presumed active.
+pub fn silent(view: &RegionView) -> u64 {
+    let is_silent = |id: &MemberId| {
+        let record = (0..TRIES).find_map(|_| view.group().read(*id));
+        record.is_some_and(|member| !member.status.is_alive())
+    };
+    (1..=MEMBERS_MAX as MemberId).filter(is_silent).fold(0, |bits, id| bits | 1 << id)
+}
+
+/// What a slot holds; one of [`ROLES`]. `silent` are the members that are not heard.
+pub fn role(line: &Line, silent: u64) -> &'static str {
+    match line.kind() {
+        Kind::Backup if silent >> line.peer().member() & 1 == 1 => PRESUMED,
+        kind => kind.name(),
+    }
+}
 
 /// A whole copy of a slot; `None` if it is torn for good.
 pub fn snapshot(slot: &Slot) -> Option<(Line, Addresses)> {
@@ -56,6 +80,7 @@ fn snapshot_with_extra(memory: &Memory, slot: u32) -> Option<(Line, Addresses, O
 /// A connection as it is shown.
 struct Shown {
     kind: Kind,
+    role: &'static str,
     original: Tuple,
     reply: Tuple,
     state: State,
@@ -72,7 +97,8 @@ struct Shown {
 }
 
 impl Shown {
-    fn read(view: &RegionView, memory: &Memory, shard: u8, slot: u32) -> Option<Shown> {
+    fn read(view: &RegionView, silent: u64, shard: u8, slot: u32) -> Option<Shown> {
+        let memory = &view.shard(shard);
         let (line, addresses, extra) = snapshot_with_extra(memory, slot)?;
         if !line.kind().is_connection() && line.kind() != Kind::Closing {
             return None;
@@ -85,6 +111,7 @@ impl Shown {
         let former = memory.former[slot as usize].load(Ordering::Relaxed);
         Some(Shown {
             kind: line.kind(),
+            role: role(&line, silent),
             original,
             reply,
             state: line.state(),
@@ -121,8 +148,8 @@ impl Shown {
         let stamp = format!("{}.{}", self.epoch, self.version);
         write!(
             out,
-            "{:<7}  {:<16} {:<16} {stamp:<8} {:<5} {:<11} {:>7}  {}",
-            self.kind.name(),
+            "{:<8} {:<16} {:<16} {stamp:<8} {:<5} {:<11} {:>7}  {}",
+            self.role,
             self.here.to_string(),
             self.other.to_string(),
             self.acknowledged_word(),
@@ -143,7 +170,7 @@ impl Shown {
         let s = &self.state;
         writeln!(out, "{}", self.original)?;
         writeln!(out, "  reply         {}", self.reply)?;
-        writeln!(out, "  kind          {}", self.kind.name())?;
+        writeln!(out, "  kind          {}", self.role)?;
         writeln!(out, "  coordinate    {}   (member/shard/slot.generation)", self.here)?;
         writeln!(out, "  other copy    {}", self.other)?;
         writeln!(out, "  former copy   {}", self.former)?;
@@ -250,7 +277,7 @@ impl Shown {
     fn to_json(&self) -> Value {
         let s = &self.state;
         json!({
-            "kind": self.kind.name(),
+            "kind": self.role,
             "original": tuple_json(&self.original),
             "reply": tuple_json(&self.reply),
             "translated": self.reply != Tuple { zone: self.reply.zone, ..self.original.mirrored() },
@@ -332,14 +359,14 @@ pub fn print_all(view: &RegionView, json: bool, out: &mut dyn Write) -> io::Resu
     if !json {
         writeln!(
             out,
-            "{:<7}  {:<16} {:<16} {:<8} {:<5} {:<11} {:>7}  connection",
+            "{:<8} {:<16} {:<16} {:<8} {:<5} {:<11} {:>7}  connection",
             "kind", "coordinate", "other copy", "stamp", "acked", "state", "timeout"
         )?;
     }
+    let silent = silent(view);
     for shard in 0..view.header().sizes.shards {
-        let memory = view.shard(shard);
-        for slot in 0..memory.slots.len() as u32 {
-            let Some(shown) = Shown::read(view, &memory, shard, slot) else { continue };
+        for slot in 0..view.shard(shard).slots.len() as u32 {
+            let Some(shown) = Shown::read(view, silent, shard, slot) else { continue };
             match json {
                 true => writeln!(out, "{}", shown.to_json())?,
                 false => shown.write_line(out)?,
@@ -388,10 +415,10 @@ fn find(view: &RegionView, tuple: &Tuple) -> Vec<Shown> {
 
 fn find_in(view: &RegionView, shard: u8, tuple: &Tuple, is_it: impl Fn(&Shown) -> bool) -> Vec<Shown> {
     let memory = view.shard(shard);
-    let mut found = Vec::new();
+    let (mut found, silent) = (Vec::new(), silent(view));
     Index::new(memory.index, view.header().index_key).find(tuple, |slot| {
         if (slot as usize) < memory.slots.len() {
-            found.extend(Shown::read(view, &memory, shard, slot).filter(|shown| is_it(shown)));
+            found.extend(Shown::read(view, silent, shard, slot).filter(|shown| is_it(shown)));
         }
         false
     });

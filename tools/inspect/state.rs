@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use hypersync::conn::{Kind, MemberId};
+use hypersync::conn::MemberId;
 use hypersync::conntrack::sysctl::NEEDED;
 use hypersync::counters::{Counter, Counters, delay_percentile};
 use hypersync::group::view::{Member, Status};
@@ -15,18 +15,16 @@ use hypersync::shm::RegionView;
 use hypersync::time::Time;
 use serde_json::{Value, json};
 
-use crate::connections::snapshot;
+use crate::connections::{ROLES, role, silent, snapshot};
 use crate::counters::delays;
-
-const KINDS: [Kind; 6] = [Kind::Free, Kind::Leased, Kind::Held, Kind::Active, Kind::Backup, Kind::Closing];
 
 /// Tries to read a member's record that is being written.
 const TRIES: u32 = 100_000;
 
 #[derive(Clone, Copy)]
 struct Shard {
-    /// Slots by kind; torn ones (left by a killed appliance) are in none.
-    kinds: [u64; KINDS.len()],
+    /// Slots by what they hold; torn ones (left by a killed appliance) are in none.
+    roles: [u64; ROLES.len()],
     exposure: u64,
     exposure_oldest_us: u64,
     unprotected: u64,
@@ -39,18 +37,17 @@ struct Shard {
 }
 
 impl Shard {
-    fn read(view: &RegionView, shard: u8) -> Shard {
+    fn read(view: &RegionView, silent: u64, shard: u8) -> Shard {
         let memory = view.shard(shard);
-        let mut kinds = [0; KINDS.len()];
-        for slot in memory.slots {
-            if let Some((line, _)) = snapshot(slot) {
-                kinds[line.kind() as usize] += 1;
-            }
+        let mut roles = [0; ROLES.len()];
+        for (line, _) in memory.slots.iter().filter_map(snapshot) {
+            let role = role(&line, silent);
+            roles.iter_mut().zip(ROLES).filter(|(_, name)| *name == role).for_each(|(n, _)| *n += 1);
         }
         let counters = Counters::new(memory.counters);
         let status = view.group().shard(shard);
         Shard {
-            kinds,
+            roles,
             exposure: counters.get(Counter::Exposure),
             exposure_oldest_us: counters.get(Counter::ExposureOldestUs),
             unprotected: counters.get(Counter::Unprotected),
@@ -65,7 +62,7 @@ impl Shard {
 
     /// Adds another shard's: sums, the oldest exposure, the pass that is longest ago, the lowest version.
     fn with(mut self, other: Shard) -> Shard {
-        self.kinds.iter_mut().zip(other.kinds).for_each(|(sum, n)| *sum += n);
+        self.roles.iter_mut().zip(other.roles).for_each(|(sum, n)| *sum += n);
         self.exposure += other.exposure;
         self.exposure_oldest_us = self.exposure_oldest_us.max(other.exposure_oldest_us);
         self.unprotected += other.unprotected;
@@ -80,7 +77,7 @@ impl Shard {
 
     fn write_line(&self, name: &str, now: Time, out: &mut dyn Write) -> io::Result<()> {
         write!(out, "{name:>5}")?;
-        for n in self.kinds {
+        for n in self.roles {
             write!(out, " {n:>9}")?;
         }
         writeln!(
@@ -99,10 +96,10 @@ impl Shard {
     }
 
     fn to_json(self, now: Time) -> Value {
-        let kinds: serde_json::Map<String, Value> =
-            KINDS.iter().map(|kind| (kind.name().into(), self.kinds[*kind as usize].into())).collect();
+        let slots: serde_json::Map<String, Value> =
+            ROLES.iter().zip(self.roles).map(|(role, n)| ((*role).into(), n.into())).collect();
         json!({
-            "slots": kinds,
+            "slots": slots,
             "exposure": self.exposure,
             "exposure_oldest_us": self.exposure_oldest_us,
             "unprotected": self.unprotected,
@@ -118,7 +115,9 @@ impl Shard {
 
 /// Prints the state.
 pub fn print(view: &RegionView, json: bool, out: &mut dyn Write) -> io::Result<()> {
-    let shards: Vec<Shard> = (0..view.header().sizes.shards).map(|shard| Shard::read(view, shard)).collect();
+    let silent = silent(view);
+    let shards: Vec<Shard> =
+        (0..view.header().sizes.shards).map(|shard| Shard::read(view, silent, shard)).collect();
     let members: Vec<(MemberId, Member)> = (1..=MEMBERS_MAX as MemberId)
         .filter_map(|id| Some((id, (0..TRIES).find_map(|_| view.group().read(id))?)))
         .filter(|(_, member)| member.status != Status::Absent)
@@ -167,8 +166,8 @@ fn print_text(
         writeln!(out, "first send to acknowledgement: half within {p50} us, 99 % within {p99} us")?;
     }
     write!(out, "\nshard")?;
-    for kind in KINDS {
-        write!(out, " {:>9}", kind.name())?;
+    for role in ROLES {
+        write!(out, " {role:>9}")?;
     }
     writeln!(
         out,

@@ -1,0 +1,299 @@
+//! Digests under hostile hands: what they find, what they repair, and what they must not do meanwhile.
+
+#[allow(dead_code)]
+#[path = "protocol/world.rs"]
+mod world;
+
+use std::time::Duration;
+
+use hypersync::ccp::bytes::Writer;
+use hypersync::ccp::header::{Header, OPCODE_SYNC};
+use hypersync::ccp::message::{Message, Place};
+use hypersync::ccp::sync::SyncHeader;
+use hypersync::conn::{Coordinate, Kind, MemberId};
+use hypersync::counters::Counter;
+use hypersync::memory::OwnedMemory;
+use hypersync::seq::Seq;
+use hypersync::sync::Finding;
+use hypersync::sync::stream::{Durable, stream_index};
+use world::{World, address, memories};
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+fn pair<'m>(seed: u64, memories: &'m [OwnedMemory]) -> World<'m> {
+    let mut world = World::new(seed, memories);
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(ms(150));
+    world
+}
+
+/// So many connections of a member, at rest.
+fn filled<'m>(seed: u64, memories: &'m [OwnedMemory], connections: u32) -> World<'m> {
+    let mut world = pair(seed, memories);
+    for _ in 0..connections {
+        world.open_at(1);
+        world.step();
+    }
+    world.run_for(ms(100));
+    world.run_until(ms(3000), "everything is protected", |w| w.is_quiet());
+    world
+}
+
+fn exposure(world: &World<'_>, member: MemberId) -> u64 {
+    world.hosts[&member].shards.iter().map(|shard| shard.exposure()).sum()
+}
+
+fn durable<'m>(world: &World<'m>, at: MemberId, peer: MemberId) -> Durable<'m> {
+    Durable(&world.hosts[&at].memory[0].streams[stream_index(peer, 0)])
+}
+
+/// A datagram from shard 0 of one member to shard 0 of another, as nobody sent it.
+fn inject(world: &mut World<'_>, from: MemberId, to: MemberId, seq: Seq, messages: &[Message<'_>]) {
+    let mut bytes = vec![0; 1448];
+    let mut w = Writer::new(&mut bytes);
+    let header = Header { group: 7, opcode: OPCODE_SYNC, from, to: Some(to), to_shard: 0 };
+    let sync = SyncHeader {
+        from_shard: 0,
+        from_table: world.hosts[&from].table_id,
+        to_table: world.hosts[&to].table_id,
+        life: durable(world, from, to).life(),
+        seq,
+    };
+    sync.encode(&header, &mut w);
+    messages.iter().for_each(|message| message.encode(&mut w));
+    let len = w.len();
+    bytes.truncate(len);
+    world.inject(to, address(from), 0, &bytes);
+}
+
+fn findings(world: &mut World<'_>, member: MemberId) -> Vec<Finding> {
+    let shard = &mut world.host(member).shards[0];
+    std::iter::from_fn(|| shard.poll_finding()).collect()
+}
+
+/// A copy at a member and where its active has the connection.
+fn copies(world: &World<'_>, member: MemberId) -> Vec<(Coordinate, Coordinate)> {
+    let shard = &world.hosts[&member].shards[0];
+    let slots = (0..shard.table().capacity()).filter(|slot| shard.table().kind(*slot) == Kind::Backup);
+    slots.map(|slot| (shard.coordinate(slot), shard.table().line(slot).peer())).collect()
+}
+
+/// What 1 says in a comparison of everything.
+fn items(world: &World<'_>, session: u8) -> Vec<Message<'static>> {
+    let digest = |here: Coordinate| world.hosts[&2].shards[0].table().digest(here.slot());
+    let item = |(here, active)| Message::Item {
+        target: Place::of(here),
+        own: Place::of(active),
+        hash: digest(here),
+        session,
+    };
+    copies(world, 2).into_iter().map(item).collect()
+}
+
+#[test]
+fn closes_that_wait_for_a_silent_member_hide_nobody_who_is_exposed() {
+    let memories = memories(2);
+    let mut world = filled(1, &memories, 20);
+    world.kill(2);
+    world.run_for(ms(100));
+    assert_eq!(exposure(&world, 1), 20, "{}", world.describe());
+    let open: Vec<_> = world.open.keys().copied().take(8).collect();
+    open.into_iter().for_each(|tuple| world.close(tuple));
+    world.run_for(ms(2));
+    assert_eq!(exposure(&world, 1), 12, "{}", world.describe());
+    world.run_for(ms(500));
+    assert_eq!(exposure(&world, 1), 12, "{}", world.describe());
+}
+
+/// The next datagram from 1 to 2 is acknowledged and never applied: 2 believes to have had it.
+fn swallow_next(world: &mut World<'_>) {
+    let next = durable(world, 1, 2).sent().next();
+    inject(world, 1, 2, next, &[]);
+}
+
+#[cfg(feature = "mutations")]
+#[test]
+fn a_state_that_differs_under_the_same_stamp_is_repaired() {
+    use hypersync::sync::mutation::{Mutation, set};
+    let memories = memories(2);
+    let mut world = filled(2, &memories, 10);
+    let tuple = *world.open.keys().next().unwrap();
+    set(Some(Mutation::UpdateIncomplete));
+    world.change(tuple);
+    world.run_for(ms(20));
+    set(None);
+    world.run_for(ms(2000));
+    assert!(!findings(&mut world, 2).is_empty(), "it was found");
+    world.check();
+}
+
+#[test]
+fn what_was_not_verified_before_a_silence_is_not_verified_by_it() {
+    let memories = memories(2);
+    let mut world = filled(3, &memories, 20);
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_for(ms(500)); // Lost.
+    world.cut.clear();
+    let down = |w: &World<'_>, m: MemberId, of: MemberId| {
+        !w.hosts[&m].group.view().members[of as usize].status.is_alive()
+    };
+    world.run_until(ms(100), "they hear each other", |w| !down(w, 1, 2) && !down(w, 2, 1));
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_until(ms(200), "they are silent again", |w| down(w, 1, 2) && down(w, 2, 1));
+    world.cut.clear();
+    let compared = world.counter(2, Counter::DigestsCompared);
+    world.run_until(ms(100), "they hear each other", |w| !down(w, 1, 2) && !down(w, 2, 1));
+    let mut exposed = 0;
+    while world.counter(2, Counter::DigestsCompared) == compared {
+        exposed = exposure(&world, 1);
+        assert!(exposed >= 20, "only {exposed} exposed before a digest agreed\n{}", world.describe());
+        world.step();
+    }
+    assert!(exposed > 0);
+    world.run_until(ms(2000), "they agree", |w| w.is_quiet());
+}
+
+#[test]
+fn an_answer_to_a_digest_of_before_verifies_nothing() {
+    let memories = memories(2);
+    let mut world = filled(4, &memories, 20);
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_for(ms(500));
+    world.cut.clear();
+    let silent = |w: &World<'_>| !w.hosts[&1].group.view().members[2].status.is_alive();
+    world.run_until(ms(100), "it is heard", |w| !silent(w));
+    assert!(exposure(&world, 1) >= 20);
+    let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+    let sent = world.counter(1, Counter::DigestsSent);
+    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [0; 4] }]);
+    assert_eq!(sent, world.counter(1, Counter::DigestsSent));
+    assert!(exposure(&world, 1) >= 20, "verified by an answer to nothing");
+}
+
+#[test]
+fn a_member_that_says_differ_all_the_time_makes_nobody_walk_all_the_time() {
+    let memories = memories(2);
+    let mut world = filled(5, &memories, 20);
+    let walked = world.counter(1, Counter::SlotsWalked);
+    for _ in 0..400 {
+        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+        inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [u64::MAX; 4] }]);
+        world.run_for(ms(1));
+    }
+    let walked = (world.counter(1, Counter::SlotsWalked) - walked) / 2048;
+    assert!(walked <= 6, "{walked} walks in 0.4 s, with a digest in each 0.1 s");
+}
+
+#[test]
+fn a_new_difference_does_not_wait_behind_one_that_stays() {
+    let memories = memories(2);
+    let mut world = filled(6, &memories, 20);
+    // A difference that nothing repairs.
+    for _ in 0..100 {
+        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+        forged_digest(&mut world, life, seq);
+        world.step();
+    }
+    swallow_next(&mut world);
+    let tuple = *world.open.keys().next().unwrap();
+    world.change(tuple);
+    world.run_for(ms(1000));
+    world.check();
+}
+
+/// 2 is told of a connection in one bucket that nobody has; all others are right.
+fn forged_digest(world: &mut World<'_>, life: u16, seq: Seq) {
+    let mut bytes = vec![0; 1448];
+    let mut w = Writer::new(&mut bytes);
+    let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: 0 };
+    let sync = SyncHeader {
+        from_shard: 0,
+        from_table: world.hosts[&1].table_id,
+        to_table: world.hosts[&2].table_id,
+        life,
+        seq: Seq::NONE,
+    };
+    sync.encode(&header, &mut w);
+    let mut sums = [0; 256];
+    for (here, _) in copies(world, 2) {
+        sums[here.slot() as usize % 256] ^= world.hosts[&2].shards[0].table().digest(here.slot());
+    }
+    assert_eq!(sums[200], 0, "no copy lies there");
+    sums[200] = 7;
+    hypersync::ccp::message::encode_digest(life, seq, false, &sums, &mut w);
+    let len = w.len();
+    bytes.truncate(len);
+    world.inject(2, address(1), 0, &bytes);
+}
+
+#[test]
+fn an_end_that_overtook_its_items_finds_no_orphans() {
+    let memories = memories(2);
+    let mut world = filled(7, &memories, 30);
+    let second = durable(&world, 1, 2).sent().next().next();
+    inject(&mut world, 1, 2, second, &[Message::End { session: 3, mask: [u64::MAX; 4] }]);
+    world.run_for(ms(5));
+    assert_eq!(findings(&mut world, 2), [], "nothing was named yet, because of a gap");
+    assert_eq!(world.counter(2, Counter::CompareOffered), 0);
+}
+
+#[test]
+fn a_copy_that_came_during_a_comparison_is_no_orphan() {
+    let memories = memories(2);
+    let mut world = filled(8, &memories, 30);
+    let (before, named) = (copies(&world, 2).len(), items(&world, 3));
+    world.open_at(1);
+    world.run_for(ms(40));
+    // 2 asks for a comparison, which 1 does not hear of.
+    world.cut = vec![(2, 1)];
+    for _ in 0..2 {
+        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+        forged_digest(&mut world, life, seq);
+        world.step();
+    }
+    assert_eq!(world.counter(2, Counter::DigestsDiffered), 1);
+    world.run_until(ms(18), "it came", |w| copies(w, 2).len() > before);
+    assert_eq!(copies(&world, 2).len(), before + 1);
+    // As the walk at 1 was past its slot by then.
+    let sent = durable(&world, 1, 2).sent();
+    let mut lines = named;
+    lines.push(Message::End { session: 3, mask: [u64::MAX; 4] });
+    inject(&mut world, 1, 2, sent.next(), &lines);
+    world.run_for(ms(5));
+    assert_eq!(findings(&mut world, 2), [], "it came since the comparison was asked for");
+    assert_eq!(world.counter(2, Counter::CompareOffered), 0);
+}
+
+#[test]
+fn a_deaf_member_keeps_nobody_elses_walks_waiting() {
+    let memories = memories(3);
+    let mut world = World::new(9, &memories);
+    (1..=3).for_each(|member| world.start(member, 1, [0, 100, 120, 90][member as usize]));
+    world.run_for(ms(150));
+    for _ in 0..1200 {
+        world.open_at(1);
+        world.step();
+    }
+    world.run_for(ms(100));
+    world.run_until(ms(5000), "everything is protected", |w| w.is_quiet());
+    let backups = copies(&world, 2).len();
+    assert!(backups > 1100, "{backups}");
+    // From now on nothing arrives at 2, which is heard. Its last word was that everything differs.
+    world.cut = vec![(1, 2)];
+    let tuples: Vec<_> = world.open.keys().copied().collect();
+    for tuple in &tuples[..600] {
+        world.change(*tuple);
+        world.step();
+    }
+    let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [u64::MAX; 4] }]);
+    let there = |w: &World<'_>| {
+        let table = w.hosts[&1].shards[0].table();
+        let lines = (0..table.capacity()).map(|slot| table.line(slot));
+        lines.filter(|line| line.kind() == Kind::Active && line.peer().member() == 2).count()
+    };
+    world.run_until(ms(3000), "nothing of 1 is at 2 any more", |w| there(w) == 0);
+}
