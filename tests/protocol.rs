@@ -226,6 +226,40 @@ fn a_full_table_refuses_new_copies_and_keeps_what_it_has() {
 }
 
 #[test]
+fn an_eighth_of_the_table_stays_for_its_own_connections_and_what_is_not_needed_comes_back() {
+    let memories = memories(2);
+    let mut world = World::new(21, &memories);
+    world.network = Network { loss: 5, repeats: 5, late: 10, ..Network::default() };
+    world.start(1, 1, 100);
+    world.start(2, 1, 100);
+    world.run_for(ms(100));
+    let (capacity, kept) = (2048, 2048 / 8);
+    let tuples: Vec<_> = (0..1900).map(|_| world.open_at(1)).collect();
+    let lent = capacity - kept;
+    world.run_until(SECOND * 4, "all that is lent is used", |w| {
+        w.counter(2, Counter::ConnectionsBackup) == lent
+    });
+    assert_eq!(world.counter(2, Counter::SlotsFree), kept);
+    let own: Vec<_> = (0..kept).map(|_| world.open_at(2)).collect();
+    assert_eq!(world.counter(2, Counter::ConnectionsHeld), kept, "own connections have their eighth");
+    for tuple in tuples.into_iter().chain(own) {
+        world.close(tuple);
+    }
+    world.run_until(SECOND, "everything is closed", |w| w.is_quiet());
+    let leased = |w: &World<'_>| w.counter(2, Counter::SlotsLeased);
+    assert!(leased(&world) > lent / 2, "its slots are leases again: {}", leased(&world));
+    // The only other member is the first choice: it keeps what may be asked for at once.
+    world.run_until(SECOND * 4, "leases come back", |w| leased(w) <= 2 * 64);
+    assert!(world.counter(2, Counter::LeasesGivenBack) > lent / 2);
+    for _ in 0..lent {
+        world.open_at(2);
+    }
+    assert_eq!(world.counter(2, Counter::ConnectionsHeld), lent, "own connections have the room");
+    settle(&mut world, SECOND * 4);
+    world.check();
+}
+
+#[test]
 fn a_cut_link_ends_with_the_actives_answer_and_nothing_closed_comes_back() {
     let memories = memories(4);
     let mut world = group(11, &memories, 2);

@@ -80,7 +80,7 @@ pub struct Identity {
 pub struct Tables {
     /// Slots of all shards.
     pub capacity: u64,
-    /// Free slots of all shards.
+    /// Empty slots of all shards: free, or leased and not filled.
     pub room: u64,
     /// Whether the member can take over and hold copies.
     pub ready: bool,
