@@ -186,6 +186,8 @@ pub struct Comparing {
     /// Receiving: what is left to be offered after the end of a comparison.
     unseen: Mask,
     unseen_session: u8,
+    /// Receiving: whether this side took the other for silent, or either let go of something, and no digest agreed since.
+    pub apart: bool,
     /// Receiving: whether differences are no surprise, since the pair was apart.
     expected: bool,
 }
@@ -286,7 +288,7 @@ impl Replica<'_> {
     pub(super) fn unverify_stream(&mut self, stream: usize) {
         let s = &mut self.streams[stream].comparing;
         self.unverified += !s.unverified as u32;
-        (s.unverified, s.tries) = (true, 0);
+        (s.unverified, s.tries, s.apart) = (true, 0, true);
         s.asked = None;
     }
 
@@ -303,7 +305,7 @@ impl Replica<'_> {
             self.verify(stream);
             let s = &mut self.streams[stream];
             s.comparing = Comparing { session: s.comparing.session, ..Comparing::default() };
-            s.comparing.unsure = true;
+            (s.comparing.unsure, s.comparing.apart) = (true, true);
         }
         self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
         self.comparison.resends.retain(|(stream, _)| stream_member(*stream as usize) != member);
@@ -434,6 +436,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream].comparing;
         if mask == Mask::default() {
             (s.differed, s.suspect, s.compared) = (0, mask, mask);
+            s.apart = false;
             if unverified {
                 s.answer = Some((seq, mask));
                 self.wake(stream);
@@ -443,7 +446,7 @@ impl Replica<'_> {
         let again: Mask = std::array::from_fn(|i| mask[i] & s.suspect[i]);
         s.suspect = mask;
         s.compared = std::array::from_fn(|i| mask[i] & s.compared[i]);
-        s.expected = unverified;
+        s.expected = unverified || s.apart;
         let mut report = if unverified { mask } else { again };
         s.differed = if report == Mask::default() { 0 } else { s.differed.saturating_add(1) };
         // What cannot be repaired is looked at ever more rarely; what differs anew does not wait for that.
