@@ -294,7 +294,10 @@ impl Checks {
             let Message::New { target, own, .. } = message else { continue };
             let line = table.line(own.slot);
             let to = Coordinate::new(datagram.to, header.to_shard, target.slot, target.generation);
-            let is_ours = line.generation() == own.generation && line.kind() == Kind::Active;
+            // A datagram that a killed process composed leaves only when its memory was taken up: by then it may
+            // be closed.
+            let is_ours =
+                line.generation() == own.generation && matches!(line.kind(), Kind::Active | Kind::Closing);
             if !is_ours || line.peer() != to {
                 return broken!(
                     "10 state goes to the pair only",
