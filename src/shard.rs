@@ -208,9 +208,10 @@ impl<'m> Shard<'m> {
         }
         self.follow_view(now);
         self.replica.tick(now);
-        while let Some(finding) = self.replica.poll_finding() {
+        while let Some((finding, expected)) = self.replica.poll_finding() {
             let Some(more) = self.differs.tell(now) else { continue };
-            log::warn!("{}{more}", describe(finding));
+            let level = if expected { log::Level::Info } else { log::Level::Warn };
+            log::log!(level, "{}{more}", describe(finding));
         }
         if !self.complete && self.feed.is_complete() {
             self.complete = true;

@@ -197,7 +197,7 @@ pub(super) struct Comparison {
     lines: VecDeque<(u16, Line)>,
     /// Connections that their active has to send again.
     resends: Vec<(u16, Place)>,
-    findings: VecDeque<Finding>,
+    findings: VecDeque<(Finding, bool)>,
     /// When the streams are looked at next.
     sweep_at: Time,
 }
@@ -685,13 +685,15 @@ impl Replica<'_> {
     }
 
     fn find(&mut self, stream: usize, finding: Finding) {
-        if !self.streams[stream].comparing.expected && self.comparison.findings.len() < FINDINGS_MAX {
-            self.comparison.findings.push_back(finding);
+        if self.comparison.findings.len() < FINDINGS_MAX {
+            let expected = self.streams[stream].comparing.expected;
+            self.comparison.findings.push_back((finding, expected));
         }
     }
 
-    /// The next copy that differed although the pair was never apart; for the log.
-    pub fn poll_finding(&mut self) -> Option<Finding> {
+    /// The next copy that differed, for the log; and whether that is no surprise, since the pair was apart or one of
+    /// its processes was killed.
+    pub fn poll_finding(&mut self) -> Option<(Finding, bool)> {
         self.comparison.findings.pop_front()
     }
 
