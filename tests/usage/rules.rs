@@ -83,9 +83,10 @@ fn the_first_rule_that_matches_decides_also_when_a_mark_changes() {
     }
     let mut wanted: Vec<String> = all.iter().filter(|c| c.2).map(|c| c.0.to_owned()).collect();
     wanted.sort();
+    // The dump at the start may have shown some of them as well.
     wait_for("every connection was heard", SOON, || {
-        [Counter::SourceEvents, Counter::SourceFiltered, Counter::SourceLocal].map(|c| member.counter(c))
-            == [4, 3, 1]
+        let counts = [Counter::SourceFiltered, Counter::SourceLocal].map(|c| member.counter(c));
+        counts[0] >= 3 && counts[1] >= 1 && taken(&member).len() >= wanted.len()
     });
     assert_eq!(taken(&member), wanted);
 
