@@ -117,6 +117,8 @@ fn restarted_under_churn_as_announced() {
     story("hypersync restart", &[], |_, one, two, churn| {
         let mut command = hypersync();
         command.arg("restart").arg("--shm").arg(&two.shm).args(["--within", "20s"]);
+        // Its line would stand in the middle of the test program's own.
+        command.stdout(std::process::Stdio::null());
         let mut asking = dies_with_us(&mut command).spawn().expect("the program is built");
         let mut status: Option<ExitStatus> = None;
         let took = churn.go_on_until("it is back", SOON, || {
