@@ -334,8 +334,13 @@ impl Replica<'_> {
         if self.unverified == 0 {
             return 0;
         }
-        let unverified = self.streams.iter().filter(|s| s.comparing.unverified);
-        unverified.map(|s| s.uncounted()).sum()
+        // Only those of members that are there: this is asked at every tick.
+        let up = (1..self.peers.len() as MemberId).filter(|member| self.is_up(*member));
+        let streams = up.flat_map(|member| {
+            let first = stream_index(member, 0);
+            &self.streams[first..first + self.view.members[member as usize].shards as usize]
+        });
+        streams.filter(|s| s.comparing.unverified).map(|s| s.uncounted()).sum()
     }
 
     /// Says which streams are due for a digest.
