@@ -205,7 +205,8 @@ pub(super) struct Comparison {
 impl Comparison {
     pub(super) fn new() -> Comparison {
         Comparison {
-            lines: VecDeque::with_capacity(ITEMS_MAX + 64),
+            // Beside items there may be an end for each stream.
+            lines: VecDeque::with_capacity(ITEMS_MAX + STREAMS_MAX),
             resends: Vec::with_capacity(RESENDS_MAX),
             findings: VecDeque::with_capacity(FINDINGS_MAX),
             sweep_at: Time(0),
