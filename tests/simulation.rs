@@ -5,8 +5,9 @@
 //! phases of peace, in which everything has to agree within a stated simulated time.
 //!
 //! `SEED=n` replays one seed with a line an event on stderr (time, member, what, detail); `SEEDS=n` sets
-//! how many are run, `FIRST=n` the first of them; with `ALL=1` every failure is listed, a line each. With the
-//! feature `mutations`, `MUTATION=name` tries one deliberate fault only.
+//! how many are run, `FIRST=n` the first of them. Every failure is told, a line each, with what replays it.
+//! `tests/soak` runs any range for as long as one likes. With the feature `mutations`, `MUTATION=name` tries one
+//! deliberate fault only.
 //!
 //! In half of the seeds a shard makes a pass only when something arrives or the time that its `poll_at` announced
 //! has come, as the appliance's loop does. A shard that something arrives for makes one more pass first, as a
@@ -37,9 +38,13 @@ mod world;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fmt::Arguments;
+use std::io::Write;
+use std::ops::{ControlFlow, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+#[cfg(feature = "mutations")]
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use hypersync::conn::MemberId;
 use hypersync::time::Time;
@@ -114,38 +119,49 @@ fn keep_panics() {
     }));
 }
 
-/// Runs seeds on two threads until one fails; the first that did, and what broke, and how many steps all took.
-fn first_failure(seeds: &[u64], prepare: &(dyn Fn() + Sync)) -> (Option<(u64, String)>, u64) {
-    let (next, steps) = (AtomicU64::new(0), AtomicU64::new(0));
-    let failed: Mutex<Option<(u64, String)>> = Mutex::new(None);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            let work = || {
-                prepare();
-                while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize)
-                    && failed.lock().expect("nobody panicked").is_none()
-                {
-                    match run(*seed, false) {
-                        Ok(n) => drop(steps.fetch_add(n, Ordering::Relaxed)),
-                        Err(broken) if std::env::var_os("ALL").is_some() => {
-                            let broken: String = broken.chars().take(300).collect();
-                            println!("{seed}: {}", broken.replace('\n', " "));
-                        }
-                        Err(broken) => {
-                            let mut failed = failed.lock().expect("nobody panicked");
-                            if failed.as_ref().is_none_or(|(other, _)| seed < other) {
-                                *failed = Some((*seed, broken));
-                            }
-                        }
+/// A seed that failed, and what broke.
+type Failure = (u64, String);
+
+/// Runs seeds on all processors, each failure told to `tell`, which says whether to go on. Returns how many steps all
+/// took.
+fn run_seeds(
+    seeds: Range<u64>,
+    prepare: &(dyn Fn() + Sync),
+    tell: &(dyn Fn(Failure) -> ControlFlow<()> + Sync),
+) -> u64 {
+    let (next, steps, ended) = (AtomicU64::new(seeds.start), AtomicU64::new(0), AtomicBool::new(false));
+    let work = || {
+        prepare();
+        while !ended.load(Ordering::Relaxed) {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if !seeds.contains(&seed) {
+                return;
+            }
+            match run(seed, false) {
+                Ok(n) => drop(steps.fetch_add(n, Ordering::Relaxed)),
+                Err(broken) => {
+                    if tell((seed, broken)).is_break() {
+                        ended.store(true, Ordering::Relaxed);
                     }
                 }
-            };
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             let thread = std::thread::Builder::new().name("seeds".to_owned());
             thread.spawn_scoped(scope, work).expect("a thread");
         }
     });
-    (failed.into_inner().expect("nobody panicked"), steps.load(Ordering::Relaxed))
+    steps.into_inner()
 }
+
+/// How this build's seeds are replayed.
+const REPLAY: &str = if cfg!(feature = "mutations") {
+    "cargo test --release --features mutations --test simulation every_seed -- --nocapture"
+} else {
+    "cargo test --release --test simulation every_seed -- --nocapture"
+};
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|n| n.parse().unwrap_or_else(|_| panic!("{name} is a number")))
@@ -161,13 +177,25 @@ fn every_seed_keeps_every_promise() {
     }
     keep_panics();
     let first = number("FIRST").unwrap_or(1);
-    let seeds: Vec<u64> = (first..first + number("SEEDS").unwrap_or(600)).collect();
-    let began = std::time::Instant::now();
-    let (failed, steps) = first_failure(&seeds, &|| {});
-    if let Some((seed, broken)) = failed {
-        panic!("{broken}\nreplay with SEED={seed}");
-    }
-    println!("{} seeds, {steps} steps, {:.1} s", seeds.len(), began.elapsed().as_secs_f64());
+    let seeds = first..first.saturating_add(number("SEEDS").unwrap_or(600));
+    let began = Instant::now();
+    let failed = AtomicU64::new(0);
+    let steps = run_seeds(seeds.clone(), &|| {}, &|(seed, broken)| {
+        failed.fetch_add(1, Ordering::Relaxed);
+        // Straight to the terminal: what a test prints is shown when it ends, and a soak may be stopped before.
+        let broken: String = broken.lines().next().unwrap_or_default().chars().take(300).collect();
+        let line = format!("SEED={seed} {REPLAY}  # {broken}\n");
+        let _ = std::io::stdout().write_all(line.as_bytes());
+        ControlFlow::Continue(())
+    });
+    let failed = failed.into_inner();
+    let n = seeds.end - seeds.start;
+    let line = format!(
+        "{n} seeds from {first} on, {failed} failed, {steps} steps, {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
+    println!("{line}");
+    assert!(failed == 0, "{line}: each with a line above");
 }
 
 /// The checkers bite: each of these faults is noticed, in some seed.
@@ -182,8 +210,16 @@ fn every_deliberate_fault_is_caught() {
         if only.as_ref().is_some_and(|only| *only != format!("{mutation:?}")) {
             continue;
         }
-        let seeds: Vec<u64> = (1..=number("SEEDS").unwrap_or(150)).collect();
-        match first_failure(&seeds, &|| set(Some(*mutation))).0 {
+        let seeds = 1..1 + number("SEEDS").unwrap_or(150);
+        let first: Mutex<Option<Failure>> = Mutex::new(None);
+        run_seeds(seeds, &|| set(Some(*mutation)), &|(seed, broken)| {
+            let mut first = first.lock().expect("nobody panicked");
+            if first.as_ref().is_none_or(|(other, _)| seed < *other) {
+                *first = Some((seed, broken));
+            }
+            ControlFlow::Break(())
+        });
+        match first.into_inner().expect("nobody panicked") {
             Some((seed, broken)) => {
                 let line = broken.lines().next().unwrap_or_default();
                 let (step, promise) = line.split_once(": ").unwrap_or(("", line));

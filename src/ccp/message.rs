@@ -235,9 +235,32 @@ pub enum Message<'b> {
     Resend {
         /// Where the receiver has the connection.
         target: Place,
+        /// What speaks against a fault of the program, if the copy still should be what was named.
+        doubt: Doubt,
     },
     /// The sending member leaves the group now.
     Goodbye,
+}
+
+/// What a copy that is not as it was named says of the two members that hold it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Doubt {
+    /// It should have been as named.
+    None = 0,
+    /// The two were apart, or one of their processes was killed: no surprise.
+    Apart = 1,
+    /// Earlier or later deltas may be on their way: then nothing need be wrong.
+    Order = 2,
+}
+
+impl Doubt {
+    fn from_raw(bits: u8) -> Doubt {
+        match bits {
+            0 => Doubt::None,
+            1 => Doubt::Apart,
+            _ => Doubt::Order,
+        }
+    }
 }
 
 /// Marks a place that is there, in a word of its own.
@@ -371,7 +394,7 @@ impl<'b> Message<'b> {
                 w.u64(head(END, *session, 0));
                 mask.iter().for_each(|word| w.u64(*word));
             }
-            Message::Resend { target } => w.u64(head(RESEND, 0, target.raw())),
+            Message::Resend { target, doubt } => w.u64(head(RESEND, *doubt as u8, target.raw())),
             Message::Goodbye => w.u64(head(GOODBYE, 0, 0)),
         }
     }
@@ -482,7 +505,7 @@ impl<'b> Message<'b> {
             }
             ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, session: bits },
             END => Message::End { session: bits, mask: mask(r)? },
-            RESEND => Message::Resend { target },
+            RESEND => Message::Resend { target, doubt: Doubt::from_raw(bits) },
             GOODBYE => Message::Goodbye,
             _ => return Err(Reject::Message),
         };

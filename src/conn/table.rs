@@ -11,7 +11,7 @@ use super::coordinate::Coordinate;
 use super::extra::Extra;
 use super::extras::Extras;
 use super::index::Index;
-use super::slot::{Addresses, Connection, Kind, Line, Slot};
+use super::slot::{Addresses, Connection, Kind, Line, Slot, Stamp};
 use super::tuple::Tuple;
 use crate::counters::{Counter, Counters};
 use crate::kill::kill_point;
@@ -144,7 +144,7 @@ impl<'m> Table<'m> {
             if let Some(gauge) = gauge_of(kind) {
                 table.counters.count(gauge);
             }
-            if kind.is_connection() {
+            if kind.is_connection() || kind == Kind::Closing {
                 let (original, reply) = table.tuples(slot);
                 table.index.insert(&original, slot);
                 table.index.insert(&reply, slot);
@@ -273,19 +273,45 @@ impl<'m> Table<'m> {
         self.index.insert(&connection.reply, slot);
     }
 
-    /// Takes a slot out of the index: nobody finds its connection any more.
+    /// Takes a slot out of the index: nobody finds its connection any more. One that is closing stays in it until its
+    /// close is acknowledged, for [`closing_stamp`](Self::closing_stamp).
     pub fn forget(&mut self, slot: u32) {
         let (original, reply) = self.tuples(slot);
         self.index.remove(&original, slot);
         self.index.remove(&reply, slot);
     }
 
-    /// The connection with this original tuple, one of our own before a copy for another member.
+    /// The connection with this original tuple, one of our own before a copy for another member, and of several copies
+    /// the newest.
     pub fn find_original(&self, original: &Tuple) -> Option<u32> {
-        let own = |slot| self.line(slot).kind() != Kind::Backup && self.tuples(slot).0 == *original;
-        self.index
-            .find(original, own)
-            .or_else(|| self.index.find(original, |slot| self.tuples(slot).0 == *original))
+        let own =
+            |slot| matches!(self.kind(slot), Kind::Held | Kind::Active) && self.tuples(slot).0 == *original;
+        let copy = |slot| self.kind(slot) == Kind::Backup && self.tuples(slot).0 == *original;
+        self.index.find(original, own).or_else(|| self.newest(original, copy))
+    }
+
+    /// The connection with both tuples.
+    pub fn find_exact(&self, original: &Tuple, reply: &Tuple) -> Option<u32> {
+        let is_it = |slot| self.kind(slot).is_connection() && self.tuples(slot) == (*original, *reply);
+        self.newest(original, is_it)
+    }
+
+    /// The highest stamp of the lives of this tuple that ended here and whose close is not acknowledged yet.
+    pub fn closing_stamp(&self, original: &Tuple) -> Option<Stamp> {
+        let is_it = |slot| self.kind(slot) == Kind::Closing && self.tuples(slot).0 == *original;
+        self.newest(original, is_it).map(|slot| self.line(slot).stamp())
+    }
+
+    /// Of the slots with this tuple that are wanted, the one with the highest stamp.
+    fn newest(&self, tuple: &Tuple, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+        let mut newest: Option<(Stamp, u32)> = None;
+        self.index.find(tuple, |slot| {
+            if is_it(slot) {
+                newest = newest.max(Some((self.line(slot).stamp(), slot)));
+            }
+            false
+        });
+        newest.map(|(_, slot)| slot)
     }
 
     /// Takes the slot that was free longest; it stays `Free` until it is filled or leased.

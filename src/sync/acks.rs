@@ -6,7 +6,7 @@
 //! datagram again.
 
 use super::chores::Rank;
-use super::history::Content;
+use super::history::{Content, EpochBits};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
@@ -57,7 +57,7 @@ impl Replica<'_> {
                     self.handle_digest(stream, (life, seq), unverified, sums)?;
                 }
                 Message::Differ { life, seq, mask } => self.handle_differ(stream, (life, seq), mask)?,
-                Message::Resend { target } => self.handle_resend(now, stream, target),
+                Message::Resend { target, doubt } => self.handle_resend(now, stream, target, doubt),
                 Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
                 _ => return Err(Reject::Message),
             }
@@ -121,6 +121,7 @@ impl Replica<'_> {
             }
             self.table.unlink(&mut self.streams[stream].closing, slot);
             self.return_lease(line.peer(), line.life());
+            self.table.forget(slot);
             self.table.recycle(slot);
         }
     }
@@ -176,12 +177,16 @@ impl Replica<'_> {
         let member = stream_member(stream);
         let backup = Coordinate::new(member, stream_shard(stream), target.slot, target.generation);
         for content in self.history.contents(entry) {
-            let Content::Delta(place) = content else { continue };
+            let Content::Delta { place, epoch } = content else { continue };
             if own.is_some_and(|own| own != place) {
                 continue; // A place that stands in the lease twice: only one of the two was refused.
             }
             let line = self.table.line(place.slot);
-            if line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active {
+            // It was claimed there and claimed back here since: what was refused was of before all that.
+            let is_current = epoch == EpochBits::of(line.stamp()) || is(Mutation::LateRefusals);
+            let is_ours =
+                line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active;
+            if is_ours && is_current {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it
                 // leaves there must go. (A slot that is not leased any more takes nothing.)
                 if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, line.stamp()) {
@@ -190,6 +195,8 @@ impl Replica<'_> {
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);
                 match reason {
+                    // Nobody's packets were seen here, and somebody carries it on who knows it better.
+                    Reason::Superseded if self.is_presumed(place.slot) => self.drop_presumed(place.slot),
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => self.shelve(now, place.slot),
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),

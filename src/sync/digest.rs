@@ -31,7 +31,7 @@ use super::takeover::Job;
 use super::transmit::Transmit;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
-use crate::ccp::message::{Bitmap, Message, Place, encode_digest};
+use crate::ccp::message::{Bitmap, Doubt, Message, Place, encode_digest};
 use crate::conn::slot::groups;
 #[cfg(any(test, feature = "mutations"))]
 use crate::conn::table::On;
@@ -52,8 +52,9 @@ pub type Mask = [u64; BUCKETS / 64];
 pub(super) const ITEM_BYTES: usize = 20;
 pub(super) const END_BYTES: usize = 40;
 
-/// Seen of a copy that came while a comparison was under way: its active may not have named it.
-const FRESH: u8 = u8::MAX;
+/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for when it came, modulo 4.
+/// Its active may have named its copies before it sent this one. (Sessions are seen as 1 to 64.)
+const FRESH: u8 = u8::MAX - 3;
 
 /// A pair that has not agreed after so many digests counts as verified all the same.
 const TRIES: u32 = 40;
@@ -139,14 +140,14 @@ pub(super) enum Line {
 /// A copy that was not what its active takes it for: found by a digest, and being repaired.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Finding {
-    /// The active has it at `active`; the copy at `here` is not that, or none.
+    /// The active has it at `active`; the copy at `here` is not that, or none. Found by the active.
     Differs {
         /// Where the copy should be.
         here: Coordinate,
         /// Where its active has it.
         active: Coordinate,
     },
-    /// A copy here that its active does not count on.
+    /// A copy here that its active does not count on. Found by the copy's member.
     Orphan {
         /// Where the copy is.
         here: Coordinate,
@@ -179,8 +180,14 @@ pub struct Comparing {
     suspect: Mask,
     /// Receiving: buckets that were compared since they differ.
     compared: Mask,
-    /// Receiving: whether a comparison was asked for, and is not over.
-    asking: bool,
+    /// Receiving: how often a comparison was asked for, modulo 4; all that is asked between two ends counts as once.
+    asks: u8,
+    /// Receiving: whether one was since the last end.
+    is_asked: bool,
+    /// Receiving: what `asks` was before the last end. The next one may belong to that, too.
+    asked_before: Option<u8>,
+    /// Receiving: copies that came since `asks` was this the last end does not judge.
+    judged_until: u8,
     /// Receiving: the answer that is due.
     answer: Option<(Seq, Mask)>,
     /// Receiving: what is left to be offered after the end of a comparison.
@@ -196,7 +203,7 @@ pub struct Comparing {
 pub(super) struct Comparison {
     lines: VecDeque<(u16, Line)>,
     /// Connections that their active has to send again.
-    resends: Vec<(u16, Place)>,
+    resends: Vec<(u16, Place, Doubt)>,
     findings: VecDeque<(Finding, bool)>,
     /// When the streams are looked at next.
     sweep_at: Time,
@@ -256,7 +263,7 @@ impl Replica<'_> {
         let stream = self.stream_of(self.table.line(slot).peer());
         let s = &mut self.streams[stream];
         s.copies += 1;
-        self.table.set_seen(slot, if s.comparing.asking { FRESH } else { 0 });
+        self.table.set_seen(slot, FRESH + s.comparing.asks);
         self.account_held(slot);
     }
 
@@ -272,6 +279,7 @@ impl Replica<'_> {
         let stream = self.stream_of(self.table.line(slot).peer());
         self.unlist(slot);
         self.account_unsent(stream, slot);
+        self.table.forget(slot);
         self.table.recycle(slot);
     }
 
@@ -305,11 +313,14 @@ impl Replica<'_> {
             let stream = stream_index(member, shard);
             self.verify(stream);
             let s = &mut self.streams[stream];
-            s.comparing = Comparing { session: s.comparing.session, ..Comparing::default() };
+            let Comparing { session, asks, is_asked, asked_before, .. } = s.comparing;
+            // An end may still be on its way.
+            let asked_before = asked_before.or(is_asked.then_some(asks));
+            s.comparing = Comparing { session, asks, asked_before, ..Comparing::default() };
             (s.comparing.unsure, s.comparing.apart) = (true, true);
         }
         self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
-        self.comparison.resends.retain(|(stream, _)| stream_member(*stream as usize) != member);
+        self.comparison.resends.retain(|(stream, ..)| stream_member(*stream as usize) != member);
         if let Some((next, _)) = self.comparison.lines.front() {
             self.wake(*next as usize);
         }
@@ -392,6 +403,9 @@ impl Replica<'_> {
         if !s.comparing.due || s.comparing.unsure || !s.greeted {
             return;
         }
+        if self.has_chores(stream) {
+            return; // What a release that could not leave yet will end is in no sum any more.
+        }
         let (life, seq) = (self.durable(stream).life(), self.durable(stream).sent());
         let (header, sync) = self.headers(stream, Seq::NONE);
         let mut scratch = [0; DATAGRAM_MAX];
@@ -472,7 +486,9 @@ impl Replica<'_> {
         let life = self.durable(stream).peer_life();
         let s = &mut self.streams[stream].comparing;
         let (seq, mask) = s.answer.take()?;
-        s.asking |= mask != Mask::default();
+        if mask != Mask::default() && !std::mem::replace(&mut s.is_asked, true) {
+            s.asks = (s.asks + 1) % 4;
+        }
         Some(Message::Differ { life, seq, mask })
     }
 
@@ -593,14 +609,13 @@ impl Replica<'_> {
     /// The active has a connection at `own` and takes the copy at `target` for this.
     pub(super) fn apply_item(
         &mut self,
+        now: Time,
         stream: usize,
-        target: Place,
-        own: Coordinate,
+        (target, own): (Place, Coordinate),
         hash: u32,
         session: u8,
         in_order: bool,
     ) {
-        let here = Coordinate::new(self.config.member, self.config.shard, target.slot, target.generation);
         if target.slot >= self.table.capacity() {
             return self.counters.count(Counter::RejectTarget);
         }
@@ -614,17 +629,27 @@ impl Replica<'_> {
                 }
             }
             // Claimed or presumed here, or closed after that: the two sides settle it between them.
-            Kind::Active | Kind::Closing if is_here => return,
+            Kind::Active | Kind::Closing if is_here => {
+                let is_told = line.peer() == own || self.table.former(target.slot).is_somewhere();
+                if line.kind() == Kind::Active && line.is_claimed() && !is_told {
+                    // The claim was not heard of there, and has found another backup since.
+                    self.table.set_former(target.slot, own);
+                    self.ask_soon(now, own.member());
+                }
+                return;
+            }
             _ => {}
         }
-        // Earlier or later deltas may not be what it speaks of: then nothing need be wrong.
         if hash == KEPT {
             return;
         }
-        if in_order {
-            self.find(stream, Finding::Differs { here, active: own });
-        }
-        self.comparison.resends.push((stream as u16, Place::of(own)));
+        let s = &self.streams[stream].comparing;
+        let doubt = match in_order {
+            false => Doubt::Order,
+            true if s.expected || s.apart => Doubt::Apart,
+            true => Doubt::None,
+        };
+        self.comparison.resends.push((stream as u16, Place::of(own), doubt));
         self.wake(stream);
     }
 
@@ -632,10 +657,17 @@ impl Replica<'_> {
     pub(super) fn apply_end(&mut self, stream: usize, session: u8, mask: Mask) {
         let s = &mut self.streams[stream].comparing;
         (s.unseen, s.unseen_session) = (mask, session + 1);
+        s.judged_until = s.asked_before.unwrap_or(s.asks);
+        if std::mem::replace(&mut s.is_asked, false) {
+            s.asked_before = Some(s.asks);
+        }
         s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
         let job = Job::Unseen { stream };
-        if !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
-            self.jobs.push_back(job);
+        match self.jobs.iter().position(|waiting| *waiting == job) {
+            // The one under way looks at everything again.
+            Some(0) => self.walk_slot = 0,
+            Some(_) => {}
+            None => self.jobs.push_back(job),
         }
     }
 
@@ -643,34 +675,35 @@ impl Replica<'_> {
     pub(super) fn unseen_slot(&mut self, stream: usize, slot: u32) -> bool {
         let line = self.table.line(slot);
         let s = &self.streams[stream].comparing;
-        let unseen = line.kind() == Kind::Backup
-            && self.stream_of(line.peer()) == stream
-            && has(&s.unseen, slot)
-            && self.table.seen(slot) != s.unseen_session
-            && self.is_up(stream_member(stream));
-        if !unseen {
+        if line.kind() != Kind::Backup || self.stream_of(line.peer()) != stream {
             return true;
         }
-        if self.table.seen(slot) == FRESH {
-            self.table.set_seen(slot, 0);
+        let mut seen = self.table.seen(slot);
+        if seen >= FRESH {
+            let age = |asks: u8| (s.asks + 4 - asks) % 4;
+            if age(seen - FRESH) <= age(s.judged_until) {
+                return true;
+            }
+            seen = 0;
+            self.table.set_seen(slot, seen);
+        }
+        let unseen = has(&s.unseen, slot) && seen != s.unseen_session && self.is_up(stream_member(stream));
+        if !unseen {
             return true;
         }
         let own = Place { slot, generation: line.generation() };
         let offered = self.offer(line.peer(), own);
         if offered {
             self.counters.count(Counter::CompareOffered);
-            self.find(stream, Finding::Orphan { here: self.coordinate(slot), active: line.peer() });
+            let s = &self.streams[stream].comparing;
+            let apart = s.expected || s.apart;
+            self.find(Finding::Orphan { here: self.coordinate(slot), active: line.peer() }, apart);
         }
         offered
     }
 
-    /// That walk is done.
-    pub(super) fn unseen_done(&mut self, stream: usize) {
-        self.streams[stream].comparing.asking = false;
-    }
-
     /// The backup does not hold this connection as it should: all of it goes out again.
-    pub(super) fn handle_resend(&mut self, now: Time, stream: usize, own: Place) {
+    pub(super) fn handle_resend(&mut self, now: Time, stream: usize, own: Place, doubt: Doubt) {
         if own.slot >= self.table.capacity() {
             return self.counters.count(Counter::RejectTarget);
         }
@@ -681,6 +714,13 @@ impl Replica<'_> {
             && self.stream_of(line.peer()) == stream;
         if ours {
             self.counters.count(Counter::CompareResent);
+            // Only here it is known that the copy should be what was named: the other side may have claimed it, and closed
+            // it, while the item was on its way.
+            if doubt != Doubt::Order {
+                let (here, active) = (line.peer(), self.coordinate(own.slot));
+                let apart = doubt == Doubt::Apart || self.streams[stream].comparing.unverified;
+                self.find(Finding::Differs { here, active }, apart);
+            }
             self.mark_dirty(now, own.slot, groups::ALL);
             // It may hold something else under the same stamp, and takes nothing that is not newer. What is only
             // presumed here does not become newer than what its former active has.
@@ -690,9 +730,8 @@ impl Replica<'_> {
         }
     }
 
-    fn find(&mut self, stream: usize, finding: Finding) {
+    fn find(&mut self, finding: Finding, expected: bool) {
         if self.comparison.findings.len() < FINDINGS_MAX {
-            let expected = self.streams[stream].comparing.expected;
             self.comparison.findings.push_back((finding, expected));
         }
     }
@@ -773,14 +812,14 @@ impl Replica<'_> {
 
     /// The next connection that the peer of this stream has to send again.
     pub(super) fn take_resend(&mut self, stream: usize) -> Option<Message<'static>> {
-        let at = self.comparison.resends.iter().position(|(of, _)| *of as usize == stream)?;
-        let (_, target) = self.comparison.resends.swap_remove(at);
-        Some(Message::Resend { target })
+        let at = self.comparison.resends.iter().position(|(of, ..)| *of as usize == stream)?;
+        let (_, target, doubt) = self.comparison.resends.swap_remove(at);
+        Some(Message::Resend { target, doubt })
     }
 
     /// Whether a digest, or what one found, has to be answered.
     pub(super) fn has_answers(&self, stream: usize) -> bool {
         self.streams[stream].comparing.answer.is_some()
-            || self.comparison.resends.iter().any(|(of, _)| *of as usize == stream)
+            || self.comparison.resends.iter().any(|(of, ..)| *of as usize == stream)
     }
 }

@@ -10,8 +10,8 @@
 //! stands in the journal, the first written last when a datagram is entered. So one that a killed
 //! process was composing is not there.
 //!
-//! A manifest word is a tag in the top two bits, then slot and generation (26 bits each), or the
-//! number of a release.
+//! A manifest word is a tag in the top two bits, then (of a delta) the low ten bits of the epoch that it
+//! carried, then slot and generation (26 bits each), or the number of a release.
 //!
 //! Behind the ring of datagrams lie the control buffers: heartbeats, acks and the like, which
 //! nobody repeats.
@@ -19,7 +19,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ccp::message::Place;
-use crate::conn::Generation;
+use crate::conn::{Generation, Stamp};
 use crate::kill::kill_point;
 use crate::limits::{CONTROL_BUFFER_SIZE, CONTROL_BUFFERS, DATAGRAM_MAX};
 use crate::memory::{HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, write_arena};
@@ -33,7 +33,12 @@ pub const MANIFEST_PER_DATAGRAM: usize = DATAGRAM_MAX / 10;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Content {
     /// A delta of the connection in this slot.
-    Delta(Place),
+    Delta {
+        /// The slot.
+        place: Place,
+        /// Of the state that it carried.
+        epoch: EpochBits,
+    },
     /// This slot was granted to the peer.
     Granted(Place),
     /// Release number n.
@@ -42,11 +47,24 @@ pub enum Content {
     GivenBack(Place),
 }
 
+/// The low bits of an epoch, as many as a manifest word has room for. Whether a connection was claimed since.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct EpochBits(u16);
+
+const EPOCH_MASK: u16 = (1 << 10) - 1;
+
+impl EpochBits {
+    /// Those of a stamp.
+    pub fn of(stamp: Stamp) -> EpochBits {
+        EpochBits(stamp.epoch as u16 & EPOCH_MASK)
+    }
+}
+
 impl Content {
     fn raw(self) -> u64 {
         let word = |tag: u64, p: Place| tag << 62 | (p.slot as u64) << 26 | p.generation.raw() as u64;
         match self {
-            Content::Delta(place) => word(0, place),
+            Content::Delta { place, epoch } => word(0, place) | (epoch.0 as u64) << 52,
             Content::Granted(place) => word(1, place),
             Content::Release(n) => 2 << 62 | n as u64,
             Content::GivenBack(place) => word(3, place),
@@ -59,7 +77,7 @@ impl Content {
             generation: Generation::from_low_bits(raw as u32),
         };
         match raw >> 62 {
-            0 => Content::Delta(place),
+            0 => Content::Delta { place, epoch: EpochBits((raw >> 52) as u16 & EPOCH_MASK) },
             1 => Content::Granted(place),
             2 => Content::Release(raw as u32),
             _ => Content::GivenBack(place),

@@ -30,7 +30,7 @@ impl Replica<'_> {
         }
         let found = self.table.find_original(original);
         match (event, found) {
-            (SourceEvent::Seen { connection, .. }, None) => self.open(now, connection),
+            (SourceEvent::Seen { connection, .. }, None) => self.open(now, connection, None),
             (SourceEvent::Seen { connection, known }, Some(slot)) => {
                 self.change(now, slot, connection, *known)
             }
@@ -66,14 +66,19 @@ impl Replica<'_> {
         self.miss(now, slot);
     }
 
-    pub(super) fn open(&mut self, now: Time, connection: &Connection) {
+    /// A connection begins. If it has the tuple of another one that members may still hold (`over` is that one's
+    /// stamp, or it is closing here), it begins above it: whatever of that one is still on its way, or
+    /// looks for a place here, is older.
+    pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
+        let over = over.max(self.table.closing_stamp(&connection.original));
+        let over = over.filter(|_| !is(Mutation::LivesMixed));
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
             return;
         };
         let mut line = self.table.line(slot);
         line.set_kind(Kind::Held);
-        line.set_stamp(Stamp { epoch: 0, version: 1 });
+        line.set_stamp(over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed));
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(groups::ALL);
         line.set_last(Seq::NONE);
@@ -85,9 +90,13 @@ impl Replica<'_> {
         let mut line = self.table.line(slot);
         let (original, reply) = self.table.tuples(slot);
         if reply != seen.reply && known & groups::TUPLES != 0 {
-            // The same original tuple with another translation is another connection.
+            // The same original tuple with another translation is another connection: one that has a copy here
+            // beside that of the one before, or a new one.
             self.gone(now, slot);
-            return self.open(now, &Connection { original, ..*seen });
+            return match self.table.find_exact(&original, &seen.reply) {
+                Some(copy) => self.change(now, copy, seen, known),
+                None => self.open(now, &Connection { original, ..*seen }, Some(line.stamp())),
+            };
         }
         let old = line.state();
         let mut new = old;
@@ -186,7 +195,7 @@ impl Replica<'_> {
         } else {
             // Traffic does not wait for the walk.
             self.leave_behind(peer.member());
-            self.unassign(slot);
+            self.turn_away(slot);
             self.protect(now, slot);
         }
     }
@@ -258,13 +267,17 @@ impl Replica<'_> {
     }
 
     fn close(&mut self, now: Time, slot: u32) {
-        self.table.forget(slot);
         let line = self.table.line(slot);
         self.end_move(slot);
-        let peer = line.peer();
+        let (peer, former) = (line.peer(), self.table.former(slot));
+        if former.is_somewhere() && line.is_claimed() {
+            // It may still take itself for the active. Without a free chore it finds out by asking.
+            let _ = self.release(Rank::Question, former, line.stamp().changed());
+        }
         if !peer.is_somewhere() || !self.may_return(peer.member()) || is(Mutation::CloseUnsent) {
             // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.
             self.unassign(slot);
+            self.table.forget(slot);
             self.table.recycle(slot);
             return;
         }

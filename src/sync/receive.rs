@@ -19,7 +19,7 @@ use crate::ccp::message::{Message, Place, Places, Reason};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::{Line, groups};
 use crate::conn::tuple::shards_can_meet;
-use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
+use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, WINDOW};
 use crate::seq::Seq;
@@ -173,7 +173,7 @@ impl Replica<'_> {
                 Message::Item { target, own, hash, session } => {
                     let own = self.sender(stream, own);
                     let in_order = self.is_in_order(stream, seq);
-                    self.apply_item(stream, target, own, hash, session, in_order);
+                    self.apply_item(now, stream, (target, own), hash, session, in_order);
                     Applied
                 }
                 // It speaks of items before it: they come first.
@@ -251,7 +251,7 @@ impl Replica<'_> {
             line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                let witnessed = match self.give_way(connection, stamp, own) {
+                let witnessed = match self.give_way(connection, stamp, own, previous) {
                     Ok(witnessed) => witnessed,
                     Err(verdict) => {
                         if matches!(verdict, Refused(_)) {
@@ -323,10 +323,24 @@ impl Replica<'_> {
     /// A copy is about to come in. If this member holds the same connection as its own, the newer
     /// state stays: (epoch, version, member). Tells whether it held one: then its own source sees
     /// the connection as well, and a close by the other member does not end it here.
-    fn give_way(&mut self, connection: &Connection, stamp: Stamp, own: Coordinate) -> Result<bool, Verdict> {
+    fn give_way(
+        &mut self,
+        connection: &Connection,
+        stamp: Stamp,
+        own: Coordinate,
+        previous: Option<Coordinate>,
+    ) -> Result<bool, Verdict> {
         let Some(slot) = self.table.find_original(&connection.original) else { return Ok(false) };
         let line = self.table.line(slot);
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
+            let is_kept = previous == Some(self.coordinate(slot));
+            if line.peer() == own && stamp > line.stamp() && !is_kept {
+                // Its active took this member for silent, turned away, and is back with a newer state.
+                self.end_missing(slot);
+                self.end_copy(slot);
+                self.table.forget(slot);
+                self.table.recycle(slot);
+            }
             return Ok(false); // The close of the older one is on its way.
         }
         // Taken over without any traffic seen here since: then this member has not witnessed it.
@@ -458,7 +472,7 @@ impl Replica<'_> {
             Kind::Backup if from_pair => {
                 let connection = self.table.connection(target.slot);
                 let witnessed = line.is_claimed();
-                self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection)));
+                self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection, stamp)));
             }
             Kind::Active if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
@@ -536,7 +550,7 @@ impl Replica<'_> {
         Applied
     }
 
-    fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
+    fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection, Stamp)>) {
         self.end_missing(slot);
         self.end_copy(slot);
         self.drop_to_lease(slot, stream, reopen);
@@ -544,7 +558,7 @@ impl Replica<'_> {
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
     /// What this member's own source sees as well goes on as a connection of its own.
-    fn drop_to_lease(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection)>) {
+    fn drop_to_lease(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection, Stamp)>) {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         let life = self.durable(stream).peer_life();
@@ -559,18 +573,32 @@ impl Replica<'_> {
         });
         self.table.set_former(slot, Coordinate::NOWHERE);
         self.table.set_extra(slot, &Extra::NONE);
-        if let Some((now, connection)) = reopen {
-            self.open(now, connection);
+        if let Some((now, connection, over)) = reopen {
+            self.open(now, connection, Some(over));
         }
-        // Another connection may have the same tuple by now: then its entry stays.
-        match self.table.find_original(&original) {
-            None => self.commit(Commit::Delete { original }),
+        self.delete_entry(&original);
+    }
+
+    /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.
+    fn delete_entry(&mut self, original: &Tuple) {
+        match self.table.find_original(original) {
+            None => self.commit(Commit::Delete { original: *original }),
             Some(other) if self.table.kind(other) == Kind::Backup => {
                 let generation = self.table.line(other).generation();
                 self.commit(Commit::Write { slot: other, generation });
             }
             Some(_) => {}
         }
+    }
+
+    /// A connection without a backup that is only presumed to be ours gives way to whoever else carries it on.
+    pub(super) fn drop_presumed(&mut self, slot: u32) {
+        self.counters.count(Counter::ClaimsLost);
+        self.end_move(slot);
+        let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
+        self.table.recycle(slot);
+        self.delete_entry(&original);
     }
 
     fn apply_offer(

@@ -546,6 +546,23 @@ impl<'m> Replica<'m> {
         }
     }
 
+    /// The connection turns to somebody else than the member that has its other copy. If that was its active, and never
+    /// heard of the claim, it goes on taking itself for the active: it is remembered, to be told when it is back.
+    pub(super) fn turn_away(&mut self, slot: u32) {
+        let line = self.table.line(slot);
+        let peer = line.peer();
+        let unheard = line.is_claimed()
+            && line.groups() & groups::TUPLES != 0
+            && !(self.table.on(slot) == On::None
+                && line.last().is_passed_by(self.durable(self.stream_of(peer)).floor()));
+        let former =
+            if unheard && !self.table.former(slot).is_somewhere() { peer } else { Coordinate::NOWHERE };
+        self.unassign(slot);
+        if former.is_somewhere() {
+            self.table.set_former(slot, former);
+        }
+    }
+
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
         let is_due = match (self.config.commit, commit) {

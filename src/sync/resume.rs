@@ -86,7 +86,7 @@ impl<'m> Replica<'m> {
                 continue;
             }
             let carried = |content: &Content| match content {
-                Content::Delta(place) => {
+                Content::Delta { place, .. } => {
                     let line = self.table.line(place.slot);
                     line.generation() == place.generation
                         && line.kind() == Kind::Active

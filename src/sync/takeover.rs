@@ -185,6 +185,10 @@ impl Replica<'_> {
         }
         if is_back {
             self.unwritten &= !(1 << member);
+            if left_behind {
+                // What was on its way may be for places that were let go since: what still stands is sent anew.
+                self.give_up_all(now, member);
+            }
             self.go_on(now, member);
             if left_behind {
                 self.unverify(member);
@@ -367,6 +371,12 @@ impl Replica<'_> {
         }
     }
 
+    /// Connections here whose former active is this member are offered to it at the next tick.
+    pub(super) fn ask_soon(&mut self, now: Time, member: MemberId) {
+        self.offered |= 1 << member;
+        self.offer_at = self.offer_at.min(now);
+    }
+
     /// Who does not hear us acknowledges nothing.
     fn abandon_the_deaf(&mut self, now: Time) {
         for member in 1..self.peers.len() as MemberId {
@@ -386,8 +396,10 @@ impl Replica<'_> {
                 if at == 0 {
                     self.walk_slot = 0;
                 }
-            } else if seen.hears_me {
+            } else if seen.hears_me && self.abandoned & bit != 0 {
                 self.abandoned &= !bit;
+                // What was claimed from it meanwhile it does not know.
+                self.ask_soon(now, member);
             }
         }
     }
@@ -399,7 +411,7 @@ impl Replica<'_> {
         }
         match line.kind() {
             Kind::Active => {
-                self.unassign(slot);
+                self.turn_away(slot);
                 self.protect(now, slot);
             }
             Kind::Closing => self.drop_closing(slot),
@@ -493,7 +505,6 @@ impl Replica<'_> {
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
             Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
             Job::Compare { stream } => self.compared(stream),
-            Job::Unseen { stream } => self.unseen_done(stream),
             Job::Offer { member } if self.offered >> member & 1 == 1 => {
                 self.offer_at = now.after(OFFER_AGAIN);
             }
@@ -501,6 +512,7 @@ impl Replica<'_> {
             | Job::Verify { .. }
             | Job::Offer { .. }
             | Job::Lose { .. }
+            | Job::Unseen { .. }
             | Job::Rewrite { .. } => {}
         }
     }
@@ -540,7 +552,7 @@ impl Replica<'_> {
         }
         match line.kind() {
             Kind::Active => {
-                self.unassign(slot);
+                self.turn_away(slot);
                 self.protect(now, slot);
             }
             Kind::Backup => {
@@ -611,6 +623,7 @@ impl Replica<'_> {
         let lives = |other: u32| {
             let line = self.table.line(other);
             other != slot
+                && line.kind().is_connection()
                 && self.table.tuples(other).0 == *original
                 && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
         };

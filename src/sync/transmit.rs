@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use super::history::{Content, Entry, MANIFEST_PER_DATAGRAM, NoRoom};
+use super::history::{Content, Entry, EpochBits, MANIFEST_PER_DATAGRAM, NoRoom};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
@@ -468,7 +468,7 @@ impl Replica<'_> {
             target.slot ^= 1;
         }
         let previous: Option<Coordinate> = self.table.is_moving(slot).then(|| self.table.former(slot));
-        self.history.note(Content::Delta(own));
+        self.history.note(Content::Delta { place: own, epoch: EpochBits::of(stamp) });
         self.unlist(slot);
         self.table.update(slot, |line| line.set_last(seq));
         match line.kind() {
@@ -597,7 +597,7 @@ impl Replica<'_> {
             self.streams[stream].comparing.unsure = true;
             for content in self.history.contents(id) {
                 match content {
-                    Content::Delta(place) => self.delta_given_up(now, stream, place, entry.seq),
+                    Content::Delta { place, .. } => self.delta_given_up(now, stream, place, entry.seq),
                     Content::Granted(place) => {
                         // Grants of an earlier life are not counted any more.
                         if self.revoke(place) == Some(self.durable(stream).peer_life()) {

@@ -216,10 +216,9 @@ impl Checks {
             return Ok(());
         }
         let host = &world.hosts[&peer.member()];
-        let at =
-            format_args!("{} in slot {slot} of shard {shard} of {member}", connection.original).to_string();
+        let at = || format!("{} in slot {slot} of shard {shard} of {member}", connection.original);
         let Some(replica) = host.shards.get(peer.shard() as usize) else {
-            return broken!("2 acknowledged is held", "{at}: no such shard {peer:?}");
+            return broken!("2 acknowledged is held", "{}: no such shard {peer:?}", at());
         };
         let there = replica.table().line(peer.slot());
         let other = replica.table().connection(peer.slot());
@@ -229,7 +228,8 @@ impl Checks {
         if !is_there {
             return broken!(
                 "2 acknowledged is held",
-                "{at} is not at {peer:?}: {:?} life {}",
+                "{} is not at {peer:?}: {:?} life {}",
+                at(),
                 there.kind(),
                 there.generation().raw()
             );
@@ -237,13 +237,14 @@ impl Checks {
         if there.stamp() < line.stamp() {
             return broken!(
                 "2 acknowledged is held",
-                "{at} is older at {peer:?}: {:?} < {:?}",
+                "{} is older at {peer:?}: {:?} < {:?}",
+                at(),
                 there.stamp(),
                 line.stamp()
             );
         }
         if there.stamp() == line.stamp() && other != *connection {
-            return broken!("1 two copies agree", "{at}: {connection:?} but at {peer:?} {other:?}");
+            return broken!("1 two copies agree", "{}: {connection:?} but at {peer:?} {other:?}", at());
         }
         Ok(())
     }

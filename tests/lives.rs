@@ -1,0 +1,273 @@
+//! Traffic that moves and comes back, ports that are used again, claims that nobody heard of: what the simulator
+//! once found, each as the shortest script of steps that shows it.
+
+#[path = "protocol/world.rs"]
+#[allow(dead_code)]
+mod world;
+
+use std::time::Duration;
+
+use hypersync::ccp::bytes::Reader;
+use hypersync::ccp::header::{Header, OPCODE_SYNC};
+use hypersync::ccp::message::Message;
+use hypersync::ccp::sync::SyncHeader;
+use hypersync::conn::{Kind, MemberId, Tuple};
+use hypersync::counters::Counter;
+use hypersync::memory::OwnedMemory;
+use hypersync::source::SourceEvent;
+use world::{HOLD, REPROTECT, World, address, memories};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// Members with one shard each; the higher the priority, the rather it is the backup.
+fn group<'m>(memories: &'m [OwnedMemory], priorities: &[u8]) -> World<'m> {
+    let mut world = World::new(1, memories);
+    for (i, priority) in priorities.iter().enumerate() {
+        world.start(i as u8 + 1, 1, *priority);
+    }
+    world.run_for(ms(100));
+    world
+}
+
+/// A connection of member 1 that is on two members.
+fn protected(world: &mut World<'_>) -> Tuple {
+    let tuple = world.open_at(1);
+    world.run_for(HOLD + ms(10));
+    world.run_until(SECOND, "it is on two members", |w| w.is_quiet());
+    tuple
+}
+
+/// A packet shows up at this member.
+fn move_to(world: &mut World<'_>, tuple: Tuple, member: MemberId) {
+    world.open.get_mut(&tuple).expect("it is open").owner = member;
+    world.change(tuple);
+}
+
+fn all_is_well(world: &mut World<'_>) {
+    world.run_for(HOLD + ms(10));
+    world.run_until(SECOND * 3, "quiet", |w| w.is_quiet());
+    world.run_for(SECOND);
+    world.check();
+}
+
+fn kind_at(world: &World<'_>, member: MemberId, tuple: &Tuple) -> Option<Kind> {
+    let table = world.hosts[&member].shards[0].table();
+    table.find_original(tuple).map(|slot| table.kind(slot))
+}
+
+/// Seeds 2504 and 3409: member 1's last change found the copy at 2 closed, so 1 looked for another place, at 2 again, and
+/// there the dead life took the place of the living one.
+#[test]
+fn a_tuple_that_closes_where_it_moved_and_opens_anew_is_not_taken_by_its_past() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    world.change(tuple);
+    world.run_for(ms(1)); // On its way to 2 ...
+    move_to(&mut world, tuple, 2);
+    world.close(tuple);
+    world.reopen_at(2, tuple); // ... where it has closed and begun anew by then.
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active), "it lives where its traffic is");
+}
+
+/// Seed 691: a datagram of before the traffic went to 2 and came back arrives late, and is refused. That says
+/// nothing about the connection as it is now.
+#[test]
+fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    move_to(&mut world, tuple, 2);
+    world.run_until(ms(20), "turned", |w| w.is_quiet());
+    // 1 claims it, and its first word is lost on the way.
+    world.cut = vec![(1, 2)];
+    world.sent = Some(Vec::new());
+    move_to(&mut world, tuple, 1);
+    world.run_for(ms(2));
+    let is_new = |bytes: &[u8]| {
+        let mut r = Reader::new(bytes);
+        Header::decode(&mut r, 7).is_ok_and(|header| header.opcode == OPCODE_SYNC)
+            && SyncHeader::decode(&mut r).is_ok()
+            && matches!(Message::decode(&mut r), Ok(Some(Message::New { .. })))
+    };
+    let sent = world.sent.take().expect("it was watched");
+    let lost =
+        sent.into_iter().find(|s| (s.from, s.to) == (1, 2) && is_new(&s.bytes)).expect("the claim left");
+    world.cut.clear();
+    // The next one arrives, 2 claims it back, and 1 once more.
+    world.change(tuple);
+    world.run_until(ms(5), "1 has it", |w| kind_at(w, 2, &tuple) == Some(Kind::Backup));
+    move_to(&mut world, tuple, 2);
+    world.run_until(ms(5), "2 has it", |w| kind_at(w, 1, &tuple) == Some(Kind::Backup));
+    move_to(&mut world, tuple, 1);
+    world.inject(2, address(1), 0, &lost.bytes);
+    assert_eq!(world.counter(2, Counter::Refused), 1, "it is older than what 2 has");
+    for _ in 0..40 {
+        world.step();
+        assert_eq!(world.counter(1, Counter::Unprotected), 0, "{}", world.describe());
+    }
+    assert_eq!(world.counter(1, Counter::RefusedByPeer), 0);
+    all_is_well(&mut world);
+}
+
+/// Seed 3261: 2 claims what 1 has, 1 does not hear of it, and 2 turns to 3. When 1 is back it must learn that.
+#[test]
+fn a_claim_that_was_not_heard_of_is_told_when_the_former_active_is_back() {
+    for closes in [false, true] {
+        let memories = memories(3);
+        let mut world = group(&memories, &[100, 200, 100]);
+        let tuple = protected(&mut world);
+        world.cut = vec![(1, 2), (2, 1)];
+        move_to(&mut world, tuple, 2);
+        world.run_until(ms(100), "2 takes 1 for dead", |w| {
+            !w.hosts[&2].group.view().members[1].status.is_alive()
+        });
+        world.change(tuple);
+        world.run_until(ms(20), "3 has a copy", |w| kind_at(w, 3, &tuple).is_some());
+        assert_eq!(kind_at(&world, 1, &tuple), Some(Kind::Active), "1 knows of nothing");
+        if closes {
+            world.close(tuple);
+        }
+        world.run_for(ms(5));
+        world.cut.clear();
+        all_is_well(&mut world);
+    }
+}
+
+/// The same with a member that is heard and does not hear: what is claimed from it meanwhile goes to somebody else.
+#[test]
+fn a_claim_from_a_deaf_member_is_told_when_it_hears_again() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 200, 100]);
+    let tuple = protected(&mut world);
+    world.cut = vec![(2, 1)];
+    move_to(&mut world, tuple, 2);
+    world.run_for(REPROTECT + ms(150));
+    world.run_until(ms(100), "3 has a copy", |w| kind_at(w, 3, &tuple).is_some());
+    world.cut.clear();
+    all_is_well(&mut world);
+}
+
+/// Seeds 897 and 1103: a backup was silent for a moment, and its connection went elsewhere. What was on its way to it
+/// must not make a copy there that nobody counts on.
+#[test]
+fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone_elsewhere() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let first = protected(&mut world); // Slots are leased now.
+    let backup = if kind_at(&world, 2, &first).is_some() { 2 } else { 3 };
+    let (other, before) = (5 - backup, world.counter(1, Counter::DeltasNew));
+    let tuple = world.open_at(1);
+    world.run_for(HOLD - ms(5));
+    world.cut = vec![(1, backup), (backup, 1)];
+    world.run_until(ms(120), "1 takes its backup for dead", |w| {
+        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
+    });
+    assert_eq!(world.counter(1, Counter::DeltasNew), before + 1, "it is on its way");
+    world.change(tuple);
+    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    world.cut.clear();
+    let end = world.now.after(SECOND);
+    while !end.reached(world.now) {
+        world.step();
+        assert_eq!(kind_at(&world, backup, &tuple), None, "nobody counts on a copy there");
+    }
+    all_is_well(&mut world);
+}
+
+/// Seed 4370: a backup was silent for a moment, its connection went elsewhere and came back to it, beside the copy of
+/// before. Traffic that shows up there claims the newer one.
+#[test]
+fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
+    let other = 5 - backup;
+    world.cut = vec![(1, backup), (backup, 1)];
+    world.run_until(ms(120), "1 takes its backup for dead", |w| {
+        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
+    });
+    world.change(tuple);
+    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    // Now that one is silent as well, as soon as the first is back.
+    world.cut = vec![(1, other), (other, 1)];
+    world.run_until(ms(120), "1 takes the third for dead", |w| {
+        let seen = w.hosts[&1].group.view();
+        !seen.members[other as usize].status.is_alive() && seen.members[backup as usize].status.is_alive()
+    });
+    let at_backup = |w: &World<'_>| {
+        let found = w.copies().remove(&tuple).unwrap_or_default();
+        found.into_iter().filter(|c| c.member == backup).map(|c| c.connection.state.mark).collect::<Vec<_>>()
+    };
+    world.change(tuple);
+    let newest = world.open[&tuple].mark;
+    world.run_until(ms(50), "it is back", |w| at_backup(w).contains(&newest));
+    assert_eq!(at_backup(&world), [newest], "the older copy is gone");
+    move_to(&mut world, tuple, backup);
+    world.cut.clear();
+    all_is_well(&mut world);
+}
+
+/// Seed 3923: an active turned to another backup, which its former one did not hear of, and left. Both carry its
+/// connection on. The one that knows it better has its backup; the other one gives way when it asks.
+#[test]
+fn of_two_that_presume_the_one_that_knows_less_gives_way() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100, 100, 50]);
+    let tuple = protected(&mut world);
+    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
+    let other = 5 - backup;
+    world.cut = vec![(1, backup), (backup, 1)];
+    world.run_until(ms(120), "1 takes its backup for dead", |w| {
+        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
+    });
+    world.change(tuple);
+    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    world.kill(1);
+    world.open.get_mut(&tuple).expect("it is open").owner = other;
+    world.run_for(REPROTECT + ms(300));
+    all_is_well(&mut world);
+}
+
+/// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.
+#[test]
+fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 200, 100]);
+    let tuple = protected(&mut world);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Backup));
+    // 1 closes it, and 2 does not hear of it for a while; 3 opens the tuple anew, in another translation.
+    world.cut = vec![(1, 2)];
+    world.close(tuple);
+    let next = |world: &World<'_>| {
+        let table = world.hosts[&2].shards[0].table();
+        let mut connection = table.connection(table.find_original(&tuple).expect("the copy of before"));
+        connection.reply.dport = 10;
+        connection.state.mark = 77;
+        connection
+    };
+    let next = next(&world);
+    world.tell(3, &SourceEvent::seen(next));
+    world.run_until(HOLD + ms(8), "both lives have a copy at 2", |w| {
+        w.copies().get(&tuple).is_some_and(|found| found.iter().filter(|c| c.member == 2).count() == 2)
+    });
+    // Its traffic moves to 2.
+    let mut moved = next;
+    moved.state.mark = 78;
+    world.tell(2, &SourceEvent::seen(moved));
+    world.run_for(ms(3));
+    world.cut.clear();
+    world.run_for(HOLD + ms(20));
+    world.run_until(SECOND * 3, "quiet", |w| w.is_quiet());
+    let found = world.copies().remove(&tuple).unwrap_or_default();
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(found.iter().all(|c| c.connection == moved), "{found:#?}");
+    let active = found.iter().find(|c| c.kind == Kind::Active).expect("an active");
+    assert_eq!(active.member, 2, "its traffic is there");
+}
