@@ -187,7 +187,6 @@ fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>)
         member: options.member,
         incarnation: incarnation(),
         started: clock::now(),
-        huge_pages: false,
     };
     let fits = if options.new_table { Err(Fresh::Asked) } else { place.resumable(&wanted) };
     match fits {
