@@ -50,8 +50,6 @@ pub enum Shown {
     Initializing = 1,
     /// Leaving.
     Standby = 2,
-    /// Ready, and this member cannot use it as a backup.
-    Ready = 3,
     /// Ready.
     Active = 4,
 }

@@ -83,10 +83,4 @@ impl<'m> Consumer<'m> {
     pub fn awake(&self) {
         self.ring.words.bell.store(AWAKE, Ordering::Relaxed);
     }
-
-    /// Records waiting, as far as the producer's claim makes sense.
-    pub fn waiting(&self) -> usize {
-        let waiting = self.ring.words.head.load(Ordering::Relaxed).wrapping_sub(self.tail);
-        waiting.min(self.ring.records.len() as u64) as usize
-    }
 }
