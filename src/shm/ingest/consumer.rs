@@ -1,6 +1,6 @@
 //! The appliance's end of a ring: takes records out, believes nothing.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::record::{BadRecord, decode};
 use super::{ASLEEP, AWAKE, Ring};
@@ -67,7 +67,7 @@ impl<'m> Consumer<'m> {
     /// futex word and the value to wait for with FUTEX_WAIT (shared, 32 bits). A wait armed earlier that
     /// has not completed still serves: arm one only if there is none. After waking up, for whatever
     /// reason, call [`awake`](Consumer::awake).
-    pub fn prepare_sleep(&self) -> Option<(*const u32, u32)> {
+    pub fn prepare_sleep(&self) -> Option<(&'m AtomicU32, u32)> {
         let bell = &self.ring.words.bell;
         bell.store(ASLEEP, Ordering::Relaxed);
         // Pairs with the fence in `Producer::wake`: either we see its head or it sees our bell.
@@ -76,7 +76,7 @@ impl<'m> Consumer<'m> {
             self.awake();
             return None;
         }
-        Some((bell.as_ptr().cast_const(), ASLEEP))
+        Some((bell, ASLEEP))
     }
 
     /// Tells the producer that it need not ring.

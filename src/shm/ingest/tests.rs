@@ -231,10 +231,10 @@ fn positions_that_jump_are_reported_once_and_skipped() {
     assert_eq!(drain(3), (vec![BadRecord::Check; 4], 3), "across the wrap");
 }
 
-fn futex_wait(word: *const u32, expected: u32, at_most: Duration) {
+fn futex_wait(word: &AtomicU32, expected: u32, at_most: Duration) {
     let timeout = libc::timespec { tv_sec: at_most.as_secs() as i64, tv_nsec: 0 };
-    // SAFETY: the word lies in the region's mapping, which outlives the call.
-    unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAIT, expected, &timeout) };
+    // SAFETY: a live word.
+    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, expected, &timeout) };
 }
 
 #[test]
