@@ -1,7 +1,7 @@
 //! A slot: 128 bytes of shared memory that hold one copy of a connection.
 //!
-//! What changes lies in the first cache line, what does not (the addresses) in the second,
-//! so that applying an update touches one line:
+//! What changes lies in the first cache line, what does not (the addresses) in the second, which an update
+//! leaves alone:
 //!
 //! ```text
 //!  word  63                             32 31                              0
