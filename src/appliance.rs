@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -19,7 +19,7 @@ use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
-use crate::feed::{Feed, KernelParts};
+use crate::feed::{EVENTS_KEY, Feed, KernelParts};
 use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
@@ -28,7 +28,7 @@ use crate::net::{self, Interface, NetError, Port, PortConfig};
 use crate::notify::Notifier;
 use crate::restart;
 use crate::ring::RingError;
-use crate::shard::{Shard, Stray};
+use crate::shard::{BELL_KEY, Shard, Stray};
 use crate::shm::ingest::Consumer;
 use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
@@ -187,7 +187,6 @@ fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>)
         member: options.member,
         incarnation: incarnation(),
         started: clock::now(),
-        huge_pages: false,
     };
     let fits = if options.new_table { Err(Fresh::Asked) } else { place.resumable(&wanted) };
     match fits {
@@ -384,7 +383,7 @@ fn run_shard(
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
-    let port = open_port(
+    let mut port = open_port(
         &PortConfig {
             local: options.sync,
             shard,
@@ -400,11 +399,15 @@ fn run_shard(
         region.is_resumed(),
     )
     .map_err(|e| e.to_string())?;
+    let again =
+        |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|e| format!("cannot watch a descriptor: {e}"));
+    port.add_watch(BELL_KEY, again(bells[shard as usize].fd())?);
     let feed = match options.source {
         SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
         SourceKind::Kernel => {
             let source = Source::open(shard, config.shards, &port_ids, options.event_buffer)
                 .map_err(|e| e.to_string())?;
+            port.add_watch(EVENTS_KEY, again(source.fd())?);
             Feed::kernel(KernelParts {
                 source,
                 committer: committer.ok_or("a committer was not opened")?,

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// One shard's bell. Everybody may ring it; its shard hears it.
 pub struct Bell(OwnedFd);
@@ -21,21 +21,21 @@ impl Bell {
     }
 
     /// What to watch: readable once the bell was rung.
-    pub fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Wakes its shard, now or when it is about to sleep. Never blocks: a counter that is full rings as well.
     pub fn ring(&self) {
         let one = 1u64.to_ne_bytes();
         // SAFETY: the buffer is eight bytes long, as an eventfd asks, and lives through the call.
-        unsafe { libc::write(self.fd(), one.as_ptr().cast(), one.len()) };
+        unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
     }
 
     /// Heard: the next ring wakes again.
     pub fn hear(&self) {
         let mut count = [0u8; 8];
         // SAFETY: the buffer is eight bytes long, as an eventfd asks, and lives through the call.
-        unsafe { libc::read(self.fd(), count.as_mut_ptr().cast(), count.len()) };
+        unsafe { libc::read(self.0.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
     }
 }

@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::memory::Word;
+
 macro_rules! counters {
     ($($variant:ident, $name:literal, $meaning:literal;)*) => {
         /// A counter of a shard.
@@ -178,16 +180,35 @@ pub fn delay_bucket_floor(bucket: usize) -> u64 {
 
 /// The words of one shard's counters. One thread writes; relaxed order is enough for numbers
 /// that stand for themselves.
-#[derive(Clone, Copy)]
-pub struct Counters<'m>(&'m [AtomicU64]);
+pub struct Counters<'m, W = AtomicU64>(&'m [W]);
 
-impl<'m> Counters<'m> {
+impl<W> Clone for Counters<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for Counters<'_, W> {}
+
+impl<'m, W: Word> Counters<'m, W> {
     /// Counters over their words.
-    pub fn new(words: &'m [AtomicU64]) -> Counters<'m> {
+    pub fn new(words: &'m [W]) -> Counters<'m, W> {
         assert_eq!(words.len(), COUNTER_WORDS);
         Counters(words)
     }
 
+    /// The value now.
+    pub fn get(&self, counter: Counter) -> u64 {
+        self.0[counter as usize].get()
+    }
+
+    /// The delay histogram: measurements by bucket.
+    pub fn delays(&self) -> [u64; DELAY_BUCKETS] {
+        std::array::from_fn(|i| self.0[COUNTERS.len() + i].get())
+    }
+}
+
+impl Counters<'_> {
     /// Adds one.
     #[inline]
     pub fn count(&self, counter: Counter) {
@@ -220,16 +241,6 @@ impl<'m> Counters<'m> {
     pub fn delay(&self, us: u64, n: u64) {
         let word = &self.0[COUNTERS.len() + delay_bucket(us)];
         word.store(word.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
-    }
-
-    /// The delay histogram: measurements by bucket.
-    pub fn delays(&self) -> [u64; DELAY_BUCKETS] {
-        std::array::from_fn(|i| self.0[COUNTERS.len() + i].load(Ordering::Relaxed))
-    }
-
-    /// The value now.
-    pub fn get(&self, counter: Counter) -> u64 {
-        self.0[counter as usize].load(Ordering::Relaxed)
     }
 }
 

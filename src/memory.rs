@@ -3,6 +3,10 @@
 //! Everything that must survive the process lies here, as slices of atomics. The appliance
 //! gets the slices from shared memory (`shm::region`), tests and the simulator from a `Vec`
 //! ([`OwnedMemory`]); the code that works on them is the same and is safe either way.
+//!
+//! A reader that maps shared memory read-only must not store to it, and of the operations of an atomic only
+//! relaxed loads are defined there. So its words are of another type, [`ReadWord`], which can do nothing else. What
+//! a reader and a writer do alike is written once, for any [`Word`]; what stores is there for `AtomicU64` only.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -11,21 +15,87 @@ use crate::conn::slot::Slot;
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{ARENA_MAX, ARENA_MIN, HISTORY_BYTES_PER_ENTRY, SLOTS_MAX, SLOTS_MIN, STREAMS_MAX};
 
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::AtomicU64 {}
+    impl Sealed for super::AtomicU32 {}
+    impl Sealed for super::ReadWord {}
+    impl Sealed for super::ReadHalf {}
+}
+
+/// A word of 64 bits that somebody else may change at any time: the writer's `AtomicU64`, or a [`ReadWord`].
+/// There are no others: what `shm::mapping` promises of every word rests on that.
+pub trait Word: sealed::Sealed {
+    /// The word of 32 bits that goes with it.
+    type Half: HalfWord;
+
+    /// Loads it, in relaxed order.
+    fn get(&self) -> u64;
+}
+
+/// A word of 32 bits that somebody else may change at any time.
+pub trait HalfWord: sealed::Sealed {
+    /// Loads it, in relaxed order.
+    fn get(&self) -> u32;
+}
+
+/// A word in a read-only mapping: it can be loaded in relaxed order, and nothing else.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct ReadWord(AtomicU64);
+
+/// A word of 32 bits in a read-only mapping.
+#[repr(transparent)]
+#[derive(Debug)]
+pub struct ReadHalf(AtomicU32);
+
+impl Word for AtomicU64 {
+    type Half = AtomicU32;
+
+    #[inline]
+    fn get(&self) -> u64 {
+        self.load(Ordering::Relaxed)
+    }
+}
+
+impl HalfWord for AtomicU32 {
+    #[inline]
+    fn get(&self) -> u32 {
+        self.load(Ordering::Relaxed)
+    }
+}
+
+impl Word for ReadWord {
+    type Half = ReadHalf;
+
+    #[inline]
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl HalfWord for ReadHalf {
+    #[inline]
+    fn get(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// Words of a stream's durable state; the names are in `sync::stream`.
 #[repr(C, align(128))]
-pub struct StreamWords(pub [AtomicU64; 48]);
+pub struct StreamWords<W = AtomicU64>(pub [W; 48]);
 
 /// A history entry's durable state; the names are in `sync::history`.
 #[repr(C, align(32))]
-pub struct HistoryWords(pub [AtomicU64; 4]);
+pub struct HistoryWords<W = AtomicU64>(pub [W; 4]);
 
 /// One slot leased to this shard, chained into the list of its stream; see `sync::lease`.
 #[repr(C, align(16))]
-pub struct LeaseWords(pub [AtomicU64; 2]);
+pub struct LeaseWords<W = AtomicU64>(pub [W; 2]);
 
 /// What only few connections have, for one of them; the fields are drawn in `conn::extras`.
 #[repr(C, align(32))]
-pub struct ExtraWords(pub [AtomicU64; 12]);
+pub struct ExtraWords<W = AtomicU64>(pub [W; 12]);
 
 impl Default for StreamWords {
     fn default() -> Self {
@@ -98,36 +168,43 @@ impl MemorySize {
 }
 
 /// The parts of one shard's memory.
-#[derive(Clone, Copy)]
-pub struct Memory<'m> {
+pub struct Memory<'m, W: Word = AtomicU64> {
     /// The table slice.
-    pub slots: &'m [Slot],
+    pub slots: &'m [Slot<W>],
     /// Beside each slot a coordinate: an active's previous backup until that is released, a promoted
     /// copy's former active, or the previous backup that an active named to its new one. 0: none.
-    pub former: &'m [AtomicU64],
+    pub former: &'m [W],
     /// Beside each slot the number of a record in `extras`, counted from 1; 0: none.
-    pub extra_of: &'m [AtomicU32],
+    pub extra_of: &'m [W::Half],
     /// What only few connections have.
-    pub extras: &'m [ExtraWords],
+    pub extras: &'m [ExtraWords<W>],
     /// Buckets of the index.
-    pub index: &'m [AtomicU64],
+    pub index: &'m [W],
     /// The streams, by `stream_index(member, shard)`.
-    pub streams: &'m [StreamWords],
+    pub streams: &'m [StreamWords<W>],
     /// The lease pool.
-    pub leases: &'m [LeaseWords],
+    pub leases: &'m [LeaseWords<W>],
     /// What was sent lately.
-    pub history: &'m [HistoryWords],
+    pub history: &'m [HistoryWords<W>],
     /// Which slots the deltas of the history's datagrams belong to; see `sync::history`.
-    pub manifest: &'m [AtomicU64],
+    pub manifest: &'m [W],
     /// What a shard that takes up its memory again cannot derive from the rest: see [`JOURNAL_HEAD`] and below.
-    pub journal: &'m [AtomicU64],
+    pub journal: &'m [W],
     /// The send arena: the bytes of the history's datagrams, then the control buffers.
-    pub arena: &'m [AtomicU64],
+    pub arena: &'m [W],
     /// One word a counter, in the order of [`crate::counters::COUNTERS`], then the delay histogram.
-    pub counters: &'m [AtomicU64],
+    pub counters: &'m [W],
 }
 
-impl Memory<'_> {
+impl<W: Word> Clone for Memory<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W: Word> Copy for Memory<'_, W> {}
+
+impl<W: Word> Memory<'_, W> {
     /// Panics unless the parts are as long as `size` says: a guard for whoever put them together.
     pub fn assert_size(&self, size: &MemorySize) {
         assert!(size.is_valid());
@@ -205,10 +282,10 @@ impl OwnedMemory {
 }
 
 /// Copies bytes out of the arena; for tests and tools (the appliance's kernel reads it by itself).
-pub fn read_arena(arena: &[AtomicU64], offset: usize, into: &mut [u8]) {
+pub fn read_arena<W: Word>(arena: &[W], offset: usize, into: &mut [u8]) {
     assert!(offset.is_multiple_of(8));
     for (word, chunk) in arena[offset / 8..].iter().zip(into.chunks_mut(8)) {
-        chunk.copy_from_slice(&word.load(Ordering::Relaxed).to_ne_bytes()[..chunk.len()]);
+        chunk.copy_from_slice(&word.get().to_ne_bytes()[..chunk.len()]);
     }
 }
 

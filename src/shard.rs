@@ -27,7 +27,7 @@ use crate::sync::{Finding, Replica, Token};
 use crate::time::Time;
 
 /// The watch key of the shard's bell.
-const BELL_KEY: u64 = EVENTS_KEY + 1;
+pub const BELL_KEY: u64 = EVENTS_KEY + 1;
 /// A pass that takes longer makes heartbeats late.
 const LATE: Duration = Duration::from_millis(10);
 /// Under load a pass waits this long for company, so that what a wake-up costs is shared: passes
@@ -89,7 +89,7 @@ pub struct Shard<'m> {
 }
 
 impl<'m> Shard<'m> {
-    /// Puts a shard together.
+    /// Puts a shard together. The port has its bell, and the kernel's events if that is its source, as what can be watched.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         shard: u8,
@@ -328,7 +328,7 @@ impl<'m> Shard<'m> {
         }
         if !self.listening {
             self.listening = true;
-            self.port.watch(self.bells[self.shard as usize].fd(), BELL_KEY);
+            self.port.watch(BELL_KEY);
         }
         let source = self.feed.arm(now, &mut self.port);
         let mut at = now.after(WAIT_MAX).min(source).min(self.replica.poll_at());

@@ -50,7 +50,6 @@ fn config() -> RegionConfig {
         member: 3,
         incarnation: 1,
         started: Time(clock::now().0 - 5_000_000_000),
-        huge_pages: false,
     }
 }
 

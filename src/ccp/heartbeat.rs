@@ -50,8 +50,6 @@ pub enum Shown {
     Initializing = 1,
     /// Leaving.
     Standby = 2,
-    /// Ready, and this member cannot use it as a backup.
-    Ready = 3,
     /// Ready.
     Active = 4,
 }
@@ -237,7 +235,7 @@ mod tests {
                 Heartbeat::decode(&header, &mut r, bytes.len())
             };
             assert_eq!(decode(&buffer[..len]), Ok(heartbeat));
-            for cut in 0..len {
+            for cut in (0..len).step_by(if cfg!(miri) { 20 } else { 1 }) {
                 assert!(decode(&buffer[..cut]).is_err(), "cut at {cut}");
             }
             assert_eq!(buffer[36], 127, "ages stay positive as signed bytes");

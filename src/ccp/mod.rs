@@ -46,8 +46,6 @@ pub enum Reject {
     Window,
     /// A message that makes no sense.
     Message,
-    /// A delta for a slot that is not the sender's.
-    Target,
     /// A key id that is not configured.
     Key,
 }
@@ -68,7 +66,6 @@ impl Reject {
             Reject::Repeated => Counter::RejectRepeated,
             Reject::Window => Counter::RejectWindow,
             Reject::Message => Counter::RejectMessage,
-            Reject::Target => Counter::RejectTarget,
             Reject::Key => Counter::RejectKey,
         }
     }

@@ -35,13 +35,6 @@ impl Generation {
     pub fn next(self) -> Generation {
         Generation((self.0 + 1) & (GENERATIONS - 1))
     }
-
-    /// Whether this life came before `other`, on the shorter way round the wrap. Slots are
-    /// used oldest first, so 2^25 lives of one slot never lie between two that are compared.
-    pub fn is_before(self, other: Generation) -> bool {
-        let ahead = other.0.wrapping_sub(self.0) & (GENERATIONS - 1);
-        ahead != 0 && ahead < GENERATIONS / 2
-    }
 }
 
 /// Where one copy of a connection lives.
@@ -127,13 +120,5 @@ mod tests {
         assert_eq!(c.generation().raw(), GENERATIONS - 1);
         assert_eq!(c.next_life().generation().raw(), 0);
         assert_eq!(Coordinate::from_raw(c.raw()), c);
-    }
-
-    #[test]
-    fn generations_compare_across_the_wrap() {
-        let last = Generation::from_low_bits(GENERATIONS - 1);
-        assert!(last.is_before(last.next()));
-        assert!(!last.next().is_before(last));
-        assert!(!last.is_before(last));
     }
 }

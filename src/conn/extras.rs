@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::extra::{Extra, ProtoInfo, SeqAdj, Synproxy};
 use crate::kill::kill_point;
-use crate::memory::ExtraWords;
+use crate::memory::{ExtraWords, HalfWord, Word};
 
 /// One shard's records.
 pub struct Extras<'m> {
@@ -143,8 +143,8 @@ fn store(words: &[AtomicU64; 12], extra: &Extra, owner: u32) {
     words[0].store(pair(high, odd.wrapping_add(1)), Ordering::Release);
 }
 
-fn load(words: &[AtomicU64; 12]) -> Extra {
-    let word = |i: usize| words[i].load(Ordering::Relaxed);
+fn load<W: Word>(words: &[W; 12]) -> Extra {
+    let word = |i: usize| words[i].get();
     let (high, low) = (|i: usize| (word(i) >> 32) as u32, |i: usize| word(i) as u32);
     let bytes = |i: usize| {
         let mut both = [0; 16];
@@ -169,20 +169,20 @@ fn load(words: &[AtomicU64; 12]) -> Extra {
 }
 
 /// What the connection in a slot has, as another thread or process may read it; `None` while it is being
-/// written or has just gone elsewhere. Only relaxed loads and fences, as a read-only mapping asks.
-pub fn snapshot(records: &[ExtraWords], of: &[AtomicU32], slot: u32) -> Option<Extra> {
-    let link = of[slot as usize].load(Ordering::Relaxed);
+/// written or has just gone elsewhere.
+pub fn snapshot<W: Word>(records: &[ExtraWords<W>], of: &[W::Half], slot: u32) -> Option<Extra> {
+    let link = of[slot as usize].get();
     if link == 0 {
         return Some(Extra::NONE);
     }
     fence(Ordering::Acquire);
     let words = &records.get(link as usize - 1)?.0;
-    let before = words[0].load(Ordering::Relaxed);
+    let before = words[0].get();
     fence(Ordering::Acquire);
     let extra = load(words);
-    let owner = words[9].load(Ordering::Relaxed) as u32;
+    let owner = words[9].get() as u32;
     fence(Ordering::Acquire);
-    (before & 1 == 0 && words[0].load(Ordering::Relaxed) == before && owner == slot + 1).then_some(extra)
+    (before & 1 == 0 && words[0].get() == before && owner == slot + 1).then_some(extra)
 }
 
 #[cfg(test)]

@@ -291,6 +291,7 @@ mod tests {
     const FROZEN: [u8; 3] = [7, 52, 40];
 
     #[test]
+    #[cfg_attr(miri, ignore)] // Hundreds of thousands of hashes, and no memory.
     fn every_shard_gets_its_share() {
         for shards in [2u8, 3, 5, 16, 64] {
             let mut count = vec![0u32; shards as usize];
@@ -306,7 +307,7 @@ mod tests {
 
     #[test]
     fn two_members_shards_meet_where_the_hash_says() {
-        for n in 0..2000 {
+        for n in 0..if cfg!(miri) { 50 } else { 2000 } {
             let (a, b) = (shard_of(&tuple(n), 4), shard_of(&tuple(n), 6));
             assert!(shards_can_meet(a, 4, b, 6));
         }

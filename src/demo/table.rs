@@ -7,6 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Slot, Stamp};
+use crate::memory::ReadWord;
 use crate::seq::Seq;
 use crate::shm::RegionView;
 use crate::sync::stream::{Durable, stream_index};
@@ -90,7 +91,7 @@ pub fn copy(view: &RegionView) -> TableCopy {
     TableCopy { member, found }
 }
 
-fn read(slot: &Slot) -> (crate::conn::slot::Line, crate::conn::slot::Addresses, bool) {
+fn read(slot: &Slot<ReadWord>) -> (crate::conn::slot::Line, crate::conn::slot::Addresses, bool) {
     for _ in 0..TRIES {
         if let Some((line, addresses)) = slot.snapshot() {
             return (line, addresses, false);

@@ -3,7 +3,6 @@
 //! Waking up per event is what costs: under load events are drained in batches a millisecond apart, at
 //! once when a single one arrives after silence.
 
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use super::admission::admits;
@@ -26,7 +25,7 @@ use crate::time::Time;
 pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
 /// How often overruns, and room in the kernel's table, are looked at.
 pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
-/// The watch key of the kernel's events.
+/// The watch key of the kernel's events: of [`Source::fd`](crate::conntrack::events::Source::fd).
 pub const EVENTS_KEY: u64 = 1;
 
 /// What a shard's end of the kernel is made of.
@@ -172,7 +171,7 @@ impl KernelFeed {
     pub fn watch(&self, port: &mut Port<'_>) -> bool {
         let idle = self.drain_at == Time::NEVER;
         if idle {
-            port.watch(self.source.fd().as_raw_fd(), EVENTS_KEY);
+            port.watch(EVENTS_KEY);
         }
         idle
     }

@@ -68,7 +68,7 @@ impl<'m> Feed<'m> {
     }
 
     /// Arms what wakes the shard when the source has something. Returns when to look by itself.
-    pub fn arm(&mut self, now: Time, port: &mut Port<'_>) -> Time {
+    pub fn arm(&mut self, now: Time, port: &mut Port<'m>) -> Time {
         match self {
             Feed::Ring(ring) => ring.arm(now, port),
             Feed::Kernel(kernel) => kernel.wake_at(now),

@@ -38,7 +38,7 @@ impl<'m> RingFeed<'m> {
         self.more = taken == INGEST_PER_PASS;
     }
 
-    pub(super) fn arm(&mut self, now: Time, port: &mut Port<'_>) -> Time {
+    pub(super) fn arm(&mut self, now: Time, port: &mut Port<'m>) -> Time {
         if self.more {
             return now;
         }

@@ -9,8 +9,8 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::AtomicU64;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::time::Duration;
 
 use slab::Slab;
@@ -114,7 +114,10 @@ pub struct Port<'m> {
     arrived: VecDeque<Train>,
     failed: VecDeque<(u64, i32)>,
     refused: Vec<(IpAddr, i32)>,
-    watches: VecDeque<(RawFd, u64)>,
+    /// What can be watched, by key.
+    watched: Vec<(u64, OwnedFd)>,
+    /// Of these, which wait to be armed.
+    watches: VecDeque<usize>,
     futex_armed: bool,
     counts: PortCounts,
 }
@@ -152,6 +155,7 @@ impl<'m> Port<'m> {
             arrived: VecDeque::with_capacity(config.receive_buffers.next_power_of_two()),
             failed: VecDeque::with_capacity(FAILED_MAX),
             refused: Vec::with_capacity(REFUSED_MAX),
+            watched: Vec::new(),
             watches: VecDeque::with_capacity(WATCHES_MAX),
             futex_armed: false,
             counts: PortCounts::default(),
@@ -240,16 +244,43 @@ impl<'m> Port<'m> {
         }
     }
 
-    /// Reports once, as `Event::Ready`, when `fd` is readable. The descriptor stays open until then.
-    pub fn watch(&mut self, fd: RawFd, key: u64) {
+    /// Takes a descriptor that [`watch`](Self::watch) will name by this key, and keeps it open. A duplicate of the one
+    /// that is read from does: what is watched is the open file.
+    pub fn add_watch(&mut self, key: u64, fd: OwnedFd) {
+        assert!(self.watched.iter().all(|(other, _)| *other != key), "a key names one descriptor");
+        self.watched.push((key, fd));
+    }
+
+    /// Reports once, as `Event::Ready`, when the descriptor of this key is readable.
+    pub fn watch(&mut self, key: u64) {
         assert!(self.watches.len() < WATCHES_MAX, "a watch is asked for again only after it was reported");
-        self.watches.push_back((fd, key));
+        let index = self.watched.iter().position(|(other, _)| *other == key);
+        self.watches.push_back(index.expect("the descriptor was added before"));
     }
 
     /// Reports once, as `Event::Woken`, when somebody wakes the futex `word` (in memory that
     /// processes share), at once if it is not `expected`. False if the kernel cannot: look at
     /// the word at short intervals instead. Does nothing if one is under way already.
-    pub fn futex_wait(&mut self, word: *const u32, expected: u32) -> bool {
+    ///
+    /// ```
+    /// # use std::sync::atomic::AtomicU32;
+    /// # use hypersync::net::Port;
+    /// fn wait<'m>(port: &mut Port<'m>, word: &'m AtomicU32) -> bool {
+    ///     port.futex_wait(word, 0)
+    /// }
+    /// ```
+    ///
+    /// The word must live as long as what the port was made over:
+    ///
+    /// ```compile_fail,E0597
+    /// # use std::sync::atomic::AtomicU32;
+    /// # use hypersync::net::Port;
+    /// fn wait(port: &mut Port<'static>) -> bool {
+    ///     let word = AtomicU32::new(0);
+    ///     port.futex_wait(&word, 0)
+    /// }
+    /// ```
+    pub fn futex_wait(&mut self, word: &'m AtomicU32, expected: u32) -> bool {
         if self.futex_armed {
             return true;
         }
@@ -257,10 +288,9 @@ impl<'m> Port<'m> {
             return false;
         }
         let key = self.operations.insert(InFlight::Futex);
-        // SAFETY: the kernel checks the address itself, each time: a word that goes away while
-        // waited for is answered with EFAULT.
-        self.futex_armed =
-            unsafe { self.ring.push(Operation::FutexWait { word, expected }, key as u64) }.is_ok();
+        let operation = Operation::FutexWait { word: word.as_ptr().cast_const(), expected };
+        // SAFETY: the kernel only reads the word, which is there as long as `'m`, and checks its address itself.
+        self.futex_armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
         if !self.futex_armed {
             self.operations.remove(key);
         }
@@ -320,14 +350,16 @@ impl<'m> Port<'m> {
                 self.operations.remove(key);
             }
         }
-        while let Some((fd, watched)) = self.watches.pop_front() {
-            let key = self.operations.insert(InFlight::Watch(watched));
-            // SAFETY: no pointers; the caller of `watch` keeps the descriptor open.
-            if unsafe { self.ring.push(Operation::Readable { fd }, key as u64) }.is_err() {
+        while let Some(&index) = self.watches.front() {
+            let (watched, fd) = &self.watched[index];
+            let key = self.operations.insert(InFlight::Watch(*watched));
+            let operation = Operation::Readable { fd: fd.as_raw_fd() };
+            // SAFETY: no pointers; the descriptor stays open as long as the port.
+            if unsafe { self.ring.push(operation, key as u64) }.is_err() {
                 self.operations.remove(key);
-                self.watches.push_front((fd, watched));
                 break;
             }
+            self.watches.pop_front();
         }
     }
 

@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::conn::MemberId;
 use crate::group::view::{Member, Status};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
+use crate::memory::Word;
 use crate::time::Time;
 
 const V4: u64 = 4;
@@ -96,15 +97,25 @@ fn from_words(w: &[u64; MEMBER_WORDS]) -> Member {
 /// 128 bytes of atomics.
 #[repr(C, align(128))]
 #[derive(Default)]
-struct LineWords([AtomicU64; 16]);
+struct LineWords<W = AtomicU64>([W; 16]);
+
+/// Lines behind those of the shards: nothing yet, and no padding.
+const UNUSED_LINES: usize = 10;
 
 /// The group table in memory.
 #[repr(C, align(4096))]
-pub struct GroupWords {
-    version: LineWords,
-    members: [LineWords; MEMBERS_MAX + 1],
-    shards: [LineWords; SHARDS_MAX],
+pub struct GroupWords<W = AtomicU64> {
+    version: LineWords<W>,
+    members: [LineWords<W>; MEMBERS_MAX + 1],
+    shards: [LineWords<W>; SHARDS_MAX],
+    _unused: [LineWords<W>; UNUSED_LINES],
 }
+
+// No padding: every byte of it is part of an atomic, as `shm::mapping` asks.
+const _: () = assert!(size_of::<LineWords>() == 16 * size_of::<AtomicU64>());
+const _: () = assert!(
+    size_of::<GroupWords>() == (1 + MEMBERS_MAX + 1 + SHARDS_MAX + UNUSED_LINES) * size_of::<LineWords>()
+);
 
 impl Default for GroupWords {
     /// An empty table, for tests and the simulator.
@@ -113,19 +124,41 @@ impl Default for GroupWords {
             version: LineWords::default(),
             members: std::array::from_fn(|_| LineWords::default()),
             shards: std::array::from_fn(|_| LineWords::default()),
+            _unused: Default::default(),
         }
     }
 }
 
-impl GroupWords {
+impl<W: Word> GroupWords<W> {
     /// Raised by every change; whoever reads a version and then the records sees at least that change.
     pub fn version(&self) -> u64 {
-        let version = self.version.0[0].load(Ordering::Relaxed);
+        let version = self.version.0[0].get();
         // Pairs with the release in `write`.
         fence(Ordering::Acquire);
         version
     }
 
+    /// A member's record; `None` while (or since) a write is unfinished, and for numbers that no
+    /// member has. A reader that needs it tries again; a crashed writer's record stays torn.
+    pub fn read(&self, member: MemberId) -> Option<Member> {
+        let words = &self.members.get(member as usize).filter(|_| member > 0)?.0;
+        let before = words[0].get();
+        if before & 1 == 1 {
+            return None;
+        }
+        fence(Ordering::Acquire);
+        let copy = std::array::from_fn(|i| words[i].get());
+        fence(Ordering::Acquire);
+        (words[0].get() == before).then(|| from_words(&copy))
+    }
+
+    /// A shard's line; `shard` is below 64.
+    pub fn shard(&self, shard: u8) -> ShardStatus<'_, W> {
+        ShardStatus(&self.shards[shard as usize])
+    }
+}
+
+impl GroupWords {
     /// Replaces a member's record (1 to 52). Only shard 0 writes.
     pub fn write(&self, member: MemberId, record: &Member) {
         assert!((1..=MEMBERS_MAX).contains(&(member as usize)));
@@ -149,20 +182,6 @@ impl GroupWords {
         }
     }
 
-    /// A member's record; `None` while (or since) a write is unfinished, and for numbers that no
-    /// member has. A reader that needs it tries again; a crashed writer's record stays torn.
-    pub fn read(&self, member: MemberId) -> Option<Member> {
-        let words = &self.members.get(member as usize).filter(|_| member > 0)?.0;
-        let before = words[0].load(Ordering::Relaxed);
-        if before & 1 == 1 {
-            return None;
-        }
-        fence(Ordering::Acquire);
-        let copy = std::array::from_fn(|i| words[i].load(Ordering::Relaxed));
-        fence(Ordering::Acquire);
-        (words[0].load(Ordering::Relaxed) == before).then(|| from_words(&copy))
-    }
-
     /// A new process goes on with the table of one that is gone: records that it left torn are taken as they
     /// are (each word is of before or of after the write, and heartbeats will tell), and `shards` shards have
     /// done nothing yet. For what the kernel is owed is still known: `settled_version` stays.
@@ -177,11 +196,6 @@ impl GroupWords {
             line.set_view_version(0);
             line.set_standing(Standing::Starting);
         }
-    }
-
-    /// A shard's line; `shard` is below 64.
-    pub fn shard(&self, shard: u8) -> ShardStatus<'_> {
-        ShardStatus(&self.shards[shard as usize])
     }
 }
 
@@ -211,18 +225,12 @@ impl Standing {
 }
 
 /// How far a shard is. Its shard writes, anybody reads.
-#[derive(Clone, Copy)]
-pub struct ShardStatus<'m>(&'m LineWords);
+pub struct ShardStatus<'m, W = AtomicU64>(&'m LineWords<W>);
 
-impl ShardStatus<'_> {
+impl<W: Word> ShardStatus<'_, W> {
     /// When the shard's loop began its last pass; 0 before the first.
     pub fn last_pass(&self) -> Time {
-        Time(self.0.0[0].load(Ordering::Relaxed))
-    }
-
-    /// Says that a pass begins.
-    pub fn set_last_pass(&self, now: Time) {
-        self.0.0[0].store(now.0, Ordering::Relaxed);
+        Time(self.0.0[0].get())
     }
 
     /// The version of the group that the shard has acted on: its effects are visible.
@@ -230,19 +238,9 @@ impl ShardStatus<'_> {
         self.load(1)
     }
 
-    /// Says that this version of the group was acted on.
-    pub fn set_view_version(&self, version: u64) {
-        self.0.0[1].store(version, Ordering::Release);
-    }
-
     /// The version of the group for which everything that had to be committed to the kernel was.
     pub fn settled_version(&self) -> u64 {
         self.load(2)
-    }
-
-    /// Says that the kernel commits of this version of the group are done.
-    pub fn set_settled_version(&self, version: u64) {
-        self.0.0[2].store(version, Ordering::Release);
     }
 
     /// The member's standing, on the line of shard 0.
@@ -255,19 +253,9 @@ impl ShardStatus<'_> {
         }
     }
 
-    /// Says how the member stands.
-    pub fn set_standing(&self, standing: Standing) {
-        self.0.0[3].store(standing as u64, Ordering::Release);
-    }
-
     /// The members to which this shard's full sync is done, as bits.
     pub fn synced(&self) -> u64 {
         self.load(4)
-    }
-
-    /// Says to which members the full sync is done, as bits.
-    pub fn set_synced(&self, members: u64) {
-        self.0.0[4].store(members, Ordering::Release);
     }
 
     /// The members whose full sync to this one is not done, as bits; on the line of shard 0.
@@ -275,16 +263,43 @@ impl ShardStatus<'_> {
         self.load(5)
     }
 
-    /// Says whose full sync is not done, as bits.
-    pub fn set_awaited(&self, members: u64) {
-        self.0.0[5].store(members, Ordering::Release);
-    }
-
     fn load(&self, word: usize) -> u64 {
-        let value = self.0.0[word].load(Ordering::Relaxed);
+        let value = self.0.0[word].get();
         // Pairs with the release in the setter.
         fence(Ordering::Acquire);
         value
+    }
+}
+
+impl ShardStatus<'_> {
+    /// Says that a pass begins.
+    pub fn set_last_pass(&self, now: Time) {
+        self.0.0[0].store(now.0, Ordering::Relaxed);
+    }
+
+    /// Says that this version of the group was acted on.
+    pub fn set_view_version(&self, version: u64) {
+        self.0.0[1].store(version, Ordering::Release);
+    }
+
+    /// Says that the kernel commits of this version of the group are done.
+    pub fn set_settled_version(&self, version: u64) {
+        self.0.0[2].store(version, Ordering::Release);
+    }
+
+    /// Says how the member stands.
+    pub fn set_standing(&self, standing: Standing) {
+        self.0.0[3].store(standing as u64, Ordering::Release);
+    }
+
+    /// Says to which members the full sync is done, as bits.
+    pub fn set_synced(&self, members: u64) {
+        self.0.0[4].store(members, Ordering::Release);
+    }
+
+    /// Says whose full sync is not done, as bits.
+    pub fn set_awaited(&self, members: u64) {
+        self.0.0[5].store(members, Ordering::Release);
     }
 }
 
@@ -359,15 +374,16 @@ mod tests {
     #[test]
     fn readers_see_whole_records() {
         let group = Box::<GroupWords>::default();
+        let rounds: u64 = if cfg!(miri) { 300 } else { 100_000 };
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                for n in 1..=100_000u64 {
+                for n in 1..=rounds {
                     let r = Member { incarnation: n, capacity: n, since: Time(n), ..record() };
                     group.write(1, &r);
                 }
             });
             let mut seen = 0;
-            while seen < 100_000 {
+            while seen < rounds {
                 let version = group.version();
                 let Some(r) = group.read(1) else { continue };
                 assert!(r.capacity >= version, "a version promises its change");

@@ -44,7 +44,7 @@ use super::old_values::OLD_VALUES_WORDS;
 use crate::conn::{MemberId, Slot};
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
-use crate::memory::{ExtraWords, HistoryWords, JOURNAL_WORDS, LeaseWords, MemorySize, StreamWords};
+use crate::memory::{ExtraWords, HistoryWords, JOURNAL_WORDS, LeaseWords, MemorySize, StreamWords, Word};
 use crate::time::Time;
 
 /// The layout's version. A region of another version is refused and left alone.
@@ -321,8 +321,8 @@ pub fn boot_id_of(w: &[u64; HEADER_WORDS]) -> [u8; 16] {
 }
 
 /// Copies the header's words, READY excepted.
-pub fn copy_words(words: &[AtomicU64]) -> [u64; HEADER_WORDS] {
-    std::array::from_fn(|i| words[i].load(Ordering::Relaxed))
+pub fn copy_words<W: Word>(words: &[W]) -> [u64; HEADER_WORDS] {
+    std::array::from_fn(|i| words[i].get())
 }
 
 /// Says that the region may be read. Whoever sees it sees everything written before.
@@ -345,10 +345,9 @@ pub fn may_resume(ready: u64) -> bool {
     ready == READY || ready.wrapping_sub(RESUMING) < TRIES
 }
 
-/// Whether the region may be read. Pairs with `publish_ready`; a relaxed load and a fence, as a
-/// read-only mapping asks.
-pub fn is_ready(words: &[AtomicU64]) -> bool {
-    let ready = words[HEADER_WORDS].load(Ordering::Relaxed) == READY;
+/// Whether the region may be read. Pairs with `publish_ready`.
+pub fn is_ready<W: Word>(words: &[W]) -> bool {
+    let ready = words[HEADER_WORDS].get() == READY;
     fence(Ordering::Acquire);
     ready
 }

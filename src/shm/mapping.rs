@@ -2,91 +2,90 @@
 //!
 //! Nothing else in the crate turns an address of shared memory into a reference. Only types
 //! made of atomics come out of here ([`Words`]), so a reference never claims that the memory
-//! behind it stands still, whatever other threads and processes do to it.
+//! behind it stands still, whatever other threads and processes do to it. A mapping and all that comes out of it
+//! is of one kind of word: of `AtomicU64` if it was mapped for writing, and otherwise of [`ReadWord`], which can
+//! only be loaded. So no safe code can store to a read-only mapping.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{MmapOptions, MmapRaw};
 
 use super::group::GroupWords;
 use super::ingest::{RecordWords, RingWords};
 use super::layout::Part;
 use crate::conn::Slot;
-use crate::memory::{ExtraWords, HistoryWords, LeaseWords, StreamWords};
+use crate::memory::{ExtraWords, HistoryWords, LeaseWords, ReadHalf, ReadWord, StreamWords, Word};
 
-/// A type that may lie in shared memory.
+/// A type that may lie in shared memory, in a mapping of words `W`.
 ///
 /// # Safety
-/// It consists of atomic integers only (padding included), so that every bit pattern is a value
-/// and a change by another process is no data race. It owns nothing.
-pub unsafe trait Words {}
+/// It consists of such words, or of `W::Half`, and of nothing else: no padding either. So every bit pattern is a
+/// value, and a change by another process is no data race. It owns nothing.
+pub unsafe trait Words<W: Word> {}
 
-// SAFETY: an atomic integer.
-unsafe impl Words for AtomicU64 {}
-// SAFETY: an atomic integer.
-unsafe impl Words for AtomicU32 {}
-// SAFETY: `#[repr(C)]`, sixteen `AtomicU64`, no padding (asserted in `conn::slot`).
-unsafe impl Words for Slot {}
-// SAFETY: `#[repr(C)]`, an array of `AtomicU64` that fills its alignment (asserted in `layout`).
-unsafe impl Words for StreamWords {}
+// SAFETY: the word itself.
+unsafe impl Words<AtomicU64> for AtomicU64 {}
+// SAFETY: its half.
+unsafe impl Words<AtomicU64> for AtomicU32 {}
+// SAFETY: the word itself, `#[repr(transparent)]` over an `AtomicU64`.
+unsafe impl Words<ReadWord> for ReadWord {}
+// SAFETY: its half, `#[repr(transparent)]` over an `AtomicU32`.
+unsafe impl Words<ReadWord> for ReadHalf {}
+// SAFETY: `#[repr(C)]`, sixteen words, no padding (asserted in `conn::slot`).
+unsafe impl<W: Word> Words<W> for Slot<W> {}
+// SAFETY: `#[repr(C)]`, an array of words that fills its alignment (asserted in `layout`).
+unsafe impl<W: Word> Words<W> for StreamWords<W> {}
 // SAFETY: as above.
-unsafe impl Words for ExtraWords {}
+unsafe impl<W: Word> Words<W> for ExtraWords<W> {}
 // SAFETY: as above.
-unsafe impl Words for HistoryWords {}
+unsafe impl<W: Word> Words<W> for HistoryWords<W> {}
 // SAFETY: as above.
-unsafe impl Words for LeaseWords {}
-// SAFETY: `#[repr(C)]`, arrays of atomics; what padding it has is never referred to.
-unsafe impl Words for GroupWords {}
-// SAFETY: `#[repr(C)]`, atomics; what padding it has is never referred to.
-unsafe impl Words for RingWords {}
+unsafe impl<W: Word> Words<W> for LeaseWords<W> {}
+// SAFETY: `#[repr(C)]`, arrays of words, no padding (asserted in `group`).
+unsafe impl<W: Word> Words<W> for GroupWords<W> {}
+// SAFETY: `#[repr(C)]`, words and halves, no padding (asserted in `ingest`).
+unsafe impl Words<AtomicU64> for RingWords {}
 // SAFETY: `#[repr(C)]`, sixteen `AtomicU64`, no padding (asserted in `layout`).
-unsafe impl Words for RecordWords {}
+unsafe impl Words<AtomicU64> for RecordWords {}
 
 /// A shared mapping of a file, or of a range of it.
-pub struct Mapping {
+pub struct Mapping<W: Word> {
     map: MmapRaw,
     starts_at: usize,
+    word: PhantomData<W>,
 }
 
-impl Mapping {
+impl Mapping<AtomicU64> {
     /// Maps `bytes` from `offset` (a multiple of the page size) for reading and writing.
-    pub fn read_write(file: &File, offset: usize, bytes: usize) -> io::Result<Mapping> {
+    pub fn read_write(file: &File, offset: usize, bytes: usize) -> io::Result<Mapping<AtomicU64>> {
         let map = MmapOptions::new().offset(offset as u64).len(bytes).map_raw(file)?;
-        Ok(Mapping { map, starts_at: offset })
+        Ok(Mapping { map, starts_at: offset, word: PhantomData })
     }
+}
 
-    /// Maps the first `bytes` for reading. Through such a mapping only relaxed loads of at most
-    /// 8 bytes are allowed; a store ends the process.
-    pub fn read_only(file: &File, bytes: usize) -> io::Result<Mapping> {
+impl Mapping<ReadWord> {
+    /// Maps the first `bytes` for reading.
+    pub fn read_only(file: &File, bytes: usize) -> io::Result<Mapping<ReadWord>> {
         let map = MmapOptions::new().len(bytes).map_raw_read_only(file)?;
-        Ok(Mapping { map, starts_at: 0 })
+        Ok(Mapping { map, starts_at: 0, word: PhantomData })
     }
+}
 
-    /// Asks the kernel for huge pages; a wish, so nothing fails.
-    pub fn advise_huge_pages(&self) {
-        if let Err(error) = self.map.advise(Advice::HugePage) {
-            log::info!("no huge pages for shared memory: {error}");
-        }
-    }
-
+impl<W: Word> Mapping<W> {
     /// The items of a part, which lies in the mapped range (or this panics).
-    pub fn slice<T: Words>(&self, part: Part) -> &[T] {
+    pub fn slice<T: Words<W>>(&self, part: Part) -> &[T] {
         let at = self.address(part, size_of::<T>());
         assert!(at.cast::<T>().is_aligned(), "parts start on pages");
         // SAFETY: `address` has checked that `items` lie inside the mapping, which lives as long as
-        // `self`; the address is aligned; T is `Words`: any bytes are a value and changes from
-        // outside are no data race. The file keeps its length: this crate never cuts one
+        // `self`; the address is aligned; T is `Words<W>`: any bytes are a value and changes from
+        // outside are no data race; and what is mapped read-only is of `ReadWord`s, whose one operation, a relaxed
+        // load of at most 8 bytes, is defined there. The file keeps its length: this crate never cuts one
         // (a new region is a new file), and a stranger who did would cause SIGBUS, nothing worse.
         unsafe { std::slice::from_raw_parts(at.cast::<T>(), part.items) }
-    }
-
-    /// Address and bytes of a part of `bytes_each` an item, for handing to the kernel. Valid as
-    /// long as the mapping lives.
-    pub fn bytes_of(&self, part: Part, bytes_each: usize) -> (*const u8, usize) {
-        (self.address(part, bytes_each), part.items * bytes_each)
     }
 
     fn address(&self, part: Part, bytes_each: usize) -> *const u8 {

@@ -11,6 +11,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::memory::Word;
+
 /// Sysctls that can be recorded.
 pub const SYSCTLS: usize = 2;
 
@@ -19,26 +21,36 @@ pub const OLD_VALUES_WORDS: usize = 1 + SYSCTLS;
 
 /// The record. Relaxed order is enough: it is read by the one thread that writes it, and by others once the
 /// process is gone.
-#[derive(Clone, Copy, Debug)]
-pub struct OldValues<'m>(&'m [AtomicU64]);
+#[derive(Debug)]
+pub struct OldValues<'m, W = AtomicU64>(&'m [W]);
 
-impl<'m> OldValues<'m> {
+impl<W> Clone for OldValues<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for OldValues<'_, W> {}
+
+impl<'m, W: Word> OldValues<'m, W> {
     /// The record in its words.
-    pub fn new(words: &'m [AtomicU64]) -> OldValues<'m> {
+    pub fn new(words: &'m [W]) -> OldValues<'m, W> {
         assert_eq!(words.len(), OLD_VALUES_WORDS);
         OldValues(words)
     }
 
     /// The cookie of the network namespace; 0: nothing was ever recorded.
     pub fn namespace(&self) -> u64 {
-        self.0[0].load(Ordering::Relaxed)
+        self.0[0].get()
     }
 
     /// What a sysctl was, if it still has to be put back.
     pub fn get(&self, sysctl: usize) -> Option<u64> {
-        self.0[1 + sysctl].load(Ordering::Relaxed).checked_sub(1)
+        self.0[1 + sysctl].get().checked_sub(1)
     }
+}
 
+impl OldValues<'_> {
     /// Writes down what a sysctl was, or that nothing has to be put back.
     pub fn set(&self, sysctl: usize, old: Option<u64>) {
         self.0[1 + sysctl].store(old.map_or(0, |old| old.saturating_add(1)), Ordering::Relaxed);

@@ -39,24 +39,22 @@ pub struct RegionConfig {
     pub incarnation: u64,
     /// When the appliance started.
     pub started: Time,
-    /// Whether to ask for huge pages.
-    pub huge_pages: bool,
 }
 
 /// The appliance's region. Everything that a view reads, and the right to write it: the
 /// [`Memory`](crate::memory::Memory) it hands out lies in a writable mapping. The lock is held as
 /// long as this lives; the file stays behind.
 pub struct Region {
-    view: RegionView,
+    view: RegionView<AtomicU64>,
     resumed: bool,
     /// Closing it gives the lock back, so it comes after the mapping.
     _lock: File,
 }
 
 impl Deref for Region {
-    type Target = RegionView;
+    type Target = RegionView<AtomicU64>;
 
-    fn deref(&self) -> &RegionView {
+    fn deref(&self) -> &RegionView<AtomicU64> {
         &self.view
     }
 }
@@ -230,9 +228,6 @@ impl Region {
             let _ = fs::remove_file(&fresh);
         }
         let mapping = mapping?;
-        if config.huge_pages {
-            mapping.advise_huge_pages();
-        }
         Ok(Region { view: RegionView::of_creator(mapping, header), resumed: false, _lock: lock })
     }
 
@@ -267,9 +262,6 @@ impl Region {
         words[layout::BACK_WITHIN].store(0, Ordering::Relaxed);
         let group: &GroupWords = &mapping.slice(GROUP)[0];
         group.resume(config.sizes.shards);
-        if config.huge_pages {
-            mapping.advise_huge_pages();
-        }
         Ok(Region { view: RegionView::of_creator(mapping, header), resumed: true, _lock: lock })
     }
 
@@ -291,12 +283,6 @@ impl Region {
     /// Says that the region may be read.
     pub fn publish_ready(&self) {
         layout::publish_ready(self.view.mapping().slice(HEADER));
-    }
-
-    /// Address and bytes of a shard's send arena, for registering it with io_uring. Valid as long as
-    /// the region lives.
-    pub fn arena_ptr(&self, shard: u8) -> (*const u8, usize) {
-        self.view.mapping().bytes_of(self.view.layout(shard).arena, 8)
     }
 }
 
@@ -375,7 +361,7 @@ fn write_file(
     path: &Path,
     header: &Header,
     old_values: &[u64; OLD_VALUES_WORDS],
-) -> Result<Mapping, ShmError> {
+) -> Result<Mapping<AtomicU64>, ShmError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
             return Err(ShmError::io("remove", path)(error));

@@ -13,14 +13,59 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use super::group::GroupWords;
 use super::ingest::Ring;
 use super::layout::{self, GROUP, HEADER, HEADER_BYTES, Header, NotAHeader, ShardLayout, shard_layout};
-use super::mapping::Mapping;
+use super::mapping::{Mapping, Words};
 use super::old_values::OldValues;
 use super::{FILE, ShmError};
-use crate::memory::Memory;
+use crate::memory::{Memory, ReadWord, Word};
 
-/// A region, mapped for reading. Through it only loads are allowed: a store ends the process.
-pub struct RegionView {
-    mapping: Mapping,
+/// A region, mapped. What comes out of it is of its words `W`: those of a view that was opened can only be loaded.
+///
+/// ```
+/// use hypersync::{counters::{Counter, Counters}, memory::Word, shm::RegionView};
+///
+/// fn look(view: &RegionView) -> u64 {
+///     view.shard(0).slots[0].snapshot();
+///     view.group().shard(0).last_pass();
+///     Counters::new(view.shard(0).counters).get(Counter::Passes) + view.shard(0).former[0].get()
+/// }
+/// ```
+///
+/// Only the appliance's own [`Region`](super::Region) has a way to store:
+///
+/// ```compile_fail,E0599
+/// fn disturb(view: &hypersync::shm::RegionView) {
+///     view.shard(0).former[0].store(0, std::sync::atomic::Ordering::Relaxed);
+/// }
+/// ```
+///
+/// ```compile_fail,E0599
+/// fn disturb(view: &hypersync::shm::RegionView) {
+///     let slot = &view.shard(0).slots[0];
+///     slot.store(&slot.line());
+/// }
+/// ```
+///
+/// ```compile_fail,E0599
+/// fn disturb(view: &hypersync::shm::RegionView) {
+///     view.group().shard(0).set_synced(0);
+/// }
+/// ```
+///
+/// ```compile_fail,E0599
+/// use hypersync::counters::{Counter, Counters};
+///
+/// fn disturb(view: &hypersync::shm::RegionView) {
+///     Counters::new(view.shard(0).counters).count(Counter::Passes);
+/// }
+/// ```
+///
+/// ```compile_fail,E0599
+/// fn disturb(view: &hypersync::shm::RegionView) {
+///     hypersync::shm::ingest::Consumer::new(view.ring(0)).awake();
+/// }
+/// ```
+pub struct RegionView<W: Word = ReadWord> {
+    mapping: Mapping<W>,
     header: Header,
 }
 
@@ -40,7 +85,7 @@ impl RegionView {
     pub(super) fn over(file: &File, path: &Path) -> Result<RegionView, ShmError> {
         let bytes = file_bytes(file, path)?;
         let mapping = Mapping::read_only(file, bytes as usize).map_err(ShmError::io("map", path))?;
-        let words = mapping.slice::<AtomicU64>(HEADER);
+        let words = mapping.slice::<ReadWord>(HEADER);
         let ready = layout::is_ready(words);
         let header = Header::read(&layout::copy_words(words), bytes).map_err(|e| refusal(e, path, bytes))?;
         // A start that takes the region up withdraws READY before it writes the header.
@@ -53,19 +98,37 @@ impl RegionView {
             false => Err(ShmError::Abandoned { path: path.into(), pid: header.pid }),
         }
     }
+}
 
+impl RegionView<AtomicU64> {
     /// The appliance's own mapping.
-    pub(super) fn of_creator(mapping: Mapping, header: Header) -> RegionView {
+    pub(super) fn of_creator(mapping: Mapping<AtomicU64>, header: Header) -> RegionView<AtomicU64> {
         RegionView { mapping, header }
     }
 
+    /// A shard's ingest ring.
+    pub fn ring(&self, shard: u8) -> Ring<'_> {
+        let l = self.layout(shard);
+        Ring {
+            words: &self.mapping.slice(l.ring)[0],
+            records: self.mapping.slice(l.records),
+            shard,
+            shards: self.header.sizes.shards,
+        }
+    }
+}
+
+impl<W: Word + Words<W>> RegionView<W>
+where
+    W::Half: Words<W>,
+{
     /// What the region is and whose.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
     /// The memory of a shard (below `header().sizes.shards`).
-    pub fn shard(&self, shard: u8) -> Memory<'_> {
+    pub fn shard(&self, shard: u8) -> Memory<'_, W> {
         let l = self.layout(shard);
         let memory = Memory {
             slots: self.mapping.slice(l.slots),
@@ -86,29 +149,18 @@ impl RegionView {
     }
 
     /// The group table and the shards' lines.
-    pub fn group(&self) -> &GroupWords {
+    pub fn group(&self) -> &GroupWords<W> {
         &self.mapping.slice(GROUP)[0]
     }
 
     /// What sysctls were before the appliance changed them.
-    pub fn old_values(&self) -> OldValues<'_> {
+    pub fn old_values(&self) -> OldValues<'_, W> {
         OldValues::new(&self.mapping.slice(HEADER)[layout::OLD_VALUES])
     }
 
     /// Whether the region was made in this boot of the host.
     pub fn is_of_this_boot(&self) -> bool {
         boot_id().is_ok_and(|id| id == self.header.boot_id)
-    }
-
-    /// A shard's ingest ring.
-    pub fn ring(&self, shard: u8) -> Ring<'_> {
-        let l = self.layout(shard);
-        Ring {
-            words: &self.mapping.slice(l.ring)[0],
-            records: self.mapping.slice(l.records),
-            shard,
-            shards: self.header.sizes.shards,
-        }
     }
 
     /// The process that has the region now: that of the header, or one that has taken it up since this was opened.
@@ -127,14 +179,14 @@ impl RegionView {
     }
 
     pub(super) fn word(&self, word: usize) -> u64 {
-        self.mapping.slice::<AtomicU64>(HEADER)[word].load(Ordering::Relaxed)
+        self.mapping.slice::<W>(HEADER)[word].get()
     }
 
     pub(super) fn layout(&self, shard: u8) -> ShardLayout {
         shard_layout(&self.header.sizes, shard)
     }
 
-    pub(super) fn mapping(&self) -> &Mapping {
+    pub(super) fn mapping(&self) -> &Mapping<W> {
         &self.mapping
     }
 }

@@ -13,7 +13,16 @@
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
 //! - `progress`: full sync: who has all that it should have, and how much goes before live changes;
-//! - `chores`: releases and offers, which belong to no single delta; make before break.
+//! - `chores`: releases, offers and declines, which belong to no single delta; make before break;
+//! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
+//!
+//! They stand on what lies in memory that outlives the process:
+//!
+//! - `stream`: where sending and receiving stand, and the lists and timers of one stream;
+//! - `lease`: slots at peers that this member may fill;
+//! - `history`: what was sent lately, byte for byte, and what it was about.
+//!
+//! `mutation` has the deliberate faults that the simulator must notice; without the feature `mutations` there is none.
 
 mod acks;
 mod chores;

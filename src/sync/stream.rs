@@ -7,7 +7,7 @@
 //! what waits for it must be let go, the life ends, and with it everything that the pair had
 //! agreed on: numbers, floor and leases. Every datagram names its life.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::digest::Comparing;
@@ -17,7 +17,7 @@ use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
 use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW, WINDOW_MIN};
-use crate::memory::StreamWords;
+use crate::memory::{StreamWords, Word};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -67,14 +67,36 @@ const _: () = assert!(WORD_RECEIVED + (WINDOW / 64) as usize <= 48);
 
 /// Accessors of a stream's durable half. One thread writes; an inspector reads words that stand
 /// for themselves.
-#[derive(Clone, Copy)]
-pub struct Durable<'m>(pub &'m StreamWords);
+pub struct Durable<'m, W = AtomicU64>(pub &'m StreamWords<W>);
 
-impl Durable<'_> {
+impl<W> Clone for Durable<'_, W> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W> Copy for Durable<'_, W> {}
+
+impl<W: Word> Durable<'_, W> {
     fn get(&self, word: usize) -> u64 {
-        self.0.0[word].load(Ordering::Relaxed)
+        self.0.0[word].get()
     }
 
+    /// The send floor.
+    pub fn floor(&self) -> Seq {
+        Seq::from_low_bits(self.get(WORD_SEND_FLOOR))
+    }
+
+    /// How far the full sync to the stream's member is; of the stream to its shard 0.
+    pub fn full_sync(&self) -> Figures {
+        let [phase, begun, ended, before, done, to_do] =
+            std::array::from_fn(|i| self.get(WORD_FULL_SYNC + i));
+        let phase = Phase::from_raw(phase);
+        Figures { phase, begun: Time(begun), ended: Time(ended), before, done, to_do }
+    }
+}
+
+impl Durable<'_> {
     fn set(&self, word: usize, value: u64) {
         kill_point();
         self.0.0[word].store(value, Ordering::Relaxed);
@@ -88,11 +110,6 @@ impl Durable<'_> {
     /// Sets the number sent last.
     pub fn set_sent(&self, seq: Seq) {
         self.set(WORD_SENT, seq.raw());
-    }
-
-    /// The send floor.
-    pub fn floor(&self) -> Seq {
-        Seq::from_low_bits(self.get(WORD_SEND_FLOOR))
     }
 
     /// Moves the send floor.
@@ -123,14 +140,6 @@ impl Durable<'_> {
     /// Slots granted to the peer.
     pub fn granted_by_us(&self) -> u64 {
         self.get(WORD_GRANTED_BY_US)
-    }
-
-    /// How far the full sync to the stream's member is; of the stream to its shard 0.
-    pub fn full_sync(&self) -> Figures {
-        let [phase, begun, ended, before, done, to_do] =
-            std::array::from_fn(|i| self.get(WORD_FULL_SYNC + i));
-        let phase = Phase::from_raw(phase);
-        Figures { phase, begun: Time(begun), ended: Time(ended), before, done, to_do }
     }
 
     /// Says how far the full sync to the stream's member is.

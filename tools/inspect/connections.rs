@@ -4,7 +4,6 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use hypersync::conn::extra::parts;
 use hypersync::conn::extras;
@@ -13,7 +12,7 @@ use hypersync::conn::slot::{Addresses, Line};
 use hypersync::conn::tuple::DCCP;
 use hypersync::conn::{Coordinate, Extra, Kind, MemberId, Slot, State, Tuple, shard_of};
 use hypersync::limits::MEMBERS_MAX;
-use hypersync::memory::Memory;
+use hypersync::memory::{Memory, ReadWord, Word};
 use hypersync::seq::Seq;
 use hypersync::shm::RegionView;
 use hypersync::sync::stream::{Durable, stream_index};
@@ -51,7 +50,7 @@ pub fn role(line: &Line, silent: u64) -> &'static str {
 }
 
 /// A whole copy of a slot; `None` if it is torn for good.
-pub fn snapshot(slot: &Slot) -> Option<(Line, Addresses)> {
+pub fn snapshot(slot: &Slot<ReadWord>) -> Option<(Line, Addresses)> {
     (0..TRIES).find_map(|_| {
         let copy = slot.snapshot();
         if copy.is_none() {
@@ -62,7 +61,7 @@ pub fn snapshot(slot: &Slot) -> Option<(Line, Addresses)> {
 }
 
 /// A whole copy of a slot and what belongs to it in the sparse table; that is missing if it is torn for good.
-fn snapshot_with_extra(memory: &Memory, slot: u32) -> Option<(Line, Addresses, Option<Extra>)> {
+fn snapshot_with_extra(memory: &Memory<'_, ReadWord>, slot: u32) -> Option<(Line, Addresses, Option<Extra>)> {
     let words = &memory.slots[slot as usize];
     let (mut line, mut addresses) = snapshot(words)?;
     for _ in 0..TRIES {
@@ -108,7 +107,7 @@ impl Shown {
         let has_backup = matches!(line.kind(), Kind::Active | Kind::Closing) && other.is_plausible();
         let floor =
             has_backup.then(|| Durable(&memory.streams[stream_index(other.member(), other.shard())]).floor());
-        let former = memory.former[slot as usize].load(Ordering::Relaxed);
+        let former = memory.former[slot as usize].get();
         Some(Shown {
             kind: line.kind(),
             role: role(&line, silent),

@@ -1,7 +1,7 @@
 //! Real datagrams over loopback, each test on its own addresses.
 
 use std::net::{IpAddr, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -294,12 +294,14 @@ fn auto_settles_on_what_loopback_really_does() {
 fn a_watch_and_a_futex_wake_the_wait_once() {
     let local = ip("127.81.13.1");
     let arena = arena();
+    let word = AtomicU32::new(5);
     let mut port = Port::new(&config(local, &arena), only(local)).unwrap();
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
-    port.watch(far.as_raw_fd(), 42);
-    let word = AtomicU32::new(5);
-    let futex = port.futex_wait(word.as_ptr(), 5);
-    assert!(futex == port.features().futex_wait && futex == port.futex_wait(word.as_ptr(), 5));
+    // Nobody but the port has its end from here on.
+    port.add_watch(42, far.into());
+    port.watch(42);
+    let futex = port.futex_wait(&word, 5);
+    assert!(futex == port.features().futex_wait && futex == port.futex_wait(&word, 5));
     let mut ports = [port];
     let mut seen = Seen::default();
     ports[0].submit().unwrap();
@@ -311,7 +313,7 @@ fn a_watch_and_a_futex_wake_the_wait_once() {
         run(&mut ports, &mut seen, |seen| seen.events.len() == 2);
         assert_eq!(seen.events[1], Event::Woken);
         // Not as expected: reported at once.
-        assert!(ports[0].futex_wait(word.as_ptr(), 5));
+        assert!(ports[0].futex_wait(&word, 5));
         run(&mut ports, &mut seen, |seen| seen.events.len() == 3);
     }
     assert_eq!(ports[0].in_flight(), 1);

@@ -1,6 +1,6 @@
 //! The appliance's end of a ring: takes records out, believes nothing.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use super::record::{BadRecord, decode};
 use super::{ASLEEP, AWAKE, Ring};
@@ -21,7 +21,7 @@ impl<'m> Consumer<'m> {
     /// is handed over again, in the same order, and nothing is left out. The region must be writable (the
     /// appliance's).
     pub fn new(ring: Ring<'m>) -> Consumer<'m> {
-        let tail = ring.words.tail.0.load(Ordering::Relaxed);
+        let tail = ring.words.tail.load(Ordering::Relaxed);
         Consumer { ring, tail, head_seen: tail }
     }
 
@@ -30,7 +30,7 @@ impl<'m> Consumer<'m> {
     /// `f` was called.
     pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(Result<SourceEvent, BadRecord>)) -> usize {
         // Pairs with the release in `Producer::flush`: the records before `head` are visible.
-        let head = self.ring.words.head.0.load(Ordering::Acquire);
+        let head = self.ring.words.head.load(Ordering::Acquire);
         let waiting = head.wrapping_sub(self.tail);
         if waiting > self.ring.records.len() as u64 || waiting < self.head_seen.wrapping_sub(self.tail) {
             self.move_to(head);
@@ -45,7 +45,7 @@ impl<'m> Consumer<'m> {
         }
         // Also if nothing was taken: a producer may have scribbled over the copy of our position, and
         // the next one would find the ring full for ever.
-        if self.ring.words.tail.0.load(Ordering::Relaxed) != self.tail || taken > 0 {
+        if self.ring.words.tail.load(Ordering::Relaxed) != self.tail || taken > 0 {
             self.move_to(self.tail.wrapping_add(taken));
         }
         taken as usize
@@ -60,33 +60,27 @@ impl<'m> Consumer<'m> {
     fn move_to(&mut self, tail: u64) {
         self.tail = tail;
         // Pairs with the acquire in `Producer::push`: the records before `tail` have been read.
-        self.ring.words.tail.0.store(tail, Ordering::Release);
+        self.ring.words.tail.store(tail, Ordering::Release);
     }
 
     /// Announces that the consumer is about to sleep. `None`: there is work, do not. Otherwise the
     /// futex word and the value to wait for with FUTEX_WAIT (shared, 32 bits). A wait armed earlier that
     /// has not completed still serves: arm one only if there is none. After waking up, for whatever
     /// reason, call [`awake`](Consumer::awake).
-    pub fn prepare_sleep(&self) -> Option<(*const u32, u32)> {
-        let bell = &self.ring.words.bell.0;
+    pub fn prepare_sleep(&self) -> Option<(&'m AtomicU32, u32)> {
+        let bell = &self.ring.words.bell;
         bell.store(ASLEEP, Ordering::Relaxed);
         // Pairs with the fence in `Producer::wake`: either we see its head or it sees our bell.
         fence(Ordering::SeqCst);
-        if self.ring.words.head.0.load(Ordering::Relaxed) != self.tail {
+        if self.ring.words.head.load(Ordering::Relaxed) != self.tail {
             self.awake();
             return None;
         }
-        Some((bell.as_ptr().cast_const(), ASLEEP))
+        Some((bell, ASLEEP))
     }
 
     /// Tells the producer that it need not ring.
     pub fn awake(&self) {
-        self.ring.words.bell.0.store(AWAKE, Ordering::Relaxed);
-    }
-
-    /// Records waiting, as far as the producer's claim makes sense.
-    pub fn waiting(&self) -> usize {
-        let waiting = self.ring.words.head.0.load(Ordering::Relaxed).wrapping_sub(self.tail);
-        waiting.min(self.ring.records.len() as u64) as usize
+        self.ring.words.bell.store(AWAKE, Ordering::Relaxed);
     }
 }

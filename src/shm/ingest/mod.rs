@@ -49,25 +49,29 @@ const MAGIC: u64 = u64::from_be_bytes(*b"hsring01");
 const AWAKE: u32 = 0;
 const ASLEEP: u32 = 1;
 
-/// A cache line pair of its own, so that consumer and producer do not push lines to and fro.
-#[repr(C, align(128))]
-struct Alone<T>(T);
-
-/// The ring's first page.
+/// The ring's first page. What consumer and producer write lies in cache line pairs of its own, so that they do not
+/// push lines to and fro.
 #[repr(C, align(4096))]
 pub struct RingWords {
     magic: AtomicU64,
     records: AtomicU64,
-    tail: Alone<AtomicU64>,
-    head: Alone<AtomicU64>,
-    bell: Alone<AtomicU32>,
-    pid: Alone<AtomicU32>,
+    _behind_records: [AtomicU64; 14],
+    tail: AtomicU64,
+    _behind_tail: [AtomicU64; 15],
+    head: AtomicU64,
+    _behind_head: [AtomicU64; 15],
+    bell: AtomicU32,
+    _behind_bell: [AtomicU32; 31],
+    pid: AtomicU32,
+    _behind_pid: [AtomicU32; 895],
 }
 
 const _: () = assert!(std::mem::offset_of!(RingWords, tail) == 128);
 const _: () = assert!(std::mem::offset_of!(RingWords, head) == 256);
 const _: () = assert!(std::mem::offset_of!(RingWords, bell) == 384);
 const _: () = assert!(std::mem::offset_of!(RingWords, pid) == 512);
+// No padding: the fields, as many bytes as they have, fill the page, as `shm::mapping` asks.
+const _: () = assert!(size_of::<RingWords>() == 8 * (2 + 14 + 1 + 15 + 1 + 15) + 4 * (1 + 31 + 1 + 895));
 
 impl RingWords {
     /// Writes what never changes; the rest begins as zero.

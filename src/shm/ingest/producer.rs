@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::record::encode;
 use super::{ASLEEP, AWAKE, RecordWords, RingWords};
@@ -28,7 +28,7 @@ pub struct Full;
 
 /// The only writer of a shard's ring.
 pub struct Producer {
-    mapping: Mapping,
+    mapping: Mapping<AtomicU64>,
     ring: Part,
     records: Part,
     shards: u8,
@@ -62,11 +62,11 @@ impl Producer {
             Mapping::read_write(&file, ring.offset, end - ring.offset).map_err(ShmError::io("map", &path))?;
         let words = &mapping.slice::<RingWords>(ring)[0];
         if !claim(&file, ring.offset).map_err(ShmError::io("claim a ring of", &path))? {
-            return Err(ShmError::RingTaken { shard, pid: words.pid.0.load(Ordering::Relaxed) });
+            return Err(ShmError::RingTaken { shard, pid: words.pid.load(Ordering::Relaxed) });
         }
-        words.pid.0.store(std::process::id(), Ordering::Relaxed);
-        let head = words.head.0.load(Ordering::Relaxed);
-        let tail = words.tail.0.load(Ordering::Acquire);
+        words.pid.store(std::process::id(), Ordering::Relaxed);
+        let head = words.head.load(Ordering::Relaxed);
+        let tail = words.tail.load(Ordering::Acquire);
         let producer = Producer { mapping, ring, records, shards, head, published: head, tail, path, file };
         // The one before may have died between publishing and ringing.
         producer.wake();
@@ -86,7 +86,7 @@ impl Producer {
         let size = self.records.items as u64;
         if self.head.wrapping_sub(self.tail) >= size {
             // Pairs with the release in `Consumer::move_to`: what we overwrite has been read.
-            self.tail = self.words().tail.0.load(Ordering::Acquire);
+            self.tail = self.words().tail.load(Ordering::Acquire);
             if self.head.wrapping_sub(self.tail) >= size {
                 self.flush();
                 return Err(Full);
@@ -107,7 +107,7 @@ impl Producer {
             return;
         }
         // Pairs with the acquire in `Consumer::drain`.
-        self.words().head.0.store(self.head, Ordering::Release);
+        self.words().head.store(self.head, Ordering::Release);
         self.published = self.head;
         self.wake();
     }
@@ -127,7 +127,7 @@ impl Producer {
     }
 
     fn wake(&self) {
-        let bell = &self.words().bell.0;
+        let bell = &self.words().bell;
         // Pairs with the fence in `Consumer::prepare_sleep`: either it sees our head or we see its bell.
         fence(Ordering::SeqCst);
         if bell.load(Ordering::Relaxed) == ASLEEP && bell.swap(AWAKE, Ordering::Relaxed) == ASLEEP {

@@ -227,7 +227,7 @@ mod tests {
     #[test]
     fn any_flipped_bit_is_noticed() {
         let w = encode(&SourceEvent::seen(seen()), 3);
-        for bit in 0..1024 {
+        for bit in (0..1024).step_by(if cfg!(miri) { 17 } else { 1 }) {
             let mut spoilt = w;
             spoilt[bit / 64] ^= 1 << (bit % 64);
             assert_eq!(decode(&spoilt, 3, 0, 1), Err(BadRecord::Check), "bit {bit}");
