@@ -20,7 +20,7 @@
 //!            :                     gw3, if any                       :
 //!
 //!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1   these routes are moved to gw2 by gw2's notify
-//!   server: 10.1.0.0/24, 10.3.0.1 via 10.2.0.1   script on `member-dead 1`, then to gw3 by gw3's
+//!   server: 10.1.0.0/24, 10.3.0.0/16 via 10.2.0.1  script on `member-dead 1`, then to gw3 by gw3's
 //! ```
 //!
 //! The gateways do not pick up connections in the middle (`tcp_loose=0`) and drop what is INVALID.
@@ -34,6 +34,8 @@ mod common;
 mod datagrams;
 #[path = "gateway/entries.rs"]
 mod entries;
+#[path = "gateway/helpers.rs"]
+mod helpers;
 #[path = "gateway/kinds.rs"]
 mod kinds;
 #[path = "gateway/mix.rs"]

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
+use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
@@ -154,6 +155,7 @@ impl Repair {
         now: Time,
         source: &mut Source,
         (rules, local): (&Rules, &LocalView),
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -168,7 +170,7 @@ impl Repair {
                     self.shown.fill(0);
                     self.again = false;
                     self.stage = Stage::Dumping;
-                    self.dump(now, source, (rules, local), replica, counters);
+                    self.dump(now, source, (rules, local), shifts, replica, counters);
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
@@ -176,7 +178,7 @@ impl Repair {
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
-            Stage::Dumping => self.dump(now, source, (rules, local), replica, counters),
+            Stage::Dumping => self.dump(now, source, (rules, local), shifts, replica, counters),
             Stage::Sweeping(slot) => self.sweep(now, slot, replica),
             Stage::Wanted | Stage::Idle => {}
         }
@@ -187,6 +189,7 @@ impl Repair {
         now: Time,
         source: &mut Source,
         (rules, local): (&Rules, &LocalView),
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -200,6 +203,7 @@ impl Repair {
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
                     set(shown, slot);
+                    shifts.note(now, slot, connection);
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
                     if !replica.is_unclaimed(slot) {
                         replica.handle_source(now, &event);
@@ -220,6 +224,7 @@ impl Repair {
                     replica.handle_source(now, &event);
                     if let Some(slot) = replica.table().find_original(&connection.original) {
                         set(shown, slot);
+                        shifts.note(now, slot, connection);
                         if !*complete && !unheard.is_empty() {
                             set(unheard, slot);
                         }

@@ -1,6 +1,7 @@
 //! The commit stage: batches of entries for the kernel, and of questions to it.
 
 use super::repair::Repair;
+use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
@@ -27,6 +28,8 @@ enum For {
     Look(u32, Generation),
     /// The same of a copy, for the walk that verifies.
     Verify(u32, Generation),
+    /// The question by how much the connection in this slot is shifted.
+    Shift(u32, Generation),
     /// The question whether an entry that an earlier process owed a delete is there.
     Leftover,
     /// Removing it.
@@ -60,16 +63,29 @@ impl Writer {
         now: Time,
         repair: &mut Repair,
         verify: &mut Verify,
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let looks = repair.looks_waiting().min(LOOKS_MIN);
+        let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
+        let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit() else { break };
-            if self.add(replica, &commit).is_err() {
-                self.flush(now, repair, verify, replica, counters);
-                assert!(self.add(replica, &commit).is_ok(), "an empty batch takes everything");
+            if self.add(now, replica, shifts, &commit).is_err() {
+                self.flush(now, repair, verify, shifts, replica, counters);
+                let added = self.add(now, replica, shifts, &commit);
+                assert!(added.is_ok(), "an empty batch takes everything");
             }
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((slot, generation)) = shifts.next_look(now, replica)
+        {
+            if self.committer.look(&replica.table().tuples(slot).0).is_err() {
+                shifts.look_later(now, slot, generation); // It is being written just now.
+                break;
+            }
+            counters.count(Counter::ShiftLooks);
+            self.batch.push(For::Shift(slot, generation));
         }
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((slot, generation)) = repair.next_look(replica)
@@ -83,7 +99,7 @@ impl Writer {
         }
         self.remove_leftovers(repair, replica);
         self.verify(now, verify, replica, counters);
-        self.flush(now, repair, verify, replica, counters);
+        self.flush(now, repair, verify, shifts, replica, counters);
     }
 
     /// Entries that an earlier process owed a delete: asked for first, then removed.
@@ -132,7 +148,13 @@ impl Writer {
         }
     }
 
-    fn add(&mut self, replica: &Replica<'_>, commit: &Commit) -> Result<(), FlushFirst> {
+    fn add(
+        &mut self,
+        now: Time,
+        replica: &Replica<'_>,
+        shifts: &mut Shifts,
+        commit: &Commit,
+    ) -> Result<(), FlushFirst> {
         let entry = match commit {
             Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
                 let line = replica.table().line(*slot);
@@ -147,7 +169,9 @@ impl Writer {
                     }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
-                self.committer.write(&replica.table().connection(*slot), lifetime)?;
+                let connection = replica.table().connection(*slot);
+                self.committer.write(&connection, lifetime)?;
+                shifts.note(now, *slot, &connection);
                 entry
             }
             Commit::Delete { original } => {
@@ -164,6 +188,7 @@ impl Writer {
         now: Time,
         repair: &mut Repair,
         verify: &mut Verify,
+        shifts: &Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -185,6 +210,10 @@ impl Writer {
                 (Outcome::Removed, For::Verify(slot, generation)) => {
                     return verify.found(now, (slot, generation), None, replica, counters);
                 }
+                (Outcome::Present(connection), For::Shift(slot, generation)) => {
+                    return shifts.found(now, (slot, generation), &connection, replica, counters);
+                }
+                (Outcome::Removed, For::Shift(..)) => return, // Events tell.
                 (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection),
                 (Outcome::Removed, For::Leftover) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
@@ -196,6 +225,10 @@ impl Writer {
                 (Outcome::Clash, _) => {
                     counters.count(Counter::CommitClashes);
                     Err(Fault::Clash)
+                }
+                (Outcome::Unshifted, _) => {
+                    counters.count(Counter::CommitWithoutShift);
+                    Err(Fault::Refused)
                 }
                 (Outcome::NoRoom, _) => {
                     counters.count(Counter::CommitNoRoom);
