@@ -1,5 +1,5 @@
-//! The host's monotonic clock, for the edges: the shard loop reads it once a pass, tools when
-//! they need an age. The pure part never does (see [`crate::time`]).
+//! The host's monotonic clock, for the edges: the shard loop reads it when a pass begins and
+//! when it ends, tools when they need an age. The pure part never does (see [`crate::time`]).
 #![allow(unsafe_code)]
 
 use crate::time::Time;

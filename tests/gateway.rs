@@ -44,6 +44,8 @@ mod mix;
 mod pair;
 #[path = "gateway/three.rs"]
 mod three;
+#[path = "gateway/timeouts.rs"]
+mod timeouts;
 #[path = "gateway/topology.rs"]
 mod topology;
 #[path = "gateway/traffic.rs"]

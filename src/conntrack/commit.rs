@@ -52,6 +52,10 @@ use crate::source::SourceEvent;
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
 
+/// A longer timeout is taken for one that only we give: an entry has it until a packet passes, which gives it the normal
+/// one. What is committed has at least [`KEPT_TIMEOUT_S`] less the time after which it is written again while a member runs.
+pub const GIVEN_MAX_S: u32 = 6 * 24 * 3600;
+
 /// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is fixed, since the kernel
 /// lets nobody set those that GRE entries carry. The packet after that begins a new one.
 pub const GRE_TIMEOUT_S: u32 = 3600;
@@ -67,7 +71,8 @@ const ROUNDS_MAX: usize = 6;
 pub enum Lifetime {
     /// Until the active closes it.
     Kept,
-    /// As long as the kernel gives a connection in this state: the active is dead.
+    /// As long as this kernel gives a connection in this state, or as the active's kernel had last given it, if that
+    /// is more: the active is dead.
     Normal,
 }
 
@@ -223,6 +228,26 @@ impl Committer {
         (self.fill.room(), self.fill.limit_and_count().0)
     }
 
+    /// Reads some of the kernel's timeouts again, in turn, and tells what they are now.
+    pub fn read_timeouts_again(&mut self, count: usize) -> &Timeouts {
+        self.timeouts.read_again(count);
+        &self.timeouts
+    }
+
+    /// The timeout of an entry whose active is dead. What the active's kernel had last given it, by a timeout policy perhaps,
+    /// which cannot be restored, is what it last reported: kernels report the timeout with every change of state, and so
+    /// right after the packet that brought it about. One that was read at another time had run down, and is less.
+    fn normal_timeout(&self, connection: &Connection) -> u32 {
+        let own = match connection.original.protocol {
+            GRE => GRE_TIMEOUT_S,
+            _ => self.timeouts.of(connection),
+        };
+        match connection.state.timeout_s {
+            given if given <= GIVEN_MAX_S => own.max(given),
+            _ => own,
+        }
+    }
+
     /// Entries in the batch.
     pub fn pending(&self) -> usize {
         self.entries.len()
@@ -246,8 +271,7 @@ impl Committer {
     ) -> Result<(), FlushFirst> {
         let timeout_s = match lifetime {
             Lifetime::Kept => KEPT_TIMEOUT_S,
-            Lifetime::Normal if connection.original.protocol == GRE => GRE_TIMEOUT_S,
-            Lifetime::Normal => self.timeouts.of(connection),
+            Lifetime::Normal => self.normal_timeout(connection),
         };
         let step = if is_shift_unknown(connection) { Step::Withdraw } else { step };
         let mut connection = *connection;

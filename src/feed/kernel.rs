@@ -25,8 +25,10 @@ use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
 pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
-/// How often overruns, and room in the kernel's table, are looked at.
+/// How often overruns, and settings of the kernel, are looked at.
 pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
+/// The kernel's timeouts that are read again each time: all thirty within a second.
+const TIMEOUTS_PER_CHECK: usize = 3;
 /// The watch key of the kernel's events.
 pub const EVENTS_KEY: u64 = 1;
 
@@ -150,7 +152,7 @@ impl KernelFeed {
         };
     }
 
-    /// Overruns, and whether the kernel's table has room for copies.
+    /// Overruns, what timeouts the kernel gives, and whether its table has room for copies.
     fn check(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         self.check_at = now.after(CHECK_PERIOD);
         let overruns = self.source.overruns();
@@ -159,6 +161,7 @@ impl KernelFeed {
             self.overruns = overruns;
             self.repair.want();
         }
+        self.repair.set_timeouts(self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK));
         if self.commit == CommitMode::Eager {
             replica.set_kernel_room(self.writer.has_room());
         }

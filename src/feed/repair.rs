@@ -22,8 +22,9 @@ use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
+use crate::conn::tuple::TCP;
 use crate::conn::{Connection, Generation, Kind, Tuple};
-use crate::conntrack::commit::KEPT_TIMEOUT_S;
+use crate::conntrack::commit::{GIVEN_MAX_S, KEPT_TIMEOUT_S};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
@@ -42,12 +43,7 @@ const SWEEP_PER_PASS: u32 = 4096;
 const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
-/// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
-/// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
-/// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
-pub(super) const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
-
-const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
+const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIVEN_MAX_S);
 
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
@@ -111,6 +107,11 @@ impl Repair {
             commit,
             timeouts: Timeouts::read(),
         }
+    }
+
+    /// The kernel's timeouts are these now.
+    pub(super) fn set_timeouts(&mut self, timeouts: &Timeouts) {
+        self.timeouts = *timeouts;
     }
 
     pub(super) fn is_complete(&self) -> bool {
@@ -381,18 +382,29 @@ impl Repair {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
             None => replica.handle_source(now, &SourceEvent::Gone { original }),
             Some(_) if replica.is_unclaimed(slot) => {}
-            // Its timeout says nothing new: it runs down, and grows with every packet.
             Some(connection) => {
-                let known = groups::TUPLES | groups::STATE | groups::MARK;
+                let known = groups::MARK | told_by_answer(slot, connection, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *connection, known });
             }
         }
     }
 }
 
+/// What the answer to a question tells of the connection in this slot, besides its mark and extra. Its timeout says nothing new: it
+/// runs down, and grows with every packet; but one that has gone over to another state has that state's. The kernel
+/// tells neither of offloaded flows.
+pub(super) fn told_by_answer(slot: u32, there: &Connection, replica: &Replica<'_>) -> u8 {
+    let known = replica.table().line(slot).state();
+    if there.original.protocol == TCP && there.state.tcp_state == 0 {
+        return groups::TUPLES;
+    }
+    let is_same = (known.tcp_state, known.status) == (there.state.tcp_state, there.state.status);
+    groups::TUPLES | groups::STATE | if is_same { 0 } else { groups::TIMEOUT }
+}
+
 /// Whether only we can have given the entry its timeout, and no packet has passed it since.
 fn is_leftover(timeouts: &Timeouts, there: &Connection) -> bool {
-    there.state.timeout_s > timeouts.of(there).max(LEFTOVER_MIN_S)
+    there.state.timeout_s > timeouts.of(there).max(GIVEN_MAX_S)
 }
 
 fn set(bits: &mut [u64], slot: u32) {

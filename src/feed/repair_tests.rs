@@ -68,6 +68,25 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
 }
 
 #[test]
+fn an_answer_tells_a_timeout_only_of_another_state() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slot = ten(&mut replica)[0];
+    let generation = replica.table().line(slot).generation();
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
+    // Run down; closing, with the time of that state; and a flow that is offloaded, of which the state is not told.
+    for (tcp_state, timeout_s, expected) in
+        [(3, 100, (3, 300)), (3, 400, (3, 300)), (5, 60, (5, 60)), (0, 0, (5, 60))]
+    {
+        let mut there = connection(0, tcp_state);
+        there.state.timeout_s = timeout_s;
+        repair.found(NOW, slot, generation, Some(&there), &mut replica);
+        let state = replica.table().line(slot).state();
+        assert_eq!((state.tcp_state, state.timeout_s), expected);
+    }
+}
+
+#[test]
 fn events_lost_during_a_sweep_bring_another_dump() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let replica = replica(&memory);

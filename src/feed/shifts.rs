@@ -21,6 +21,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::repair::told_by_answer;
 use crate::conn::extra::parts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
@@ -242,9 +243,7 @@ impl Shifts {
         };
         if is_news {
             counters.count(Counter::Shifts);
-            // Its timeout says nothing new. The state of an offloaded flow is not told.
-            let is_told = there.state.tcp_state != 0;
-            let known = groups::TUPLES | groups::EXTRA | if is_told { groups::STATE } else { 0 };
+            let known = groups::EXTRA | told_by_answer(slot, there, replica);
             replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
         }
     }

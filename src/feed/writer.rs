@@ -6,6 +6,7 @@ use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
+use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::source::Commit;
@@ -55,6 +56,11 @@ impl Writer {
         let least = if self.had_room { 0 } else { limit / 50 };
         self.had_room = room > least.max(COMMIT_PER_PASS as u64);
         self.had_room
+    }
+
+    /// Reads some of the kernel's timeouts again, and tells what they are now.
+    pub(super) fn read_timeouts_again(&mut self, count: usize) -> &Timeouts {
+        self.committer.read_timeouts_again(count)
     }
 
     /// Writes and asks, up to the cap of a pass.

@@ -198,6 +198,38 @@ fn inserts_stop_before_the_kernels_table_is_full() {
     });
 }
 
+#[test]
+fn an_entry_of_a_dead_active_gets_what_was_last_reported_if_that_is_more_and_a_kernels() {
+    in_namespace("timeouts of restored entries", || {
+        let setting = "net.netfilter.nf_conntrack_tcp_timeout_established";
+        let mut committer = Committer::open().expect("conntrack");
+        let mut n = 0;
+        let mut given = |committer: &mut Committer, reported: u32| {
+            n += 1;
+            let mut connection = numbered(n);
+            connection.state.timeout_s = reported;
+            committer.write(&connection, Lifetime::Normal).expect("an empty batch");
+            committer.flush(&mut |result| assert_eq!(result.outcome, Outcome::Written));
+            committer.look(&connection.original).expect("an empty batch");
+            match outcomes(committer)[..] {
+                [Outcome::Present(there)] => there.state.timeout_s,
+                ref other => panic!("{other:?}"),
+            }
+        };
+        sysctl::write(setting, 1000).expect("our namespace");
+        committer.read_timeouts_again(30);
+        // Of the last, only we can have given it: nothing is known.
+        for (reported, expected) in [(0, 1000), (999, 1000), (5000, 5000), (KEPT_TIMEOUT_S - 3600, 1000)] {
+            let rest = given(&mut committer, reported);
+            assert!((expected - 2..=expected).contains(&rest), "{reported}: {rest}");
+        }
+        sysctl::write(setting, 2000).expect("our namespace");
+        committer.read_timeouts_again(30);
+        let rest = given(&mut committer, 999);
+        assert!((1998..=2000).contains(&rest), "{rest}");
+    });
+}
+
 /// Shifted in its original direction, from here on and by so much.
 fn shifted(connection: &Connection, correction_position: u32, offset_after: u32) -> Connection {
     let mut shifted = *connection;
