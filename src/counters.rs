@@ -55,7 +55,9 @@ counters! {
     SourceFiltered, "source_filtered", "events of connections that a rule skips";
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
+    SourceErrors, "source_errors", "reads of the kernel's events that failed";
     SourceDumps, "source_dumps", "dumps of the kernel's table";
+    SourceDumpsFailed, "source_dumps_failed", "dumps of the kernel's table that could not begin or broke off; each is tried again";
     ExtrasFull, "extras_full", "times that labels, a helper or the like were left out because no record was free";
     KernelFull, "kernel_full", "leases withheld because the kernel's table is full, or as full as it may be made";
     TableFull, "table_full", "connections or copies refused because no slot was free";
@@ -144,6 +146,7 @@ counters! {
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";
     LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
+    LeftoversFull, "leftovers_full", "entries that an earlier run had no time to remove, left in the kernel because too many were found at once: the next start finds them";
     ShiftLooks, "shift_looks", "connections with a helper that the kernel was asked for, to learn how their sequence numbers are shifted";
     Shifts, "shifts", "shifts of sequence numbers learnt by that, which no event tells";
     VerifyWalks, "verify_walks", "walks over the table that asked the kernel for the entry of every copy, completed";
@@ -152,6 +155,7 @@ counters! {
     VerifyDiffered, "verify_differed", "entries with another translation, mark, label or state than their copy: written again";
     VerifyTouched, "verify_touched", "entries with the timeout that a packet gives, though their active lives elsewhere: traffic may have moved here; the timeout was set again";
     VerifyForeign, "verify_foreign", "entries of another connection with a copy's original tuple, with traffic of their own: left alone";
+    VerifyFull, "verify_full", "entries of another connection that were not remembered for the next walk, because too many were found in one";
 
     // The loop.
     Passes, "passes", "passes of the loop";

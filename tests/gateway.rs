@@ -19,7 +19,7 @@
 //!            |             +----------- gw2 ------------+            |
 //!            :                     gw3, if any                       :
 //!
-//!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1   these routes are moved to gw2 by gw2's notify
+//!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1     these routes are moved to gw2 by gw2's notify
 //!   server: 10.1.0.0/24, 10.3.0.0/16 via 10.2.0.1  script on `member-dead 1`, then to gw3 by gw3's
 //! ```
 //!
@@ -30,6 +30,8 @@
 #[path = "gateway/appliance.rs"]
 mod appliance;
 mod common;
+#[path = "gateway/counted.rs"]
+mod counted;
 #[path = "gateway/datagrams.rs"]
 mod datagrams;
 #[path = "gateway/entries.rs"]

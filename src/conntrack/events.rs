@@ -49,6 +49,8 @@ pub struct Drained {
     pub events: usize,
     /// Messages that made no sense.
     pub malformed: usize,
+    /// Reads that failed: for want of memory, since overruns are told by [`Source::overruns`].
+    pub failed: usize,
     /// Attributes that made no sense and were left out.
     pub skipped: usize,
     /// Expectations that helpers created for this shard's connections.
@@ -138,9 +140,11 @@ impl Source {
             left = left.min(RECENT_MAX.saturating_sub(self.recent.len()));
         }
         while left > 0 && self.expecting.len() < EXPECTING_MAX {
-            // An error here is an overrun, which `overruns` tells, or a passing shortage of memory.
             let batch = left.min(Mailbox::BATCH).min(EXPECTING_MAX - self.expecting.len());
-            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or(0);
+            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or_else(|_| {
+                drained.failed += 1;
+                0
+            });
             for message in self.mailbox.messages() {
                 if is_expectation(message) {
                     match expecting(message) {

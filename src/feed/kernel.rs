@@ -140,6 +140,7 @@ impl KernelFeed {
             shifts.expected(now, &original, replica);
         }
         counters.add(Counter::SourceRejected, drained.malformed as u64);
+        counters.add(Counter::SourceErrors, drained.failed as u64);
         counters.add(Counter::SourceSkipped, drained.skipped as u64);
         counters.add(Counter::SourceExpectations, drained.expectations as u64);
         self.drain_at = if drained.more {

@@ -175,6 +175,7 @@ impl Repair {
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
+                    counters.count(Counter::SourceDumpsFailed);
                     self.complain(&e.to_string());
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
@@ -216,9 +217,13 @@ impl Repair {
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
                     counters.count(Counter::SourceLeftovers);
-                    // What does not fit is found by the next run, or expires.
-                    if is_resuming && *commit == CommitMode::Eager && leftovers.len() < LOOKS_MAX {
-                        leftovers.push_back((connection.original, false));
+                    match is_resuming && *commit == CommitMode::Eager {
+                        true if leftovers.len() < LOOKS_MAX => {
+                            leftovers.push_back((connection.original, false))
+                        }
+                        // What does not fit is found by the next run, or expires.
+                        true => counters.count(Counter::LeftoversFull),
+                        false => {}
                     }
                 }
                 None => {
@@ -242,6 +247,7 @@ impl Repair {
                 self.dumped(now);
             }
             DumpState::Failed(errno) => {
+                counters.count(Counter::SourceDumpsFailed);
                 self.complain(&format!("reading the kernel's table broke off (errno {errno})"));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
@@ -307,18 +313,25 @@ impl Repair {
 
     fn ask_for_the_unheard(&mut self, now: Time, replica: &Replica<'_>) {
         let end = (self.unheard_slot + SWEEP_PER_PASS).min(self.capacity);
-        for slot in self.unheard_slot..end {
-            if !is_set(&self.unheard, slot) || self.looks.len() == LOOKS_MAX {
-                continue;
+        let pause = UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS);
+        while self.unheard_slot < end {
+            if self.looks.len() == LOOKS_MAX {
+                // It goes on here as soon as some are answered.
+                self.unheard_at = now.after(BATCH_PAUSE);
+                return;
             }
-            let line = replica.table().line(slot);
-            match line.kind() {
-                Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
-                _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
+            let slot = self.unheard_slot;
+            self.unheard_slot += 1;
+            if is_set(&self.unheard, slot) {
+                let line = replica.table().line(slot);
+                match line.kind() {
+                    Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
+                    _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
+                }
             }
         }
         self.unheard_slot = if end == self.capacity { 0 } else { end };
-        self.unheard_at = now.after(UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS));
+        self.unheard_at = now.after(pause);
     }
 
     /// Look-ups waiting.

@@ -269,7 +269,7 @@ impl Verify {
                     timeout_s: there.state.timeout_s,
                     at: now,
                 };
-                match self.suspicion(&suspect, there.state.status & status::OFFLOADED != 0) {
+                match self.suspicion(&suspect, there.state.status & status::OFFLOADED != 0, counters) {
                     Suspicion::Early => {}
                     Suspicion::Silent => {
                         counters.count(Counter::VerifyDiffered);
@@ -293,7 +293,7 @@ impl Verify {
     }
 
     /// What is known of another connection's entry since the walk before; remembers it for the next.
-    fn suspicion(&mut self, now: &Suspect, is_offloaded: bool) -> Suspicion {
+    fn suspicion(&mut self, now: &Suspect, is_offloaded: bool, counters: &Counters<'_>) -> Suspicion {
         if is_offloaded {
             return Suspicion::Alive;
         }
@@ -314,9 +314,10 @@ impl Verify {
                 }
             }
         };
-        // What does not fit is found out a walk later.
-        if self.suspects.len() < SUSPECTS_MAX {
-            self.suspects.push(keep);
+        // What does not fit is found out by a later walk.
+        match self.suspects.len() < SUSPECTS_MAX {
+            true => self.suspects.push(keep),
+            false => counters.count(Counter::VerifyFull),
         }
         suspicion
     }

@@ -1,5 +1,7 @@
 //! The commit stage: batches of entries for the kernel, and of questions to it.
 
+use std::time::Duration;
+
 use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
@@ -9,12 +11,16 @@ use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Ou
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
+use crate::logging::Sparse;
 use crate::source::Commit;
 use crate::sync::Replica;
 use crate::time::Time;
 
 /// Questions in a batch, even if commits could fill it.
 const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
+
+/// Pause between two lines in the log about refusals.
+const TELL_PAUSE: Duration = Duration::from_secs(10);
 
 /// What an entry of the batch is for.
 #[derive(Clone, Copy)]
@@ -42,11 +48,17 @@ pub(super) struct Writer {
     committer: Committer,
     had_room: bool,
     batch: Vec<For>,
+    lines: Sparse,
 }
 
 impl Writer {
     pub(super) fn new(committer: Committer) -> Writer {
-        Writer { committer, had_room: true, batch: Vec::with_capacity(Committer::BATCH) }
+        Writer {
+            committer,
+            had_room: true,
+            batch: Vec::with_capacity(Committer::BATCH),
+            lines: Sparse::new(TELL_PAUSE),
+        }
     }
 
     /// Whether the kernel's table has room for further copies: a pass's share, and after it had none a
@@ -198,7 +210,7 @@ impl Writer {
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let Writer { committer, batch, .. } = self;
+        let Writer { committer, batch, lines, .. } = self;
         if batch.is_empty() {
             return;
         }
@@ -240,7 +252,18 @@ impl Writer {
                     counters.count(Counter::CommitNoRoom);
                     Err(Fault::NoRoom)
                 }
-                (Outcome::Failed(_) | Outcome::Present(_), _) => {
+                (Outcome::Failed(errno), _) => {
+                    if let Some(more) = lines.tell(now) {
+                        let reason = std::io::Error::from_raw_os_error(errno);
+                        log::warn!(
+                            "the kernel refuses what is asked of entry {}: {reason}{more}",
+                            result.original
+                        );
+                    }
+                    counters.count(Counter::CommitErrors);
+                    Err(Fault::Refused)
+                }
+                (Outcome::Present(_), _) => {
                     counters.count(Counter::CommitErrors);
                     Err(Fault::Refused)
                 }
