@@ -57,7 +57,9 @@ counters! {
     SourceFiltered, "source_filtered", "events of connections that a rule skips";
     SourceLeftovers, "source_leftovers", "entries in the kernel that an earlier run committed for another member and that no traffic touched since";
     SourceOverruns, "source_overruns", "events that the source lost before they were read";
+    SourceErrors, "source_errors", "reads of the kernel's events that failed";
     SourceDumps, "source_dumps", "dumps of the kernel's table";
+    SourceDumpsFailed, "source_dumps_failed", "dumps of the kernel's table that could not begin or broke off; each is tried again";
     ExtrasFull, "extras_full", "times that labels, a helper or the like were left out because no record was free";
     KernelFull, "kernel_full", "leases withheld because the kernel's table is full, or as full as it may be made";
     TableFull, "table_full", "connections or copies refused because no slot was free";
@@ -134,23 +136,28 @@ counters! {
     Commits, "commits", "copies written to the kernel";
     CommitDeletes, "commit_deletes", "entries removed from the kernel";
     CommitUpdates, "commit_updates", "commits that found the entry in the kernel and brought it up to date";
-    CommitReplaced, "commit_replaced", "commits that found an entry with another translation and replaced it";
+    CommitReplaced, "commit_replaced", "commits that found an entry with another translation, or without its helper or any shift, and replaced it";
     CommitVanished, "commit_vanished", "entries that went away while they were brought up to date";
     CommitBusy, "commit_busy", "entries that changed while they were brought up to date";
     CommitNoRoom, "commit_no_room", "commits refused because the kernel's table is full, or as full as it may be made";
     CommitWithoutHelper, "commit_without_helper", "entries written without their helper, which this kernel does not have";
+    CommitWithoutShift, "commit_without_shift", "copies kept out of the kernel because their sequence numbers are shifted and by how much is not known";
     CommitWithoutLabels, "commit_without_labels", "entries without room for their labels: no rule of this host uses labels";
     CommitMissing, "commit_missing", "gauge: copies, and connections taken over, that the kernel does not have; they are tried again";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";
     LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
+    LeftoversFull, "leftovers_full", "entries that an earlier run had no time to remove, left in the kernel because too many were found at once: the next start finds them";
+    ShiftLooks, "shift_looks", "connections with a helper that the kernel was asked for, to learn how their sequence numbers are shifted";
+    Shifts, "shifts", "shifts of sequence numbers learnt by that, which no event tells";
     VerifyWalks, "verify_walks", "walks over the table that asked the kernel for the entry of every copy, completed";
     VerifyLooks, "verify_looks", "entries of copies that such a walk asked the kernel for";
     VerifyMissing, "verify_missing", "of these, entries that were not there: written again";
     VerifyDiffered, "verify_differed", "entries with another translation, mark, label or state than their copy: written again";
     VerifyTouched, "verify_touched", "entries with the timeout that a packet gives, though their active lives elsewhere: traffic may have moved here; the timeout was set again";
     VerifyForeign, "verify_foreign", "entries of another connection with a copy's original tuple, with traffic of their own: left alone";
+    VerifyFull, "verify_full", "entries of another connection that were not remembered for the next walk, because too many were found in one";
 
     // The loop.
     Passes, "passes", "passes of the loop";

@@ -19,8 +19,8 @@
 //!            |             +----------- gw2 ------------+            |
 //!            :                     gw3, if any                       :
 //!
-//!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1   these routes are moved to gw2 by gw2's notify
-//!   server: 10.1.0.0/24, 10.3.0.1 via 10.2.0.1   script on `member-dead 1`, then to gw3 by gw3's
+//!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1     these routes are moved to gw2 by gw2's notify
+//!   server: 10.1.0.0/24, 10.3.0.0/16 via 10.2.0.1  script on `member-dead 1`, then to gw3 by gw3's
 //! ```
 //!
 //! The gateways do not pick up connections in the middle (`tcp_loose=0`) and drop what is INVALID.
@@ -30,10 +30,14 @@
 #[path = "gateway/appliance.rs"]
 mod appliance;
 mod common;
+#[path = "gateway/counted.rs"]
+mod counted;
 #[path = "gateway/datagrams.rs"]
 mod datagrams;
 #[path = "gateway/entries.rs"]
 mod entries;
+#[path = "gateway/helpers.rs"]
+mod helpers;
 #[path = "gateway/kinds.rs"]
 mod kinds;
 #[path = "gateway/mix.rs"]
@@ -42,6 +46,8 @@ mod mix;
 mod pair;
 #[path = "gateway/three.rs"]
 mod three;
+#[path = "gateway/timeouts.rs"]
+mod timeouts;
 #[path = "gateway/topology.rs"]
 mod topology;
 #[path = "gateway/traffic.rs"]

@@ -33,6 +33,14 @@ pub struct SeqAdj {
     pub offset_after: u32,
 }
 
+impl SeqAdj {
+    /// Whether the kernel has shifted on since `other`. Each shift begins behind the one before it.
+    fn is_beyond(&self, other: &SeqAdj) -> bool {
+        let distance = self.correction_position.wrapping_sub(other.correction_position) as i32;
+        *self != SeqAdj::default() && (*other == SeqAdj::default() || distance > 0)
+    }
+}
+
 /// What a SYN proxy shifts by (`struct nf_conn_synproxy`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Synproxy {
@@ -114,6 +122,12 @@ impl Extra {
         }
     }
 
+    /// Whether sequence numbers are shifted further than `other` has it, in one direction or both.
+    pub fn is_shifted_beyond(&self, other: &Extra) -> bool {
+        let mut directions = self.seqadj.iter().zip(&other.seqadj);
+        self.has(parts::SEQADJ) && directions.any(|(here, there)| here.is_beyond(there))
+    }
+
     /// The helper's name, if it is text.
     pub fn helper_name(&self) -> Option<&str> {
         let end = self.helper.iter().position(|b| *b == 0).unwrap_or(HELPER_NAME);
@@ -127,6 +141,22 @@ impl Extra {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shift_is_beyond_another_however_positions_wrap() {
+        let shifted = |correction_position, offset_after| Extra {
+            parts: parts::SEQADJ,
+            seqadj: [SeqAdj { correction_position, offset_before: 0, offset_after }, SeqAdj::default()],
+            ..Extra::NONE
+        };
+        let (first, second) = (shifted(u32::MAX - 5, 3), shifted(7, 6));
+        assert!(second.is_shifted_beyond(&first) && !first.is_shifted_beyond(&second));
+        assert!(first.is_shifted_beyond(&Extra::NONE) && !Extra::NONE.is_shifted_beyond(&first));
+        assert!(!first.is_shifted_beyond(&first));
+        let reply =
+            Extra { seqadj: [first.seqadj[0], SeqAdj { offset_after: 1, ..first.seqadj[0] }], ..first };
+        assert!(reply.is_shifted_beyond(&first) && !first.is_shifted_beyond(&reply));
+    }
 
     #[test]
     fn what_is_left_out_keeps_its_last_known_value() {

@@ -25,6 +25,10 @@
 //! that hand out the same ports). Comparing the reply tuples matters since an update by
 //! original tuple succeeds on an entry with another translation, and a translation cannot be changed.
 //!
+//! A **shift** of sequence numbers that the kernel has made further is never taken back: its helper did that, with a packet that passed
+//! here. A connection that is shifted, and of which nobody knows by how much, is not written, and an entry
+//! that is there is removed: its stream is cut rather than altered ([`Outcome::Unshifted`]).
+//!
 //! A **helper** can be given to a new entry only, and only if this kernel has it: an entry without it is
 //! replaced, and where there is no such helper the entry is written without, which is counted.
 
@@ -48,6 +52,10 @@ use crate::source::SourceEvent;
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
 
+/// A longer timeout is taken for one that only we give: an entry has it until a packet passes, which gives it the normal
+/// one. What is committed has at least [`KEPT_TIMEOUT_S`] less the time after which it is written again while a member runs.
+pub const GIVEN_MAX_S: u32 = 6 * 24 * 3600;
+
 /// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is fixed, since the kernel
 /// lets nobody set those that GRE entries carry. The packet after that begins a new one.
 pub const GRE_TIMEOUT_S: u32 = 3600;
@@ -63,7 +71,8 @@ const ROUNDS_MAX: usize = 6;
 pub enum Lifetime {
     /// Until the active closes it.
     Kept,
-    /// As long as the kernel gives a connection in this state: the active is dead.
+    /// As long as this kernel gives a connection in this state, or as the active's kernel had last given it, if that
+    /// is more: the active is dead.
     Normal,
 }
 
@@ -79,6 +88,8 @@ pub enum Outcome {
     Removed,
     /// Another connection holds the translated tuple.
     Clash,
+    /// It is shifted, nobody knows by how much, and so it is not in the kernel.
+    Unshifted,
     /// The kernel's table is as full as we may make it, or full.
     NoRoom,
     /// The kernel refused, for this reason.
@@ -101,7 +112,7 @@ pub struct CommitResult {
 pub struct Tally {
     /// Entries that were there already and were brought up to date.
     pub updated: u64,
-    /// Entries that were there with another translation, or without their helper, and were replaced.
+    /// Entries that were there with another translation, or without their helper or any shift, and were replaced.
     pub replaced: u64,
     /// Entries that went away while they were brought up to date.
     pub vanished: u64,
@@ -124,9 +135,13 @@ enum Step {
     Create,
     Look,
     Ask,
-    Update { present: u32 },
+    Update {
+        present: u32,
+    },
     Replace,
     Delete,
+    /// A delete, in place of a write.
+    Withdraw,
     Done(Outcome),
 }
 
@@ -213,6 +228,26 @@ impl Committer {
         (self.fill.room(), self.fill.limit_and_count().0)
     }
 
+    /// Reads some of the kernel's timeouts again, in turn, and tells what they are now.
+    pub fn read_timeouts_again(&mut self, count: usize) -> &Timeouts {
+        self.timeouts.read_again(count);
+        &self.timeouts
+    }
+
+    /// The timeout of an entry whose active is dead. What the active's kernel had last given it, by a timeout policy perhaps,
+    /// which cannot be restored, is what it last reported: kernels report the timeout with every change of state, and so
+    /// right after the packet that brought it about. One that was read at another time had run down, and is less.
+    fn normal_timeout(&self, connection: &Connection) -> u32 {
+        let own = match connection.original.protocol {
+            GRE => GRE_TIMEOUT_S,
+            _ => self.timeouts.of(connection),
+        };
+        match connection.state.timeout_s {
+            given if given <= GIVEN_MAX_S => own.max(given),
+            _ => own,
+        }
+    }
+
     /// Entries in the batch.
     pub fn pending(&self) -> usize {
         self.entries.len()
@@ -236,9 +271,9 @@ impl Committer {
     ) -> Result<(), FlushFirst> {
         let timeout_s = match lifetime {
             Lifetime::Kept => KEPT_TIMEOUT_S,
-            Lifetime::Normal if connection.original.protocol == GRE => GRE_TIMEOUT_S,
-            Lifetime::Normal => self.timeouts.of(connection),
+            Lifetime::Normal => self.normal_timeout(connection),
         };
+        let step = if is_shift_unknown(connection) { Step::Withdraw } else { step };
         let mut connection = *connection;
         let extra = &mut connection.extra;
         let is_without = extra.has(parts::HELPER) && self.refused.contains(&extra.helper);
@@ -333,7 +368,7 @@ impl Committer {
                     put(sequence, &|b, s| encode_delete(b, s, name));
                     put(sequence.wrapping_add(1), &|b, s| encode_create(b, s, connection, *timeout_s));
                 }
-                Step::Delete => put(sequence, &|b, s| encode_delete(b, s, name)),
+                Step::Delete | Step::Withdraw => put(sequence, &|b, s| encode_delete(b, s, name)),
                 Step::Done(_) => {}
             }
         }
@@ -397,6 +432,11 @@ pub fn translates(entry: &Connection) -> bool {
     entry.state.status & (status::SRC_NAT | status::DST_NAT) != 0
 }
 
+/// Whether the connection's sequence numbers are shifted, and by how much is not known.
+fn is_shift_unknown(connection: &Connection) -> bool {
+    connection.state.status & status::SEQ_ADJUST != 0 && !connection.extra.has(parts::SEQADJ)
+}
+
 /// What the kernel said to the one or two requests of an entry; silence is success.
 #[derive(Clone, Copy, Default)]
 struct Answers {
@@ -425,6 +465,11 @@ impl Entry {
     fn wants_a_helper_besides(&self, there: &Connection) -> bool {
         let wanted = &self.connection.extra;
         wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
+    }
+
+    /// Whether the entry that is there has no shift, and perhaps no room for one, of which no answer would tell.
+    fn wants_a_shift_besides(&self, there: &Connection) -> bool {
+        self.connection.extra.has(parts::SEQADJ) && !there.extra.has(parts::SEQADJ)
     }
 
     /// Whether the entry that is there shows the translated tuple, but translates nothing.
@@ -476,13 +521,17 @@ impl Entry {
             (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Look, [0, _]) => match answers.found {
-                // A translation, a helper or a fixed timeout cannot be given to an entry that is there.
+                // A translation, a helper, a first shift or a fixed timeout cannot be given to an entry that is there.
                 Some(there)
                     if there.reply == self.connection.reply
                         && !self.wants_a_translation_besides(&there)
                         && !self.wants_a_helper_besides(&there)
+                        && !self.wants_a_shift_besides(&there)
                         && !self.wants_another_fixed_timeout(&there) =>
                 {
+                    if there.extra.is_shifted_beyond(&self.connection.extra) {
+                        self.connection.extra.parts &= !parts::SEQADJ;
+                    }
                     Step::Update { present: there.state.status }
                 }
                 Some(_) => Step::Replace,
@@ -502,6 +551,7 @@ impl Entry {
             (Step::Replace, [0 | libc::ENOENT, libc::EEXIST]) => Step::Done(Outcome::Clash),
             (Step::Replace, [0 | libc::ENOENT, errno]) => refused(errno),
             (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Removed),
+            (Step::Withdraw, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Unshifted),
             (_, [errno, _]) => refused(errno),
         }
     }

@@ -15,10 +15,10 @@
 //! has been read, and entries among them are skipped. The memory is bounded: when it is full,
 //! `drain` pauses until [`Source::drain_dump`] has run, which a caller does in every pass.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::os::fd::BorrowedFd;
 
-use super::codec::{Decoded, decode, is_expectation, status};
+use super::codec::{Decoded, decode, expecting, is_expectation, status};
 use super::dump::{Dump, DumpProgress};
 use super::netlink::{Mailbox, Socket};
 use super::{KernelError, filter};
@@ -28,7 +28,7 @@ use crate::source::SourceEvent;
 
 /// Groups of conntrack events: `NFNLGRP_CONNTRACK_NEW`, `_UPDATE`, `_DESTROY`.
 const GROUPS: [i32; 3] = [1, 2, 3];
-/// `NFNLGRP_CONNTRACK_EXP_NEW`: one shard hears of all expectations, to count them.
+/// `NFNLGRP_CONNTRACK_EXP_NEW`. Every shard hears of all expectations, which are few.
 const EXPECTATIONS: i32 = 4;
 
 /// Bytes of the largest event: tuples, NAT, helper, labels and a security context stay far below.
@@ -36,6 +36,9 @@ const EVENT_MAX: usize = 4096;
 
 /// Tuples remembered while a dump is under way: several passes' worth of events.
 const RECENT_MAX: usize = 4 * crate::limits::INGEST_PER_PASS;
+
+/// Connections that expect another one and were not asked for yet.
+const EXPECTING_MAX: usize = crate::limits::INGEST_PER_PASS;
 
 /// What a drain did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -46,9 +49,11 @@ pub struct Drained {
     pub events: usize,
     /// Messages that made no sense.
     pub malformed: usize,
+    /// Reads that failed: for want of memory, since overruns are told by [`Source::overruns`].
+    pub failed: usize,
     /// Attributes that made no sense and were left out.
     pub skipped: usize,
-    /// Expectations that helpers created.
+    /// Expectations that helpers created for this shard's connections.
     pub expectations: usize,
     /// Whether more may be waiting.
     pub more: bool,
@@ -61,6 +66,7 @@ pub struct Source {
     share: Share,
     dump: Dump,
     recent: HashSet<Tuple>,
+    expecting: VecDeque<Tuple>,
 }
 
 /// Which connections are this shard's.
@@ -84,6 +90,10 @@ impl Share {
             }
             SourceEvent::Gone { original } => original,
         };
+        self.has(original)
+    }
+
+    fn has(&self, original: &Tuple) -> bool {
         shard_of(original, self.shards) == self.shard
     }
 }
@@ -103,7 +113,7 @@ impl Source {
         socket.set_netlink_option(libc::NETLINK_NO_ENOBUFS, 1, "set up a netlink socket")?;
         // The filter before the groups: nothing of other shards is ever queued.
         socket.attach_filter(&filter::program(own_port_ids, shard, shards))?;
-        for group in GROUPS.into_iter().chain((shard == 0).then_some(EXPECTATIONS)) {
+        for group in GROUPS.into_iter().chain([EXPECTATIONS]) {
             socket.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen to conntrack events")?;
         }
         Ok(Source {
@@ -112,6 +122,7 @@ impl Source {
             share: Share { shard, shards },
             dump: Dump::open()?,
             recent: HashSet::with_capacity(RECENT_MAX),
+            expecting: VecDeque::with_capacity(EXPECTING_MAX),
         })
     }
 
@@ -120,20 +131,30 @@ impl Source {
         self.socket.fd()
     }
 
-    /// Takes up to `cap` waiting messages from the kernel.
+    /// Takes up to `cap` waiting messages from the kernel. It pauses while [`next_expecting`](Self::next_expecting) has
+    /// too many to tell.
     pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> Drained {
         let mut drained = Drained::default();
         let mut left = cap;
         if self.dump.is_running() {
             left = left.min(RECENT_MAX.saturating_sub(self.recent.len()));
         }
-        while left > 0 {
-            // An error here is an overrun, which `overruns` tells, or a passing shortage of memory.
-            let batch = left.min(Mailbox::BATCH);
-            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or(0);
+        while left > 0 && self.expecting.len() < EXPECTING_MAX {
+            let batch = left.min(Mailbox::BATCH).min(EXPECTING_MAX - self.expecting.len());
+            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or_else(|_| {
+                drained.failed += 1;
+                0
+            });
             for message in self.mailbox.messages() {
                 if is_expectation(message) {
-                    drained.expectations += 1;
+                    match expecting(message) {
+                        Ok(original) if self.share.has(&original) => {
+                            drained.expectations += 1;
+                            self.expecting.push_back(original);
+                        }
+                        Ok(_) => {}
+                        Err(_) => drained.malformed += 1,
+                    }
                     continue;
                 }
                 let decoded = decode(message).map(|Decoded { event, skipped }| {
@@ -160,6 +181,12 @@ impl Source {
         }
         drained.more = true;
         drained
+    }
+
+    /// The next connection, by its original tuple without its zone, that a helper expects another one for, in the
+    /// order in which [`drain`](Self::drain) met them.
+    pub fn next_expecting(&mut self) -> Option<Tuple> {
+        self.expecting.pop_front()
     }
 
     /// Messages that were lost because too many waited, since the socket was opened. One

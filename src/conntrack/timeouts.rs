@@ -1,80 +1,91 @@
-//! The timeouts that the kernel gives a connection when a packet of it passes.
+//! The timeouts that the kernel gives a connection when a packet of it passes: its settings in this network namespace, as
+//! they are at the moment. They are read again a few at a time, without waiting and without memory.
+
+use std::fs::File;
+use std::io::Read;
 
 use super::codec::status;
-use super::sysctl::read;
 use crate::conn::Connection;
 use crate::conn::tuple::{DCCP, GRE, ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE};
 
 /// TCP_CONNTRACK_ESTABLISHED.
 const ESTABLISHED: usize = 3;
 
+/// Where the settings are, and the kernel's own default.
+macro_rules! settings {
+    ($($name:literal: $default:literal,)*) => {
+        [$((concat!("/proc/sys/net/netfilter/nf_conntrack_", $name), $default)),*]
+    };
+}
+
+const SETTINGS: [(&str, u32); COUNT] = settings![
+    // TCP_CONNTRACK_SYN_SENT and so on.
+    "tcp_timeout_syn_sent": 120,
+    "tcp_timeout_syn_recv": 60,
+    "tcp_timeout_established": 432_000,
+    "tcp_timeout_fin_wait": 120,
+    "tcp_timeout_close_wait": 60,
+    "tcp_timeout_last_ack": 30,
+    "tcp_timeout_time_wait": 120,
+    "tcp_timeout_close": 10,
+    // SCTP_CONNTRACK_CLOSED and so on.
+    "sctp_timeout_closed": 10,
+    "sctp_timeout_cookie_wait": 3,
+    "sctp_timeout_cookie_echoed": 3,
+    "sctp_timeout_established": 210,
+    "sctp_timeout_shutdown_sent": 3,
+    "sctp_timeout_shutdown_recd": 3,
+    "sctp_timeout_shutdown_ack_sent": 3,
+    "sctp_timeout_heartbeat_sent": 30,
+    // CT_DCCP_REQUEST and so on.
+    "dccp_timeout_request": 240,
+    "dccp_timeout_respond": 480,
+    "dccp_timeout_partopen": 480,
+    "dccp_timeout_open": 43_200,
+    "dccp_timeout_closereq": 64,
+    "dccp_timeout_closing": 64,
+    "dccp_timeout_timewait": 240,
+    "gre_timeout": 30,
+    "gre_timeout_stream": 180,
+    "udp_timeout": 30,
+    "udp_timeout_stream": 120,
+    "icmp_timeout": 30,
+    "icmpv6_timeout": 30,
+    "generic_timeout": 600,
+];
+
+const COUNT: usize = 30;
+/// Where the settings of a protocol begin: those of its first state, 1.
+const TCP_FIRST: usize = 0;
+const SCTP_FIRST: usize = 8;
+const DCCP_FIRST: usize = 16;
+const GRE_FIRST: usize = 23;
+const UDP_FIRST: usize = 25;
+const ICMP_AT: usize = 27;
+const ICMPV6_AT: usize = 28;
+const GENERIC: usize = 29;
+
 /// The kernel's timeouts, seconds.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timeouts {
-    tcp: [u32; 10], // by TCP_CONNTRACK_*
-    sctp: [u32; 9], // by SCTP_CONNTRACK_*
-    dccp: [u32; 8], // by CT_DCCP_*
-    gre: u32,
-    gre_stream: u32,
-    udp: u32,
-    udp_stream: u32,
-    icmp: u32,
-    icmpv6: u32,
-    generic: u32,
+    seconds: [u32; COUNT],
+    next: usize,
 }
 
 impl Timeouts {
     /// What the kernel has; its own defaults for what cannot be read.
     pub fn read() -> Timeouts {
-        let seconds = |name, default| match read(name) {
-            Ok(seconds) => seconds.min(u32::MAX as u64) as u32,
-            Err(e) => {
-                log::debug!("{e} (taking {default} s)");
-                default
-            }
-        };
-        let syn_sent = seconds("net.netfilter.nf_conntrack_tcp_timeout_syn_sent", 120);
-        Timeouts {
-            tcp: [
-                syn_sent, // NONE
-                syn_sent,
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_syn_recv", 60),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_established", 432_000),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_fin_wait", 120),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_close_wait", 60),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_last_ack", 30),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_time_wait", 120),
-                seconds("net.netfilter.nf_conntrack_tcp_timeout_close", 10),
-                syn_sent, // SYN_SENT2
-            ],
-            sctp: [
-                0, // NONE: see `of`
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_closed", 10),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_wait", 3),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_cookie_echoed", 3),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_established", 210),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_sent", 3),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_recd", 3),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_shutdown_ack_sent", 3),
-                seconds("net.netfilter.nf_conntrack_sctp_timeout_heartbeat_sent", 30),
-            ],
-            dccp: [
-                0, // NONE: see `of`
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_request", 240),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_respond", 480),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_partopen", 480),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_open", 43_200),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_closereq", 64),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_closing", 64),
-                seconds("net.netfilter.nf_conntrack_dccp_timeout_timewait", 240),
-            ],
-            gre: seconds("net.netfilter.nf_conntrack_gre_timeout", 30),
-            gre_stream: seconds("net.netfilter.nf_conntrack_gre_timeout_stream", 180),
-            udp: seconds("net.netfilter.nf_conntrack_udp_timeout", 30),
-            udp_stream: seconds("net.netfilter.nf_conntrack_udp_timeout_stream", 120),
-            icmp: seconds("net.netfilter.nf_conntrack_icmp_timeout", 30),
-            icmpv6: seconds("net.netfilter.nf_conntrack_icmpv6_timeout", 30),
-            generic: seconds("net.netfilter.nf_conntrack_generic_timeout", 600),
+        let mut timeouts = Timeouts { seconds: SETTINGS.map(|(_, default)| default), next: 0 };
+        timeouts.read_again(COUNT);
+        timeouts
+    }
+
+    /// Reads so many of them again, in turn.
+    pub fn read_again(&mut self, count: usize) {
+        for _ in 0..count {
+            let (path, default) = SETTINGS[self.next];
+            self.seconds[self.next] = number(path).unwrap_or(default);
+            self.next = (self.next + 1) % COUNT;
         }
     }
 
@@ -82,27 +93,91 @@ impl Timeouts {
     pub fn of(&self, connection: &Connection) -> u32 {
         let state = &connection.state;
         let is_assured = state.status & status::ASSURED != 0;
-        let by_state = |timeouts: &[u32]| match timeouts.get(connection.extra.protoinfo.state as usize) {
+        let by_state = |first: usize, states: usize| match connection.extra.protoinfo.state as usize {
+            state if (1..=states).contains(&state) => first + state - 1,
             // A state that was never reported.
-            Some(0) | None => self.generic,
-            Some(seconds) => *seconds,
+            _ => GENERIC,
         };
-        match connection.original.protocol {
+        self.seconds[match connection.original.protocol {
             TCP => {
                 // Offloaded flows are reported without their state: ASSURED means established.
                 let known =
                     if state.tcp_state == 0 && is_assured { ESTABLISHED } else { state.tcp_state as usize };
-                self.tcp.get(known).copied().unwrap_or(self.tcp[0])
+                // NONE and SYN_SENT2 are like SYN_SENT.
+                if (1..=8).contains(&known) { TCP_FIRST + known - 1 } else { TCP_FIRST }
             }
-            UDP | UDPLITE if is_assured => self.udp_stream,
-            UDP | UDPLITE => self.udp,
-            ICMP => self.icmp,
-            ICMPV6 => self.icmpv6,
-            SCTP => by_state(&self.sctp),
-            DCCP => by_state(&self.dccp),
-            GRE if is_assured => self.gre_stream,
-            GRE => self.gre,
-            _ => self.generic,
+            UDP | UDPLITE => UDP_FIRST + is_assured as usize,
+            ICMP => ICMP_AT,
+            ICMPV6 => ICMPV6_AT,
+            SCTP => by_state(SCTP_FIRST, 8),
+            DCCP => by_state(DCCP_FIRST, 7),
+            GRE => GRE_FIRST + is_assured as usize,
+            _ => GENERIC,
+        }]
+    }
+}
+
+/// The number in a file of /proc/sys, whose reading never waits.
+fn number(path: &str) -> Option<u32> {
+    let mut text = [0; 24];
+    let length = File::open(path).and_then(|mut file| file.read(&mut text)).ok()?;
+    let seconds: u64 = std::str::from_utf8(&text[..length]).ok()?.trim().parse().ok()?;
+    Some(seconds.min(u32::MAX as u64) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::extra::{Extra, ProtoInfo};
+    use crate::conn::{State, Tuple};
+
+    #[test]
+    fn every_state_has_its_own_setting() {
+        let timeouts = Timeouts { seconds: std::array::from_fn(|i| 1000 + i as u32), next: 0 };
+        let setting = |protocol: u8, tcp_state: u8, status: u32, state: u8| {
+            let original =
+                Tuple { protocol, ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2)) };
+            let of = State { tcp_state, status, ..State::default() };
+            let mut connection = Connection::new(original, original.mirrored(), of);
+            connection.extra =
+                Extra { protoinfo: ProtoInfo { state, ..ProtoInfo::default() }, ..Extra::NONE };
+            let (path, _) = SETTINGS[timeouts.of(&connection) as usize - 1000];
+            path.trim_start_matches("/proc/sys/net/netfilter/nf_conntrack_")
+        };
+        for (tcp_state, name) in [
+            (0, "syn_sent"),
+            (1, "syn_sent"),
+            (2, "syn_recv"),
+            (3, "established"),
+            (4, "fin_wait"),
+            (5, "close_wait"),
+            (6, "last_ack"),
+            (7, "time_wait"),
+            (8, "close"),
+            (9, "syn_sent"),
+            (200, "syn_sent"),
+        ] {
+            assert_eq!(setting(TCP, tcp_state, 0, 0), format!("tcp_timeout_{name}"));
         }
+        assert_eq!(setting(TCP, 0, status::ASSURED, 0), "tcp_timeout_established");
+        for (protocol, state, name) in [
+            (SCTP, 1, "sctp_timeout_closed"),
+            (SCTP, 4, "sctp_timeout_established"),
+            (SCTP, 8, "sctp_timeout_heartbeat_sent"),
+            (SCTP, 0, "generic_timeout"),
+            (SCTP, 9, "generic_timeout"),
+            (DCCP, 1, "dccp_timeout_request"),
+            (DCCP, 7, "dccp_timeout_timewait"),
+            (DCCP, 8, "generic_timeout"),
+            (UDP, 0, "udp_timeout"),
+            (GRE, 0, "gre_timeout"),
+            (ICMP, 0, "icmp_timeout"),
+            (ICMPV6, 0, "icmpv6_timeout"),
+            (50, 0, "generic_timeout"),
+        ] {
+            assert_eq!(setting(protocol, 0, 0, state), name);
+        }
+        assert_eq!(setting(UDPLITE, 0, status::ASSURED, 0), "udp_timeout_stream");
+        assert_eq!(setting(GRE, 0, status::ASSURED, 0), "gre_timeout_stream");
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::repair::Repair;
+use super::shifts::Shifts;
 use super::verify::Verify;
 use super::writer::Writer;
 use crate::conntrack::codec::status;
@@ -23,8 +24,10 @@ use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
 pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
-/// How often overruns, and room in the kernel's table, are looked at.
+/// How often overruns, and settings of the kernel, are looked at.
 pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
+/// The kernel's timeouts that are read again each time: all thirty within a second.
+const TIMEOUTS_PER_CHECK: usize = 3;
 /// The watch key of the kernel's events: of [`Source::fd`](crate::conntrack::events::Source::fd).
 pub const EVENTS_KEY: u64 = 1;
 
@@ -64,6 +67,7 @@ pub struct KernelFeed {
     check_at: Time,
     repair: Repair,
     verify: Verify,
+    shifts: Shifts,
     writer: Writer,
 }
 
@@ -82,6 +86,7 @@ impl KernelFeed {
             check_at: Time(0),
             repair: Repair::new(parts.capacity, parts.may_be_unheard, parts.resumed, parts.commit),
             verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
+            shifts: Shifts::new(parts.capacity),
             writer: Writer::new(parts.committer),
         }
     }
@@ -102,11 +107,12 @@ impl KernelFeed {
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
-        self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters);
+        let admission = (&self.rules, &self.local);
+        self.repair.step(now, &mut self.source, admission, &mut self.shifts, replica, counters);
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        let KernelFeed { source, rules, local, .. } = self;
+        let KernelFeed { source, rules, local, shifts, .. } = self;
         let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
                 SourceEvent::Seen { connection, .. } => {
@@ -125,8 +131,15 @@ impl KernelFeed {
                 }
             }
             replica.handle_source(now, &event);
+            if let SourceEvent::Seen { connection, .. } = &event {
+                shifts.saw(now, connection, replica);
+            }
         });
+        while let Some(original) = source.next_expecting() {
+            shifts.expected(now, &original, replica);
+        }
         counters.add(Counter::SourceRejected, drained.malformed as u64);
+        counters.add(Counter::SourceErrors, drained.failed as u64);
         counters.add(Counter::SourceSkipped, drained.skipped as u64);
         counters.add(Counter::SourceExpectations, drained.expectations as u64);
         self.drain_at = if drained.more {
@@ -139,7 +152,7 @@ impl KernelFeed {
         };
     }
 
-    /// Overruns, and whether the kernel's table has room for copies.
+    /// Overruns, what timeouts the kernel gives, and whether its table has room for copies.
     fn check(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         self.check_at = now.after(CHECK_PERIOD);
         let overruns = self.source.overruns();
@@ -148,6 +161,7 @@ impl KernelFeed {
             self.overruns = overruns;
             self.repair.want();
         }
+        self.repair.set_timeouts(self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK));
         if self.commit == CommitMode::Eager {
             replica.set_kernel_room(self.writer.has_room());
         }
@@ -156,7 +170,7 @@ impl KernelFeed {
     /// When to look by itself.
     pub(super) fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
-        at.min(self.repair.wake_at(now)).min(self.verify.wake_at())
+        at.min(self.repair.wake_at(now)).min(self.verify.wake_at()).min(self.shifts.wake_at())
     }
 
     pub(super) fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
@@ -164,7 +178,8 @@ impl KernelFeed {
         let has_room = replica.commits_waiting() < COMMIT_PER_PASS / 2;
         let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
         self.verify.step(now, has_time);
-        self.writer.write(now, &mut self.repair, &mut self.verify, replica, counters);
+        let KernelFeed { writer, repair, verify, shifts, .. } = self;
+        writer.write(now, repair, verify, shifts, replica, counters);
     }
 
     /// Watches the socket again if it was drained.

@@ -5,6 +5,7 @@
 //!  kernel  events, in batches --> rules ---------> Replica
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
 //!          verify: look-ups of copies -----------> Replica     slowly, all the time
+//!          shifts: look-ups of what has a helper > Replica     after expectations, and once a second
 //!          writer <--- commits ------------------- Replica
 //! ```
 
@@ -12,6 +13,7 @@ mod admission;
 mod kernel;
 mod repair;
 mod ring;
+mod shifts;
 mod verify;
 mod writer;
 

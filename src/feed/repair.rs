@@ -20,9 +20,11 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
+use super::shifts::Shifts;
 use crate::conn::slot::groups;
+use crate::conn::tuple::TCP;
 use crate::conn::{Connection, Generation, Kind, Tuple};
-use crate::conntrack::commit::KEPT_TIMEOUT_S;
+use crate::conntrack::commit::{GIVEN_MAX_S, KEPT_TIMEOUT_S};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
@@ -41,12 +43,7 @@ const SWEEP_PER_PASS: u32 = 4096;
 const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
-/// An entry with a timeout longer than this, and longer than the kernel gives, was committed by a run before
-/// this one, and has seen no packet here since: any packet gives it the normal one. What is committed
-/// has at least [`KEPT_TIMEOUT_S`] less [`REWRITE_PERIOD`] while a member runs.
-pub(super) const LEFTOVER_MIN_S: u32 = 6 * 24 * 3600;
-
-const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - LEFTOVER_MIN_S);
+const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIVEN_MAX_S);
 
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
@@ -112,6 +109,11 @@ impl Repair {
         }
     }
 
+    /// The kernel's timeouts are these now.
+    pub(super) fn set_timeouts(&mut self, timeouts: &Timeouts) {
+        self.timeouts = *timeouts;
+    }
+
     pub(super) fn is_complete(&self) -> bool {
         self.complete
     }
@@ -154,6 +156,7 @@ impl Repair {
         now: Time,
         source: &mut Source,
         (rules, local): (&Rules, &LocalView),
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -168,15 +171,16 @@ impl Repair {
                     self.shown.fill(0);
                     self.again = false;
                     self.stage = Stage::Dumping;
-                    self.dump(now, source, (rules, local), replica, counters);
+                    self.dump(now, source, (rules, local), shifts, replica, counters);
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
+                    counters.count(Counter::SourceDumpsFailed);
                     self.complain(&e.to_string());
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
-            Stage::Dumping => self.dump(now, source, (rules, local), replica, counters),
+            Stage::Dumping => self.dump(now, source, (rules, local), shifts, replica, counters),
             Stage::Sweeping(slot) => self.sweep(now, slot, replica),
             Stage::Wanted | Stage::Idle => {}
         }
@@ -187,6 +191,7 @@ impl Repair {
         now: Time,
         source: &mut Source,
         (rules, local): (&Rules, &LocalView),
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -200,6 +205,7 @@ impl Repair {
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
                     set(shown, slot);
+                    shifts.note(now, slot, connection);
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
                     if !replica.is_unclaimed(slot) {
                         replica.handle_source(now, &event);
@@ -211,15 +217,20 @@ impl Repair {
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
                     counters.count(Counter::SourceLeftovers);
-                    // What does not fit is found by the next run, or expires.
-                    if is_resuming && *commit == CommitMode::Eager && leftovers.len() < LOOKS_MAX {
-                        leftovers.push_back((connection.original, false));
+                    match is_resuming && *commit == CommitMode::Eager {
+                        true if leftovers.len() < LOOKS_MAX => {
+                            leftovers.push_back((connection.original, false))
+                        }
+                        // What does not fit is found by the next run, or expires.
+                        true => counters.count(Counter::LeftoversFull),
+                        false => {}
                     }
                 }
                 None => {
                     replica.handle_source(now, &event);
                     if let Some(slot) = replica.table().find_original(&connection.original) {
                         set(shown, slot);
+                        shifts.note(now, slot, connection);
                         if !*complete && !unheard.is_empty() {
                             set(unheard, slot);
                         }
@@ -236,6 +247,7 @@ impl Repair {
                 self.dumped(now);
             }
             DumpState::Failed(errno) => {
+                counters.count(Counter::SourceDumpsFailed);
                 self.complain(&format!("reading the kernel's table broke off (errno {errno})"));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
@@ -301,18 +313,25 @@ impl Repair {
 
     fn ask_for_the_unheard(&mut self, now: Time, replica: &Replica<'_>) {
         let end = (self.unheard_slot + SWEEP_PER_PASS).min(self.capacity);
-        for slot in self.unheard_slot..end {
-            if !is_set(&self.unheard, slot) || self.looks.len() == LOOKS_MAX {
-                continue;
+        let pause = UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS);
+        while self.unheard_slot < end {
+            if self.looks.len() == LOOKS_MAX {
+                // It goes on here as soon as some are answered.
+                self.unheard_at = now.after(BATCH_PAUSE);
+                return;
             }
-            let line = replica.table().line(slot);
-            match line.kind() {
-                Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
-                _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
+            let slot = self.unheard_slot;
+            self.unheard_slot += 1;
+            if is_set(&self.unheard, slot) {
+                let line = replica.table().line(slot);
+                match line.kind() {
+                    Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
+                    _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
+                }
             }
         }
         self.unheard_slot = if end == self.capacity { 0 } else { end };
-        self.unheard_at = now.after(UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS));
+        self.unheard_at = now.after(pause);
     }
 
     /// Look-ups waiting.
@@ -376,18 +395,29 @@ impl Repair {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
             None => replica.handle_source(now, &SourceEvent::Gone { original }),
             Some(_) if replica.is_unclaimed(slot) => {}
-            // Its timeout says nothing new: it runs down, and grows with every packet.
             Some(connection) => {
-                let known = groups::TUPLES | groups::STATE | groups::MARK;
+                let known = groups::MARK | told_by_answer(slot, connection, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *connection, known });
             }
         }
     }
 }
 
+/// What the answer to a question tells of the connection in this slot, besides its mark and extra. Its timeout says nothing new: it
+/// runs down, and grows with every packet; but one that has gone over to another state has that state's. The kernel
+/// tells neither of offloaded flows.
+pub(super) fn told_by_answer(slot: u32, there: &Connection, replica: &Replica<'_>) -> u8 {
+    let known = replica.table().line(slot).state();
+    if there.original.protocol == TCP && there.state.tcp_state == 0 {
+        return groups::TUPLES;
+    }
+    let is_same = (known.tcp_state, known.status) == (there.state.tcp_state, there.state.status);
+    groups::TUPLES | groups::STATE | if is_same { 0 } else { groups::TIMEOUT }
+}
+
 /// Whether only we can have given the entry its timeout, and no packet has passed it since.
 fn is_leftover(timeouts: &Timeouts, there: &Connection) -> bool {
-    there.state.timeout_s > timeouts.of(there).max(LEFTOVER_MIN_S)
+    there.state.timeout_s > timeouts.of(there).max(GIVEN_MAX_S)
 }
 
 fn set(bits: &mut [u64], slot: u32) {

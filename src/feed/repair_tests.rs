@@ -68,6 +68,46 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
 }
 
 #[test]
+fn of_more_look_ups_than_can_wait_none_is_left_out() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slots = ten(&mut replica);
+    let mut repair = Repair::new(64, true, false, CommitMode::Eager);
+    slots.iter().for_each(|slot| set(&mut repair.unheard, *slot));
+    let generation = replica.table().line(slots[0]).generation();
+    repair.looks.extend(std::iter::repeat_n((slots[0], generation), LOOKS_MAX - 4));
+    repair.ask_for_the_unheard(NOW, &replica);
+    assert_eq!((repair.looks_waiting(), repair.unheard_at), (LOOKS_MAX, NOW.after(BATCH_PAUSE)));
+    repair.looks.drain(..LOOKS_MAX - 4);
+    repair.ask_for_the_unheard(repair.unheard_at, &replica);
+    let mut asked: Vec<u32> = repair.looks.iter().map(|(slot, _)| *slot).collect();
+    asked.sort_unstable();
+    let mut expected = slots.clone();
+    expected.sort_unstable();
+    assert_eq!(asked, expected);
+    assert!(repair.unheard_at > NOW.after(UNHEARD_PERIOD));
+}
+
+#[test]
+fn an_answer_tells_a_timeout_only_of_another_state() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slot = ten(&mut replica)[0];
+    let generation = replica.table().line(slot).generation();
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
+    // Run down; closing, with the time of that state; and a flow that is offloaded, of which the state is not told.
+    for (tcp_state, timeout_s, expected) in
+        [(3, 100, (3, 300)), (3, 400, (3, 300)), (5, 60, (5, 60)), (0, 0, (5, 60))]
+    {
+        let mut there = connection(0, tcp_state);
+        there.state.timeout_s = timeout_s;
+        repair.found(NOW, slot, generation, Some(&there), &mut replica);
+        let state = replica.table().line(slot).state();
+        assert_eq!((state.tcp_state, state.timeout_s), expected);
+    }
+}
+
+#[test]
 fn events_lost_during_a_sweep_bring_another_dump() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let replica = replica(&memory);

@@ -28,13 +28,12 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::kernel::BATCH_PAUSE;
-use super::repair::LEFTOVER_MIN_S;
 use crate::conn::extra::parts;
 use crate::conn::table::On;
 use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::codec::status;
-use crate::conntrack::commit::translates;
+use crate::conntrack::commit::{GIVEN_MAX_S, translates};
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
@@ -229,7 +228,7 @@ impl Verify {
         }
         if line.kind() == Kind::Active {
             // Taken over by the process before: the kernel knows it better, if it knows it and may let it go.
-            if there.is_none_or(|there| there.state.timeout_s > LEFTOVER_MIN_S) {
+            if there.is_none_or(|there| there.state.timeout_s > GIVEN_MAX_S) {
                 counters.count(if there.is_none() {
                     Counter::VerifyMissing
                 } else {
@@ -270,7 +269,7 @@ impl Verify {
                     timeout_s: there.state.timeout_s,
                     at: now,
                 };
-                match self.suspicion(&suspect, there.state.status & status::OFFLOADED != 0) {
+                match self.suspicion(&suspect, there.state.status & status::OFFLOADED != 0, counters) {
                     Suspicion::Early => {}
                     Suspicion::Silent => {
                         counters.count(Counter::VerifyDiffered);
@@ -294,7 +293,7 @@ impl Verify {
     }
 
     /// What is known of another connection's entry since the walk before; remembers it for the next.
-    fn suspicion(&mut self, now: &Suspect, is_offloaded: bool) -> Suspicion {
+    fn suspicion(&mut self, now: &Suspect, is_offloaded: bool, counters: &Counters<'_>) -> Suspicion {
         if is_offloaded {
             return Suspicion::Alive;
         }
@@ -315,9 +314,10 @@ impl Verify {
                 }
             }
         };
-        // What does not fit is found out a walk later.
-        if self.suspects.len() < SUSPECTS_MAX {
-            self.suspects.push(keep);
+        // What does not fit is found out by a later walk.
+        match self.suspects.len() < SUSPECTS_MAX {
+            true => self.suspects.push(keep),
+            false => counters.count(Counter::VerifyFull),
         }
         suspicion
     }
@@ -345,7 +345,7 @@ enum Suspicion {
 fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
     const COPIED: u32 = status::SEEN_REPLY | status::ASSURED;
     // The timeout is ours, so no packet has passed since it was written, and it lasts.
-    let is_ours = there.state.timeout_s > LEFTOVER_MIN_S;
+    let is_ours = there.state.timeout_s > GIVEN_MAX_S;
     let is_offloaded = there.state.status & status::OFFLOADED != 0; // reported without timeout and TCP state
     if !has_reply(wanted, &there.reply) {
         return if is_ours { Finding::MustGo("had another translation") } else { Finding::Foreign };

@@ -5,6 +5,8 @@ use std::net::Ipv4Addr;
 use super::*;
 use crate::conn::{Extra, State};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
+use crate::limits::ARENA_MIN;
+use crate::memory::{MemorySize, OwnedMemory};
 
 const NOW: Time = Time(1_000_000_000);
 /// The kernel's timeout of an established connection.
@@ -76,6 +78,8 @@ const REWRITTEN_S: u32 = crate::sync::REWRITE_PERIOD.as_secs() as u32;
 
 #[test]
 fn another_connections_entry_is_replaced_only_if_it_was_silent_for_a_walk() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let counters = Counters::new(memory.parts().counters);
     let mut verify = Verify::new(64, Duration::from_secs(600), false);
     let at = |seconds: u64, timeout_s: u32| Suspect {
         slot: 3,
@@ -85,7 +89,7 @@ fn another_connections_entry_is_replaced_only_if_it_was_silent_for_a_walk() {
         at: NOW.after(Duration::from_secs(seconds)),
     };
     let mut look = |seconds, timeout_s| {
-        let suspicion = verify.suspicion(&at(seconds, timeout_s), false);
+        let suspicion = verify.suspicion(&at(seconds, timeout_s), false, &counters);
         std::mem::swap(&mut verify.suspects, &mut verify.suspects_before);
         verify.suspects.clear();
         suspicion
@@ -96,7 +100,13 @@ fn another_connections_entry_is_replaced_only_if_it_was_silent_for_a_walk() {
     assert_eq!(look(1200, 299), Suspicion::Silent);
     assert_eq!(look(1800, 299), Suspicion::Early, "it was forgotten");
     assert_eq!(look(2400, 300), Suspicion::Alive);
-    assert_eq!(verify.suspicion(&at(3000, 0), true), Suspicion::Alive, "a flow table forwards it");
+    let offloaded = verify.suspicion(&at(3000, 0), true, &counters);
+    assert_eq!(offloaded, Suspicion::Alive, "a flow table forwards it");
+    // What is not remembered is counted.
+    for slot in 0..SUSPECTS_MAX as u32 + 3 {
+        let _ = verify.suspicion(&Suspect { slot, ..at(3600, 9) }, false, &counters);
+    }
+    assert_eq!(counters.get(Counter::VerifyFull), 3);
 }
 
 #[test]

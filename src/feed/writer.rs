@@ -1,18 +1,26 @@
 //! The commit stage: batches of entries for the kernel, and of questions to it.
 
+use std::time::Duration;
+
 use super::repair::Repair;
+use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
+use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
+use crate::logging::Sparse;
 use crate::source::Commit;
 use crate::sync::Replica;
 use crate::time::Time;
 
 /// Questions in a batch, even if commits could fill it.
 const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
+
+/// Pause between two lines in the log about refusals.
+const TELL_PAUSE: Duration = Duration::from_secs(10);
 
 /// What an entry of the batch is for.
 #[derive(Clone, Copy)]
@@ -27,6 +35,8 @@ enum For {
     Look(u32, Generation),
     /// The same of a copy, for the walk that verifies.
     Verify(u32, Generation),
+    /// The question by how much the connection in this slot is shifted.
+    Shift(u32, Generation),
     /// The question whether an entry that an earlier process owed a delete is there.
     Leftover,
     /// Removing it.
@@ -38,11 +48,17 @@ pub(super) struct Writer {
     committer: Committer,
     had_room: bool,
     batch: Vec<For>,
+    lines: Sparse,
 }
 
 impl Writer {
     pub(super) fn new(committer: Committer) -> Writer {
-        Writer { committer, had_room: true, batch: Vec::with_capacity(Committer::BATCH) }
+        Writer {
+            committer,
+            had_room: true,
+            batch: Vec::with_capacity(Committer::BATCH),
+            lines: Sparse::new(TELL_PAUSE),
+        }
     }
 
     /// Whether the kernel's table has room for further copies: a pass's share, and after it had none a
@@ -54,22 +70,40 @@ impl Writer {
         self.had_room
     }
 
+    /// Reads some of the kernel's timeouts again, and tells what they are now.
+    pub(super) fn read_timeouts_again(&mut self, count: usize) -> &Timeouts {
+        self.committer.read_timeouts_again(count)
+    }
+
     /// Writes and asks, up to the cap of a pass.
     pub(super) fn write(
         &mut self,
         now: Time,
         repair: &mut Repair,
         verify: &mut Verify,
+        shifts: &mut Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let looks = repair.looks_waiting().min(LOOKS_MIN);
+        let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
+        let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit() else { break };
-            if self.add(replica, &commit).is_err() {
-                self.flush(now, repair, verify, replica, counters);
-                assert!(self.add(replica, &commit).is_ok(), "an empty batch takes everything");
+            if self.add(now, replica, shifts, &commit).is_err() {
+                self.flush(now, repair, verify, shifts, replica, counters);
+                let added = self.add(now, replica, shifts, &commit);
+                assert!(added.is_ok(), "an empty batch takes everything");
             }
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some((slot, generation)) = shifts.next_look(now, replica)
+        {
+            if self.committer.look(&replica.table().tuples(slot).0).is_err() {
+                shifts.look_later(now, slot, generation); // It is being written just now.
+                break;
+            }
+            counters.count(Counter::ShiftLooks);
+            self.batch.push(For::Shift(slot, generation));
         }
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((slot, generation)) = repair.next_look(replica)
@@ -83,7 +117,7 @@ impl Writer {
         }
         self.remove_leftovers(repair, replica);
         self.verify(now, verify, replica, counters);
-        self.flush(now, repair, verify, replica, counters);
+        self.flush(now, repair, verify, shifts, replica, counters);
     }
 
     /// Entries that an earlier process owed a delete: asked for first, then removed.
@@ -132,7 +166,13 @@ impl Writer {
         }
     }
 
-    fn add(&mut self, replica: &Replica<'_>, commit: &Commit) -> Result<(), FlushFirst> {
+    fn add(
+        &mut self,
+        now: Time,
+        replica: &Replica<'_>,
+        shifts: &mut Shifts,
+        commit: &Commit,
+    ) -> Result<(), FlushFirst> {
         let entry = match commit {
             Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
                 let line = replica.table().line(*slot);
@@ -147,7 +187,9 @@ impl Writer {
                     }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
-                self.committer.write(&replica.table().connection(*slot), lifetime)?;
+                let connection = replica.table().connection(*slot);
+                self.committer.write(&connection, lifetime)?;
+                shifts.note(now, *slot, &connection);
                 entry
             }
             Commit::Delete { original } => {
@@ -164,10 +206,11 @@ impl Writer {
         now: Time,
         repair: &mut Repair,
         verify: &mut Verify,
+        shifts: &Shifts,
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let Writer { committer, batch, .. } = self;
+        let Writer { committer, batch, lines, .. } = self;
         if batch.is_empty() {
             return;
         }
@@ -185,6 +228,10 @@ impl Writer {
                 (Outcome::Removed, For::Verify(slot, generation)) => {
                     return verify.found(now, (slot, generation), None, replica, counters);
                 }
+                (Outcome::Present(connection), For::Shift(slot, generation)) => {
+                    return shifts.found(now, (slot, generation), &connection, replica, counters);
+                }
+                (Outcome::Removed, For::Shift(..)) => return, // Events tell.
                 (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection),
                 (Outcome::Removed, For::Leftover) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
@@ -197,11 +244,26 @@ impl Writer {
                     counters.count(Counter::CommitClashes);
                     Err(Fault::Clash)
                 }
+                (Outcome::Unshifted, _) => {
+                    counters.count(Counter::CommitWithoutShift);
+                    Err(Fault::Refused)
+                }
                 (Outcome::NoRoom, _) => {
                     counters.count(Counter::CommitNoRoom);
                     Err(Fault::NoRoom)
                 }
-                (Outcome::Failed(_) | Outcome::Present(_), _) => {
+                (Outcome::Failed(errno), _) => {
+                    if let Some(more) = lines.tell(now) {
+                        let reason = std::io::Error::from_raw_os_error(errno);
+                        log::warn!(
+                            "the kernel refuses what is asked of entry {}: {reason}{more}",
+                            result.original
+                        );
+                    }
+                    counters.count(Counter::CommitErrors);
+                    Err(Fault::Refused)
+                }
+                (Outcome::Present(_), _) => {
                     counters.count(Counter::CommitErrors);
                     Err(Fault::Refused)
                 }

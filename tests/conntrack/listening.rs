@@ -2,7 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use hypersync::conn::shard_of;
+use hypersync::conn::extra::{HELPER_NAME, parts};
+use hypersync::conn::{Extra, shard_of};
 
 use super::*;
 
@@ -69,6 +70,50 @@ fn dumps_of_two_shards_make_up_the_table() {
         assert!(all.remove(&"udp 10.0.0.1:5 > 10.0.0.2:53".parse().expect("a tuple")));
         assert!(all == (0..COUNT).map(|n| numbered(n).original).collect());
     });
+}
+
+#[test]
+fn each_shard_is_told_which_of_its_connections_expects_another() {
+    in_namespace("expectations", || {
+        const COUNT: u16 = 50; // each has a client of its own
+        let mut stranger = Committer::open().expect("conntrack");
+        let mut sources = [0, 1].map(|shard| Source::open(shard, 2, &[], BUFFER).expect("conntrack"));
+        for n in 0..COUNT {
+            let connection = Connection { extra: ftp(), ..numbered(n) };
+            assert_eq!(write(&mut stranger, &connection), Outcome::Written);
+        }
+        run(&format!(
+            "for n in $(seq 0 {}); do client=10.0.1.$((n % 50)) port=$((1000 + n))
+             conntrack -I expect -t 100 -p tcp --orig-src $client --orig-dst 198.51.100.7 --orig-port-src $port \
+             --orig-port-dst 443 --tuple-src 198.51.100.7 --tuple-dst $client --tuple-port-src 20 \
+             --tuple-port-dst $port --mask-src 255.255.255.255 --mask-dst 255.255.255.255 --mask-port-src 0 \
+             --mask-port-dst 65535
+             done",
+            COUNT - 1
+        ));
+        for (shard, source) in (0..).zip(&mut sources) {
+            let (mut told, mut counted) = (HashSet::new(), 0);
+            loop {
+                let drained = source.drain(usize::MAX, &mut |_| {});
+                assert_eq!(drained.malformed, 0);
+                counted += drained.expectations;
+                told.extend(std::iter::from_fn(|| source.next_expecting()));
+                if !drained.more {
+                    break;
+                }
+            }
+            let originals = (0..COUNT).map(|n| numbered(n).original);
+            let ours: HashSet<Tuple> = originals.filter(|o| shard_of(o, 2) == shard).collect();
+            assert!(ours.len() > 10 && counted == ours.len());
+            assert_eq!(told, ours);
+        }
+    });
+}
+
+fn ftp() -> Extra {
+    let mut helper = [0; HELPER_NAME];
+    helper[..3].copy_from_slice(b"ftp");
+    Extra { parts: parts::HELPER, helper, ..Extra::NONE }
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::collections::HashSet;
 
 use hypersync::conn::Extra;
-use hypersync::conn::extra::{HELPER_NAME, parts};
+use hypersync::conn::extra::{HELPER_NAME, SeqAdj, parts};
+use hypersync::conntrack::codec::status;
 use hypersync::conntrack::commit::KEPT_TIMEOUT_S;
 use hypersync::conntrack::fill::{FILL_MAX_PERCENT, TableFill};
 use hypersync::conntrack::sysctl;
@@ -194,5 +195,87 @@ fn inserts_stop_before_the_kernels_table_is_full() {
         assert_eq!(fill.limit_and_count().1, limit * FILL_MAX_PERCENT / 100);
         assert_eq!(write(&mut committer, &nth(limit)), Outcome::NoRoom);
         assert_eq!(write(&mut committer, &nth(5)), Outcome::Written, "what is there is kept up to date");
+    });
+}
+
+#[test]
+fn an_entry_of_a_dead_active_gets_what_was_last_reported_if_that_is_more_and_a_kernels() {
+    in_namespace("timeouts of restored entries", || {
+        let setting = "net.netfilter.nf_conntrack_tcp_timeout_established";
+        let mut committer = Committer::open().expect("conntrack");
+        let mut n = 0;
+        let mut given = |committer: &mut Committer, reported: u32| {
+            n += 1;
+            let mut connection = numbered(n);
+            connection.state.timeout_s = reported;
+            committer.write(&connection, Lifetime::Normal).expect("an empty batch");
+            committer.flush(&mut |result| assert_eq!(result.outcome, Outcome::Written));
+            committer.look(&connection.original).expect("an empty batch");
+            match outcomes(committer)[..] {
+                [Outcome::Present(there)] => there.state.timeout_s,
+                ref other => panic!("{other:?}"),
+            }
+        };
+        sysctl::write(setting, 1000).expect("our namespace");
+        committer.read_timeouts_again(30);
+        // Of the last, only we can have given it: nothing is known.
+        for (reported, expected) in [(0, 1000), (999, 1000), (5000, 5000), (KEPT_TIMEOUT_S - 3600, 1000)] {
+            let rest = given(&mut committer, reported);
+            assert!((expected - 2..=expected).contains(&rest), "{reported}: {rest}");
+        }
+        sysctl::write(setting, 2000).expect("our namespace");
+        committer.read_timeouts_again(30);
+        let rest = given(&mut committer, 999);
+        assert!((1998..=2000).contains(&rest), "{rest}");
+    });
+}
+
+/// Shifted in its original direction, from here on and by so much.
+fn shifted(connection: &Connection, correction_position: u32, offset_after: u32) -> Connection {
+    let mut shifted = *connection;
+    shifted.state.status |= status::SEQ_ADJUST;
+    shifted.extra.parts |= parts::SEQADJ;
+    shifted.extra.seqadj[0] = SeqAdj { correction_position, offset_before: 0, offset_after };
+    shifted
+}
+
+#[test]
+fn a_shift_is_given_to_an_entry_and_never_taken_back() {
+    in_namespace("shifts of sequence numbers", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let plain = numbered(1);
+        let shift_of = |committer: &mut Committer| {
+            committer.look(&plain.original).expect("an empty batch");
+            match outcomes(committer)[..] {
+                [Outcome::Present(there)] => Some(there.extra.seqadj[0]),
+                [Outcome::Removed] => None,
+                ref other => panic!("{other:?}"),
+            }
+        };
+        let first = shifted(&plain, u32::MAX - 10, 3);
+        let second = shifted(&plain, 500, 5);
+        for (connection, expected) in
+            [(plain, plain), (first, first), (second, second), (first, second), (plain, second)]
+        {
+            assert_eq!(write(&mut committer, &connection), Outcome::Written);
+            assert_eq!(shift_of(&mut committer), Some(expected.extra.seqadj[0]));
+        }
+    });
+}
+
+#[test]
+fn what_is_shifted_by_nobody_knows_how_much_is_cut_and_told() {
+    in_namespace("a shift that is not known", || {
+        let mut committer = Committer::open().expect("conntrack");
+        let plain = numbered(1);
+        let mut unknown = shifted(&plain, 500, 5);
+        unknown.extra = Extra::NONE;
+        assert_eq!(write(&mut committer, &plain), Outcome::Written);
+        assert_eq!(write(&mut committer, &unknown), Outcome::Unshifted);
+        committer.look(&plain.original).expect("an empty batch");
+        assert_eq!(outcomes(&mut committer), [Outcome::Removed], "its stream would be altered");
+        committer.replace(&unknown, Lifetime::Normal).expect("an empty batch");
+        assert_eq!(outcomes(&mut committer), [Outcome::Unshifted]);
+        assert_eq!(write(&mut committer, &shifted(&plain, 500, 5)), Outcome::Written);
     });
 }

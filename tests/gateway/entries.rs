@@ -65,6 +65,9 @@ pub struct Entry {
     pub tcp_scales: [u8; 2],
     /// TCP: the flags, original and reply.
     pub tcp_flags: [u8; 2],
+    /// How sequence numbers are shifted, original and reply: where the latest shift begins, and by how much
+    /// before and behind it.
+    pub shifts: [[u32; 3]; 2],
 }
 
 /// Every TCP and UDP entry of a kernel, by the original tuple.
@@ -218,6 +221,7 @@ fn entry(bytes: &[u8]) -> Option<Entry> {
         tcp_state: tcp(1),
         tcp_scales: [tcp(2), tcp(3)],
         tcp_flags: [tcp(4), tcp(5)],
+        shifts: [15, 16].map(|direction| [1, 2, 3].map(|w| find(bytes, &[direction, w]).map_or(0, number))),
     })
 }
 
@@ -234,6 +238,7 @@ fn a_copy_that_differs_or_claims_too_much_is_told() {
         tcp_state: ESTABLISHED,
         tcp_scales: [7, 7],
         tcp_flags: [0x03, 0x23],
+        shifts: [[0; 3]; 2],
     };
     let liberal = Entry { tcp_flags: [0x0b, 0x0b], ..active.clone() };
     assert_eq!(liberal.difference(&active), None, "what a kernel adds for itself does not count");

@@ -47,20 +47,37 @@ pub fn is_expectation(message: &[u8]) -> bool {
         .is_some_and(|kind| u16::from_ne_bytes([kind[0], kind[1]]) >> 8 == SUBSYSTEM_EXPECT as u16)
 }
 
+/// The original tuple of the connection on whose behalf this message's expectation is made; its zone is not told.
+pub fn expecting(message: &[u8]) -> Result<Tuple, Malformed> {
+    let header = message.get(..HEADERS).ok_or(Malformed::Short)?;
+    let family = family(header)?;
+    let master = find(body(message)?, EXPECT_MASTER)?.ok_or(Malformed::NoOriginal)?;
+    decode_tuple(master, family).map(|(original, _)| original)
+}
+
+fn family(header: &[u8]) -> Result<Family, Malformed> {
+    match header[HEADER] as i32 {
+        libc::AF_INET => Ok(Family::V4),
+        libc::AF_INET6 => Ok(Family::V6),
+        _ => Err(Malformed::Family),
+    }
+}
+
+/// The attributes of a message.
+fn body(message: &[u8]) -> Result<&[u8], Malformed> {
+    let length = message.first_chunk::<4>().ok_or(Malformed::Short)?;
+    message.get(HEADERS..u32::from_ne_bytes(*length) as usize).ok_or(Malformed::Short)
+}
+
 /// `zero` are the groups of which silence says that they are zero.
 fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let header = message.get(..HEADERS).ok_or(Malformed::Short)?;
-    let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
     let kind = u16::from_ne_bytes([header[4], header[5]]);
-    let body = message.get(HEADERS..length).ok_or(Malformed::Short)?;
+    let body = body(message)?;
     if kind != TYPE_NEW && kind != TYPE_DELETE {
         return Err(Malformed::Type);
     }
-    let family = match header[HEADER] as i32 {
-        libc::AF_INET => Family::V4,
-        libc::AF_INET6 => Family::V6,
-        _ => return Err(Malformed::Family),
-    };
+    let family = family(header)?;
 
     let (mut original, mut reply, mut zone) = (None, None, 0);
     let mut rest = Rest { known: groups::TUPLES | zero, ..Rest::default() };

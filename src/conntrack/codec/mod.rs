@@ -28,7 +28,7 @@ mod tests;
 mod writer;
 
 pub use attribute::{Attributes, Malformed};
-pub use decode::{Answer, Decoded, answer, decode, decode_entry, is_expectation};
+pub use decode::{Answer, Decoded, answer, decode, decode_entry, expecting, is_expectation};
 pub use encode::{
     encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update, request_ack,
 };
@@ -70,6 +70,8 @@ mod number {
     pub const LABELS: u16 = 22;
     pub const LABELS_MASK: u16 = 23;
     pub const SYNPROXY: u16 = 24;
+
+    pub const EXPECT_MASTER: u16 = 1;
 
     pub const TUPLE_IP: u16 = 1;
     pub const TUPLE_PROTO: u16 = 2;
