@@ -144,6 +144,7 @@ counters! {
     CommitWithoutShift, "commit_without_shift", "copies kept out of the kernel because their sequence numbers are shifted and by how much is not known";
     CommitWithoutLabels, "commit_without_labels", "entries without room for their labels: no rule of this host uses labels";
     CommitMissing, "commit_missing", "gauge: copies, and connections taken over, that the kernel does not have; they are tried again";
+    CommitOwedFull, "commit_owed_full", "connections taken over without an entry that are not tried again, because too many are: their own traffic or the next sweep decides";
     CommitErrors, "commit_errors", "commits that the kernel refused";
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";

@@ -115,6 +115,8 @@ impl Replica<'_> {
     pub(super) fn owe(&mut self, now: Time, slot: u32) {
         if self.owed.len() < OWED_MAX {
             self.owed.push_back((slot, self.table.line(slot).generation(), now));
+        } else {
+            self.counters.count(Counter::CommitOwedFull);
         }
     }
 
