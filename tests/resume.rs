@@ -178,6 +178,29 @@ fn killed_twice_between_any_two_stores_the_history_still_adds_up() {
     }
 }
 
+/// What is lent stands in the history before the slots say so and before it is counted: if that datagram is given up
+/// when the process is back, no more is counted off than was counted.
+#[cfg(feature = "mutations")]
+#[test]
+fn killed_while_it_lends_its_first_slots_it_counts_them_right() {
+    let mut killed = 0;
+    for n in 0..300u64 {
+        let memories = memories(4);
+        let mut world = pair(1, &memories, 1);
+        world.host(2).doomed = Some(n);
+        world.open_at(1); // For its copy 1 asks 2 for slots.
+        world.run_for(ms(60));
+        world.host(2).doomed = None;
+        match world.hosts[&2].running {
+            true => world.kill(2),
+            false => killed += 1,
+        }
+        world.resume(2);
+        settle(&mut world);
+    }
+    assert!(killed > 100, "only {killed} were killed in the middle of something");
+}
+
 /// A start that is killed leaves behind what the next one can take up.
 #[cfg(feature = "mutations")]
 #[test]

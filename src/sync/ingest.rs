@@ -140,9 +140,6 @@ impl Replica<'_> {
                 if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
-                if let Some(extra) = &new_extra {
-                    self.table.set_extra(slot, extra);
-                }
                 self.table.update(slot, |line| {
                     line.set_state(&new);
                     if presumed {
@@ -152,6 +149,10 @@ impl Replica<'_> {
                         line.set_stamp(line.stamp().changed());
                     }
                 });
+                // Behind its stamp: the source tells again what is not here, and that is a further change.
+                if let Some(extra) = &new_extra {
+                    self.table.set_extra(slot, extra);
+                }
             }
             Kind::Backup => {
                 // First the claim with its stamp: no state is ever seen under the stamp of another one.

@@ -209,6 +209,7 @@ impl<'m> Replica<'m> {
             if durable.life() == 0 && durable.peer_life() == 0 {
                 continue;
             }
+            durable.resume_floor();
             let floor = durable.floor();
             let s = &mut self.streams[stream];
             // It says skip and ack until the peer has answered: so both know at once where they stand.

@@ -154,9 +154,10 @@ impl Durable<'_> {
         self.set(WORD_GRANTED_BY_US, self.granted_by_us() + n);
     }
 
-    /// A slot granted to the peer was taken back before it could know.
+    /// A slot granted to the peer was taken back before it could know. (A process that was killed when it had lent a slot
+    /// and not yet counted it leaves the count one too low: that is one slot more for the peer.)
     pub fn sub_granted_by_us(&self) {
-        self.set(WORD_GRANTED_BY_US, self.granted_by_us() - 1);
+        self.set(WORD_GRANTED_BY_US, self.granted_by_us().saturating_sub(1));
     }
 
     /// The life of the sending half; 0 before the first.
@@ -254,6 +255,12 @@ impl Durable<'_> {
         let (word, bit) = Self::bit(seq);
         self.set(word, self.get(word) | bit);
         self.advance(floor);
+    }
+
+    /// A process that was killed may have noted a number as received and not have moved the floor over it. It would be
+    /// repeated for ever, and never received again.
+    pub fn resume_floor(&self) {
+        self.advance(self.receive_floor());
     }
 
     /// Moves the floor to at least `to`: the sender does not wait for what is missing below.

@@ -540,8 +540,8 @@ impl Replica<'_> {
                 line.set_peer(lessee);
                 line.set_life(durable.peer_life());
             });
+            durable.add_granted_by_us(1);
         }
-        durable.add_granted_by_us(count);
         self.streams[stream].grant_due -= count;
         self.counters.add(Counter::LeasesGranted, count);
     }

@@ -42,6 +42,8 @@ struct Seen {
     active: MemberId,
     /// Where its newest state was acknowledged last.
     acknowledged: Option<Coordinate>,
+    /// Whether its process was killed since: a copy may be half overwritten, by what was not acknowledged yet.
+    torn: bool,
     connection: Connection,
 }
 
@@ -75,6 +77,12 @@ impl Checks {
     pub fn forget(&mut self, member: MemberId) {
         self.seen.retain(|(m, _), _| *m != member);
         self.newest.retain(|(from, ..), _| *from != member);
+    }
+
+    /// A process that was killed goes on with its memory.
+    pub fn resumed(&mut self, member: MemberId) {
+        let of_member = self.seen.iter_mut().filter(|((m, _), _)| *m == member);
+        of_member.flat_map(|(_, slots)| slots.iter_mut().flatten()).for_each(|seen| seen.torn = true);
     }
 
     /// What holds after every step.
@@ -141,8 +149,14 @@ impl Checks {
             let acknowledged = seen[slot as usize]
                 .filter(|s| s.generation == line.generation())
                 .and_then(|s| s.acknowledged);
-            let mut now =
-                Seen { acknowledged, active, generation: line.generation(), stamp: line.stamp(), connection };
+            let mut now = Seen {
+                acknowledged,
+                active,
+                generation: line.generation(),
+                stamp: line.stamp(),
+                torn: false,
+                connection,
+            };
             if let Some(before) = seen[slot as usize] {
                 newer_stays(member, slot, &before, &now)?;
             }
@@ -421,7 +435,7 @@ fn newer_stays(member: MemberId, slot: u32, before: &Seen, now: &Seen) -> Result
         "an older stamp"
     } else if serials(old).iter().zip(serials(new)).any(|(old, new)| new < *old) {
         "an older state"
-    } else if now.stamp == before.stamp && old != new {
+    } else if now.stamp == before.stamp && old != new && !before.torn {
         "another state under the same stamp"
     } else {
         return Ok(());

@@ -463,6 +463,7 @@ impl<'m> Sim<'m> {
         }
         self.run_for(span, true)?;
         self.world.resume(victim);
+        self.checks.resumed(victim);
         let owned = self.truth.open.iter().filter(|(_, open)| open.owner == Some(victim));
         let mut tuples: Vec<Tuple> = owned.map(|(tuple, _)| *tuple).collect();
         for shard in &self.world.hosts[&victim].shards {
