@@ -162,8 +162,30 @@ impl Handover {
         if !self.waits.load(Ordering::Acquire) {
             return None;
         }
-        let renewal = self.renewal.try_lock().ok()?.take();
+        let mut place = self.renewal.try_lock().ok()?;
+        // Within the lock: what is put afterwards waits again.
         self.waits.store(false, Ordering::Relaxed);
-        renewal
+        place.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file() -> Option<OwnedFd> {
+        std::fs::File::open("/dev/null").ok().map(OwnedFd::from)
+    }
+
+    #[test]
+    fn a_renewal_is_taken_once_and_what_was_not_taken_is_not_lost() {
+        let handover = Handover::default();
+        assert!(handover.take().is_none());
+        handover.put(Renewal { interface: 7, receiver: file(), group: None });
+        handover.put(Renewal { interface: 9, receiver: None, group: file() });
+        let renewal = handover.take().expect("it was left here");
+        assert_eq!(renewal.interface, 9, "the newest");
+        assert!(renewal.receiver.is_some() && renewal.group.is_some(), "the sockets of both");
+        assert!(handover.take().is_none());
     }
 }
