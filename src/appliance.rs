@@ -3,7 +3,6 @@
 
 #![allow(unsafe_code)]
 
-use std::net::IpAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -24,7 +23,7 @@ use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, Shared};
-use crate::net::{self, Interface, NetError, Port, PortConfig};
+use crate::net::{Handover, Interface, Link, LinkConfig, NetError, Port, PortConfig, Receivers, Renewal};
 use crate::notify::Notifier;
 use crate::restart;
 use crate::ring::RingError;
@@ -45,6 +44,12 @@ const COMPARE: Duration = Duration::from_secs(1);
 /// How long to wait for what the kernel has not yet taken back from a process that was just killed, or has
 /// restarted: its port, its locked memory.
 const KERNEL_PATIENCE: Duration = Duration::from_secs(1);
+
+/// How often the sync link is looked at before it is there.
+const LINK_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often the multicast group is joined again at most while nobody is heard.
+const REJOIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// This host's addresses, kept up to date by the main thread for every shard.
 static ADDRESSES: LocalAddresses = LocalAddresses::new();
@@ -97,6 +102,9 @@ fn usage(e: impl std::fmt::Display) -> Failure {
 struct Parts<'b> {
     shard: u8,
     receiver: OwnedFd,
+    /// Of shard 0: the multicast group's socket.
+    group: Option<OwnedFd>,
+    interface: u32,
     committer: Option<Committer>,
     may_be_unheard: bool,
     port_ids: Vec<u32>,
@@ -127,16 +135,10 @@ impl Gate {
 fn start(config: &Config) -> Result<End, Failure> {
     let options = &config.options;
     raise_file_limit();
-    let owner = net::interface_of(options.sync).map_err(usage)?;
-    let interface = match &options.interface {
-        Some(name) => Interface::named(name).map_err(usage)?,
-        None => owner,
-    };
-    interface.check_mtu().map_err(usage)?;
-    // First the lock, then the port, which a second process could join in silence; then the kernel, and then
+    // First the lock, then the sync link and the port, which a second process could join in silence; then the kernel, and then
     // the region, so that a start that cannot succeed leaves the old one, and what it says of sysctls, in its place.
     let place = Place::claim(&options.shm).map_err(usage)?;
-    let receivers = bind(options.sync, config.shards).map_err(usage)?;
+    let Some((link, receivers)) = wait_for_link(config).map_err(usage)? else { return Ok(End::Left) };
     let is_kernel = options.source == SourceKind::Kernel;
     let mut committers = Vec::new();
     let mut may_be_unheard = false;
@@ -167,7 +169,7 @@ fn start(config: &Config) -> Result<End, Failure> {
             None
         }
     };
-    let outcome = serve(config, &region, origin, &interface, receivers, committers, may_be_unheard);
+    let outcome = serve(config, &region, origin, link, receivers, committers, may_be_unheard);
     // Who restarts leaves them to the next process, with the record of what they were.
     if !matches!(outcome, Ok(End::Restart))
         && let Some(changed) = changed
@@ -200,16 +202,47 @@ fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>)
     }
 }
 
-/// The receive sockets. After a crash the kernel lets go of the old ring's sockets only a moment after
-/// the process is gone: whoever starts us again at once must not be refused for that.
-fn bind(sync: IpAddr, shards: u8) -> Result<Vec<OwnedFd>, NetError> {
-    let end = Instant::now() + KERNEL_PATIENCE;
+/// The sync link with its receive sockets, as soon as it is there: at boot, interfaces and addresses may come later than
+/// this process. `None`: it was told to end while it waited.
+///
+/// After a crash the kernel lets go of the old ring's sockets only a moment after the process is gone: whoever starts
+/// us again at once must not be refused for that.
+fn wait_for_link(config: &Config) -> Result<Option<(Link, Receivers)>, NetError> {
+    let link = LinkConfig {
+        local: config.sync,
+        interface: config.interface.clone(),
+        multicast: config.multicast,
+        udp_port: crate::ccp::UDP_PORT,
+        shards: config.shards,
+    };
+    let mut in_use_since = None;
+    let mut told = None;
     loop {
-        match net::bind_group(sync, crate::ccp::UDP_PORT, shards) {
-            Err(NetError::PortInUse(_)) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(10));
+        let pause = match Link::open(link.clone()) {
+            Err(NetError::PortInUse(_))
+                if in_use_since.get_or_insert_with(Instant::now).elapsed() < KERNEL_PATIENCE =>
+            {
+                Duration::from_millis(10)
             }
-            other => return other,
+            Err(e) if e.can_come_right() => {
+                if told.as_ref() != Some(&e) {
+                    log::warn!("waiting for the sync link, not ready: {e}; it goes on by itself then");
+                    told = Some(e);
+                }
+                LINK_PAUSE
+            }
+            Ok(link) => {
+                if told.is_some() {
+                    log::info!("the sync link is there, on {}: going on", link.0.interface().name);
+                }
+                return Ok(Some(link));
+            }
+            Err(e) => return Err(e),
+        };
+        // There is nothing yet that SIGHUP could hand on.
+        if matches!(wait_for_signal(pause), Some(libc::SIGTERM | libc::SIGINT)) {
+            log::info!("told to end while it waited for the sync link");
+            return Ok(None);
         }
     }
 }
@@ -218,13 +251,16 @@ fn serve(
     config: &Config,
     region: &Region,
     origin: Option<String>,
-    interface: &Interface,
-    receivers: Vec<OwnedFd>,
+    link: Link,
+    receivers: Receivers,
     committers: Vec<Committer>,
     may_be_unheard: bool,
 ) -> Result<End, Failure> {
     let options = &config.options;
-    let shared = Arc::new(Shared::default());
+    let renewals = (0..config.shards).map(|_| Handover::default()).collect();
+    let shared = Arc::new(Shared { renewals, ..Shared::default() });
+    let interface = link.interface().clone();
+    let Receivers { shards: receivers, mut group } = receivers;
     let (notifier, notify_thread) =
         Notifier::start(options.notify.clone(), options.notify_limit).map_err(usage)?;
     let port_ids: Vec<u32> = committers.iter().map(Committer::port_id).collect();
@@ -247,6 +283,8 @@ fn serve(
         .map(|(shard, ((receiver, strays), gate))| Parts {
             shard: shard as u8,
             receiver,
+            group: group.take(),
+            interface: interface.index,
             committer: committers.next(),
             may_be_unheard,
             port_ids: port_ids.clone(),
@@ -264,7 +302,7 @@ fn serve(
             let (shared_here, notifier) = (&*shared, notifier.clone());
             let thread =
                 std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(scope, move || {
-                    let result = run_shard(config, region, shared_here, notifier, interface, parts);
+                    let result = run_shard(config, region, shared_here, notifier, parts);
                     if result.is_err() {
                         shared_here.failed.store(true, Ordering::Relaxed);
                     }
@@ -290,7 +328,7 @@ fn serve(
                 options.group,
                 config.shards,
                 config.sizes.memory.capacity,
-                options.sync,
+                config.sync,
                 interface.name,
                 region.header().table_id
             );
@@ -299,7 +337,7 @@ fn serve(
                 // There is room for the word; an error means that the thread panicked, which `join` tells.
                 let _ = go.send(());
             }
-            attend(config, region, &shared);
+            attend(config, region, &shared, link, &bells);
         }
         drop(goes);
         let failures: Vec<String> = threads
@@ -351,16 +389,23 @@ impl Drop for FailOnPanic<'_> {
 
 /// The shard's port. The kernel unlocks the memory of the last process's ring only a moment after that is gone: who
 /// goes on with its table waits for it.
-fn open_port<'m>(config: &PortConfig<'m>, receiver: OwnedFd, is_resumed: bool) -> Result<Port<'m>, NetError> {
-    let end = Instant::now() + KERNEL_PATIENCE;
-    loop {
-        // Another descriptor of the same socket, for it goes with a port that could not be made.
-        let again = receiver.try_clone().map_err(|e| NetError::Socket {
+fn open_port<'m>(
+    config: &PortConfig<'m>,
+    receiver: OwnedFd,
+    group: Option<OwnedFd>,
+    is_resumed: bool,
+) -> Result<Port<'m>, NetError> {
+    // Another descriptor of the same socket, for it goes with a port that could not be made.
+    let again = |fd: &OwnedFd| {
+        fd.try_clone().map_err(|e| NetError::Socket {
             what: "keep the receive socket",
             address: config.local,
             errno: e.raw_os_error().unwrap_or(libc::EIO),
-        })?;
-        match Port::new(config, again) {
+        })
+    };
+    let end = Instant::now() + KERNEL_PATIENCE;
+    loop {
+        match Port::new(config, again(&receiver)?, group.as_ref().map(again).transpose()?) {
             Err(NetError::Ring(RingError::MemoryLock { .. })) if is_resumed && Instant::now() < end => {
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -374,28 +419,41 @@ fn run_shard(
     region: &Region,
     shared: &Shared,
     notifier: Notifier,
-    interface: &Interface,
     parts: Parts<'_>,
 ) -> Result<(), String> {
     let _guard = FailOnPanic(shared);
     let options = &config.options;
-    let Parts { shard, receiver, committer, may_be_unheard, port_ids, strays, handover, bells, gate } = parts;
+    let Parts {
+        shard,
+        receiver,
+        group,
+        interface,
+        committer,
+        may_be_unheard,
+        port_ids,
+        strays,
+        handover,
+        bells,
+        gate,
+    } = parts;
     pin(shard);
     let header = region.header();
     let memory = region.shard(shard);
     let mut port = open_port(
         &PortConfig {
-            local: options.sync,
+            local: config.sync,
             shard,
             udp_port: crate::ccp::UDP_PORT,
-            multicast: config.multicast.map(|group| (group, interface.name.clone())),
-            heartbeat_peers: options.peer.clone(),
+            interface,
+            multicast: config.multicast,
+            heartbeat_peers: config.peers.clone(),
             arena: memory.arena,
             send: options.send,
             features: options.features,
             receive_buffers: 32,
         },
         receiver,
+        group,
         region.is_resumed(),
     )
     .map_err(|e| e.to_string())?;
@@ -462,7 +520,7 @@ fn run_shard(
         let settle = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        let hearing = Hearing::new(options.peer.clone(), settle, now);
+        let hearing = Hearing::new(config.peers.clone(), settle, now);
         Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
@@ -485,8 +543,9 @@ fn run_shard(
     }
 }
 
-/// Waits for signals; keeps the list of this host's addresses.
-fn attend(config: &Config, region: &Region, shared: &Shared) {
+/// Waits for signals; keeps the list of this host's addresses, and an eye on the sync link.
+fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, bells: &[Bell]) {
+    let mut attendant = LinkAttendant { link, joined: Instant::now(), told: None };
     let mut asked = false;
     let mut told = None;
     while !shared.finished.load(Ordering::Relaxed) && !shared.failed.load(Ordering::Relaxed) {
@@ -509,12 +568,51 @@ fn attend(config: &Config, region: &Region, shared: &Shared) {
                 shared.stop.store(true, Ordering::Relaxed);
             }
         }
+        attendant.look(shared, bells);
         if config.options.source == SourceKind::Kernel {
             let trouble = ADDRESSES.refresh().err();
             if let Some(e) = trouble.as_ref().filter(|_| trouble != told) {
                 log::warn!("{e}");
             }
             told = trouble;
+        }
+    }
+}
+
+/// The main thread's eye on the sync link.
+struct LinkAttendant {
+    link: Link,
+    /// When its sockets were made.
+    joined: Instant,
+    told: Option<NetError>,
+}
+
+impl LinkAttendant {
+    /// If the link was made anew, or nobody is heard, every shard gets new sockets.
+    fn look(&mut self, shared: &Shared, bells: &[Bell]) {
+        let before = self.link.interface().index;
+        let deaf = shared.deaf.load(Ordering::Relaxed) && self.joined.elapsed() >= REJOIN_PAUSE;
+        let Receivers { shards, mut group } = match self.link.renew(deaf) {
+            Ok(None) => return,
+            Ok(Some(receivers)) => receivers,
+            Err(e) if e.can_come_right() => return, // Nothing is lost yet that could be had again.
+            Err(e) => {
+                if self.told.as_ref() != Some(&e) {
+                    log::error!("the sync link: {e}");
+                    self.told = Some(e);
+                }
+                return;
+            }
+        };
+        (self.joined, self.told) = (Instant::now(), None);
+        let Interface { name, index, .. } = self.link.interface();
+        if *index != before {
+            log::info!("the sync link, {name}, was made anew: listening there again");
+        }
+        let mut receivers = shards.into_iter();
+        for (handover, bell) in shared.renewals.iter().zip(bells) {
+            handover.put(Renewal { interface: *index, receiver: receivers.next(), group: group.take() });
+            bell.ring();
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::limits::{
     MEMBERS_MAX, PEERS_MAX, SHARDS_MAX, SLOTS_MAX, SLOTS_MIN,
 };
 use crate::memory::MemorySize;
-use crate::net::SendMode;
+use crate::net::{ScopedAddress, SendMode};
 use crate::ring::Features;
 use crate::rules::Rules;
 use crate::shm::Sizes;
@@ -33,18 +33,18 @@ pub struct RunOptions {
     /// this member's number in the group, 1 to 52
     #[argh(option)]
     pub member: u8,
-    /// this member's address on the sync link
+    /// this member's address on the sync link; a link-local one with --interface or as fe80::1%INTERFACE
     #[argh(option)]
-    pub sync: IpAddr,
+    pub sync: ScopedAddress,
     /// the sync link's interface (default: the one that has the sync address)
     #[argh(option)]
     pub interface: Option<String>,
     /// multicast group of the heartbeats (default 224.0.0.116 unless peers are given)
     #[argh(option)]
-    pub multicast: Option<IpAddr>,
+    pub multicast: Option<ScopedAddress>,
     /// sync address of another member; once for each of them, in place of multicast
     #[argh(option)]
-    pub peer: Vec<IpAddr>,
+    pub peer: Vec<ScopedAddress>,
     /// threads, each with its slice of the table, 1 to 64; members may differ (default: processors, at most 8)
     #[argh(option)]
     pub shards: Option<u8>,
@@ -196,6 +196,12 @@ pub struct Config {
     pub options: RunOptions,
     /// Threads.
     pub shards: u8,
+    /// This member's address on the sync link.
+    pub sync: IpAddr,
+    /// The sync link's interface, if it was named in any way.
+    pub interface: Option<String>,
+    /// The peers that were named.
+    pub peers: Vec<IpAddr>,
     /// The multicast group, if heartbeats go to one.
     pub multicast: Option<IpAddr>,
     /// When copies are written to the kernel.
@@ -259,9 +265,11 @@ impl Config {
         if let Some(extras) = o.extras {
             within("extras", extras as u64, 1, o.capacity as u64)?;
         }
-        if o.sync.is_unspecified() || o.sync.is_multicast() {
-            return Err(format!("--sync {} is no address of this host", o.sync));
+        let sync = o.sync.ip;
+        if sync.is_unspecified() || sync.is_multicast() {
+            return Err(format!("--sync {sync} is no address of this host"));
         }
+        let interface = sync_interface(o)?;
         if o.peer.len() > PEERS_MAX {
             return Err(format!(
                 "{} peers are too many: a group has at most {MEMBERS_MAX} members",
@@ -274,22 +282,21 @@ impl Config {
                     .into(),
             );
         }
-        if let Some(address) = o.peer.iter().find(|a| **a == o.sync || a.is_ipv4() != o.sync.is_ipv4()) {
+        let peers: Vec<IpAddr> = o.peer.iter().map(|peer| peer.ip).collect();
+        if let Some(address) = peers.iter().find(|a| **a == sync || a.is_ipv4() != sync.is_ipv4()) {
             return Err(format!(
-                "--peer {address} does not fit --sync {}: another address of the same family",
-                o.sync
+                "--peer {address} does not fit --sync {sync}: another address of the same family"
             ));
         }
-        let multicast = match o.multicast {
-            Some(address) if !address.is_multicast() || address.is_ipv4() != o.sync.is_ipv4() => {
+        let multicast = match o.multicast.as_ref().map(|group| group.ip) {
+            Some(address) if !address.is_multicast() || address.is_ipv4() != sync.is_ipv4() => {
                 return Err(format!(
-                    "--multicast {address} is no multicast address of the family of --sync {}",
-                    o.sync
+                    "--multicast {address} is no multicast address of the family of --sync {sync}"
                 ));
             }
             Some(address) => Some(address),
             None if !o.peer.is_empty() => None,
-            None if o.sync.is_ipv4() => Some(DEFAULT_MULTICAST),
+            None if sync.is_ipv4() => Some(DEFAULT_MULTICAST),
             None => {
                 return Err(
                     "with an IPv6 --sync address, name --multicast (ff02::74, say) or every --peer".into()
@@ -316,12 +323,33 @@ impl Config {
         }
         Ok(Config {
             shards,
+            sync,
+            interface,
+            peers,
             multicast,
             commit,
             rules,
             sizes: Sizes { shards, memory, ring_records: o.ring },
             options,
         })
+    }
+}
+
+/// The name of the sync link's interface: that of `--interface`, and of whatever stands behind a `%`.
+fn sync_interface(options: &RunOptions) -> Result<Option<String>, String> {
+    let addresses = [("--sync", &options.sync)].into_iter();
+    let addresses = addresses.chain(options.multicast.iter().map(|group| ("--multicast", group)));
+    let addresses = addresses.chain(options.peer.iter().map(|peer| ("--peer", peer)));
+    let named = options.interface.iter().map(|name| (format!("--interface {name}"), name));
+    let scopes =
+        addresses.filter_map(|(flag, address)| Some((format!("{flag} {address}"), address.scope.as_ref()?)));
+    let mut all = named.chain(scopes);
+    let Some((first, interface)) = all.next() else { return Ok(None) };
+    match all.find(|(_, name)| *name != interface) {
+        None => Ok(Some(interface.clone())),
+        Some((other, _)) => {
+            Err(format!("{first} and {other} contradict each other: the sync link is one interface"))
+        }
     }
 }
 

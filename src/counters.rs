@@ -108,6 +108,12 @@ counters! {
     Declined, "declined", "gauge: connections whose backup's kernel does not have them; they count as exposed";
     DeclinedByPeer, "declined_by_peer", "times that a backup said that its kernel does not have a copy";
     RefusedByPeer, "refused_by_peer", "new connections that a backup refused";
+    ReceiveTrains, "receive_trains", "receives of one datagram, or of a train of them at once";
+    ReceiveCut, "receive_cut", "receives dropped because a datagram in them was cut";
+    ReceiveSenseless, "receive_senseless", "receives dropped because they made no sense";
+    ReceiveNoBuffer, "receive_no_buffer", "times that every receive buffer was in use, so that datagrams waited in the socket";
+    ReceiveErrors, "receive_errors", "receives that failed";
+    ReceiveDrops, "receive_drops", "datagrams that the kernel dropped because a receive socket was full, looked at once a second";
     Strays, "strays", "datagrams that arrived at the wrong shard and were handed over";
 
     // Datagrams that were ignored, by reason.
@@ -129,8 +135,12 @@ counters! {
     // The group.
     HeartbeatsSent, "heartbeats_sent", "heartbeats sent";
     HeartbeatsReceived, "heartbeats_received", "heartbeats accepted";
-    DuplicateMember, "duplicate_member", "heartbeats of another host with this member's number";
+    DuplicateMember, "duplicate_member", "heartbeats of another host with this member's number, or of a second one with another's";
     MembersDied, "members_died", "members found dead";
+    LinkRenewals, "link_renewals", "times that the sync link's sockets were made anew: the interface is another, or nobody was heard by multicast";
+    NoticesLost, "notices_lost", "events that the notify command was not called for, because it is so far behind";
+    NoticesFailed, "notices_failed", "calls of the notify command that could not be made, failed, or were killed after --notify-limit";
+    LogLinesLost, "log_lines_lost", "log lines that did not fit the queue";
 
     // The kernel.
     Commits, "commits", "copies written to the kernel";

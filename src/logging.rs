@@ -117,6 +117,11 @@ fn write(items: &Receiver<Item>) {
     }
 }
 
+/// Lines that did not fit the queue, since the start.
+pub fn lost() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
+
 /// Starts logging, at the level that RUST_LOG asks for (info by default).
 pub fn start() {
     let (queue, items) = sync_channel(LOG_QUEUE);

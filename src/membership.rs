@@ -13,10 +13,10 @@ use crate::group::readiness::{Own, Readiness, Stage};
 use crate::group::view::{Status, View};
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
-use crate::net::{Port, Refusals, Target};
+use crate::net::{Handover, Port, Refusals, Target};
 use crate::notify::Notifier;
 use crate::shm::Region;
-use crate::shm::group::Standing;
+use crate::shm::group::{Standing, Troubles};
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -44,6 +44,10 @@ pub struct Shared {
     pub complete: AtomicU8,
     /// What was told of sends that this host refuses.
     pub refusals: Refusals,
+    /// New receive sockets for each shard, when the sync link was made anew.
+    pub renewals: Vec<Handover>,
+    /// Nobody is heard, this member's own heartbeats to the multicast group included: it should be joined again.
+    pub deaf: AtomicBool,
 }
 
 /// Shard 0's view of the group, and its duties.
@@ -58,6 +62,8 @@ pub struct Membership<'m> {
     shards: u8,
     me: MemberId,
     readiness: Readiness,
+    /// The dead time.
+    settle: Duration,
     /// The version of the group with which each member came: what shards say of it counts from then on.
     came_with: Vec<u64>,
     dead: Vec<(MemberId, u64)>,
@@ -66,6 +72,8 @@ pub struct Membership<'m> {
     goodbye_at: Time,
     announced: bool,
     published: View,
+    /// What was counted of what other threads count: notices lost and failed, log lines lost.
+    counted: [u64; 3],
 }
 
 impl<'m> Membership<'m> {
@@ -95,12 +103,14 @@ impl<'m> Membership<'m> {
             shards: region.header().sizes.shards,
             me,
             readiness: Readiness::new(settle, now),
+            settle,
             came_with: vec![0; MEMBERS_MAX + 1],
             dead: Vec::with_capacity(MEMBERS_MAX),
             leaving_since: None,
             goodbyes_said: 0,
             goodbye_at: Time(0),
             announced: false,
+            counted: [0; 3],
         };
         if region.is_resumed() {
             membership.remember(now);
@@ -182,6 +192,7 @@ impl<'m> Membership<'m> {
             }
         }
         self.tell_dead();
+        self.count_lost();
         self.tell_troubles(now);
         self.review_readiness(now);
         self.region.group().version() != before
@@ -219,6 +230,21 @@ impl<'m> Membership<'m> {
         });
     }
 
+    /// What other threads could not say, into this shard's counters.
+    fn count_lost(&mut self) {
+        let notices = self.notifier.counts();
+        let now = [
+            notices.lost.load(Ordering::Relaxed),
+            notices.failed.load(Ordering::Relaxed),
+            crate::logging::lost(),
+        ];
+        let counters = [Counter::NoticesLost, Counter::NoticesFailed, Counter::LogLinesLost];
+        for ((counter, now), before) in counters.into_iter().zip(now).zip(self.counted) {
+            self.counters.add(counter, now - before);
+        }
+        self.counted = now;
+    }
+
     /// Whoever leaves need not be heard any more.
     fn tell_troubles(&mut self, now: Time) {
         if self.leaving_since.is_some() {
@@ -227,7 +253,8 @@ impl<'m> Membership<'m> {
         let (group, seconds) = (self.group_number, self.hearing.expected().as_secs());
         let group_now = &self.group;
         let only_small = |member| group_now.hears_only_small(now, member);
-        self.hearing.tick(now, group_now.view(), &only_small, &mut |trouble| match trouble {
+        let own_heard = group_now.own_heard();
+        self.hearing.tick(now, group_now.view(), own_heard, &only_small, &mut |trouble| match trouble {
             Trouble::NotHeardBy { member, address } => log::warn!(
                 "member {member} at {address} does not hear this member: UDP port 8116 is blocked on the way \
                  there (this host's output, the network, or that host's input rules), or passes small datagrams only, \
@@ -245,7 +272,30 @@ impl<'m> Membership<'m> {
                 "alone in group {group} so far: no heartbeat of another member in {seconds} s; none is running, \
                  or multicast to UDP port 8116 does not get here"
             ),
+            Trouble::Nobody => log::warn!(
+                "no heartbeat of any other member of group {group}: nothing is copied as long as that lasts; are they \
+                 running, and is the sync link well?"
+            ),
+            Trouble::Deaf => log::warn!(
+                "no heartbeat of group {group} arrives, not even this member's own to the multicast group: is the sync \
+                 link up, and does this host's packet filter let UDP port 8116 in and out there? Nothing is copied \
+                 as long as that lasts"
+            ),
         });
+        self.shared.deaf.store(self.hearing.is_deaf(), Ordering::Relaxed);
+    }
+
+    /// The other host with this member's number, if it keeps this one from being ready. One that is ready waits for what
+    /// the others say.
+    fn namesake(&self, now: Time) -> Option<IpAddr> {
+        let patience = match self.readiness.stage() {
+            Stage::Ready => self.settle,
+            Stage::Starting | Stage::Syncing => Duration::ZERO,
+        };
+        self.group
+            .namesake(now)
+            .filter(|(_, since)| now.since(*since) >= patience)
+            .map(|(address, _)| address)
     }
 
     /// Moves on towards being ready.
@@ -259,8 +309,20 @@ impl<'m> Membership<'m> {
             version: self.region.group().version(),
             settled: self.settled_version(),
         };
+        let namesake = self.namesake(now);
+        let line = self.region.group().shard(0);
+        if namesake.is_some() {
+            if self.readiness.dispute(now) {
+                self.notifier.tell("self-not-ready", self.me);
+            }
+            line.set_standing(Standing::Starting);
+        }
+        line.set_troubles(&Troubles {
+            lonely: self.hearing.is_lonely(),
+            deaf: self.hearing.is_deaf(),
+            namesake,
+        });
         while let Some(stage) = self.readiness.tick(now, self.group.view(), &own) {
-            let line = self.region.group().shard(0);
             match stage {
                 Stage::Starting => {}
                 Stage::Syncing => line.set_standing(Standing::Syncing),

@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -24,9 +26,21 @@ pub struct Notice {
     pub member: MemberId,
 }
 
+/// What did not reach the command, since the start.
+#[derive(Default)]
+pub struct NoticeCounts {
+    /// Notices that found the queue full.
+    pub lost: AtomicU64,
+    /// Calls that could not be made, failed, or were killed.
+    pub failed: AtomicU64,
+}
+
 /// The shard's end: never blocks.
 #[derive(Clone)]
-pub struct Notifier(SyncSender<Notice>);
+pub struct Notifier {
+    queue: SyncSender<Notice>,
+    counts: Arc<NoticeCounts>,
+}
 
 impl Notifier {
     /// Starts the thread that logs every notice and runs the command, if there is one.
@@ -35,29 +49,40 @@ impl Notifier {
         limit: Duration,
     ) -> io::Result<(Notifier, std::thread::JoinHandle<()>)> {
         let (sender, receiver) = sync_channel(NOTIFY_QUEUE);
+        let counts = Arc::<NoticeCounts>::default();
+        let counts_there = counts.clone();
         let thread = std::thread::Builder::new()
             .name("notify".into())
-            .spawn(move || work(&receiver, command.as_ref(), limit))?;
-        Ok((Notifier(sender), thread))
+            .spawn(move || work(&receiver, command.as_ref(), limit, &counts_there))?;
+        Ok((Notifier { queue: sender, counts }, thread))
     }
 
     /// Queues a notice. If the command is so far behind that the queue is full, it is lost, and the
     /// log says so.
     pub fn tell(&self, event: &'static str, member: MemberId) {
-        match self.0.try_send(Notice { event, member }) {
+        match self.queue.try_send(Notice { event, member }) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(notice)) => {
+                self.counts.lost.fetch_add(1, Ordering::Relaxed);
                 log::error!("the notify command is too slow: {notice:?} is lost")
             }
         }
     }
+
+    /// What did not reach the command so far.
+    pub fn counts(&self) -> &NoticeCounts {
+        &self.counts
+    }
 }
 
-fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration) {
+fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration, counts: &NoticeCounts) {
     for Notice { event, member } in notices {
         log::info!("{event} {member}");
         let Some(command) = command else { continue };
         let outcome = spawn(command, event, member).and_then(|child| wait(child, limit));
+        if !matches!(&outcome, Ok(Some(status)) if status.success()) {
+            counts.failed.fetch_add(1, Ordering::Relaxed);
+        }
         match outcome {
             Ok(Some(status)) if status.success() => {}
             Ok(Some(status)) => log::warn!("{} {event} {member}: {status}", command.display()),
@@ -124,8 +149,11 @@ mod tests {
         notifier.tell("member-up", 2);
         notifier.tell("member-ready", 2);
         notifier.tell("member-dead", 3);
+        let counts = notifier.counts.clone();
         drop(notifier);
         thread.join().unwrap();
+        let counted = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!((counted(&counts.failed), counted(&counts.lost)), (1, 0), "the one that was killed");
         let said = std::fs::read_to_string(&out).unwrap();
         assert_eq!(said, "member-up 2\nmember-ready 2\nmember-dead 3\n");
         assert!(

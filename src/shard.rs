@@ -20,7 +20,7 @@ use crate::group::view::View;
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS_MAX};
 use crate::logging::Sparse;
 use crate::membership::{Membership, Shared};
-use crate::net::{Event, NetError, Port, Target};
+use crate::net::{Event, NetError, Port, PortCounts, Target};
 use crate::shm::Region;
 use crate::sync::stream::stream_member;
 use crate::sync::{Finding, Replica, Token};
@@ -35,6 +35,9 @@ const LATE: Duration = Duration::from_millis(10);
 const GATHER: Duration = Duration::from_micros(500);
 /// The longest wait: the words that ask the process to end are looked at this often.
 const WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// How often the receive sockets are asked what they dropped.
+const DROPS_PAUSE: Duration = Duration::from_secs(1);
 
 /// Copies that differ are named in the log at most this often.
 const DIFFERS_PAUSE: Duration = Duration::from_secs(1);
@@ -84,6 +87,10 @@ pub struct Shard<'m> {
     /// Whether a stream's socket could not be opened, and that was said, in this view.
     unopened: bool,
     last_pass: Time,
+    /// What the port had seen, as far as the counters say.
+    counted: PortCounts,
+    drops: u64,
+    drops_at: Time,
     /// Lines about copies that differ.
     differs: Sparse,
 }
@@ -127,6 +134,9 @@ impl<'m> Shard<'m> {
             torn_view: false,
             unopened: false,
             last_pass: Time(0),
+            counted: PortCounts::default(),
+            drops: 0,
+            drops_at: Time(0),
             differs: Sparse::new(DIFFERS_PAUSE),
         }
     }
@@ -149,6 +159,7 @@ impl<'m> Shard<'m> {
 
     /// Completions: buffers come back, sources wake.
     fn reap(&mut self, now: Time) {
+        self.follow_link();
         let Shard { port, replica, feed, watching, listening, bells, shard, .. } = self;
         port.reap(&mut |event| match event {
             Event::Sent { token, result } => replica.landed(Token(token), result < 0),
@@ -166,6 +177,20 @@ impl<'m> Shard<'m> {
             if let Some(line) = self.shared.refusals.note(now, to, errno) {
                 log::warn!("{line}");
             }
+        }
+    }
+
+    /// Takes the sockets of a sync link that was made anew.
+    fn follow_link(&mut self) {
+        let Some(renewal) = self.shared.renewals[self.shard as usize].take() else { return };
+        for stream in 0..STREAMS_MAX {
+            if self.open[stream].take().is_some() {
+                self.port.close(stream);
+            }
+        }
+        self.port.renew(renewal);
+        if self.membership.is_some() {
+            self.counters.count(Counter::LinkRenewals);
         }
     }
 
@@ -289,6 +314,7 @@ impl<'m> Shard<'m> {
     /// Words for the other shards and for inspectors.
     fn publish(&mut self, now: Time) {
         self.counters.count(Counter::Passes);
+        self.count_received(now);
         let status = self.region.group().shard(self.shard);
         status.set_last_pass(now);
         // Before the version: whoever sees that this view was acted on sees what became of it.
@@ -316,6 +342,23 @@ impl<'m> Shard<'m> {
         if took > self.longest {
             self.longest = took;
             self.counters.set(Counter::PassLongestUs, took.as_micros() as u64);
+        }
+    }
+
+    /// What the port has seen since the last time; what its sockets dropped costs system calls, so only now and then.
+    fn count_received(&mut self, now: Time) {
+        let counts = self.port.counts();
+        let before = std::mem::replace(&mut self.counted, counts);
+        self.counters.add(Counter::ReceiveTrains, counts.trains - before.trains);
+        self.counters.add(Counter::ReceiveCut, counts.truncated - before.truncated);
+        self.counters.add(Counter::ReceiveSenseless, counts.senseless - before.senseless);
+        self.counters.add(Counter::ReceiveNoBuffer, counts.no_buffer - before.no_buffer);
+        self.counters.add(Counter::ReceiveErrors, counts.receive_errors - before.receive_errors);
+        if self.drops_at.reached(now) {
+            self.drops_at = now.after(DROPS_PAUSE);
+            let drops = self.port.receive_drops();
+            self.counters.add(Counter::ReceiveDrops, drops.saturating_sub(self.drops));
+            self.drops = drops;
         }
     }
 

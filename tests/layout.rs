@@ -19,7 +19,7 @@ use hypersync::group::view::{Member, Status};
 use hypersync::limits::{ARENA_MIN, CONTROL_BUFFER_SIZE, CONTROL_BUFFERS, WINDOW};
 use hypersync::memory::{self, MemorySize};
 use hypersync::seq::Seq;
-use hypersync::shm::group::Standing;
+use hypersync::shm::group::{Standing, Troubles};
 use hypersync::shm::ingest::{Consumer, Producer};
 use hypersync::shm::layout::{VERSION, shard_layout};
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes, ask_back_within};
@@ -374,6 +374,8 @@ fn members_and_shards_stand_in_the_group_table_as_documented() {
     line.set_standing(Standing::Syncing);
     line.set_synced(1 << 52);
     line.set_awaited(6);
+    let namesake = Some("fe80::7".parse().expect("an address"));
+    line.set_troubles(&Troubles { lonely: true, deaf: false, namesake });
     let bytes = lab.read();
     let table = byte_of("The region", "group table");
     let (members, shards) =
@@ -417,6 +419,11 @@ fn members_and_shards_stand_in_the_group_table_as_documented() {
             ("standing", 3),
             ("synced", 1 << 52),
             ("awaited", 6),
+            ("namesake's family", 6),
+            ("deaf", 0),
+            ("lonely", 1),
+            ("namesake's address, low word", 7),
+            ("namesake's address, high word", 0xfe80 << 48),
         ],
     );
 }

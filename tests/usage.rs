@@ -1,5 +1,5 @@
 //! How the appliance meets its users: bad input, signals, events, two members with one number, members that
-//! do not hear each other, sysctls and stock Wireshark. Nothing here depends on how datagrams are sent.
+//! do not hear each other, sync links that come and go, sysctls and stock Wireshark. Nothing here depends on how datagrams are sent.
 
 #[path = "usage/bad_input.rs"]
 mod bad_input;
@@ -8,6 +8,8 @@ mod blocked;
 mod common;
 #[path = "usage/events.rs"]
 mod events;
+#[path = "usage/link.rs"]
+mod link;
 #[path = "usage/rules.rs"]
 mod rules;
 #[path = "usage/sysctls.rs"]

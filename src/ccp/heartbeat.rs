@@ -20,7 +20,8 @@
 //!  12  interval          u32 ms
 //!  16  dead after        u32 ms    72  synced    u64  bit m: member m has what it should have of mine
 //!                                  80  back in   u32  ms: about to restart, back within this; 0: not
-//!                                  84  4 bytes zero
+//!                                  84  accepted  u32  member << 24 | low bits of its incarnation: of two hosts
+//!                                                     with that number, the one that I hear; 0: no such two
 //! ```
 //!
 //! A heartbeat with `FULL_SIZE` is padded with zeros to the size of a full datagram.
@@ -89,8 +90,33 @@ pub struct Heartbeat {
     pub room: u64,
     /// Bit m set: member m has every copy that the sender wants it to have.
     pub synced: u64,
+    /// Two hosts have one number: which, and the low bits of the incarnation that the sender takes for that member.
+    pub accepted: Option<Accepted>,
     /// The sender is about to restart with its table and will be back within this time, ms. 0: it is not.
     pub back_ms: u32,
+}
+
+/// Whom a member hears of two hosts with one number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Accepted {
+    member: MemberId,
+    incarnation: u32,
+}
+
+impl Accepted {
+    /// This run of this member's process.
+    pub fn new(member: MemberId, incarnation: u64) -> Accepted {
+        Accepted { member, incarnation: incarnation as u32 & 0xff_ffff }
+    }
+
+    fn to_word(self) -> u32 {
+        (self.member as u32) << 24 | self.incarnation
+    }
+
+    fn from_word(word: u32) -> Option<Accepted> {
+        (word >> 24 != 0)
+            .then_some(Accepted { member: (word >> 24) as MemberId, incarnation: word & 0xff_ffff })
+    }
 }
 
 impl Heartbeat {
@@ -132,7 +158,7 @@ impl Heartbeat {
         w.put(&[0; 16]);
         w.u64(self.synced);
         w.u32(self.back_ms);
-        w.put(&[0; 4]);
+        w.u32(self.accepted.map_or(0, Accepted::to_word));
         if self.full_size {
             w.pad_to(DATAGRAM_MAX);
         }
@@ -172,6 +198,7 @@ impl Heartbeat {
             capacity: r.u64()?,
             room: r.u64()?,
             synced: 0,
+            accepted: None,
             back_ms: 0,
         };
         if r.u8()? != 0 {
@@ -180,7 +207,7 @@ impl Heartbeat {
         r.bytes(3 + 16)?;
         heartbeat.synced = r.u64()?;
         heartbeat.back_ms = r.u32()?;
-        r.bytes(4)?;
+        heartbeat.accepted = Accepted::from_word(r.u32()?);
         if heartbeat.full_size && len != DATAGRAM_MAX {
             return Err(Reject::Short);
         }
@@ -216,6 +243,7 @@ mod tests {
             capacity: 1_000_000,
             room: 999_999,
             synced: 1 << 52 | 1 << 1,
+            accepted: Some(Accepted::new(52, 0x0123_4567_89ab_cdef)),
             back_ms: 30_000,
         }
     }

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use crate::ccp::heartbeat::{Heartbeat, Shown};
+use crate::ccp::heartbeat::{Accepted, Heartbeat, Shown};
 use crate::conn::MemberId;
 use crate::limits::{MEMBERS_MAX, NOTIFY_QUEUE};
 use crate::time::Time;
@@ -102,6 +102,11 @@ pub struct Group {
     next_heartbeat: Time,
     sent: u32,
     own_duplicate_at: Time,
+    namesake: Option<Namesake>,
+    /// When this member's own heartbeats came back last, as they do with multicast.
+    own_heard: Time,
+    /// Members of which it was told that they are ready, and that have not said otherwise since, as bits.
+    told_ready: u64,
     /// Within which time this member said that it will be back, and how often it has said it.
     restart: Option<(Duration, u8)>,
 }
@@ -111,7 +116,27 @@ pub struct Group {
 struct Rival {
     incarnation: u64,
     since: Time,
+    last: Time,
     told: bool,
+}
+
+/// Another host with this member's number.
+#[derive(Clone, Copy)]
+struct Namesake {
+    address: IpAddr,
+    /// Since when it is heard, and when it was last.
+    since: Time,
+    last: Time,
+    /// Without a heartbeat for so long it is gone.
+    silence: Duration,
+    /// When another member said last that it takes this one, and not the other, for the member.
+    confirmed: Option<Time>,
+}
+
+impl Namesake {
+    fn is_there(&self, now: Time) -> bool {
+        now.since(self.last) < self.silence
+    }
 }
 
 impl Group {
@@ -127,6 +152,9 @@ impl Group {
             next_heartbeat: now,
             sent: 0,
             own_duplicate_at: Time(0),
+            namesake: None,
+            own_heard: now,
+            told_ready: 0,
             restart: None,
             me,
         }
@@ -144,6 +172,7 @@ impl Group {
             member.last_heard = now;
             // Whether it hears this member is asked anew: what was so in between counts for nothing.
             member.since = now;
+            self.told_ready |= u64::from(known.status == Status::Ready) << id;
             self.detectors[id as usize].heard(now, false);
         }
         self.view.set(id, member);
@@ -190,8 +219,10 @@ impl Group {
         let id = heartbeat.from;
         if id == self.me.member {
             if heartbeat.incarnation == self.me.incarnation {
-                return true; // Multicast brings our own back.
+                self.own_heard = now; // Multicast brings our own back.
+                return true;
             }
+            self.note_namesake(now, source, heartbeat);
             if self.own_duplicate_at.reached(now) {
                 self.own_duplicate_at = now.after(Duration::from_secs(10));
                 self.push(Event::Duplicate { member: id, address: source });
@@ -218,12 +249,52 @@ impl Group {
         {
             return false; // One incarnation speaks from one address.
         }
-        let rhythm = self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms.min(10_000) as u64));
+        let rhythm = self.rhythm(heartbeat);
         let full_size = rhythm * FULL_SIZE_EVERY * FULL_SIZE_MISSED;
         self.detectors[id as usize].expect(rhythm * self.me.dead_after, full_size);
         self.detectors[id as usize].heard(now, heartbeat.full_size);
         self.admit(now, source, heartbeat);
+        let is_me = heartbeat.accepted == Some(Accepted::new(self.me.member, self.me.incarnation));
+        if let Some(namesake) = self.namesake.as_mut().filter(|_| is_me) {
+            namesake.confirmed = Some(now);
+        }
         true
+    }
+
+    /// The longer of two rhythms: the listener's and the sender's.
+    fn rhythm(&self, heartbeat: &Heartbeat) -> Duration {
+        self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms.min(10_000) as u64))
+    }
+
+    fn note_namesake(&mut self, now: Time, address: IpAddr, heartbeat: &Heartbeat) {
+        let known = self.namesake.filter(|namesake| namesake.is_there(now));
+        let (since, confirmed) = known.map_or((now, None), |known| (known.since, known.confirmed));
+        let silence = self.rhythm(heartbeat) * self.me.dead_after;
+        self.namesake = Some(Namesake { address, since, last: now, silence, confirmed });
+    }
+
+    /// Another host that has this member's number, and since when it is heard, unless the others take this one for the member.
+    /// They say so within one of the other's dead times.
+    pub fn namesake(&self, now: Time) -> Option<(IpAddr, Time)> {
+        let namesake = self.namesake.filter(|namesake| namesake.is_there(now))?;
+        let is_confirmed = namesake.confirmed.is_some_and(|at| now.since(at) < namesake.silence);
+        (!is_confirmed).then_some((namesake.address, namesake.since))
+    }
+
+    /// When this member heard its own heartbeats last, as it does where they go to a multicast group.
+    pub fn own_heard(&self) -> Time {
+        self.own_heard
+    }
+
+    /// Which of two hosts with one number is heard here: of all such numbers, another at each heartbeat.
+    fn accepted(&self, now: Time) -> Option<Accepted> {
+        let is_there = |id: &usize| {
+            let rival = self.rivals[*id].filter(|_| self.view.members[*id].status.is_alive());
+            rival.is_some_and(|rival| now.since(rival.last) < self.me.heartbeat * self.me.dead_after)
+        };
+        let numbers = (1..=MEMBERS_MAX).filter(is_there).count();
+        let id = (1..=MEMBERS_MAX).filter(is_there).nth(self.sent as usize % numbers.max(1))?;
+        Some(Accepted::new(id as MemberId, self.view.members[id].incarnation))
     }
 
     /// Whether a new incarnation may replace the known one: only once that has missed a heartbeat, or if it
@@ -239,8 +310,8 @@ impl Group {
             return true;
         }
         let rival = match self.rivals[id] {
-            Some(rival) if rival.incarnation == heartbeat.incarnation => rival,
-            _ => Rival { incarnation: heartbeat.incarnation, since: now, told: false },
+            Some(rival) if rival.incarnation == heartbeat.incarnation => Rival { last: now, ..rival },
+            _ => Rival { incarnation: heartbeat.incarnation, since: now, last: now, told: false },
         };
         let tell = !rival.told && now.since(rival.since) > patience * 2;
         self.rivals[id] = Some(Rival { told: rival.told || tell, ..rival });
@@ -288,7 +359,11 @@ impl Group {
         if !old.status.is_alive() {
             self.push(Event::MemberUp(id));
         }
-        if status == Status::Ready && old.status != Status::Ready {
+        // Told when it becomes ready. That for a moment either did not hear the other is no news of that kind.
+        if !heartbeat.ready || heartbeat.leaving {
+            self.told_ready &= !(1 << id);
+        } else if status == Status::Ready && self.told_ready >> id & 1 == 0 {
+            self.told_ready |= 1 << id;
             self.push(Event::MemberReady(id));
         }
     }
@@ -305,6 +380,7 @@ impl Group {
         let old = self.view.members[member as usize];
         self.view.set(member, Member { status, since: now, back_by: Time(0), ..old });
         self.detectors[member as usize].forget();
+        self.told_ready &= !(1 << member);
     }
 
     /// Whether a member is heard, but not its full-size heartbeats: the way here passes small datagrams only.
@@ -414,6 +490,7 @@ impl Group {
             capacity: tables.capacity,
             room: tables.room,
             synced: tables.synced,
+            accepted: self.accepted(now),
             back_ms: self.restart.map_or(0, |(back, _)| back.as_millis().max(1) as u32),
         };
         Some((heartbeat, shown))

@@ -6,6 +6,8 @@
 //!             listened for the dead time        and the copies are in the kernel
 //! ```
 //!
+//! As long as another host has its number, and nobody takes this one for the member, it is starting.
+//!
 //! A starting member takes no copies. A syncing one does, and waits for every other member that is heard and has
 //! begun itself (is syncing, ready or leaving) to say in its heartbeats that all is here. Whether it says so depends on
 //! its own sending and on this member's leases, never on anybody being ready: so no two can wait for each other. Whoever
@@ -90,6 +92,13 @@ impl Readiness {
         self.awaited
     }
 
+    /// Another host has this member's number: it begins again once that has ended. Returns whether it was ready.
+    pub fn dispute(&mut self, now: Time) -> bool {
+        let was_ready = self.stage == Stage::Ready;
+        *self = Readiness::new(self.settle, now);
+        was_ready
+    }
+
     /// Looks at the group again. Returns the next stage when it is reached: to be called until it returns none.
     pub fn tick(&mut self, now: Time, view: &View, own: &Own) -> Option<Stage> {
         let mut alone = true;
@@ -171,6 +180,16 @@ mod tests {
         assert_eq!(stage_at(&mut r, 299, &nobody, &OWN), Stage::Starting);
         assert_eq!(stage_at(&mut r, 300, &nobody, &Own { complete: false, ..OWN }), Stage::Starting);
         assert_eq!(stage_at(&mut r, 301, &nobody, &OWN), Stage::Ready);
+    }
+
+    #[test]
+    fn who_shares_its_number_begins_again_when_the_other_is_gone() {
+        let (mut r, nobody) = (Readiness::new(SETTLE, at(0)), view(&[]));
+        assert_eq!(stage_at(&mut r, 300, &nobody, &OWN), Stage::Ready);
+        assert!(r.dispute(at(400)), "it was ready");
+        assert!(!r.dispute(at(500)));
+        assert_eq!(stage_at(&mut r, 799, &nobody, &OWN), Stage::Starting);
+        assert_eq!(stage_at(&mut r, 800, &nobody, &OWN), Stage::Ready);
     }
 
     #[test]

@@ -312,3 +312,66 @@ fn a_process_that_took_the_table_up_gives_those_that_were_there_their_dead_time(
     resumed.tick(at(1003));
     assert_eq!(events(&mut resumed), [Event::MemberDead(2)]);
 }
+
+#[test]
+fn that_a_member_is_ready_is_told_once_however_well_the_two_hear_each_other_meanwhile() {
+    let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
+    beat(&mut a, &mut b, at(0));
+    let heartbeat = b.poll_heartbeat(at(0), &READY).unwrap().0;
+    let deaf = Heartbeat { hears: 0, ..heartbeat.clone() };
+    for said in [&deaf, &heartbeat, &deaf, &heartbeat, &heartbeat] {
+        a.handle_heartbeat(at(0), address(2), said);
+    }
+    assert_eq!(events(&mut a), [Event::MemberUp(2), Event::MemberReady(2)]);
+    // Small ones only for a while, then large ones again.
+    a.handle_heartbeat(at(12), address(2), &Heartbeat { full_size: false, ..heartbeat.clone() });
+    a.tick(at(12));
+    assert_eq!(a.view().members[2].status, Status::Joining);
+    a.handle_heartbeat(at(13), address(2), &heartbeat);
+    assert_eq!((a.view().members[2].status, events(&mut a)), (Status::Ready, vec![]));
+    // Not ready by its own word, and ready again: that is news.
+    a.handle_heartbeat(at(13), address(2), &Heartbeat { ready: false, ..heartbeat.clone() });
+    a.handle_heartbeat(at(13), address(2), &heartbeat);
+    assert_eq!(events(&mut a), [Event::MemberReady(2)]);
+    // A process that goes on with the table of one that told it does not tell it again.
+    let known = a.view().members[2];
+    let mut next = Group::new(identity(1, 12), at(14));
+    next.remember(at(14), 2, &known);
+    next.handle_heartbeat(at(14), address(2), &heartbeat);
+    assert_eq!((next.view().members[2].status, events(&mut next)), (Status::Ready, vec![]));
+    // A death ends it.
+    next.tick(at(17));
+    next.handle_heartbeat(at(17), address(2), &heartbeat);
+    assert_eq!(events(&mut next), [Event::MemberDead(2), Event::MemberUp(2), Event::MemberReady(2)]);
+}
+
+#[test]
+fn of_two_hosts_with_one_number_the_one_that_others_hear_learns_it_and_the_other_does_not() {
+    let mut one = Group::new(identity(1, 11), at(0));
+    let (mut first, mut second) = (Group::new(identity(2, 22), at(0)), Group::new(identity(2, 99), at(0)));
+    beat(&mut first, &mut one, at(0));
+    for n in 1..10 {
+        for from in [2, 7] {
+            let [sender, other] =
+                if from == 2 { [&mut first, &mut second] } else { [&mut second, &mut first] };
+            let (heartbeat, _) = sender.poll_heartbeat(at(n), &READY).unwrap();
+            one.handle_heartbeat(at(n), address(from), &heartbeat);
+            other.handle_heartbeat(at(n), address(from), &heartbeat);
+        }
+        let (heartbeat, _) = one.poll_heartbeat(at(n), &READY).unwrap();
+        first.handle_heartbeat(at(n), address(1), &heartbeat);
+        second.handle_heartbeat(at(n), address(1), &heartbeat);
+        assert_eq!(first.namesake(at(n)), None, "member 1 says that it hears this one");
+        assert_eq!(second.namesake(at(n)), Some((address(2), at(1))));
+    }
+    // The third is gone: neither knows that it is the member, and they are alone with each other.
+    for n in 10..14 {
+        let (heartbeat, _) = first.poll_heartbeat(at(n), &READY).unwrap();
+        second.handle_heartbeat(at(n), address(2), &heartbeat);
+        let (heartbeat, _) = second.poll_heartbeat(at(n), &READY).unwrap();
+        first.handle_heartbeat(at(n), address(7), &heartbeat);
+    }
+    assert_eq!(first.namesake(at(13)), Some((address(7), at(1))));
+    // And when the second is gone, it is forgotten.
+    assert_eq!((first.namesake(at(15)).is_some(), first.namesake(at(16))), (true, None));
+}

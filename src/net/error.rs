@@ -14,6 +14,10 @@ pub enum NetError {
     PortInUse(SocketAddr),
     /// No interface of this host has the address.
     AddressNotLocal(IpAddr),
+    /// An interface has the address, and it cannot be used.
+    AddressTentative(IpAddr),
+    /// More than one interface has the address.
+    AddressAmbiguous(IpAddr, Vec<String>),
     /// There is no interface of that name.
     NoInterface(String),
     /// The link cannot carry full datagrams.
@@ -37,11 +41,21 @@ pub enum NetError {
 }
 
 impl NetError {
+    /// Whether that can come right by itself, as at boot: an interface or address that is not there yet.
+    pub fn can_come_right(&self) -> bool {
+        match self {
+            NetError::NoInterface(_) | NetError::AddressNotLocal(_) | NetError::AddressTentative(_) => true,
+            // The interface went away, or has no addresses of the family yet.
+            NetError::Socket { errno, .. } => matches!(*errno, libc::ENODEV | libc::EADDRNOTAVAIL),
+            _ => false,
+        }
+    }
+
     /// The errno of a send that could not be made for this reason.
     pub(super) fn errno(&self) -> i32 {
         match self {
             NetError::Socket { errno, .. } => *errno,
-            NetError::AddressNotLocal(_) => libc::EADDRNOTAVAIL,
+            NetError::AddressNotLocal(_) | NetError::AddressTentative(_) => libc::EADDRNOTAVAIL,
             _ => libc::ENOTCONN,
         }
     }
@@ -58,12 +72,22 @@ impl fmt::Display for NetError {
         match self {
             NetError::PortInUse(address) => write!(
                 f,
-                "UDP {address} is in use; find who holds it with `ss -lunp sport = :{}`, stop it or choose another port for the whole group",
+                "UDP {address} is in use; `ss -ulpn sport = :{}` names the process that holds it: stop that, or give this member another --sync address",
                 address.port()
             ),
             NetError::AddressNotLocal(address) => write!(
                 f,
                 "{address} is not an address of this host; give an address that `ip address` shows, on the link to the other members"
+            ),
+            NetError::AddressTentative(address) => write!(
+                f,
+                "{address} cannot be used: the kernel still looks whether another host has it (tentative), or has found one (dadfailed); `ip -6 address` shows which"
+            ),
+            NetError::AddressAmbiguous(address, interfaces) => write!(
+                f,
+                "{address} is an address of {}; name the sync link with --interface, or write {address}%{}",
+                interfaces.join(" and "),
+                interfaces.first().map_or("INTERFACE", String::as_str)
             ),
             NetError::NoInterface(name) => {
                 write!(

@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ptr;
 
+use super::address::is_link_local;
 use super::error::NetError;
 use crate::limits::MTU_MIN;
 
@@ -46,25 +47,36 @@ impl Interface {
     }
 }
 
-/// The interface that owns a local address.
-pub fn interface_of(address: IpAddr) -> Result<Interface, NetError> {
-    match name_of(address) {
-        Some(name) => Interface::named(&name),
+/// The interface that owns a local address. Of a link-local one, which many may have, it is the `wanted` one.
+pub fn interface_of(address: IpAddr, wanted: Option<&str>) -> Result<Interface, NetError> {
+    let mut names = names_of(address);
+    if is_link_local(address) {
+        match wanted {
+            Some(wanted) => names.retain(|name| name == wanted),
+            None if names.len() > 1 => return Err(NetError::AddressAmbiguous(address, names)),
+            None => {}
+        }
+    }
+    match names.first() {
+        Some(name) => Interface::named(name),
         // All of 127.0.0.0/8 is local without being listed.
         None if address.is_loopback() => Interface::named("lo"),
-        None => Err(NetError::AddressNotLocal(address)),
+        None => Err(match wanted.map(Interface::named) {
+            Some(Err(no_interface)) => no_interface,
+            _ => NetError::AddressNotLocal(address),
+        }),
     }
 }
 
-fn name_of(address: IpAddr) -> Option<String> {
+fn names_of(address: IpAddr) -> Vec<String> {
+    let mut found = Vec::new();
     let mut list = ptr::null_mut();
     // SAFETY: the call stores a list in `list`, or nothing if it fails.
     if unsafe { libc::getifaddrs(&mut list) } != 0 {
-        return None;
+        return found;
     }
-    let mut found = None;
     let mut next = list;
-    while !next.is_null() && found.is_none() {
+    while !next.is_null() {
         // SAFETY: an element of the list, which is freed below, after the last use.
         let element = unsafe { &*next };
         // SAFETY: ifa_addr is null or a sockaddr of the size that its family demands.
@@ -72,7 +84,7 @@ fn name_of(address: IpAddr) -> Option<String> {
             // SAFETY: ifa_name is a string that ends in a zero byte.
             let name = unsafe { CStr::from_ptr(element.ifa_name) }.to_string_lossy();
             // An IPv4 address may be listed under a label such as eth0:1.
-            found = name.split(':').next().map(str::to_owned);
+            found.extend(name.split(':').next().map(str::to_owned));
         }
         next = element.ifa_next;
     }
@@ -130,12 +142,12 @@ mod tests {
     #[test]
     fn loopback_addresses_belong_to_lo_and_strangers_to_nobody() {
         for address in ["127.0.0.1", "127.201.3.9", "::1"] {
-            let interface = interface_of(address.parse().unwrap()).unwrap();
+            let interface = interface_of(address.parse().unwrap(), None).unwrap();
             assert_eq!(interface.name, "lo");
             assert!(interface.check_mtu().is_ok());
         }
         let stranger: IpAddr = "192.0.2.1".parse().unwrap();
-        assert_eq!(interface_of(stranger), Err(NetError::AddressNotLocal(stranger)));
+        assert_eq!(interface_of(stranger, None), Err(NetError::AddressNotLocal(stranger)));
         assert!(matches!(Interface::named("nosuch0"), Err(NetError::NoInterface(_))));
         let small = Interface { name: "wg0".into(), index: 9, mtu: 1420 };
         assert!(small.check_mtu().unwrap_err().to_string().contains("ip link set wg0 mtu 1500"));

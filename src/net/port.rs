@@ -16,7 +16,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use super::error::NetError;
-use super::interface::Interface;
+use super::link::Renewal;
 use super::segmentation::{Broken, Train, receive_header};
 use super::senders::{HEARTBEATS_RESERVED, NotSent, SENDS_MAX, SendMode, Senders, Sending, Target};
 use super::sockets;
@@ -26,6 +26,8 @@ use crate::time::Time;
 
 /// Descriptors that can be watched at once.
 const WATCHES_MAX: usize = 64;
+/// Receive sockets that can wait for their end; the link is not made anew more often than a pass is made.
+const RETIRED_MAX: usize = 8;
 /// Failed sends that can wait for `reap`.
 const FAILED_MAX: usize = 4 * (PEERS_MAX + 1);
 
@@ -41,8 +43,10 @@ pub struct PortConfig<'m> {
     pub shard: u8,
     /// The group's UDP port, 8116 by default.
     pub udp_port: u16,
-    /// The multicast group and the interface it lives on. Shard 0 joins and sends.
-    pub multicast: Option<(IpAddr, String)>,
+    /// The index of the sync link's interface.
+    pub interface: u32,
+    /// The multicast group. Shard 0 sends.
+    pub multicast: Option<IpAddr>,
     /// Further heartbeat targets, where there is no multicast. Shard 0 sends.
     pub heartbeat_peers: Vec<IpAddr>,
     /// The send arena, on tmpfs, hugetlbfs or anonymous memory. Its pages get locked.
@@ -91,7 +95,8 @@ pub struct PortCounts {
 
 /// What an operation in flight is for.
 enum InFlight {
-    Receive(usize),
+    Receive,
+    Cancel,
     Send(Sending),
     Watch(u64),
     Futex,
@@ -99,7 +104,20 @@ enum InFlight {
 
 struct Receiver {
     fd: OwnedFd,
-    armed: bool,
+    /// The receive operation in the kernel.
+    operation: Option<usize>,
+}
+
+impl Receiver {
+    fn new(fd: OwnedFd) -> Receiver {
+        Receiver { fd, operation: None }
+    }
+}
+
+/// A receive socket that another has replaced: it is closed when its operation has ended.
+struct Retired {
+    receiver: Receiver,
+    is_cancelled: bool,
 }
 
 /// One shard's network. Stays on the thread that made it.
@@ -107,7 +125,9 @@ pub struct Port<'m> {
     // Dropped first: it cancels what is in flight, while all that this names still exists.
     ring: Ring,
     senders: Senders<'m>,
+    /// The one on the sync address, and of shard 0 that of the multicast group.
     receivers: Vec<Receiver>,
+    retired: Vec<Retired>,
     /// Boxed: the kernel reads it whenever a receive is armed.
     header: Box<libc::msghdr>,
     operations: Slab<InFlight>,
@@ -120,27 +140,28 @@ pub struct Port<'m> {
     watches: VecDeque<usize>,
     futex_armed: bool,
     counts: PortCounts,
+    /// What sockets dropped that are retired.
+    drops_before: u64,
 }
 
 impl<'m> Port<'m> {
-    /// The port of a shard, with its member of the group that [`super::bind_group`] made. Call it on
-    /// the shard's own thread.
-    pub fn new(config: &PortConfig<'m>, receiver: OwnedFd) -> Result<Port<'m>, NetError> {
+    /// The port of a shard, with its socket of those that the [`Link`](super::Link) made, and for shard 0 with the
+    /// multicast group's. Call it on the shard's own thread.
+    pub fn new(
+        config: &PortConfig<'m>,
+        receiver: OwnedFd,
+        group: Option<OwnedFd>,
+    ) -> Result<Port<'m>, NetError> {
         let mut ring = Ring::new(config.features, config.receive_buffers)?;
         ring.register_arena(config.arena)?;
-        let mut senders = Senders::new(config.local, config.udp_port, config.arena, config.send, &ring);
-        let mut receivers = vec![Receiver { fd: receiver, armed: false }];
+        let mut senders =
+            Senders::new(config.local, config.udp_port, config.interface, config.arena, config.send, &ring);
+        let receivers: Vec<Receiver> =
+            [Some(receiver), group].into_iter().flatten().map(Receiver::new).collect();
         if config.shard == 0 {
-            if let Some((group, interface)) = &config.multicast {
-                same_family(config.local, *group)?;
-                let group = sockets::Group { address: *group, interface: Interface::named(interface)?.index };
-                let fd = sockets::group_receiver(group, config.udp_port)?;
-                receivers.push(Receiver { fd, armed: false });
-                senders.add_heartbeat(group.address, Some(group.interface));
-            }
-            for peer in &config.heartbeat_peers {
-                same_family(config.local, *peer)?;
-                senders.add_heartbeat(*peer, None);
+            for target in config.multicast.iter().chain(&config.heartbeat_peers) {
+                same_family(config.local, *target)?;
+                senders.add_heartbeat(*target);
             }
         }
         if ring.features().gro {
@@ -150,8 +171,11 @@ impl<'m> Port<'m> {
             ring,
             senders,
             receivers,
+            retired: Vec::with_capacity(RETIRED_MAX),
             header: Box::new(receive_header()),
-            operations: Slab::with_capacity(SENDS_MAX + HEARTBEATS_RESERVED + WATCHES_MAX + 4),
+            operations: Slab::with_capacity(
+                SENDS_MAX + HEARTBEATS_RESERVED + WATCHES_MAX + 4 + 2 * RETIRED_MAX,
+            ),
             arrived: VecDeque::with_capacity(config.receive_buffers.next_power_of_two()),
             failed: VecDeque::with_capacity(FAILED_MAX),
             refused: Vec::with_capacity(REFUSED_MAX),
@@ -159,6 +183,7 @@ impl<'m> Port<'m> {
             watches: VecDeque::with_capacity(WATCHES_MAX),
             futex_armed: false,
             counts: PortCounts::default(),
+            drops_before: 0,
         };
         port.submit()?;
         Ok(port)
@@ -187,7 +212,8 @@ impl<'m> Port<'m> {
 
     /// Datagrams that the kernel dropped because a receive socket was full. One system call a socket.
     pub fn receive_drops(&self) -> u64 {
-        self.receivers.iter().map(|receiver| u64::from(sockets::drops(&receiver.fd))).sum()
+        let drops = |receiver: &Receiver| u64::from(sockets::drops(&receiver.fd));
+        self.drops_before + self.receivers.iter().map(drops).sum::<u64>()
     }
 
     /// Operations in the kernel, receive operations and watches included.
@@ -208,6 +234,25 @@ impl<'m> Port<'m> {
             let _ = self.submit();
         }
         self.senders.close(stream);
+    }
+
+    /// The sync link was made anew: takes the new receive sockets in place of the old ones. Send sockets that may be bound to
+    /// the old interface are made anew; those of streams are the caller's to open again.
+    pub fn renew(&mut self, renewal: Renewal) {
+        // An error here will come again from the next wait, which reports it.
+        let _ = self.submit();
+        self.senders.renew(renewal.interface);
+        for (index, fd) in [renewal.receiver, renewal.group].into_iter().enumerate() {
+            let Some(fd) = fd else { continue };
+            if self.ring.features().gro {
+                sockets::enable_gro(&fd);
+            }
+            let receiver = std::mem::replace(&mut self.receivers[index], Receiver::new(fd));
+            self.drops_before += u64::from(sockets::drops(&receiver.fd));
+            if receiver.operation.is_some() {
+                self.retired.push(Retired { receiver, is_cancelled: false });
+            }
+        }
     }
 
     /// Sends `len` bytes at `offset` of the arena, as a train of full datagrams of which the last may
@@ -336,17 +381,29 @@ impl<'m> Port<'m> {
 
     /// Arms what waits to be armed. What finds no room stays noted for the next time.
     fn arm(&mut self) {
-        for (index, receiver) in self.receivers.iter_mut().enumerate() {
+        for retired in self.retired.iter_mut().filter(|retired| !retired.is_cancelled) {
+            let Some(token) = retired.receiver.operation else { continue };
+            let key = self.operations.insert(InFlight::Cancel);
+            let operation = Operation::Cancel { token: token as u64 };
+            // SAFETY: no pointers and no descriptor.
+            retired.is_cancelled = unsafe { self.ring.push(operation, key as u64) }.is_ok();
+            if !retired.is_cancelled {
+                self.operations.remove(key);
+            }
+        }
+        for receiver in &mut self.receivers {
             // Without a free buffer the operation would end at once, again and again.
-            if receiver.armed || !self.ring.has_free_buffer() {
+            if receiver.operation.is_some() || !self.ring.has_free_buffer() {
                 continue;
             }
-            let key = self.operations.insert(InFlight::Receive(index));
+            let key = self.operations.insert(InFlight::Receive);
             let operation =
                 Operation::Receive { fd: receiver.fd.as_raw_fd(), header: &raw const *self.header };
-            // SAFETY: header and socket live as long as the port, whose ring is dropped first.
-            receiver.armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
-            if !receiver.armed {
+            // SAFETY: the header lives as long as the port, whose ring is dropped first, and the socket until the
+            // operation has ended.
+            let is_armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
+            receiver.operation = is_armed.then_some(key);
+            if !is_armed {
                 self.operations.remove(key);
             }
         }
@@ -378,13 +435,19 @@ impl<'m> Port<'m> {
         let key = completion.token as usize;
         let over = !completion.more;
         match &mut self.operations[key] {
-            InFlight::Receive(index) => {
-                let index = *index;
+            InFlight::Receive => {
                 if over {
                     self.operations.remove(key);
-                    self.receivers[index].armed = false;
+                    let ended = |receiver: &Receiver| receiver.operation == Some(key);
+                    match self.receivers.iter_mut().find(|receiver| ended(receiver)) {
+                        Some(receiver) => receiver.operation = None,
+                        None => self.retired.retain(|retired| !ended(&retired.receiver)),
+                    }
                 }
                 self.received(completion);
+            }
+            InFlight::Cancel => {
+                self.operations.remove(key);
             }
             InFlight::Send(sending) => {
                 let result = self.senders.complete(&mut self.ring, key as u64, sending, &completion);
@@ -419,6 +482,8 @@ impl<'m> Port<'m> {
                 Err(Broken::Senseless) => self.counts.senseless += 1,
             },
             _ if completion.result == -libc::ENOBUFS => self.counts.no_buffer += 1,
+            // A retired socket's operation ends so.
+            _ if completion.result == -libc::ECANCELED => {}
             _ if completion.result < 0 => self.counts.receive_errors += 1,
             _ => {}
         }

@@ -17,7 +17,7 @@ use std::sync::atomic::AtomicU64;
 
 use super::error::NetError;
 use super::sockets;
-use crate::limits::{DATAGRAM_MAX, SEGMENTS_MAX, STREAMS_MAX};
+use crate::limits::{DATAGRAM_MAX, PEERS_MAX, SEGMENTS_MAX, STREAMS_MAX};
 use crate::ring::{Completion, Full, Operation, Ring};
 
 /// Send operations that can be in flight to streams at once; `send` answers `Full` beyond.
@@ -93,7 +93,6 @@ struct Socket {
 
 struct Heartbeat {
     to: SocketAddr,
-    interface: Option<u32>,
     socket: Option<Socket>,
 }
 
@@ -101,6 +100,8 @@ struct Heartbeat {
 pub(super) struct Senders<'m> {
     local: IpAddr,
     port: u16,
+    /// The index of the sync link's interface.
+    scope: u32,
     arena: &'m [AtomicU64],
     streams: Vec<Option<Socket>>,
     heartbeats: Vec<Heartbeat>,
@@ -115,10 +116,11 @@ pub(super) struct Senders<'m> {
 }
 
 impl<'m> Senders<'m> {
-    /// Senders from `local` to `port` of whoever is opened.
+    /// Senders from `local` to `port` of whoever is opened, on the interface with the index `scope`.
     pub(super) fn new(
         local: IpAddr,
         port: u16,
+        scope: u32,
         arena: &'m [AtomicU64],
         mode: SendMode,
         ring: &Ring,
@@ -127,6 +129,7 @@ impl<'m> Senders<'m> {
         Senders {
             local,
             port,
+            scope,
             arena,
             streams: (0..STREAMS_MAX).map(|_| None).collect(),
             heartbeats: Vec::new(),
@@ -134,19 +137,19 @@ impl<'m> Senders<'m> {
             gso: features.gso,
             sockets_made: 0,
             in_flight: 0,
-            closing: Vec::with_capacity(STREAMS_MAX),
+            closing: Vec::with_capacity(STREAMS_MAX + PEERS_MAX + 1),
         }
     }
 
     /// Adds a heartbeat target. Its socket is made now if the network allows, or at a later send.
-    pub(super) fn add_heartbeat(&mut self, to: IpAddr, interface: Option<u32>) {
+    pub(super) fn add_heartbeat(&mut self, to: IpAddr) {
         let to = SocketAddr::new(to, self.port);
-        let socket = self.heartbeat_socket(to, interface).ok();
-        self.heartbeats.push(Heartbeat { to, interface, socket });
+        let socket = self.heartbeat_socket(to).ok();
+        self.heartbeats.push(Heartbeat { to, socket });
     }
 
-    fn heartbeat_socket(&mut self, to: SocketAddr, interface: Option<u32>) -> Result<Socket, NetError> {
-        let fd = sockets::heartbeat_sender(self.local, to, interface)?;
+    fn heartbeat_socket(&mut self, to: SocketAddr) -> Result<Socket, NetError> {
+        let fd = sockets::heartbeat_sender(self.local, to, self.scope)?;
         self.sockets_made += 1;
         Ok(Socket { fd, id: self.sockets_made, address: to.ip(), gso: false })
     }
@@ -158,7 +161,7 @@ impl<'m> Senders<'m> {
 
     /// Opens a stream's socket.
     pub(super) fn open(&mut self, stream: usize, peer: IpAddr) -> Result<(), NetError> {
-        let fd = sockets::stream_sender(self.local, SocketAddr::new(peer, self.port))?;
+        let fd = sockets::stream_sender(self.local, SocketAddr::new(peer, self.port), self.scope)?;
         let gso = self.gso && sockets::set_gso(&fd, true);
         self.sockets_made += 1;
         self.streams[stream] = Some(Socket { fd, id: self.sockets_made, address: peer, gso });
@@ -168,6 +171,13 @@ impl<'m> Senders<'m> {
     /// Closes a stream's socket, if it is open.
     pub(super) fn close(&mut self, stream: usize) {
         self.closing.extend(self.streams[stream].take().map(|socket| socket.fd));
+    }
+
+    /// The sync link's interface has this index now. Sockets that may be bound to the old one are made anew when they are
+    /// needed; those of streams are the caller's to open again.
+    pub(super) fn renew(&mut self, scope: u32) {
+        self.scope = scope;
+        self.closing.extend(self.heartbeats.iter_mut().filter_map(|h| h.socket.take()).map(|s| s.fd));
     }
 
     /// Lets go of closed sockets, once the kernel has seen every operation.
@@ -211,8 +221,8 @@ impl<'m> Senders<'m> {
         if let Target::Heartbeat(target) = to
             && self.heartbeats[target].socket.is_none()
         {
-            let Heartbeat { to, interface, .. } = self.heartbeats[target];
-            let socket = self.heartbeat_socket(to, interface).map_err(|e| NotSent::Failed(-e.errno()))?;
+            let socket =
+                self.heartbeat_socket(self.heartbeats[target].to).map_err(|e| NotSent::Failed(-e.errno()))?;
             self.heartbeats[target].socket = Some(socket);
         }
         let Some(socket) = self.socket(to) else { return Err(NotSent::Failed(-libc::ENOTCONN)) };

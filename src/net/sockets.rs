@@ -84,6 +84,16 @@ pub(super) fn group_receiver(group: Group, port: u16) -> Result<OwnedFd, NetErro
 }
 
 fn join(fd: &OwnedFd, group: Group) -> Result<(), i32> {
+    membership(fd, group, libc::IP_ADD_MEMBERSHIP, libc::IPV6_ADD_MEMBERSHIP)
+}
+
+/// Leaves a group that was joined. That the interface is gone is no obstacle.
+pub(super) fn leave(fd: &OwnedFd, group: Group) {
+    // A socket that is no member any more has left.
+    let _ = membership(fd, group, libc::IP_DROP_MEMBERSHIP, libc::IPV6_DROP_MEMBERSHIP);
+}
+
+fn membership(fd: &OwnedFd, group: Group, v4: i32, v6: i32) -> Result<(), i32> {
     match group.address {
         IpAddr::V4(address) => {
             let request = libc::ip_mreqn {
@@ -91,25 +101,26 @@ fn join(fd: &OwnedFd, group: Group) -> Result<(), i32> {
                 imr_address: libc::in_addr { s_addr: 0 },
                 imr_ifindex: group.interface as i32,
             };
-            set(fd, libc::IPPROTO_IP, libc::IP_ADD_MEMBERSHIP, request)
+            set(fd, libc::IPPROTO_IP, v4, request)
         }
         IpAddr::V6(address) => {
             let request = libc::ipv6_mreq {
                 ipv6mr_multiaddr: libc::in6_addr { s6_addr: address.octets() },
                 ipv6mr_interface: group.interface,
             };
-            set(fd, libc::IPPROTO_IPV6, libc::IPV6_ADD_MEMBERSHIP, request)
+            set(fd, libc::IPPROTO_IPV6, v6, request)
         }
     }
 }
 
 /// A send socket of a stream: from `local` and any port to `peer`. It blocks in the eyes of
-/// io_uring, which then waits for room in the socket and not in our thread.
-pub(super) fn stream_sender(local: IpAddr, peer: SocketAddr) -> Result<OwnedFd, NetError> {
+/// io_uring, which then waits for room in the socket and not in our thread. Link-local addresses are those of the
+/// interface with the index `scope`.
+pub(super) fn stream_sender(local: IpAddr, peer: SocketAddr, scope: u32) -> Result<OwnedFd, NetError> {
     let fd = udp(local, 0)?;
     enlarge(&fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
-    bind(&fd, SocketAddr::new(local, 0), 0)?;
-    connect(&fd, peer, 0)?;
+    bind(&fd, SocketAddr::new(local, 0), scope)?;
+    connect(&fd, peer, scope)?;
     Ok(fd)
 }
 
@@ -119,13 +130,9 @@ pub(super) fn set_gso(fd: &OwnedFd, on: bool) -> bool {
     set(fd, libc::IPPROTO_UDP, UDP_SEGMENT, size).is_ok()
 }
 
-/// A send socket for heartbeats to a peer, or to a group on its interface. A heartbeat that
+/// A send socket for heartbeats to a peer or a group on the interface with the index `scope`. A heartbeat that
 /// finds no room is dropped: a late one says the wrong thing.
-pub(super) fn heartbeat_sender(
-    local: IpAddr,
-    to: SocketAddr,
-    interface: Option<u32>,
-) -> Result<OwnedFd, NetError> {
+pub(super) fn heartbeat_sender(local: IpAddr, to: SocketAddr, scope: u32) -> Result<OwnedFd, NetError> {
     let fd = udp(local, libc::SOCK_NONBLOCK)?;
     let (level, option) = match local {
         IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
@@ -133,12 +140,12 @@ pub(super) fn heartbeat_sender(
     };
     // A mark, no more: a host that refuses it still sends.
     let _ = set(&fd, level, option, TOS_CS6);
-    if let Some(index) = interface {
-        send_on(&fd, local, index)
+    if to.ip().is_multicast() {
+        send_on(&fd, local, scope)
             .map_err(|errno| error("choose the multicast interface", to.ip(), errno))?;
     }
-    bind(&fd, SocketAddr::new(local, 0), 0)?;
-    connect(&fd, to, interface.unwrap_or(0))?;
+    bind(&fd, SocketAddr::new(local, 0), scope)?;
+    connect(&fd, to, scope)?;
     Ok(fd)
 }
 
@@ -175,7 +182,7 @@ pub(super) fn drops(fd: &OwnedFd) -> u32 {
     words[MEMINFO_DROPS]
 }
 
-/// Binds; `scope` is the interface of a link-local IPv6 address or 0.
+/// Binds; `scope` is the interface of the address, if that is a link-local one: others do not mind.
 pub(super) fn bind(fd: &OwnedFd, address: SocketAddr, scope: u32) -> Result<(), NetError> {
     match named(fd, address, scope, libc::bind) {
         Ok(()) => Ok(()),

@@ -54,6 +54,11 @@ pub enum Operation {
         /// Bytes.
         len: u32,
     },
+    /// End the operation that carries this token, which completes as cancelled.
+    Cancel {
+        /// Its token.
+        token: u64,
+    },
     /// Complete once when the descriptor becomes readable.
     Readable {
         /// The descriptor.
@@ -84,6 +89,7 @@ impl Operation {
             Operation::Send { fd, bytes, len } => {
                 opcode::Send::new(types::Fd(fd), bytes, len).flags(libc::MSG_DONTWAIT).build()
             }
+            Operation::Cancel { token } => opcode::AsyncCancel::new(token).build(),
             Operation::Readable { fd } => opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build(),
             Operation::FutexWait { word, expected } => {
                 opcode::FutexWait::new(word, expected.into(), FUTEX_MATCH_ANY, FUTEX_SHARED_U32).build()

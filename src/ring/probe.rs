@@ -116,6 +116,7 @@ pub(super) fn build(
         (opcode::WriteFixed::CODE, "WRITE_FIXED"),
         (opcode::Send::CODE, "SEND"),
         (opcode::PollAdd::CODE, "POLL_ADD"),
+        (opcode::AsyncCancel::CODE, "ASYNC_CANCEL"),
     ];
     for (code, what) in required {
         if !probe.is_supported(code) {

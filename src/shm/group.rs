@@ -21,6 +21,9 @@
 //!               3  of shard 0: the member's standing: 0 starting, 1 ready, 2 leaving, 3 syncing
 //!               4  members to which the shard's full sync is done, as bits
 //!               5  of shard 0: the members whose full sync to this one is not done, as bits
+//!               6  of shard 0: what is wrong: bit 0 nobody is heard who should be, bit 1 not even its own heartbeats come
+//!                  back from the multicast group; family << 8 of the address of another host with its number, or 0
+//!            7, 8  that address, low word first; IPv4 in the low 32 bits
 //! ```
 //!
 //! One thread writes a record (shard 0) or a line (its shard); anybody reads, without locks. The
@@ -40,12 +43,25 @@ const V4: u64 = 4;
 const V6: u64 = 6;
 const MEMBER_WORDS: usize = 11;
 
+/// An address as family, low word and high word.
+fn address_to_words(address: Option<IpAddr>) -> [u64; 3] {
+    match address {
+        None => [0; 3],
+        Some(IpAddr::V4(a)) => [V4, u32::from(a) as u64, 0],
+        Some(IpAddr::V6(a)) => [V6, u128::from(a) as u64, (u128::from(a) >> 64) as u64],
+    }
+}
+
+fn address_from_words([family, low, high]: [u64; 3]) -> Option<IpAddr> {
+    match family {
+        V4 => Some(Ipv4Addr::from(low as u32).into()),
+        V6 => Some(Ipv6Addr::from((high as u128) << 64 | low as u128).into()),
+        _ => None,
+    }
+}
+
 fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
-    let (family, address) = match m.address {
-        None => (0, 0),
-        Some(IpAddr::V4(a)) => (V4, u32::from(a) as u128),
-        Some(IpAddr::V6(a)) => (V6, u128::from(a)),
-    };
+    let [family, low, high] = address_to_words(m.address);
     let small = m.status as u64
         | (m.hears_me as u64) << 8
         | (m.shards as u64) << 16
@@ -61,8 +77,8 @@ fn to_words(m: &Member) -> [u64; MEMBER_WORDS] {
         m.incarnation,
         m.capacity,
         m.room,
-        address as u64,
-        (address >> 64) as u64,
+        low,
+        high,
         m.last_heard.0,
         m.since.0,
         m.back_by.0,
@@ -83,11 +99,7 @@ fn from_words(w: &[u64; MEMBER_WORDS]) -> Member {
         incarnation: w[3],
         capacity: w[4],
         room: w[5],
-        address: match byte(40) as u64 {
-            V4 => Some(Ipv4Addr::from(w[6] as u32).into()),
-            V6 => Some(Ipv6Addr::from((w[7] as u128) << 64 | w[6] as u128).into()),
-            _ => None,
-        },
+        address: address_from_words([byte(40) as u64, w[6], w[7]]),
         last_heard: Time(w[8]),
         since: Time(w[9]),
         back_by: Time(w[10]),
@@ -195,8 +207,20 @@ impl GroupWords {
             line.set_last_pass(Time(0));
             line.set_view_version(0);
             line.set_standing(Standing::Starting);
+            line.set_troubles(&Troubles::default());
         }
     }
+}
+
+/// What is wrong with a member, as far as it knows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Troubles {
+    /// Nobody is heard, of those who were heard before or are named as peers.
+    pub lonely: bool,
+    /// Nobody is heard, and its own heartbeats do not come back from the multicast group.
+    pub deaf: bool,
+    /// Another host has its number, and nobody says that it takes this one for the member.
+    pub namesake: Option<IpAddr>,
 }
 
 /// Whether this member can carry the group's traffic.
@@ -263,6 +287,16 @@ impl<W: Word> ShardStatus<'_, W> {
         self.load(5)
     }
 
+    /// What is wrong with the member, on the line of shard 0.
+    pub fn troubles(&self) -> Troubles {
+        let word = self.load(6);
+        Troubles {
+            lonely: word & 1 != 0,
+            deaf: word & 2 != 0,
+            namesake: address_from_words([word >> 8, self.load(7), self.load(8)]),
+        }
+    }
+
     fn load(&self, word: usize) -> u64 {
         let value = self.0.0[word].get();
         // Pairs with the release in the setter.
@@ -285,6 +319,15 @@ impl ShardStatus<'_> {
     /// Says that the kernel commits of this version of the group are done.
     pub fn set_settled_version(&self, version: u64) {
         self.0.0[2].store(version, Ordering::Release);
+    }
+
+    /// Says what is wrong with the member.
+    pub fn set_troubles(&self, troubles: &Troubles) {
+        let [family, low, high] = address_to_words(troubles.namesake);
+        self.0.0[7].store(low, Ordering::Relaxed);
+        self.0.0[8].store(high, Ordering::Relaxed);
+        let word = troubles.lonely as u64 | (troubles.deaf as u64) << 1 | family << 8;
+        self.0.0[6].store(word, Ordering::Release);
     }
 
     /// Says how the member stands.
@@ -406,6 +449,13 @@ mod tests {
         line.set_synced(1 << 52);
         line.set_awaited(6);
         assert_eq!((seen.synced(), seen.awaited()), (1 << 52, 6));
+        for namesake in ["192.0.2.1", "fe80::1"].map(|address| address.parse().ok()) {
+            let troubles = Troubles { lonely: true, deaf: false, namesake };
+            line.set_troubles(&troubles);
+            assert_eq!(seen.troubles(), troubles);
+        }
+        line.set_troubles(&Troubles { deaf: true, ..Troubles::default() });
+        assert_eq!(seen.troubles(), Troubles { deaf: true, ..Troubles::default() });
         for standing in [Standing::Syncing, Standing::Ready, Standing::Leaving, Standing::Starting] {
             line.set_standing(standing);
             assert_eq!(seen.standing(), standing);

@@ -8,9 +8,9 @@ use hypersync::counters::{COUNTERS, Counter};
 use hypersync::limits::DATAGRAM_MAX;
 use hypersync::memory::read_arena;
 
-use crate::common::Rng;
 use crate::common::copies::{connections, copies, push_all, wait_for_agreement};
 use crate::common::member::{Lab, Member, SOON, wait_until_ready};
+use crate::common::{Rng, wait_for};
 
 const SEED: u64 = 8116;
 /// Datagrams of each kind.
@@ -195,4 +195,27 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
     let more = (log.lines().count() - lines, log.len() - size);
     assert!(more.0 < 5 && more.1 < 1000, "{more:?} lines and bytes were logged:\n{log}");
     wait_for_agreement("the pair is as it was", &[&one, &two], &wanted, SOON);
+}
+
+#[test]
+fn what_a_full_receive_socket_drops_is_counted() {
+    let lab = Lab::new();
+    let one = lab.start(1, &[2], &["--shards", "1"]);
+    wait_for("it is ready", SOON, || one.was_told("self-ready 1"));
+    wait_for("heartbeats of nobody are no loss", SOON, || one.counter(Counter::Passes) > 10);
+    assert_eq!(one.counter(Counter::ReceiveDrops), 0);
+    let socket = UdpSocket::bind((lab.address(9), 0)).expect("a loopback address");
+    let to = SocketAddr::new(lab.address(1), UDP_PORT);
+    // More than the socket and all receive buffers hold, while nobody reads.
+    one.signal(libc::SIGSTOP);
+    for _ in 0..60_000 {
+        socket.send_to(&[0x5a; 1400], to).expect("loopback takes it");
+    }
+    one.signal(libc::SIGCONT);
+    wait_for("what did not fit is counted", SOON, || one.counter(Counter::ReceiveDrops) > 1000);
+    wait_for("what did is read", SOON, || one.counter(Counter::RejectMagic) > 1000);
+    let (drops, read) = (one.counter(Counter::ReceiveDrops), one.counter(Counter::RejectMagic));
+    let (trains, no_buffer) = (one.counter(Counter::ReceiveTrains), one.counter(Counter::ReceiveNoBuffer));
+    println!("{drops} dropped, {read} read in {trains} receives; no buffer was left {no_buffer} times");
+    assert!(trains > 0 && no_buffer > 0);
 }

@@ -201,6 +201,14 @@ impl Member {
         self.events().iter().any(|told| told == event)
     }
 
+    /// Exit status and line of `hypersync-inspect check`.
+    pub fn check(&self) -> (Option<i32>, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
+        let output =
+            command.arg("--shm").arg(&self.shm).arg("check").output().expect("the inspector is built");
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// What it wrote to standard error (and output).
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()

@@ -73,6 +73,8 @@ fn input_rules_that_drop_our_port_are_told_at_the_other_end() {
     // Another episode is another line.
     hosts[1].nft("delete table ip block");
     wait_until_ready(&[&one, &two]);
+    let ready = one.events().iter().filter(|event| *event == "member-ready 2").count();
+    assert_eq!(ready, 1, "it was ready all the time: {:?}", one.events());
     block(&hosts[1], "input", "drop");
     wait_for("member 1 says so again", SOON, || lines_with(&one, DEAF) == 2);
 }

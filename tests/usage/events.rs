@@ -124,6 +124,13 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
             && says(&rival, [&first, "also is member 1"])
             && says(&two, [&second, "two hosts are member 1"])
     });
+    // The first is taken for the member by the others, and they say so. The second is not ready, and says why.
+    let reason = format!("another host, {first}, also is member 1, and nobody says that it takes this one");
+    wait_for("the second says that it is not ready", SOON, || {
+        let (status, line) = rival.check();
+        status == Some(2) && line.starts_with("not-ready") && line.contains(&reason)
+    });
+    assert!(!rival.was_told("self-ready 1"), "{:?}", rival.events());
     wait_for("the rival's connections are past the hold", SOON, || {
         rival.counter(Counter::ConnectionsActive) == 100
     });
@@ -136,6 +143,9 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
     let lines = two.log().lines().filter(|line| line.contains("two hosts")).count();
     assert!(lines <= 3, "{lines} lines, not one a heartbeat");
     assert!(one.is_running() && two.is_running() && rival.is_running());
+    assert_eq!(one.check().0, Some(0), "{}", one.check().1);
+    assert!(!one.was_told("self-not-ready 1"), "{:?}", one.events());
+    assert!(!rival.was_told("self-ready 1"), "{:?}", rival.events());
 
     // With one of them gone, the other is taken up.
     one.kill();
@@ -144,5 +154,31 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
             .group()
             .read(1)
             .is_some_and(|m| m.address == Some(lab.address(9)) && m.status == Status::Ready)
+    });
+}
+
+#[test]
+fn two_hosts_with_one_number_are_both_not_ready_until_one_is_gone() {
+    let lab = Lab::new();
+    let start = |name: &str, last: u8, other: u8| {
+        let words = with(lab.words(last, &[other]), &["--member", "1", "--shards", "1"]);
+        Member::start(&lab, name, 1, hypersync(), &words)
+    };
+    let one = start("one", 1, 9);
+    wait_for("the first is ready", SOON, || one.was_told("self-ready 1") && one.check().0 == Some(0));
+    let mut rival = start("rival", 9, 1);
+    for (member, other) in [(&one, 9), (&rival, 1)] {
+        let reason = format!("another host, {}, also is member 1", lab.address(other));
+        wait_for("each says that it is not ready, and why", SOON, || {
+            let (status, line) = member.check();
+            status == Some(2) && line.starts_with("not-ready") && line.contains(&reason)
+        });
+    }
+    wait_for("who was ready is told", SOON, || one.was_told("self-not-ready 1"));
+    assert!(!rival.was_told("self-ready 1"), "{:?}", rival.events());
+    rival.kill();
+    wait_for("the first is ready again by itself", SOON, || one.check().0 == Some(0));
+    wait_for("and that is told", SOON, || {
+        one.events() == ["self-ready 1", "self-not-ready 1", "self-ready 1"].map(str::to_owned)
     });
 }

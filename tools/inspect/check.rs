@@ -9,9 +9,11 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use hypersync::conn::MemberId;
 use hypersync::counters::Counter;
+use hypersync::group::view::Status;
 use hypersync::limits::MEMBERS_MAX;
-use hypersync::shm::group::Standing;
+use hypersync::shm::group::{Standing, Troubles};
 use hypersync::shm::{RegionView, ShmError};
 use serde_json::{Value, json};
 
@@ -95,6 +97,15 @@ fn judge(view: &RegionView) -> (Verdict, String) {
         let why = format!("{whom}, process {}: shard {slowest} has done nothing for {seconds} s", h.pid);
         return (Verdict::Stale, why);
     }
+    let troubles = view.group().shard(0).troubles();
+    if let Some(address) = troubles.namesake {
+        let member = h.member;
+        let why = format!(
+            "{whom}: another host, {address}, also is member {member}, and nobody says that it takes this one for \
+             the member: give one of them another --member"
+        );
+        return (Verdict::NotReady, why);
+    }
     match standing {
         Standing::Starting => {
             let why = "is starting: it has not yet read the connections that there are, or not yet listened for the others";
@@ -102,7 +113,27 @@ fn judge(view: &RegionView) -> (Verdict, String) {
         }
         Standing::Syncing => (Verdict::NotReady, format!("{whom} is syncing: {}", syncing(view))),
         Standing::Leaving => (Verdict::NotReady, format!("{whom} is leaving the group")),
-        Standing::Ready => (Verdict::Ready, format!("{whom} can carry the group's traffic")),
+        Standing::Ready => {
+            (Verdict::Ready, format!("{whom} can carry the group's traffic{}", hears_nobody(view, &troubles)))
+        }
+    }
+}
+
+/// That nobody is heard, if so. It may be that the others are dead, so it makes nobody less ready.
+fn hears_nobody(view: &RegionView, troubles: &Troubles) -> String {
+    let now = hypersync::clock::now();
+    let known = (1..=MEMBERS_MAX as MemberId).filter_map(|id| Some((id, view.group().read(id)?)));
+    let last = known.filter(|(_, m)| m.status == Status::Dead).max_by_key(|(_, m)| m.last_heard);
+    match last {
+        _ if troubles.deaf => {
+            ", but hears nobody, and not even its own heartbeats come back from the multicast group".into()
+        }
+        _ if !troubles.lonely => String::new(),
+        Some((id, m)) => {
+            let seconds = now.since(m.last_heard).as_secs();
+            format!(", but hears nobody; the last was member {id}, {seconds} s ago")
+        }
+        None => ", but none of its peers was heard yet".into(),
     }
 }
 

@@ -22,7 +22,7 @@ fn opening_and_closing_streams_leaks_nothing_and_every_send_is_reported_once() {
     for mode in [SendMode::Fixed, SendMode::ZeroCopy, SendMode::Copy] {
         let arena = arena();
         let config = PortConfig { send: mode, ..config(local, &arena) };
-        let mut port = Port::new(&config, only(local)).unwrap();
+        let mut port = Port::new(&config, only(local), None).unwrap();
         let drain = UdpSocket::bind((peer, PORT)).unwrap();
         let before = open_files();
         let mut seen = Seen::default();
@@ -62,7 +62,7 @@ fn sent_token(event: Event) -> Option<u64> {
 fn a_dead_peer_and_a_closed_stream_are_reported_and_harm_nothing() {
     let (local, peer) = (ip("127.81.9.1"), ip("127.81.9.2"));
     let arena = arena();
-    let port = Port::new(&config(local, &arena), only(local)).unwrap();
+    let port = Port::new(&config(local, &arena), only(local), None).unwrap();
     let mut ports = [port];
     let mut seen = Seen::default();
     ports[0].open(0, peer).unwrap();
@@ -127,9 +127,20 @@ fn heartbeats_reach_all_members_of_the_multicast_group() {
         let mut ports: Vec<Port> = locals
             .iter()
             .map(|local| {
-                let multicast = Some((ip(group), "sync0".to_owned()));
-                let config = PortConfig { multicast, ..config(ip(local), &arena) };
-                Port::new(&config, only(ip(local))).unwrap()
+                let link = LinkConfig {
+                    local: ip(local),
+                    interface: Some("sync0".to_owned()),
+                    multicast: Some(ip(group)),
+                    udp_port: PORT,
+                    shards: 1,
+                };
+                let (link, Receivers { mut shards, group: joined }) = Link::open(link).unwrap();
+                let config = PortConfig {
+                    interface: link.interface().index,
+                    multicast: Some(ip(group)),
+                    ..config(ip(local), &arena)
+                };
+                Port::new(&config, shards.remove(0), joined).unwrap()
             })
             .collect();
         write_arena(&arena, 0, &datagram(8, 0, 200));

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 mod life;
 
+use super::steering::bind_group;
 use super::*;
 use crate::clock::now;
 use crate::limits::{ARENA_MIN, DATAGRAM_MAX, SEGMENTS_MAX};
@@ -29,6 +30,7 @@ fn config<'m>(local: IpAddr, arena: &'m [AtomicU64]) -> PortConfig<'m> {
         local,
         shard: 0,
         udp_port: PORT,
+        interface: 0,
         multicast: None,
         heartbeat_peers: Vec::new(),
         arena,
@@ -39,7 +41,7 @@ fn config<'m>(local: IpAddr, arena: &'m [AtomicU64]) -> PortConfig<'m> {
 }
 
 fn only(local: IpAddr) -> OwnedFd {
-    bind_group(local, PORT, 1).unwrap().remove(0)
+    bind_group(local, PORT, 1, 0).unwrap().remove(0)
 }
 
 /// Bytes of a datagram of a test: a number, and the destination shard where the steering looks.
@@ -90,7 +92,7 @@ fn train_arrives(local: IpAddr, send: SendMode, features: Features, full: usize)
     let mut config = config(local, &arena);
     config.send = send;
     config.features = features;
-    let mut port = Port::new(&config, only(local)).unwrap();
+    let mut port = Port::new(&config, only(local), None).unwrap();
     port.open(5, local).unwrap();
     let mut expected = Vec::new();
     for i in 0..full {
@@ -148,10 +150,10 @@ fn each_datagram_reaches_the_shard_that_it_names() {
     for shards in [2u8, 3] {
         let local = ip(&format!("127.81.4.{shards}"));
         let arena = arena();
-        let group = bind_group(local, PORT, shards).unwrap();
+        let group = bind_group(local, PORT, shards, 0).unwrap();
         let config = |shard| PortConfig { shard, ..config(local, &arena) };
         let mut ports: Vec<Port> =
-            (0..shards).zip(group).map(|(shard, fd)| Port::new(&config(shard), fd).unwrap()).collect();
+            (0..shards).zip(group).map(|(shard, fd)| Port::new(&config(shard), fd, None).unwrap()).collect();
         // A stream for each destination shard, as trains must not mix shards.
         for shard in 0..shards {
             ports[0].open(usize::from(shard), local).unwrap();
@@ -175,7 +177,7 @@ fn a_socket_whose_buffers_ran_out_receives_again() {
     let local = ip("127.81.5.1");
     let arena = arena();
     let config = PortConfig { receive_buffers: 2, ..config(local, &arena) };
-    let mut port = Port::new(&config, only(local)).unwrap();
+    let mut port = Port::new(&config, only(local), None).unwrap();
     let sender = UdpSocket::bind((ip("127.81.5.2"), 0)).unwrap();
     // Datagrams from many sends do not merge: each takes a buffer, and the third finds none.
     for i in 0..20 {
@@ -199,7 +201,7 @@ fn a_socket_whose_buffers_ran_out_receives_again() {
 fn a_cap_stops_in_the_middle_of_a_train() {
     let local = ip("127.81.6.1");
     let arena = arena();
-    let mut port = Port::new(&config(local, &arena), only(local)).unwrap();
+    let mut port = Port::new(&config(local, &arena), only(local), None).unwrap();
     port.open(0, local).unwrap();
     let train: Vec<u8> = (0..10).flat_map(|i| datagram(i, 0, DATAGRAM_MAX)).collect();
     write_arena(&arena, 0, &train);
@@ -219,14 +221,14 @@ fn a_cap_stops_in_the_middle_of_a_train() {
 #[test]
 fn a_port_in_use_and_a_foreign_address_are_told_apart() {
     let local = ip("127.81.7.1");
-    let group = bind_group(local, PORT, 2).unwrap();
-    let error = bind_group(local, PORT, 2).unwrap_err();
+    let group = bind_group(local, PORT, 2, 0).unwrap();
+    let error = bind_group(local, PORT, 2, 0).unwrap_err();
     assert_eq!(error, NetError::PortInUse((local, PORT).into()));
     assert!(error.to_string().starts_with("UDP 127.81.7.1:8116 is in use"));
     drop(group);
-    bind_group(local, PORT, 2).unwrap();
+    bind_group(local, PORT, 2, 0).unwrap();
     let foreign = ip("192.0.2.7");
-    assert_eq!(bind_group(foreign, PORT, 1).unwrap_err(), NetError::AddressNotLocal(foreign));
+    assert_eq!(bind_group(foreign, PORT, 1, 0).unwrap_err(), NetError::AddressNotLocal(foreign));
 }
 
 #[test]
@@ -234,7 +236,7 @@ fn bulk_beyond_the_limit_is_refused_but_heartbeats_still_go() {
     let (local, peer) = (ip("127.81.10.1"), ip("127.81.10.2"));
     let arena = arena();
     let config = PortConfig { heartbeat_peers: vec![peer], ..config(local, &arena) };
-    let mut port = Port::new(&config, only(local)).unwrap();
+    let mut port = Port::new(&config, only(local), None).unwrap();
     let there = UdpSocket::bind((peer, PORT)).unwrap();
     there.set_read_timeout(Some(PATIENCE)).unwrap();
     port.open(0, peer).unwrap();
@@ -256,7 +258,7 @@ fn bulk_beyond_the_limit_is_refused_but_heartbeats_still_go() {
 fn a_path_that_refuses_segmentation_gets_single_datagrams() {
     let local = ip("127.81.11.1");
     let arena = arena();
-    let mut port = Port::new(&config(local, &arena), only(local)).unwrap();
+    let mut port = Port::new(&config(local, &arena), only(local), None).unwrap();
     port.open(0, local).unwrap();
     // UDP without checksums cannot be segmented: the kernel answers EINVAL, as a tunnel would EIO.
     port.refuse_segmentation(0);
@@ -279,7 +281,7 @@ fn auto_settles_on_what_loopback_really_does() {
     let local = ip("127.81.12.1");
     let arena = arena();
     let config = PortConfig { send: SendMode::Auto, ..config(local, &arena) };
-    let mut ports = [Port::new(&config, only(local)).unwrap()];
+    let mut ports = [Port::new(&config, only(local), None).unwrap()];
     ports[0].open(0, local).unwrap();
     let mut seen = Seen::default();
     assert_eq!(ports[0].mode(), SendMode::Auto);
@@ -295,7 +297,7 @@ fn a_watch_and_a_futex_wake_the_wait_once() {
     let local = ip("127.81.13.1");
     let arena = arena();
     let word = AtomicU32::new(5);
-    let mut port = Port::new(&config(local, &arena), only(local)).unwrap();
+    let mut port = Port::new(&config(local, &arena), only(local), None).unwrap();
     let (near, far) = std::os::unix::net::UnixStream::pair().unwrap();
     // Nobody but the port has its end from here on.
     port.add_watch(42, far.into());
