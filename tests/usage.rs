@@ -8,6 +8,8 @@ mod blocked;
 mod common;
 #[path = "usage/events.rs"]
 mod events;
+#[path = "usage/overload.rs"]
+mod overload;
 #[path = "usage/rules.rs"]
 mod rules;
 #[path = "usage/sysctls.rs"]

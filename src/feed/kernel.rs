@@ -95,18 +95,18 @@ impl KernelFeed {
         self.drain_at = now;
     }
 
-    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    /// Returns whether the cap was hit.
+    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         self.local.follow(self.addresses);
-        if self.drain_at.reached(now) {
-            self.drain(now, replica, counters);
-        }
+        let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
         self.repair.step(now, &mut self.source, (&self.rules, &self.local), replica, counters);
+        has_more
     }
 
-    fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, .. } = self;
         let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
@@ -138,6 +138,7 @@ impl KernelFeed {
         } else {
             Time::NEVER
         };
+        drained.more
     }
 
     /// Overruns, and whether the kernel's table has room for copies.

@@ -84,6 +84,11 @@ impl<'m> Consumer<'m> {
         self.ring.words.bell.0.store(AWAKE, Ordering::Relaxed);
     }
 
+    /// Records that the ring holds.
+    pub fn size(&self) -> usize {
+        self.ring.records.len()
+    }
+
     /// Records waiting, as far as the producer's claim makes sense.
     pub fn waiting(&self) -> usize {
         let waiting = self.ring.words.head.0.load(Ordering::Relaxed).wrapping_sub(self.tail);
