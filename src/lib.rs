@@ -69,6 +69,7 @@ pub mod conntrack;
 pub mod counters;
 pub mod demo;
 pub mod feed;
+pub mod few;
 pub mod group;
 pub mod kill;
 pub mod limits;

@@ -37,7 +37,7 @@ const WAIT_MAX: Duration = Duration::from_millis(50);
 /// Copies that differ are named in the log at most this often.
 const DIFFERS_PAUSE: Duration = Duration::from_secs(1);
 
-/// A datagram that arrived at the wrong shard.
+/// A datagram that arrived at the wrong shard. It is handed over by value: the queue has room for so many.
 pub struct Stray {
     source: IpAddr,
     len: usize,
@@ -61,9 +61,9 @@ pub struct Shard<'m> {
     /// The words that all threads share.
     shared: &'m Shared,
     /// Strays for this shard.
-    strays: Receiver<Box<Stray>>,
+    strays: Receiver<Stray>,
     /// Where strays of other shards go.
-    handover: Vec<SyncSender<Box<Stray>>>,
+    handover: Vec<SyncSender<Stray>>,
     /// The bells of all shards of this member.
     bells: &'m [Bell],
     /// The streams' sockets, by stream.
@@ -98,8 +98,8 @@ impl<'m> Shard<'m> {
         membership: Option<Membership<'m>>,
         region: &'m Region,
         shared: &'m Shared,
-        strays: Receiver<Box<Stray>>,
-        handover: Vec<SyncSender<Box<Stray>>>,
+        strays: Receiver<Stray>,
+        handover: Vec<SyncSender<Stray>>,
         bells: &'m [Bell],
     ) -> Shard<'m> {
         Shard {
@@ -181,7 +181,7 @@ impl<'m> Shard<'m> {
                     if to != shard && (*to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
                 {
                     counters.count(Counter::Strays);
-                    let mut stray = Box::new(Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] });
+                    let mut stray = Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] };
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
                     if handover[*to as usize].try_send(stray).is_ok() {

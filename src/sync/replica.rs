@@ -19,6 +19,7 @@ use crate::conn::table::{List, On, Table};
 use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
+use crate::few::Few;
 use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
 use crate::memory::{JOURNAL_DECLINES, Memory};
@@ -93,7 +94,7 @@ pub struct Replica<'m> {
     pub(super) chores: Chores,
     pub(super) view: View,
     pub(super) peers: Vec<PeerState>,
-    pub(super) ranked: Vec<MemberId>,
+    pub(super) ranked: Few<MemberId, MEMBERS_MAX>,
     /// Members that are short of room, as bits.
     pub(super) short: u64,
     /// Tables that peers had when they were last here.
@@ -179,7 +180,7 @@ impl<'m> Replica<'m> {
             chores: Chores::new(),
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
-            ranked: Vec::with_capacity(MEMBERS_MAX),
+            ranked: Few::new(),
             short: 0,
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
