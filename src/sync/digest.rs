@@ -500,7 +500,7 @@ impl Replica<'_> {
             s.walking = true;
             s.mask = mask;
             s.session = (s.session + 1) % 64;
-            self.jobs.push_back(Job::Compare { stream });
+            self.add_job(Job::Compare { stream });
         }
         Ok(())
     }
@@ -633,10 +633,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream].comparing;
         (s.unseen, s.unseen_session) = (mask, session + 1);
         s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
-        let job = Job::Unseen { stream };
-        if !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
-            self.jobs.push_back(job);
-        }
+        self.add_job(Job::Unseen { stream });
     }
 
     /// One slot of the walk that follows. `false`: no chore is free.

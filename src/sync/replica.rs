@@ -12,7 +12,7 @@ use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
 use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
-use super::takeover::{Job, PeerState};
+use super::takeover::{JOBS_MAX, Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
@@ -41,6 +41,9 @@ const REVIEW: Duration = Duration::from_secs(1);
 
 /// How long a connection that was refused as older waits before it asks again.
 const SHELF: Duration = Duration::from_secs(1);
+
+/// Datagrams that may wait to be repeated at once. Further ones are repeated when their acknowledgement is overdue.
+pub(super) const AGAIN_MAX: usize = WINDOW as usize;
 
 /// Whether a connection can have a backup.
 pub(super) enum Found {
@@ -185,12 +188,12 @@ impl<'m> Replica<'m> {
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
             unwritten: 0,
-            jobs: VecDeque::with_capacity(STREAMS_MAX),
+            jobs: VecDeque::with_capacity(JOBS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
             offered: 0,
             offer_at: Time::NEVER,
-            again: Vec::with_capacity(WINDOW as usize),
+            again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
             waiting: List::default(),
             shelved: List::default(),
