@@ -6,7 +6,8 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs::File;
-use std::net::UdpSocket;
+use std::net::{IpAddr, UdpSocket};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
@@ -19,14 +20,17 @@ use hypersync::ccp::UDP_PORT;
 use hypersync::ccp::header::SHARD_OFFSET;
 use hypersync::clock;
 use hypersync::config::{Config, RunOptions};
+use hypersync::conntrack::commit::{Committer, Lifetime};
 use hypersync::counters::{Counter, Counters};
 use hypersync::load::{FlowsConfig, Load};
 use memmap2::MmapMut;
 
 mod common;
 
-use common::member::{Lab, Member, SOON, wait_until_ready, with};
-use common::wait_for;
+use common::copies::connection;
+use common::member::{Lab, Member, SOON, wait_until_ready, with, words};
+use common::namespace::two_hosts;
+use common::{may_make_namespaces, wait_for};
 
 /// Names the file in which a member counts.
 const COUNTS: &str = "HYPERSYNC_TEST_COUNTS";
@@ -124,13 +128,17 @@ struct Counted {
 }
 
 impl Counted {
-    fn start(lab: &Lab, name: &str, id: u8, others: &[u8]) -> Counted {
-        let path = lab.path(&format!("{name}.counts"));
+    /// On loopback.
+    fn start(lab: &Lab, id: u8, others: &[u8]) -> Counted {
+        let command = Command::new(std::env::current_exe().expect("this program"));
+        Counted::run(lab, id, command, &with(lab.words(id, others), &["--shards", "2"]))
+    }
+
+    fn run(lab: &Lab, id: u8, mut command: Command, words: &[String]) -> Counted {
+        let path = lab.path(&format!("m{id}.counts"));
         File::create(&path).and_then(|file| file.set_len(4096)).expect("the directory is ours");
-        let mut command = Command::new(std::env::current_exe().expect("this program"));
         command.args(["member", "--exact", "--ignored", "--nocapture", "--"]).env(COUNTS, &path);
-        let words = with(lab.words(id, others), &["--shards", "2"]);
-        let member = Member::start(lab, name, id, command, &words);
+        let member = Member::start(lab, &format!("m{id}"), id, command, words);
         wait_for("every shard makes passes", SOON, || {
             (0..2).all(|s| Counters::new(member.view().shard(s).counters).get(Counter::Passes) > 0)
         });
@@ -170,9 +178,9 @@ fn send_strays(lab: &Lab, to: u8) {
 #[test]
 fn no_shard_allocates_after_its_start_neither_under_traffic_nor_through_a_death_and_a_return() {
     let lab = Lab::new();
-    let mut one = Counted::start(&lab, "m1", 1, &[2, 3]);
-    let two = Counted::start(&lab, "m2", 2, &[1, 3]);
-    let three = Counted::start(&lab, "m3", 3, &[1, 2]);
+    let mut one = Counted::start(&lab, 1, &[2, 3]);
+    let two = Counted::start(&lab, 2, &[1, 3]);
+    let three = Counted::start(&lab, 3, &[1, 2]);
     wait_until_ready(&[&one.member, &two.member, &three.member]);
     [&one, &two, &three].iter().for_each(|counted| counted.check("joining"));
 
@@ -222,9 +230,66 @@ fn no_shard_allocates_after_its_start_neither_under_traffic_nor_through_a_death_
     [&two, &three].iter().for_each(|counted| counted.check("a death"));
 
     drop(one);
-    let one = Counted::start(&lab, "m1", 1, &[2, 3]);
+    let one = Counted::start(&lab, 1, &[2, 3]);
     drive(&mut loads, "member 1 is back", &|| {
         one.member.was_told("self-ready 1") && two.member.was_told("member-ready 1")
     });
     [&one, &two, &three].iter().for_each(|counted| counted.check("a return"));
+}
+
+/// Writes the connections of these numbers into the kernel's table, with this mark: to its appliance they are traffic.
+fn write(pen: &mut Committer, numbers: Range<u32>, mark: u32) {
+    for n in numbers {
+        let mut connection = connection(n);
+        connection.state.mark = mark;
+        if pen.write(&connection, Lifetime::Normal).is_err() {
+            pen.flush(&mut |_| {});
+            pen.write(&connection, Lifetime::Normal).expect("an empty batch takes everything");
+        }
+    }
+    pen.flush(&mut |_| {});
+}
+
+#[test]
+fn with_the_kernel_as_source_and_copies_in_it_no_shard_allocates_either() {
+    if !may_make_namespaces("allocations with the kernel's conntrack") {
+        return;
+    }
+    let lab = Lab::new();
+    let hosts = two_hosts();
+    let start = |id: u8| {
+        let address = |id: u8| IpAddr::from([10, 9, 0, id]);
+        let peer = address(3 - id).to_string();
+        let flags =
+            ["--shards", "2", "--source", "kernel", "--commit", "eager", "--verify", "1s", "--peer", &peer];
+        let command = hosts[usize::from(id) - 1].command(std::env::current_exe().expect("this program"));
+        Counted::run(&lab, id, command, &with(words(id, address(id)), &flags))
+    };
+    let (mut one, two) = (start(1), start(2));
+    wait_until_ready(&[&one.member, &two.member]);
+    [&one, &two].iter().for_each(|counted| counted.check("joining"));
+
+    let mut pen = hosts[0].inside(|| Committer::open().expect("conntrack"));
+    write(&mut pen, 0..2000, 1);
+    wait_for("copies are in the other kernel", SOON, || two.member.counter(Counter::Commits) >= 2000);
+    write(&mut pen, 0..1000, 2);
+    for n in 1000..1500 {
+        pen.delete(&connection(n).original).expect("a batch takes so many");
+        pen.flush(&mut |_| {});
+    }
+    wait_for("changes and closes follow, and entries were verified", SOON, || {
+        let backup = |counter| two.member.counter(counter);
+        backup(Counter::Commits) >= 3000
+            && backup(Counter::CommitDeletes) >= 500
+            && backup(Counter::VerifyWalks) > 2
+            && backup(Counter::ConnectionsBackup) == 1500
+    });
+    [&one, &two].iter().for_each(|counted| counted.check("events, commits and the walk that verifies"));
+
+    let commits = two.member.counter(Counter::Commits);
+    one.member.kill();
+    wait_for("entries have the timeouts of the living", SOON, || {
+        two.member.was_told("member-dead 1") && two.member.counter(Counter::Commits) >= commits + 1500
+    });
+    two.check("a death");
 }

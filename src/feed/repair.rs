@@ -16,6 +16,7 @@
 //! unless events were lost. They are counted (`source_dumps`).
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::time::Duration;
 
 use super::admission::admits;
@@ -172,7 +173,7 @@ impl Repair {
                 }
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
-                    self.complain(&e.to_string());
+                    self.complain(&e);
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
@@ -236,7 +237,7 @@ impl Repair {
                 self.dumped(now);
             }
             DumpState::Failed(errno) => {
-                self.complain(&format!("reading the kernel's table broke off (errno {errno})"));
+                self.complain(&format_args!("reading the kernel's table broke off (errno {errno})"));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
             }
@@ -260,7 +261,7 @@ impl Repair {
     }
 
     /// Says once why a dump cannot be made, until one can.
-    fn complain(&mut self, why: &str) {
+    fn complain(&mut self, why: &dyn Display) {
         if !std::mem::replace(&mut self.complained, true) {
             log::warn!("{why}; it is tried again");
         }
