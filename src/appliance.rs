@@ -108,8 +108,8 @@ struct Parts<'b> {
     committer: Option<Committer>,
     may_be_unheard: bool,
     port_ids: Vec<u32>,
-    strays: Receiver<Box<Stray>>,
-    handover: Vec<SyncSender<Box<Stray>>>,
+    strays: Receiver<Stray>,
+    handover: Vec<SyncSender<Stray>>,
     bells: &'b [Bell],
     gate: Gate,
 }

@@ -172,6 +172,8 @@ counters! {
 
     // The loop.
     Passes, "passes", "passes of the loop";
+    Waits, "waits", "passes after which nothing was left to do, so that the shard waited";
+    WaitsGathered, "waits_gathered", "of these waits, those in which a lone wake-up waited up to 0.5 ms for others, as passes followed each other closely";
     PassesLate, "passes_late", "passes that took longer than 10 ms, so that heartbeats could be late";
     PassLongestUs, "pass_longest_us", "gauge: the longest pass so far, microseconds";
     DelayUs, "delay_us", "gauge: latest measured time from first send to acknowledgement, microseconds";

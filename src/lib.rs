@@ -50,7 +50,7 @@
 //! 4. [`group`]: who is there, who is dead, who should be a backup.
 //! 5. [`sync`]: the protocol of one shard, [`Replica`](sync::Replica); its page says in which order.
 //! 6. [`source`], [`rules`], [`memory`]: what goes in and out of it, what is copied at all, and what it stands on.
-//! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they meet.
+//! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they meet; [`pace`] says when a shard waits.
 //! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`]: the process around the shards.
 //!
 //! Steps 1 to 6 are the pure part: no clock, socket, thread or `unsafe` (a prefetch hint excepted); time and bytes come
@@ -69,6 +69,7 @@ pub mod conntrack;
 pub mod counters;
 pub mod demo;
 pub mod feed;
+pub mod few;
 pub mod group;
 pub mod kill;
 pub mod limits;
@@ -78,6 +79,7 @@ pub mod membership;
 pub mod memory;
 pub mod net;
 pub mod notify;
+pub mod pace;
 pub mod prefetch;
 pub mod restart;
 pub mod ring;

@@ -93,6 +93,9 @@ pub const STRAYS: usize = 64;
 /// Log lines that wait to be written. What does not fit is counted, and the count is logged.
 pub const LOG_QUEUE: usize = 1024;
 
+/// Bytes of a log line, without time and level. A longer one is cut, and ends in an ellipsis.
+pub const LOG_LINE_MAX: usize = 1000;
+
 /// Received datagrams acted on in one pass of a shard.
 pub const RECEIVE_PER_PASS: usize = 4096;
 

@@ -2,7 +2,7 @@
 //!
 //! One pass is the data flow, and reads like it: reap, ingest, receive, tick, commit, transmit,
 //! publish. Every stage has a cap, so heartbeats are never late because another stage was busy.
-//! Nothing in a pass waits but the one wait at its end.
+//! Nothing in a pass waits but the one wait at its end, and that only if no stage has more to do ([`crate::pace`]).
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -21,6 +21,7 @@ use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS
 use crate::logging::Sparse;
 use crate::membership::{Membership, Shared};
 use crate::net::{Event, NetError, Port, PortCounts, Target};
+use crate::pace::{Left, Next, Pace};
 use crate::shm::Region;
 use crate::sync::stream::stream_member;
 use crate::sync::{Finding, Replica, Token};
@@ -30,9 +31,6 @@ use crate::time::Time;
 pub const BELL_KEY: u64 = EVENTS_KEY + 1;
 /// A pass that takes longer makes heartbeats late.
 const LATE: Duration = Duration::from_millis(10);
-/// Under load a pass waits this long for company, so that what a wake-up costs is shared: passes
-/// that follow each other within twice this are load.
-const GATHER: Duration = Duration::from_micros(500);
 /// The longest wait: the words that ask the process to end are looked at this often.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
@@ -42,7 +40,7 @@ const DROPS_PAUSE: Duration = Duration::from_secs(1);
 /// Copies that differ are named in the log at most this often.
 const DIFFERS_PAUSE: Duration = Duration::from_secs(1);
 
-/// A datagram that arrived at the wrong shard.
+/// A datagram that arrived at the wrong shard. It is handed over by value: the queue has room for so many.
 pub struct Stray {
     source: IpAddr,
     len: usize,
@@ -66,9 +64,9 @@ pub struct Shard<'m> {
     /// The words that all threads share.
     shared: &'m Shared,
     /// Strays for this shard.
-    strays: Receiver<Box<Stray>>,
+    strays: Receiver<Stray>,
     /// Where strays of other shards go.
-    handover: Vec<SyncSender<Box<Stray>>>,
+    handover: Vec<SyncSender<Stray>>,
     /// The bells of all shards of this member.
     bells: &'m [Bell],
     /// The streams' sockets, by stream.
@@ -86,7 +84,7 @@ pub struct Shard<'m> {
     torn_view: bool,
     /// Whether a stream's socket could not be opened, and that was said, in this view.
     unopened: bool,
-    last_pass: Time,
+    pace: Pace,
     /// What the port had seen, as far as the counters say.
     counted: PortCounts,
     drops: u64,
@@ -107,8 +105,8 @@ impl<'m> Shard<'m> {
         membership: Option<Membership<'m>>,
         region: &'m Region,
         shared: &'m Shared,
-        strays: Receiver<Box<Stray>>,
-        handover: Vec<SyncSender<Box<Stray>>>,
+        strays: Receiver<Stray>,
+        handover: Vec<SyncSender<Stray>>,
         bells: &'m [Bell],
     ) -> Shard<'m> {
         Shard {
@@ -133,7 +131,7 @@ impl<'m> Shard<'m> {
             settling: None,
             torn_view: false,
             unopened: false,
-            last_pass: Time(0),
+            pace: Pace::new(),
             counted: PortCounts::default(),
             drops: 0,
             drops_at: Time(0),
@@ -146,13 +144,14 @@ impl<'m> Shard<'m> {
         while !self.shared.finished.load(Ordering::Relaxed) && !self.shared.failed.load(Ordering::Relaxed) {
             let now = clock::now();
             self.reap(now);
-            self.feed.ingest(now, &mut self.replica, &self.counters);
-            self.receive(now);
-            self.tick(now);
-            self.feed.commit(now, &mut self.replica, &self.counters);
-            self.transmit(now);
+            let ingest = self.feed.ingest(now, &mut self.replica, &self.counters);
+            let receive = self.receive(now);
+            let view = self.tick(now);
+            let commit = self.feed.commit(now, &mut self.replica, &self.counters);
+            let transmit = self.transmit(now);
             self.publish(now);
-            self.wait(now).map_err(|e| e.to_string())?;
+            let left = Left { ingest, receive, view, commit, transmit };
+            self.wait(now, left).map_err(|e| e.to_string())?;
         }
         self.port.submit().map_err(|e| e.to_string())
     }
@@ -194,11 +193,11 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// Datagrams: heartbeats to the group, synchronization to the protocol.
-    fn receive(&mut self, now: Time) {
+    /// Datagrams: heartbeats to the group, synchronization to the protocol. Returns whether more may wait.
+    fn receive(&mut self, now: Time) -> bool {
         let Shard { port, replica, membership, counters, handover, shard, bells, .. } = self;
         let cap = RECEIVE_PER_PASS.min(replica.receive_room());
-        port.receive(cap, &mut |source, bytes| {
+        let received = port.receive(cap, &mut |source, bytes| {
             let is_heartbeat = bytes.get(6..8) == Some(&OPCODE_HEARTBEAT.to_be_bytes());
             match (membership.as_mut(), bytes.get(SHARD_OFFSET)) {
                 (Some(membership), _) if is_heartbeat => membership.handle_heartbeat(now, source, bytes),
@@ -207,7 +206,7 @@ impl<'m> Shard<'m> {
                     if to != shard && (*to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
                 {
                     counters.count(Counter::Strays);
-                    let mut stray = Box::new(Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] });
+                    let mut stray = Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] };
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
                     if handover[*to as usize].try_send(stray).is_ok() {
@@ -218,13 +217,14 @@ impl<'m> Shard<'m> {
             }
         });
         for _ in 0..STRAYS.min(self.replica.receive_room()) {
-            let Ok(stray) = self.strays.try_recv() else { break };
+            let Ok(stray) = self.strays.try_recv() else { return received == cap };
             self.replica.handle_datagram(now, Some(stray.source), &stray.bytes[..stray.len]);
         }
+        true
     }
 
-    /// Timers: of the group, then of this shard.
-    fn tick(&mut self, now: Time) {
+    /// Timers: of the group, then of this shard. Returns whether the view must be read again at once.
+    fn tick(&mut self, now: Time) -> bool {
         if let Some(membership) = &mut self.membership {
             membership.handle_goodbyes(now, self.replica.take_goodbyes());
             if membership.tick(now, self.replica.receive_room() == 0) {
@@ -242,6 +242,7 @@ impl<'m> Shard<'m> {
             self.complete = true;
             self.shared.complete.fetch_add(1, Ordering::Relaxed);
         }
+        self.torn_view
     }
 
     /// Acts on the view that shard 0 published, if it changed.
@@ -275,8 +276,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// Heartbeats first, then everything that the protocol has to send.
-    fn transmit(&mut self, now: Time) {
+    /// Heartbeats first, then everything that the protocol has to send. Returns whether more may wait.
+    fn transmit(&mut self, now: Time) -> bool {
         if let Some(membership) = &mut self.membership {
             membership.send_heartbeat(now, &mut self.replica, &mut self.port);
         }
@@ -298,8 +299,8 @@ impl<'m> Shard<'m> {
             counters.count(Counter::SendsQueued);
             port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0).is_ok()
         };
-        replica.transmit(now, &mut send);
-        let Some(membership) = membership else { return };
+        let has_more = replica.transmit(now, &mut send);
+        let Some(membership) = membership else { return has_more };
         let back_ms = shared.restart.load(Ordering::Relaxed);
         if shared.stop.load(Ordering::Relaxed) {
             if membership.leave(now, &mut || replica.send_goodbyes(&mut send)) {
@@ -309,6 +310,7 @@ impl<'m> Shard<'m> {
             shared.restarts.store(true, Ordering::Relaxed);
             shared.finished.store(true, Ordering::Relaxed);
         }
+        has_more
     }
 
     /// Words for the other shards and for inspectors.
@@ -362,8 +364,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// The only wait: until something completes, or the nearest deadline.
-    fn wait(&mut self, now: Time) -> Result<(), NetError> {
+    /// The only wait: until something completes, or the nearest deadline, if no stage has anything left to do.
+    fn wait(&mut self, now: Time, left: Left) -> Result<(), NetError> {
         if let Feed::Kernel(kernel) = &self.feed
             && !self.watching
         {
@@ -378,16 +380,13 @@ impl<'m> Shard<'m> {
         if let Some(membership) = &self.membership {
             at = at.min(membership.poll_at());
         }
-        if self.replica.receive_room() == 0
-            || self.replica.commits_waiting() > 0
-            || at.reached(now)
-            || self.torn_view
-        {
-            self.port.submit()
-        } else {
-            let loaded = now.since(self.last_pass) < GATHER * 2;
-            self.last_pass = now;
-            self.port.wait_gather(at, if loaded { GATHER } else { Duration::ZERO })
+        match self.pace.next(now, left, at) {
+            Next::Pass => self.port.submit(),
+            Next::Wait { until, gather } => {
+                self.counters.count(Counter::Waits);
+                self.counters.add(Counter::WaitsGathered, !gather.is_zero() as u64);
+                self.port.wait_gather(until, gather)
+            }
         }
     }
 }

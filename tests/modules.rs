@@ -35,6 +35,8 @@ const MODULES: &[(&str, Kind)] = &[
     ("seq", Kind::Pure),
     ("counters", Kind::Pure),
     ("memory", Kind::Pure),
+    ("few", Kind::Pure),
+    ("pace", Kind::Pure),
     ("rules", Kind::Pure),
     ("source", Kind::Pure),
     ("kill", Kind::Pure),

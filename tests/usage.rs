@@ -10,6 +10,8 @@ mod common;
 mod events;
 #[path = "usage/link.rs"]
 mod link;
+#[path = "usage/overload.rs"]
+mod overload;
 #[path = "usage/rules.rs"]
 mod rules;
 #[path = "usage/sysctls.rs"]

@@ -99,19 +99,19 @@ impl KernelFeed {
         self.drain_at = now;
     }
 
-    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    /// Returns whether the cap was hit.
+    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         self.local.follow(self.addresses);
-        if self.drain_at.reached(now) {
-            self.drain(now, replica, counters);
-        }
+        let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
         let admission = (&self.rules, &self.local);
         self.repair.step(now, &mut self.source, admission, &mut self.shifts, replica, counters);
+        has_more
     }
 
-    fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, .. } = self;
         let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
@@ -150,6 +150,7 @@ impl KernelFeed {
         } else {
             Time::NEVER
         };
+        drained.more
     }
 
     /// Overruns, what timeouts the kernel gives, and whether its table has room for copies.

@@ -16,6 +16,7 @@
 //! unless events were lost. They are counted (`source_dumps`).
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::time::Duration;
 
 use super::admission::admits;
@@ -176,7 +177,7 @@ impl Repair {
                 Ok(false) => unreachable!("a dump that runs has its own stage"),
                 Err(e) => {
                     counters.count(Counter::SourceDumpsFailed);
-                    self.complain(&e.to_string());
+                    self.complain(&e);
                     self.dump_at = now.after(CHECK_PERIOD);
                 }
             },
@@ -248,7 +249,7 @@ impl Repair {
             }
             DumpState::Failed(errno) => {
                 counters.count(Counter::SourceDumpsFailed);
-                self.complain(&format!("reading the kernel's table broke off (errno {errno})"));
+                self.complain(&format_args!("reading the kernel's table broke off (errno {errno})"));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
             }
@@ -272,7 +273,7 @@ impl Repair {
     }
 
     /// Says once why a dump cannot be made, until one can.
-    fn complain(&mut self, why: &str) {
+    fn complain(&mut self, why: &dyn Display) {
         if !std::mem::replace(&mut self.complained, true) {
             log::warn!("{why}; it is tried again");
         }

@@ -18,30 +18,29 @@ const RING_PAUSE: Duration = Duration::from_millis(1);
 pub struct RingFeed<'m> {
     consumer: Consumer<'m>,
     rules: Rules,
-    more: bool,
+    /// What a pass takes at most. A smaller ring that was full is the same: its producer waits.
+    cap: usize,
 }
 
 impl<'m> RingFeed<'m> {
     pub(super) fn new(consumer: Consumer<'m>, rules: Rules) -> RingFeed<'m> {
-        RingFeed { consumer, rules, more: false }
+        RingFeed { cap: INGEST_PER_PASS.min(consumer.size()), consumer, rules }
     }
 
-    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    /// Returns whether the cap was hit.
+    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         self.consumer.awake();
-        let RingFeed { consumer, rules, .. } = self;
-        let taken = consumer.drain(INGEST_PER_PASS, &mut |record| match record {
+        let RingFeed { consumer, rules, cap } = self;
+        let taken = consumer.drain(*cap, &mut |record| match record {
             Ok(event) if !admits(now, rules, None, &event, replica, counters) => {}
             Ok(event) => replica.handle_source(now, &event),
             Err(BadRecord::Position) => counters.count(Counter::SourceOverruns),
             Err(_) => counters.count(Counter::SourceRejected),
         });
-        self.more = taken == INGEST_PER_PASS;
+        taken == self.cap
     }
 
     pub(super) fn arm(&mut self, now: Time, port: &mut Port<'m>) -> Time {
-        if self.more {
-            return now;
-        }
         match self.consumer.prepare_sleep() {
             None => now,
             Some((word, expected)) if port.futex_wait(word, expected) => Time::NEVER,

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::ccp::heartbeat::{Accepted, Heartbeat, Shown};
 use crate::conn::MemberId;
+use crate::few::Few;
 use crate::limits::{MEMBERS_MAX, NOTIFY_QUEUE};
 use crate::time::Time;
 use detector::Detector;
@@ -425,7 +426,11 @@ impl Group {
     }
 
     /// This member's heartbeat, if one is due, and what stock decoders shall show of everybody.
-    pub fn poll_heartbeat(&mut self, now: Time, tables: &Tables) -> Option<(Heartbeat, Vec<(Shown, u8)>)> {
+    pub fn poll_heartbeat(
+        &mut self,
+        now: Time,
+        tables: &Tables,
+    ) -> Option<(Heartbeat, Few<(Shown, u8), MEMBERS_MAX>)> {
         if !self.next_heartbeat.reached(now) {
             return None;
         }
@@ -442,7 +447,7 @@ impl Group {
         let full_size = self.sent.is_multiple_of(FULL_SIZE_EVERY);
         self.sent = self.sent.wrapping_add(1);
         let mut hears = 0;
-        let mut shown = Vec::with_capacity(MEMBERS_MAX);
+        let mut shown = Few::new();
         for id in 1..=MEMBERS_MAX as MemberId {
             if id == self.me.member {
                 let state = match (tables.leaving, tables.ready) {

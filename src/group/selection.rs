@@ -10,6 +10,7 @@
 
 use super::view::View;
 use crate::conn::MemberId;
+use crate::few::Few;
 use crate::limits::MEMBERS_MAX;
 
 /// A member whose empty slots are fewer than this is short of room, in 32nds of its table: of 5 it lends one,
@@ -21,10 +22,11 @@ const ENOUGH: u64 = 8;
 
 /// The members that can be a backup for `view.me`, best first. `short`: who was short of room so far, as bits,
 /// and is now.
-pub fn ranked(view: &View, my_site: u8, short: &mut u64) -> Vec<MemberId> {
-    let mut able: Vec<MemberId> =
-        view.others().filter(|(_, m)| m.status.is_able() && m.room > 0).map(|(id, _)| id).collect();
-    for id in &able {
+pub fn ranked(view: &View, my_site: u8, short: &mut u64) -> Few<MemberId, MEMBERS_MAX> {
+    let mut able = Few::new();
+    let with_room = view.others().filter(|(_, m)| m.status.is_able() && m.room > 0);
+    with_room.for_each(|(id, _)| able.push(id));
+    for id in able.iter() {
         let m = &view.members[*id as usize];
         let room = m.room.saturating_mul(32) / m.capacity.max(1);
         if room < SHORT {
@@ -33,7 +35,8 @@ pub fn ranked(view: &View, my_site: u8, short: &mut u64) -> Vec<MemberId> {
             *short &= !(1 << id);
         }
     }
-    able.sort_by_key(|id| {
+    // No two are alike, for no two have the same distance.
+    able.sort_unstable_by_key(|id| {
         let m = &view.members[*id as usize];
         let other_site = my_site != 0 && m.site != 0 && m.site != my_site;
         let has_enough = *short >> *id & 1 == 0;
@@ -67,8 +70,8 @@ mod tests {
         ] {
             view.set(id, m);
         }
-        assert_eq!(ranked(&view, 1, &mut 0), [6, 9, 5, 4, 1, 3]);
-        assert_eq!(ranked(&view, 0, &mut 0), [6, 9, 4, 1, 3, 5]);
+        assert_eq!(ranked(&view, 1, &mut 0)[..], [6, 9, 5, 4, 1, 3]);
+        assert_eq!(ranked(&view, 0, &mut 0)[..], [6, 9, 4, 1, 3, 5]);
     }
 
     #[test]
@@ -80,11 +83,11 @@ mod tests {
             view.set(2, member(100, 0, room));
             ranked(&view, 0, &mut short)
         };
-        assert_eq!(ranked_with(130), [2, 3]);
-        assert_eq!(ranked_with(120), [3, 2]);
-        assert_eq!(ranked_with(199), [3, 2]);
-        assert_eq!(ranked_with(200), [2, 3]);
-        assert_eq!(ranked_with(130), [2, 3]);
+        assert_eq!(ranked_with(130)[..], [2, 3]);
+        assert_eq!(ranked_with(120)[..], [3, 2]);
+        assert_eq!(ranked_with(199)[..], [3, 2]);
+        assert_eq!(ranked_with(200)[..], [2, 3]);
+        assert_eq!(ranked_with(130)[..], [2, 3]);
     }
 
     #[test]

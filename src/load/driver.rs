@@ -34,14 +34,15 @@ impl Load {
         now.since(self.started)
     }
 
-    /// Tells what is due, and publishes it.
-    pub fn batch(&mut self, now: Time) {
+    /// Tells what is due, and publishes it. Returns whether the rings took it; what they did not take comes
+    /// first the next time.
+    pub fn batch(&mut self, now: Time) -> bool {
         let age = self.age(now);
         let producers = &mut self.producers;
-        if !self.flows.run(age, BATCH_MAX, &mut |event| producers.push(event).is_ok()) {
-            self.full += 1;
-        }
+        let taken = self.flows.run(age, BATCH_MAX, &mut |event| producers.push(event).is_ok());
+        self.full += !taken as u64;
         producers.flush();
+        taken
     }
 
     /// Batches that ended early because a ring was full.

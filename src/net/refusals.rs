@@ -3,6 +3,7 @@
 //! What the kernel says of a send is the caller's to count; here an operator is told what to do about it. A dead
 //! peer's ECONNREFUSED is no refusal of ours.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -20,18 +21,40 @@ struct Refusal {
     last: Time,
 }
 
+/// Targets remembered: every peer and the multicast group. Addresses that members had before are not worth more.
+const TARGETS_MAX: usize = PEERS_MAX + 1;
+
 /// What was told; one for all shards of a member. Touched by nobody as long as sends succeed.
-#[derive(Default)]
 pub struct Refusals(Mutex<Vec<Refusal>>);
+
+impl Default for Refusals {
+    fn default() -> Refusals {
+        Refusals(Mutex::new(Vec::with_capacity(TARGETS_MAX)))
+    }
+}
+
+/// The line about a refused send.
+#[derive(Clone, Copy, Debug)]
+pub struct Refused {
+    to: IpAddr,
+    word: &'static str,
+    cause: &'static str,
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sending to {} {} ({})", self.to, self.cause, self.word)
+    }
+}
 
 impl Refusals {
     /// A send failed. Returns the line that an operator should see, if it is news.
-    pub fn note(&self, now: Time, to: IpAddr, errno: i32) -> Option<String> {
+    pub fn note(&self, now: Time, to: IpAddr, errno: i32) -> Option<Refused> {
         let (word, cause) = cause(errno)?;
         // Another shard is telling: if this one has more to say, it will again in a moment.
         let mut refusals = self.0.try_lock().ok()?;
-        let is_full = refusals.len() > PEERS_MAX;
-        let line = || format!("sending to {to} {cause} ({word})");
+        let is_full = refusals.len() == TARGETS_MAX;
+        let line = Refused { to, word, cause };
         match refusals.iter_mut().find(|refusal| refusal.to == to) {
             Some(refusal) => {
                 let is_news = refusal.errno != errno || now.since(refusal.last) >= PAUSE;
@@ -40,13 +63,12 @@ impl Refusals {
                     return None;
                 }
                 (refusal.errno, refusal.told) = (errno, now);
-                Some(line())
+                Some(line)
             }
-            // Every peer and the multicast group; addresses that members had before are not worth more.
             None if is_full => None,
             None => {
                 refusals.push(Refusal { to, errno, told: now, last: now });
-                Some(line())
+                Some(line)
             }
         }
     }
@@ -81,7 +103,7 @@ mod tests {
         let refusals = Refusals::default();
         let (two, three) = (IpAddr::from([10, 9, 0, 2]), IpAddr::from([10, 9, 0, 3]));
         let told = |at_ms: u64, to, errno| refusals.note(Time(at_ms * 1_000_000), to, errno);
-        let line = told(1, two, libc::EPERM).unwrap();
+        let line = told(1, two, libc::EPERM).unwrap().to_string();
         assert!(line.starts_with("sending to 10.9.0.2 is refused by this host's packet filter"), "{line}");
         assert!(told(1, three, libc::EPERM).is_some());
         assert!((1..300).all(|n| told(n * 100, two, libc::EPERM).is_none()), "not once a datagram");

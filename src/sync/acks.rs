@@ -8,7 +8,7 @@
 use super::chores::Rank;
 use super::history::{Content, EpochBits};
 use super::mutation::{Mutation, is};
-use super::replica::Replica;
+use super::replica::{AGAIN_MAX, Replica};
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
@@ -152,7 +152,7 @@ impl Replica<'_> {
                 self.history.set_arrived(id);
             } else if highest - at >= OVERTAKEN
                 && now.since(self.history.last_sent(id)).as_nanos() as u64 >= patience
-                && self.again.len() < self.again.capacity()
+                && self.again.len() < AGAIN_MAX
                 && !self.again.contains(&(id, seq))
             {
                 self.again.push((id, seq));

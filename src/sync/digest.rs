@@ -516,7 +516,7 @@ impl Replica<'_> {
             s.walking = true;
             s.mask = mask;
             s.session = (s.session + 1) % 64;
-            self.jobs.push_back(Job::Compare { stream });
+            self.add_job(Job::Compare { stream });
         }
         Ok(())
     }
@@ -662,13 +662,7 @@ impl Replica<'_> {
             s.asked_before = Some(s.asks);
         }
         s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
-        let job = Job::Unseen { stream };
-        match self.jobs.iter().position(|waiting| *waiting == job) {
-            // The one under way looks at everything again.
-            Some(0) => self.walk_slot = 0,
-            Some(_) => {}
-            None => self.jobs.push_back(job),
-        }
+        self.add_job(Job::Unseen { stream });
     }
 
     /// One slot of the walk that follows. `false`: no chore is free.

@@ -260,7 +260,7 @@ impl Replica<'_> {
         let mut coming = self.waiting.len() as u64;
         if self.ranked.first() == Some(&member) {
             for job in &self.jobs {
-                if let Job::Rehome { away_from } = job {
+                if let Job::Rehome { away_from, .. } = job {
                     let all = (0..self.streams.len()).filter(|s| away_from >> stream_member(*s) & 1 == 1);
                     coming += all.map(|s| self.streams[s].actives).sum::<u64>();
                 }

@@ -124,14 +124,10 @@ impl Replica<'_> {
         s.refusals.clear();
         // What it had leased to us it took back.
         self.leases.drop_all(&mut s.lease);
-        // The one under way may have passed what it must see again; one that waits has not.
-        let job = Job::Verify { stream };
         if known != 0 {
             // It may have let go of our copies, too.
             self.unverify_stream(stream);
-        }
-        if known != 0 && !self.jobs.iter().skip(1).any(|waiting| *waiting == job) {
-            self.jobs.push_back(job);
+            self.add_job(Job::Verify { stream });
         }
         Ok(())
     }

@@ -12,13 +12,14 @@ use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
 use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
-use super::takeover::{Job, PeerState};
+use super::takeover::{JOBS_MAX, Job, PeerState};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
 use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
 use crate::counters::{Counter, Counters};
+use crate::few::Few;
 use crate::group::view::View;
 use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
 use crate::memory::{JOURNAL_DECLINES, Memory};
@@ -40,6 +41,9 @@ const REVIEW: Duration = Duration::from_secs(1);
 
 /// How long a connection that was refused as older waits before it asks again.
 const SHELF: Duration = Duration::from_secs(1);
+
+/// Datagrams that may wait to be repeated at once. Further ones are repeated when their acknowledgement is overdue.
+pub(super) const AGAIN_MAX: usize = WINDOW as usize;
 
 /// Whether a connection can have a backup.
 pub(super) enum Found {
@@ -93,7 +97,7 @@ pub struct Replica<'m> {
     pub(super) chores: Chores,
     pub(super) view: View,
     pub(super) peers: Vec<PeerState>,
-    pub(super) ranked: Vec<MemberId>,
+    pub(super) ranked: Few<MemberId, MEMBERS_MAX>,
     /// Members that are short of room, as bits.
     pub(super) short: u64,
     /// Tables that peers had when they were last here.
@@ -179,17 +183,17 @@ impl<'m> Replica<'m> {
             chores: Chores::new(),
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
-            ranked: Vec::with_capacity(MEMBERS_MAX),
+            ranked: Few::new(),
             short: 0,
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
             unwritten: 0,
-            jobs: VecDeque::with_capacity(STREAMS_MAX),
+            jobs: VecDeque::with_capacity(JOBS_MAX),
             walk_slot: 0,
             walk_next: Time(0),
             offered: 0,
             offer_at: Time::NEVER,
-            again: Vec::with_capacity(WINDOW as usize),
+            again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
             waiting: List::default(),
             shelved: List::default(),

@@ -188,7 +188,9 @@ impl<'m> Replica<'m> {
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
             // New lives begin one stream after the other: the last one may still be with the table before.
             let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
-                self.jobs.extend(is_forgetting.then_some(Job::Forget { member }));
+                if is_forgetting {
+                    self.add_job(Job::Forget { member });
+                }
                 continue;
             };
             let let_go = first != table || known.iter().any(Durable::is_let_go);
@@ -202,7 +204,9 @@ impl<'m> Replica<'m> {
                 self.purge(now, member);
             }
             // Behind the purge, and before anything is offered.
-            self.jobs.extend(is_forgetting.then_some(Job::Forget { member }));
+            if is_forgetting {
+                self.add_job(Job::Forget { member });
+            }
         }
         for stream in 0..STREAMS_MAX {
             let durable = self.durable(stream);

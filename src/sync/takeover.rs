@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::chores::Rank;
 use super::mutation::{Mutation, is};
-use super::replica::{Found, Replica};
+use super::replica::{AGAIN_MAX, Found, Replica};
 use super::stream::{stream_index, stream_member};
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
@@ -30,7 +30,7 @@ use crate::conn::{Coordinate, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
-use crate::limits::{MEMBERS_MAX, SHARDS_MAX, WALK_PER_TICK};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
@@ -68,6 +68,10 @@ pub(super) enum PeerState {
     Purge,
 }
 
+/// Walks that can wait at once, for one that waits is not asked for twice: three kinds for a stream, seven for a member, and
+/// two that move backups away. As many of those, and one other, may have begun before.
+pub(super) const JOBS_MAX: usize = 3 * STREAMS_MAX + 7 * MEMBERS_MAX + 2 * 2 + 1;
+
 /// A walk over the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Job {
@@ -75,8 +79,8 @@ pub(super) enum Job {
     Commit { member: MemberId },
     /// Every connection whose other copy was at this member finds a new one.
     Purge { member: MemberId },
-    /// Backups at these members (bits) move to better ones.
-    Rehome { away_from: u64 },
+    /// Backups at these members (bits) move to better ones: the members leave, or have a lower priority.
+    Rehome { away_from: u64, leave: bool },
     /// This member is heard and does not hear us: our connections find other backups. Its copies here stay.
     Abandon { member: MemberId },
     /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
@@ -120,7 +124,7 @@ impl Replica<'_> {
         }
         let leaving = self.bits(|m| m.status == Status::Leaving);
         if leaving != 0 {
-            self.rehome(leaving);
+            self.rehome(leaving, true);
         }
         let best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
         if let Some((_, priority)) = best
@@ -129,7 +133,7 @@ impl Replica<'_> {
             self.retry_at = now;
             let lower = self.bits(|m| m.status.is_alive() && m.priority < priority);
             if lower != 0 {
-                self.rehome(lower);
+                self.rehome(lower, false);
             }
         }
     }
@@ -138,10 +142,57 @@ impl Replica<'_> {
         self.view.others().filter(|(_, m)| is_it(m)).fold(0, |bits, (id, _)| bits | 1 << id)
     }
 
-    fn rehome(&mut self, away_from: u64) {
-        if away_from != 0 && !self.jobs.contains(&Job::Rehome { away_from }) {
-            self.jobs.push_back(Job::Rehome { away_from });
+    fn rehome(&mut self, away_from: u64, leave: bool) {
+        if self.jobs.contains(&Job::Rehome { away_from, leave }) {
+            return;
         }
+        let under_way = self.jobs_under_way();
+        for job in self.jobs.iter_mut().skip(under_way) {
+            if let Job::Rehome { away_from: others, leave: other } = job
+                && *other == leave
+            {
+                *others |= away_from;
+                return;
+            }
+        }
+        self.add_job(Job::Rehome { away_from, leave });
+    }
+
+    /// How many walks are under way: the first, unless it has not begun.
+    fn jobs_under_way(&self) -> usize {
+        usize::from(self.walk_slot > 0 && !self.jobs.is_empty())
+    }
+
+    /// A walk is to be made behind all others, unless it waits already. One under way may have passed what it must see again.
+    pub(super) fn add_job(&mut self, job: Job) {
+        let under_way = self.jobs_under_way();
+        if !self.jobs.iter().skip(under_way).any(|waiting| *waiting == job) {
+            self.insert_job(self.jobs.len(), job);
+        }
+    }
+
+    /// A walk is to be made behind those that are more urgent and before all others. One of those that is under way begins
+    /// anew behind it.
+    fn add_urgent_job(&mut self, job: Job, is_more_urgent: impl Fn(&Job) -> bool) {
+        let first = self.jobs.front().copied();
+        let begins = first.is_none_or(|first| !is_more_urgent(&first));
+        let under_way = if begins { 0 } else { self.jobs_under_way() };
+        let mut at = 0;
+        self.jobs.retain(|waiting| {
+            at += 1;
+            // One that waits further behind moves up; and who begins anew need not be there twice.
+            at <= under_way || *waiting != job && (at == 1 || !begins || Some(*waiting) != first)
+        });
+        let at = self.jobs.iter().take_while(|job| is_more_urgent(job)).count();
+        self.insert_job(at, job);
+        if begins {
+            self.walk_slot = 0;
+        }
+    }
+
+    fn insert_job(&mut self, at: usize, job: Job) {
+        assert!(self.jobs.len() < JOBS_MAX, "a walk that waits is not asked for twice");
+        self.jobs.insert(at, job);
     }
 
     /// What this shard makes of a member, now that the view changed.
@@ -192,12 +243,12 @@ impl Replica<'_> {
             self.go_on(now, member);
             if left_behind {
                 self.unverify(member);
-                self.jobs.push_back(Job::Offer { member });
+                self.add_job(Job::Offer { member });
             }
             if lost {
                 self.jobs.retain(|job| *job != Job::Lose { member });
                 self.walk_slot = 0; // What was begun is begun anew: every walk may be.
-                self.jobs.push_back(Job::Rewrite { member });
+                self.add_job(Job::Rewrite { member });
             }
         } else if seen.status.is_alive() || seen.status == Status::Left || is_late && self.has_another(member)
         {
@@ -212,8 +263,7 @@ impl Replica<'_> {
         if self.unwritten >> member & 1 == 1 {
             self.unwritten &= !(1 << member);
             self.may_hold_entries = true;
-            self.jobs.insert(0, Job::Commit { member });
-            self.walk_slot = 0;
+            self.add_urgent_job(Job::Commit { member }, |_| false);
         }
     }
 
@@ -230,7 +280,7 @@ impl Replica<'_> {
             let stream = stream_index(member, shard);
             let mut next = self.streams[stream].oldest;
             while let Some(id) = next
-                && self.again.len() < self.again.capacity()
+                && self.again.len() < AGAIN_MAX
             {
                 if !self.history.has_arrived(id) {
                     self.again.push((id, self.history.entry(id).seq));
@@ -257,7 +307,7 @@ impl Replica<'_> {
         }
         self.counters.count(Counter::StreamsLost);
         self.give_up_all(now, member);
-        self.jobs.push_back(Job::Lose { member });
+        self.add_job(Job::Lose { member });
     }
 
     fn give_up_all(&mut self, now: Time, member: MemberId) {
@@ -291,9 +341,9 @@ impl Replica<'_> {
         self.retry_at = now;
         if returned {
             self.unverify(member);
-            self.jobs.push_back(Job::Offer { member });
+            self.add_job(Job::Offer { member });
         } else if known != 0 {
-            self.jobs.push_back(Job::Forget { member });
+            self.add_job(Job::Forget { member });
         }
     }
 
@@ -318,12 +368,8 @@ impl Replica<'_> {
             s.grant_due = 0;
         }
         // Before all walks that may wait for somebody; what such a walk did it does not do again.
-        let urgent = |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
-        let purges = self.jobs.iter().take_while(urgent).count();
-        self.jobs.insert(purges, Job::Purge { member });
-        if purges == 0 {
-            self.walk_slot = 0;
-        }
+        let is_more_urgent = |job: &Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
+        self.add_urgent_job(Job::Purge { member }, is_more_urgent);
     }
 
     /// Silent members whose time has come, and a stretch of the walk that is under way.
@@ -366,7 +412,7 @@ impl Replica<'_> {
         let offered = std::mem::take(&mut self.offered);
         for member in (1..self.peers.len() as MemberId).filter(|m| offered >> m & 1 == 1) {
             if self.is_up(member) && !self.jobs.contains(&Job::Offer { member }) {
-                self.jobs.push_back(Job::Offer { member });
+                self.add_job(Job::Offer { member });
             }
         }
     }
@@ -389,13 +435,9 @@ impl Replica<'_> {
             if deaf && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
                 // Before all walks that may wait for somebody: for this very member, perhaps.
-                let urgent =
-                    |job: &&Job| matches!(job, Job::Purge { .. } | Job::Commit { .. } | Job::Abandon { .. });
-                let at = self.jobs.iter().take_while(urgent).count();
-                self.jobs.insert(at, Job::Abandon { member });
-                if at == 0 {
-                    self.walk_slot = 0;
-                }
+                self.add_urgent_job(Job::Abandon { member }, |job| {
+                    matches!(job, Job::Purge { .. } | Job::Commit { .. } | Job::Abandon { .. })
+                });
             } else if seen.hears_me && self.abandoned & bit != 0 {
                 self.abandoned &= !bit;
                 // What was claimed from it meanwhile it does not know.
@@ -488,13 +530,13 @@ impl Replica<'_> {
                 self.peers[member as usize] = PeerState::Vacant;
                 self.review(now, member);
             }
-            Job::Rehome { away_from } => {
+            Job::Rehome { away_from, .. } => {
                 let leaving = self.bits(|m| m.status == Status::Leaving) & away_from;
                 let left =
                     (1..self.peers.len()).any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
                 if left {
                     // Somebody is left who could not move yet.
-                    self.jobs.push_back(job);
+                    self.rehome(leaving, true);
                     self.walk_next = now.after(REHOME_PAUSE);
                 }
             }
@@ -527,7 +569,7 @@ impl Replica<'_> {
         match job {
             Job::Purge { member } => self.purge_slot(now, member, slot),
             Job::Commit { member } => self.commit_slot(member, slot),
-            Job::Rehome { away_from } => self.rehome_slot(now, away_from, slot),
+            Job::Rehome { away_from, .. } => self.rehome_slot(now, away_from, slot),
             Job::Abandon { member } => self.abandon_slot(now, member, slot),
             Job::Verify { stream } => self.verify_slot(stream, slot),
             Job::Offer { member } => self.offer_slot(member, slot),
@@ -710,5 +752,76 @@ impl Replica<'_> {
         }
         self.offered |= 1 << member;
         self.offer(former, Place { slot, generation: line.generation() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::view::Member;
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::sync::ReplicaConfig;
+
+    fn config() -> ReplicaConfig {
+        ReplicaConfig {
+            group: 7,
+            member: 1,
+            shard: 0,
+            shards: 1,
+            site: 0,
+            table_id: 1,
+            index_key: 1,
+            hold: Duration::ZERO,
+            reprotect_after: Duration::from_secs(2),
+            flush: Duration::ZERO,
+            compare: Duration::from_secs(1),
+            commit: CommitMode::Takeover,
+        }
+    }
+
+    #[test]
+    fn a_member_that_comes_and_goes_all_the_time_leaves_no_pile_of_walks() {
+        // Each return once put a walk behind those that waited, and each silence one before them.
+        let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
+        let mut replica = Replica::new(config(), owned.parts());
+        let room = replica.jobs.capacity();
+        let mut view = View::new(1);
+        for n in 0..4000 {
+            for (member, status) in
+                [(2, Status::Ready), (3, Status::Ready), (2, Status::Dead), (3, Status::Leaving)]
+            {
+                let (table_id, priority) = (7, n as u8);
+                view.set(
+                    member,
+                    Member { status, table_id, priority, shards: 1, room: 1, ..Member::default() },
+                );
+                replica.handle_view(Time(1), &view);
+                replica.leave_behind(member);
+            }
+        }
+        // Of each kind one; two that move backups away from those who leave, or have a lower priority.
+        assert!(replica.jobs.len() < 12, "{:?}", replica.jobs);
+        assert_eq!(replica.jobs.capacity(), room);
+    }
+
+    #[test]
+    fn a_walk_under_way_may_be_asked_for_again_and_begins_anew_behind_one_that_is_urgent() {
+        let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
+        let mut replica = Replica::new(config(), owned.parts());
+        let (offer, forget, commit) =
+            (Job::Offer { member: 2 }, Job::Forget { member: 2 }, Job::Commit { member: 3 });
+        replica.add_job(offer);
+        replica.add_job(offer);
+        assert_eq!(replica.jobs, [offer], "it has not begun");
+        replica.walk_slot = 17;
+        replica.add_job(offer);
+        replica.add_job(forget);
+        replica.add_job(offer);
+        assert_eq!(replica.jobs, [offer, offer, forget], "it may have passed what it must see again");
+        replica.add_urgent_job(commit, |_| false);
+        assert_eq!((replica.walk_slot, &replica.jobs), (0, &[commit, offer, forget].into()));
+        replica.walk_slot = 17;
+        replica.add_urgent_job(commit, |_| false);
+        assert_eq!((replica.walk_slot, &replica.jobs), (0, &[commit, offer, forget].into()));
     }
 }

@@ -65,11 +65,25 @@ impl Token {
     }
 }
 
+/// What may still be built in this pass.
+struct Budget {
+    /// So many deltas.
+    deltas: usize,
+    /// Something else than the cap ended it, and whatever ends that wakes the loop.
+    is_blocked: bool,
+}
+
+impl Budget {
+    fn is_left(&self) -> bool {
+        self.deltas > 0 && !self.is_blocked
+    }
+}
+
 impl Replica<'_> {
     /// Hands everything that is due to `send`, which says whether it took it: acks and the like
-    /// first, then repeats, then what is dirty.
-    pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) {
-        let mut budget = TRANSMIT_PER_PASS;
+    /// first, then repeats, then what is dirty. Returns whether the cap of a pass was hit, so that more may wait.
+    pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
+        let mut budget = Budget { deltas: TRANSMIT_PER_PASS, is_blocked: false };
         while let Some((id, seq)) = self.again.pop() {
             if self.history.is_outstanding(id)
                 && self.history.entry(id).seq == seq
@@ -92,6 +106,7 @@ impl Replica<'_> {
                 self.wake(stream);
             }
         }
+        budget.deltas == 0
     }
 
     fn is_stream_busy(&self, stream: usize) -> bool {
@@ -321,31 +336,31 @@ impl Replica<'_> {
         &mut self,
         now: Time,
         stream: usize,
-        budget: &mut usize,
+        budget: &mut Budget,
         send: &mut dyn FnMut(Transmit) -> bool,
     ) {
         let mut started = false;
         let mut stuck = false;
-        while *budget > 0 && self.has_data(now, stream, started) {
+        while budget.is_left() && self.has_data(now, stream, started) {
             started = true;
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
             let mut count = 0;
-            while (count as usize) < SEGMENTS_MAX && *budget > 0 && self.has_data(now, stream, true) {
+            while (count as usize) < SEGMENTS_MAX && budget.is_left() && self.has_data(now, stream, true) {
                 if !self.unsent_room(stream) {
                     self.counters.count(Counter::WindowFull);
-                    *budget = 0;
+                    budget.is_blocked = true;
                     break;
                 }
                 let Some(offset) = self.arena_room(now) else {
                     stuck = true;
-                    *budget = 0;
+                    budget.is_blocked = true;
                     break;
                 };
                 if train.is_some_and(|(_, at, len)| at + len != offset) {
                     break; // The ring wrapped: a train lies in one piece.
                 }
                 let Some((id, len, deltas)) = self.build(now, stream, offset) else { break };
-                *budget = budget.saturating_sub(deltas.max(1));
+                budget.deltas = budget.deltas.saturating_sub(deltas.max(1));
                 count += 1;
                 let (first, at, bytes) = train.unwrap_or((id, offset, 0));
                 train = Some((first, at, bytes + len));
@@ -358,7 +373,7 @@ impl Replica<'_> {
             if !send(Transmit { stream, offset, len, token }) {
                 // The queue is full: they count as sent and lost, and are repeated in time.
                 self.landed(token, false);
-                *budget = 0;
+                budget.is_blocked = true;
             }
         }
         if started && !self.streams[stream].dirty.is_empty() {

@@ -16,6 +16,9 @@ use hypersync::time::Time;
 /// How often what is due is told.
 const BEAT: Duration = Duration::from_millis(2);
 
+/// How soon an event that found its ring full is offered again: in less than any ring takes to run empty.
+const AGAIN: Duration = Duration::from_micros(50);
+
 /// How long the end may take to close what is open while the rings are full.
 const CLOSING: Duration = Duration::from_secs(10);
 
@@ -141,7 +144,7 @@ fn run(args: &FlowsArgs) -> Result<(), String> {
     let mut beat = started;
     loop {
         let now = clock::now();
-        load.batch(now);
+        let pause = if load.batch(now) { BEAT } else { AGAIN };
         if now.since(report.at) >= Duration::from_secs(1) {
             report.print(&load, started, now);
             if !load.is_current() {
@@ -151,7 +154,7 @@ fn run(args: &FlowsArgs) -> Result<(), String> {
         if end.reached(now) || interrupt::came() {
             break;
         }
-        beat = beat.after(BEAT).max(now);
+        beat = beat.after(pause).max(now);
         std::thread::sleep(beat.since(clock::now()));
     }
     load.flows.finish(args.keep);

@@ -83,4 +83,9 @@ impl<'m> Consumer<'m> {
     pub fn awake(&self) {
         self.ring.words.bell.store(AWAKE, Ordering::Relaxed);
     }
+
+    /// Records that the ring holds.
+    pub fn size(&self) -> usize {
+        self.ring.records.len()
+    }
 }
