@@ -115,6 +115,7 @@ counters! {
     ReceiveErrors, "receive_errors", "receives that failed";
     ReceiveDrops, "receive_drops", "datagrams that the kernel dropped because a receive socket was full, looked at once a second";
     Strays, "strays", "datagrams that arrived at the wrong shard and were handed over";
+    StraysLost, "strays_lost", "of these, lost because the other shard was behind; they come again";
 
     // Datagrams that were ignored, by reason.
     RejectShort, "reject_short", "datagrams too short for what they claim to be";

@@ -209,8 +209,9 @@ impl<'m> Shard<'m> {
                     let mut stray = Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] };
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
-                    if handover[*to as usize].try_send(stray).is_ok() {
-                        bells[*to as usize].ring();
+                    match handover[*to as usize].try_send(stray) {
+                        Ok(()) => bells[*to as usize].ring(),
+                        Err(_) => counters.count(Counter::StraysLost),
                     }
                 }
                 _ => replica.handle_datagram(now, Some(source), bytes),

@@ -235,6 +235,39 @@ fn of_two_that_presume_the_one_that_knows_less_gives_way() {
     all_is_well(&mut world);
 }
 
+/// Seeds 40000843 and 40001054: two carry on the connection of a dead member, and neither sends to the other; but they have
+/// a backup in common.
+#[test]
+fn of_two_that_presume_with_a_common_backup_one_gives_way() {
+    for changes in [false, true] {
+        let memories = memories(4);
+        let mut world = group(&memories, &[100, 100, 100]);
+        let tuple = protected(&mut world);
+        let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
+        let other = 5 - backup;
+        // Its backup is silent for a moment, and it turns to the other one.
+        world.cut = vec![(1, backup), (backup, 1)];
+        world.run_until(ms(120), "1 takes its backup for dead", |w| {
+            !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
+        });
+        if changes {
+            world.change(tuple);
+        } else {
+            world.tell(1, &SourceEvent::seen(world.copies()[&tuple][0].connection));
+            world.run_for(REPROTECT);
+        }
+        world.run_until(ms(50), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+        // A fourth joins, the best backup for everybody, and 1 dies before it could move there.
+        world.start(4, 1, 200);
+        world.run_for(ms(30));
+        world.kill(1);
+        world.cut.clear();
+        world.open.get_mut(&tuple).expect("it is open").owner = other;
+        world.run_for(REPROTECT + ms(400));
+        all_is_well(&mut world);
+    }
+}
+
 /// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.
 #[test]
 fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {

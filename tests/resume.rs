@@ -106,6 +106,36 @@ fn back_within_the_dead_time_everything_stands_where_it_stood() {
     world.check();
 }
 
+/// Seed 40000226: the other member came back with fewer shards, and again with more. What the history holds of the stream that
+/// did not exist in between is not of its present life.
+#[test]
+fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_life() {
+    let memories = memories(7);
+    let mut world = World::new(1, &memories);
+    world.start(1, 2, 100);
+    world.start(2, 2, 100);
+    world.run_for(ms(150));
+    churn(&mut world, 600, &[1]);
+    world.run_for(ms(200));
+    for shards in [1, 2] {
+        world.kill(2);
+        world.run_for(ms(300));
+        world.start(2, shards, 100);
+        world.run_for(ms(600));
+    }
+    // Numbers that were used before, and none of them acknowledged.
+    world.cut.push((2, 1));
+    churn(&mut world, 40, &[1]);
+    world.kill(1);
+    world.resume(1);
+    world.cut.clear();
+    dump(&mut world, 1);
+    world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+    world.run_for(ms(1500));
+    world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
+    world.check();
+}
+
 /// Killed after each of so many stores, in traffic, and back.
 #[cfg(feature = "mutations")]
 #[test]

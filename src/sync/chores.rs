@@ -121,6 +121,14 @@ impl Replica<'_> {
         self.add_chore(rank, Task::Release { of: None, stamp }, target)
     }
 
+    /// Whether a member is still to be told that this place of its is no longer needed.
+    pub(super) fn is_releasing(&self, target: Coordinate) -> bool {
+        self.chores
+            .ids()
+            .filter_map(|id| self.chores.chores[id as usize])
+            .any(|chore| chore.target == target && matches!(chore.task, Task::Release { .. }))
+    }
+
     /// Asks a former active whether our copy still stands. `false` if there is no room.
     pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
         let claimed = self.is_claimed_here(own.slot);

@@ -640,7 +640,7 @@ impl Replica<'_> {
             }
             _ => {}
         }
-        if hash == KEPT {
+        if hash == KEPT || self.is_releasing(own) {
             return;
         }
         let s = &self.streams[stream].comparing;

@@ -336,6 +336,17 @@ impl Replica<'_> {
                 self.end_copy(slot);
                 self.table.forget(slot);
                 self.table.recycle(slot);
+            } else if line.peer().member() != own.member()
+                && self.table.tuples(slot) == (connection.original, connection.reply)
+            {
+                // Two members carry on one connection, and may not know of each other.
+                if stamp <= line.stamp() {
+                    self.counters.count(Counter::Conflicts);
+                    return Err(Refused(Reason::Superseded));
+                }
+                if !self.release(Rank::Consequence, line.peer(), stamp) {
+                    return Err(Busy);
+                }
             }
             return Ok(false); // The close of the older one is on its way.
         }
@@ -524,10 +535,12 @@ impl Replica<'_> {
             }
             Kind::Active
                 if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
-                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
+                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch
+                    || self.is_presumed(target.slot) && stamp > line.stamp() =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
-                // to another backup, before the claim arrived here: late, it must not find its place.
+                // to another backup, before the claim arrived here: late, it must not find its place. Or only presumed,
+                // while somebody else carries it on who knows it better.
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }

@@ -183,7 +183,7 @@ impl<'m> Replica<'m> {
         for member in (1..=MEMBERS_MAX as MemberId).filter(|m| *m != me) {
             let streams = (0..SHARDS_MAX as u8).map(|shard| stream_index(member, shard));
             let known: Vec<Durable<'_>> =
-                streams.map(|s| self.durable(s)).filter(|d| d.life() != 0 || d.peer_life() != 0).collect();
+                streams.map(|s| self.durable(s)).filter(Durable::is_known).collect();
             let is_forgetting = self.durable(stream_index(member, 0)).is_forgetting();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
             // New lives begin one stream after the other: the last one may still be with the table before.
@@ -210,14 +210,14 @@ impl<'m> Replica<'m> {
         }
         for stream in 0..STREAMS_MAX {
             let durable = self.durable(stream);
-            if durable.life() == 0 && durable.peer_life() == 0 {
+            if !durable.is_known() {
                 continue;
             }
             durable.resume_floor();
             let floor = durable.floor();
             let s = &mut self.streams[stream];
             // It says skip and ack until the peer has answered: so both know at once where they stand.
-            s.greeted = durable.life() == 0;
+            s.greeted = durable.peer_table() == 0;
             s.repeat_at = now;
             s.ack_due = durable.peer_life() != 0;
             s.want = durable.granted_to_us();

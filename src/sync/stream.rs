@@ -209,11 +209,18 @@ impl Durable<'_> {
         self.set(WORD_FORGETTING, forgetting as u64);
     }
 
-    /// Forgets a table of the peer in which this stream does not exist any more.
+    /// Forgets a table of the peer in which this stream does not exist any more. Its lives go on being counted: what the
+    /// history still holds of an earlier one must never be taken for a later one's.
     pub fn forget(&self) {
-        for word in (0..48).filter(|word| *word != WORD_FORGETTING) {
+        for word in (0..48).filter(|word| ![WORD_FORGETTING, WORD_LIVES].contains(word)) {
             self.set(word, 0);
         }
+        self.set(WORD_LIVES, self.life() as u64);
+    }
+
+    /// Whether anything was agreed on this stream, with the table that the peer has or had.
+    pub fn is_known(&self) -> bool {
+        self.peer_table() != 0 || self.peer_life() != 0
     }
 
     /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.

@@ -341,14 +341,15 @@ impl Replica<'_> {
     ) {
         let mut started = false;
         let mut stuck = false;
-        while budget.is_left() && self.has_data(now, stream, started) {
+        let mut is_full = false; // This stream's window; others go on.
+        while budget.is_left() && !is_full && self.has_data(now, stream, started) {
             started = true;
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
             let mut count = 0;
             while (count as usize) < SEGMENTS_MAX && budget.is_left() && self.has_data(now, stream, true) {
                 if !self.unsent_room(stream) {
                     self.counters.count(Counter::WindowFull);
-                    budget.is_blocked = true;
+                    is_full = true;
                     break;
                 }
                 let Some(offset) = self.arena_room(now) else {
