@@ -13,9 +13,10 @@ use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::{Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
-use hypersync::memory::OwnedMemory;
+use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
+use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::source::SourceEvent;
-use world::{HOLD, REPROTECT, World, address, memories};
+use world::{HOLD, REPROTECT, World, address, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -266,6 +267,57 @@ fn of_two_that_presume_with_a_common_backup_one_gives_way() {
         world.run_for(REPROTECT + ms(400));
         all_is_well(&mut world);
     }
+}
+
+/// The same when the dead member is back with an empty table, so that nobody can be asked any more: what was never seen
+/// to have traffic still gives way.
+#[test]
+fn who_took_over_from_a_table_that_is_no_more_still_only_presumes() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
+    let other = 5 - backup;
+    world.cut = [1, other].into_iter().flat_map(|m| [(m, backup), (backup, m)]).collect();
+    world.run_until(ms(120), "1 takes its backup for dead", |w| {
+        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
+    });
+    world.change(tuple);
+    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    world.kill(1);
+    world.open.get_mut(&tuple).expect("it is open").owner = other;
+    world.run_for(ms(100));
+    world.start(1, 1, 200);
+    world.cut.clear();
+    world.run_for(REPROTECT + ms(400));
+    all_is_well(&mut world);
+}
+
+/// Seeds 50000409 and 50000506: connections move to a better backup, it dies before it has them, and nobody has room for
+/// another copy. The previous backup, which still has one, is the backup again.
+#[test]
+fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
+    let memories = memories_of(3, MemorySize::new(SLOTS_MIN, ARENA_MIN));
+    let mut world = group(&memories, &[100, 100]);
+    // As many as 2 lends slots: all but an eighth.
+    let n = SLOTS_MIN as u64 * 7 / 8;
+    for _ in 0..n {
+        world.open_at(1);
+        world.run_for(ms(2));
+    }
+    world.run_for(HOLD + ms(20));
+    world.run_until(SECOND, "all are on two members", |w| w.is_quiet());
+    assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
+    world.start(3, 1, 200);
+    world.cut = vec![(3, 1)];
+    world.run_for(ms(30));
+    world.cut.clear();
+    let before = world.counter(1, Counter::DeltasNew);
+    world.run_until(SECOND, "they begin to move", |w| w.counter(1, Counter::DeltasNew) > before);
+    world.kill(3);
+    world.run_for(REPROTECT + ms(200));
+    all_is_well(&mut world);
+    assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
 }
 
 /// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.

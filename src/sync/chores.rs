@@ -165,6 +165,27 @@ impl Replica<'_> {
         true
     }
 
+    /// The new backup of a connection that is changing it is none, and nobody else is to be had: its previous one, which
+    /// was not released yet, goes on. `false` if there is none.
+    pub(super) fn go_back(&mut self, now: Time, slot: u32) -> bool {
+        let previous = self.table.former(slot);
+        if !self.table.is_moving(slot) || !self.is_up(previous.member()) {
+            return false;
+        }
+        let here = Place { slot, generation: self.table.line(slot).generation() };
+        let is_it = |chore: &Chore| {
+            chore.phase == Phase::AwaitBackup
+                && chore.target == previous
+                && matches!(chore.task, Task::Release { of: Some(of), .. } if of == here)
+        };
+        let found = self.chores.ids().find(|id| self.chores.chores[*id as usize].as_ref().is_some_and(is_it));
+        let Some(id) = found else { return false };
+        self.chores.remove(id);
+        self.end_move(slot);
+        self.assign(now, slot, previous);
+        true
+    }
+
     /// The connection goes while it changes its backup. The release of the previous one goes its own way.
     pub(super) fn end_move(&mut self, slot: u32) {
         if self.table.is_moving(slot) {

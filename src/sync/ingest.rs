@@ -140,6 +140,9 @@ impl Replica<'_> {
                 if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
+                if presumed && self.table.former(slot).member() == self.config.member {
+                    self.table.set_former(slot, Coordinate::NOWHERE);
+                }
                 self.table.update(slot, |line| {
                     line.set_state(&new);
                     if presumed {

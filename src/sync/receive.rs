@@ -535,17 +535,30 @@ impl Replica<'_> {
             }
             Kind::Active
                 if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
-                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch
-                    || self.is_presumed(target.slot) && stamp > line.stamp() =>
+                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
-                // to another backup, before the claim arrived here: late, it must not find its place. Or only presumed,
-                // while somebody else carries it on who knows it better.
+                // to another backup, before the claim arrived here: late, it must not find its place.
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
                 self.drop_to_lease(target.slot, stream, None);
+            }
+            Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
+                // Only presumed, and somebody else carries it on who knows it better.
+                if !self.chores.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                let backup = line.peer();
+                self.unassign(target.slot);
+                if backup.is_somewhere() {
+                    let taken = self.release(Rank::Consequence, backup, stamp);
+                    assert!(taken, "there was room for a chore");
+                }
+                self.drop_presumed(target.slot);
+                self.counters.count(Counter::DeltasApplied);
+                return Applied;
             }
             _ => {
                 self.counters.count(Counter::DeltasOld);
@@ -600,14 +613,13 @@ impl Replica<'_> {
         }
     }
 
-    /// A connection without a backup that is only presumed to be ours gives way to whoever else carries it on.
+    /// A connection without a backup that is only presumed to be ours gives way to whoever else carries it on. Its kernel
+    /// entry stays: packets may pass it, of which no event tells.
     pub(super) fn drop_presumed(&mut self, slot: u32) {
         self.counters.count(Counter::ClaimsLost);
         self.end_move(slot);
-        let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.recycle(slot);
-        self.delete_entry(&original);
     }
 
     fn apply_offer(

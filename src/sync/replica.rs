@@ -382,6 +382,7 @@ impl<'m> Replica<'m> {
         );
         match self.lease_for(now, slot, 0) {
             Found::At(backup) => self.assign(now, slot, backup),
+            Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
             Found::Soon | Found::Nobody => self.wait(now, slot),
         }
     }

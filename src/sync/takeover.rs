@@ -579,7 +579,11 @@ impl Replica<'_> {
             Job::Rewrite { member } => self.commit_slot(member, slot),
             Job::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
-                    self.table.set_former(slot, Coordinate::NOWHERE);
+                    // Nobody asks for it back any more. Until traffic shows up it is presumed all the same: then its own
+                    // place stands there.
+                    let own = self.coordinate(slot);
+                    let former = if self.is_presumed(slot) { own } else { Coordinate::NOWHERE };
+                    self.table.set_former(slot, former);
                 }
                 true
             }
