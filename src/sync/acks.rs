@@ -183,7 +183,7 @@ impl Replica<'_> {
             }
             let line = self.table.line(place.slot);
             // It was claimed there and claimed back here since: what was refused was of before all that.
-            let is_current = epoch == EpochBits::of(line.stamp()) || is(Mutation::LateRefusals);
+            let is_current = epoch == EpochBits::of(line.stamp());
             let is_ours =
                 line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active;
             if is_ours && is_current {

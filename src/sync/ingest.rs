@@ -71,7 +71,6 @@ impl Replica<'_> {
     /// looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
         let over = over.max(self.table.closing_stamp(&connection.original));
-        let over = over.filter(|_| !is(Mutation::LivesMixed));
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
             return;

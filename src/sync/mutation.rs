@@ -44,8 +44,6 @@ mutations! {
     TargetOff, "a new names the slot beside its own";
     DigestStands, "what is held changes without its digest";
     RepeatsUnannounced, "poll_at forgets when something has to be repeated";
-    LivesMixed, "a connection that opens over one that is closing does not begin above it";
-    LateRefusals, "a refusal of what a connection was before it was claimed back counts";
     UpdateIncomplete, "an update does not take over the mark";
 }
 

@@ -208,8 +208,9 @@ fn a_copy_that_was_overwritten_while_its_process_was_dead_is_told_and_sent_again
     wait_for_agreement("what differs is sent again", &[&one, &two], &wanted, SOON);
     assert_eq!(one.counter(Counter::CompareResent), 10);
     assert_eq!(one.counter(Counter::MembersDied), 0, "it was no absence");
-    wait_for("it is told", SOON, || two.log().contains("is not what its active 1/0/"));
-    let log = two.log();
+    // By the active, which knows for sure that the copy should be there.
+    wait_for("it is told", SOON, || one.log().contains("is not what its active 1/0/"));
+    let log = one.log();
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("is not what its active")).collect();
     println!("{lines:#?}");
     assert!(lines.len() == 1 && lines[0].contains("] copy 2/0/"), "one line a second: {lines:?}");
