@@ -320,6 +320,32 @@ fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
     assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
 }
 
+/// Seed 70000376: a connection closes at 2 while the first word of it is still on its way to 1, where its tuple opens anew
+/// in another translation. What arrives late is the elder life, and must not take the younger one's place.
+#[test]
+fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    world.open_at(2);
+    world.run_for(HOLD + ms(10));
+    world.run_until(SECOND, "slots are leased", |w| w.is_quiet());
+    let tuple = world.open_at(2);
+    world.run_for(HOLD - ms(2));
+    world.cut = vec![(2, 1)];
+    world.run_for(ms(5));
+    let mut next = world.copies()[&tuple][0].connection;
+    world.close(tuple);
+    next.reply.dport = 10;
+    world.tell(1, &SourceEvent::seen(next));
+    world.run_for(ms(2));
+    world.cut.clear();
+    world.run_for(HOLD * 2);
+    world.run_until(SECOND * 3, "quiet", |w| w.is_quiet());
+    let found = world.copies().remove(&tuple).unwrap_or_default();
+    assert_eq!(found.len(), 2, "{found:#?}");
+    assert!(found.iter().all(|c| c.connection == next), "{found:#?}");
+}
+
 /// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.
 #[test]
 fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {

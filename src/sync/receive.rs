@@ -350,6 +350,12 @@ impl Replica<'_> {
             }
             return Ok(false); // The close of the older one is on its way.
         }
+        let is_same = self.table.tuples(slot) == (connection.original, connection.reply);
+        if line.kind() == Kind::Held && !is_same {
+            // Another life of the tuple. The one that comes in had outlived its hold before it was sent: it is the elder.
+            self.counters.count(Counter::Conflicts);
+            return Err(Refused(Reason::Superseded));
+        }
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         let presumed = self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
@@ -371,7 +377,7 @@ impl Replica<'_> {
         }
         self.table.forget(slot);
         self.table.recycle(slot);
-        Ok(!presumed && line.kind() != Kind::Backup)
+        Ok(is_same && !presumed && line.kind() != Kind::Backup)
     }
 
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
