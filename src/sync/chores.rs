@@ -11,7 +11,7 @@ use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use crate::ccp::message::{Fault, Message, Place};
 use crate::conn::table::On;
-use crate::conn::{Coordinate, Kind, Stamp};
+use crate::conn::{Coordinate, Kind, MemberId, Stamp};
 use crate::limits::MOVES_MAX;
 use crate::seq::Seq;
 use crate::time::Time;
@@ -204,6 +204,15 @@ impl Replica<'_> {
             || !self.begin_chore(Rank::Consequence, task, previous, Phase::AwaitBackup)
         {
             self.end_move(slot);
+        }
+    }
+
+    /// What this member was to be told is about a table that it may not have any more.
+    pub(super) fn drop_chores(&mut self, member: MemberId) {
+        for id in self.chores.ids() {
+            if self.chores.chores[id as usize].is_some_and(|chore| chore.target.member() == member) {
+                self.finish(id, false);
+            }
         }
     }
 

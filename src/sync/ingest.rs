@@ -7,6 +7,7 @@
 use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
+use super::stream::stream_index;
 use super::takeover::PeerState;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -273,7 +274,11 @@ impl Replica<'_> {
         let line = self.table.line(slot);
         self.end_move(slot);
         let (peer, former) = (line.peer(), self.table.former(slot));
-        if former.is_somewhere() && line.is_claimed() {
+        // (A place in a table that it does not have any more is another connection's by now.)
+        let is_told = former.is_somewhere()
+            && line.is_claimed()
+            && !self.durable(stream_index(former.member(), 0)).is_forgetting();
+        if is_told {
             // It may still take itself for the active. Without a free chore it finds out by asking.
             let _ = self.release(Rank::Question, former, line.stamp().changed());
         }

@@ -272,6 +272,11 @@ impl Replica<'_> {
             Kind::Backup if here && line.peer() == own => {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {
                     self.counters.count(Counter::DeltasOld);
+                    if stamp == line.stamp() {
+                        // Its active may be back from another backup, and believe an old decline: what is so is told again.
+                        self.table.set_declined(slot, true);
+                        self.commit(Commit::Write { slot, generation: line.generation() });
+                    }
                     return Applied;
                 }
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
@@ -339,12 +344,13 @@ impl Replica<'_> {
             } else if line.peer().member() != own.member()
                 && self.table.tuples(slot) == (connection.original, connection.reply)
             {
-                // Two members carry on one connection, and may not know of each other.
-                if stamp <= line.stamp() {
+                // Two members carry on one connection, and may not know of each other. Of two that know as much one may
+                // have taken over from the other, and it is not for the third to say which.
+                if stamp < line.stamp() {
                     self.counters.count(Counter::Conflicts);
                     return Err(Refused(Reason::Superseded));
                 }
-                if !self.release(Rank::Consequence, line.peer(), stamp) {
+                if stamp > line.stamp() && !self.release(Rank::Consequence, line.peer(), stamp) {
                     return Err(Busy);
                 }
             }

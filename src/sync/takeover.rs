@@ -357,6 +357,8 @@ impl Replica<'_> {
     pub(super) fn purge(&mut self, now: Time, member: MemberId) {
         self.peers[member as usize] = PeerState::Purge;
         self.give_up_all(now, member);
+        // Before it can be Up again, with another table perhaps.
+        self.drop_chores(member);
         self.jobs.retain(|job| *job != Job::Lose { member });
         self.walk_slot = 0;
         self.counters.count(Counter::StreamsLost);
