@@ -339,30 +339,6 @@ fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
     assert!(found.iter().all(|c| c.connection == next), "{found:#?}");
 }
 
-/// Seed 60002087: what a member is to be told while it is silent names a place in its table. It is purged, and in the very next
-/// pass it is there with another table, in which that place is another connection's.
-#[test]
-fn what_was_for_a_table_that_is_no_more_does_not_hit_the_next_one() {
-    let memories = memories(4);
-    let mut world = group(&memories, &[100, 200, 100]);
-    let tuple = protected(&mut world);
-    world.kill(1);
-    world
-        .run_until(ms(100), "2 takes 1 for dead", |w| !w.hosts[&2].group.view().members[1].status.is_alive());
-    move_to(&mut world, tuple, 2);
-    world.run_for(ms(5));
-    world.close(tuple);
-    // 2 makes no pass until 1 is back, and then it is late as well.
-    world.pause(2, true);
-    world.start(1, 1, 100);
-    world.run_for(REPROTECT);
-    for _ in 0..4 {
-        world.open_at(1);
-    }
-    world.pause(2, false);
-    all_is_well(&mut world);
-}
-
 /// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.
 #[test]
 fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
