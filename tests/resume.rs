@@ -8,6 +8,10 @@ mod world;
 use std::collections::HashMap;
 use std::time::Duration;
 
+use hypersync::ccp::bytes::Reader;
+use hypersync::ccp::header::{Header, OPCODE_SYNC};
+use hypersync::ccp::message::Message;
+use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::{Coordinate, Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
@@ -134,6 +138,55 @@ fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_li
     world.run_for(ms(1500));
     world.run_until(ms(6000), "everything agrees again", |w| w.is_quiet());
     world.check();
+}
+
+/// Seed 60002361: "my kernel refuses it" is lost on the way, "now it has it" arrives, and the active is killed. When it
+/// is back the first of the two comes once more.
+#[test]
+fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
+    let memories = memories(2);
+    let mut world = pair(1, &memories, 1);
+    world.host(2).full = true;
+    let tuple = world.open_at(1);
+    let declined = |world: &mut World<'_>, fault: bool| {
+        let end = world.now.after(ms(200));
+        while !end.reached(world.now) {
+            world.sent = Some(Vec::new());
+            world.step();
+            let sent = world.sent.take().expect("it is watched");
+            if sent.iter().any(|datagram| declines(&datagram.bytes) == Some(fault)) {
+                return;
+            }
+        }
+        panic!("nothing was declined, {}", world.describe());
+    };
+    declined(&mut world, true);
+    let now = world.now;
+    world.forget_mail_of(2, now);
+    world.host(2).full = false;
+    world.change(tuple);
+    declined(&mut world, false);
+    let received = world.counter(1, Counter::DatagramsReceived);
+    world.run_until(ms(1), "that arrives", |w| w.counter(1, Counter::DatagramsReceived) > received);
+    assert_eq!(world.counter(1, Counter::DeclinedByPeer), 0, "the first has not come yet");
+    world.kill(1);
+    world.run_for(ms(1));
+    world.resume(1);
+    world.run_until(ms(500), "the first has come", |w| w.counter(1, Counter::DeclinedByPeer) > 0);
+    world.run_until(ms(500), "it is not believed any more", |w| w.counter(1, Counter::Declined) == 0);
+}
+
+/// Whether a datagram tells of a copy that the kernel does not take (`true`), or takes after all.
+fn declines(bytes: &[u8]) -> Option<bool> {
+    let mut r = Reader::new(bytes);
+    let header = Header::decode(&mut r, 7).ok().filter(|header| header.opcode == OPCODE_SYNC)?;
+    let _ = (header, SyncHeader::decode(&mut r).ok()?);
+    while let Ok(Some(message)) = Message::decode(&mut r) {
+        if let Message::Decline { fault, .. } = message {
+            return Some(fault.is_some());
+        }
+    }
+    None
 }
 
 /// Killed after each of so many stores, in traffic, and back.

@@ -42,6 +42,17 @@ pub enum On {
     Closing,
 }
 
+/// What a decline that arrives is among those of its pair of copies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Heard {
+    /// A later one was heard before.
+    Overtaken,
+    /// The latest.
+    Newest,
+    /// The latest of those that this process heard; the one before it, which was killed, may have heard a later one.
+    PerhapsNewest,
+}
+
 /// A list of slots; its links are in the table.
 #[derive(Clone, Copy, Debug)]
 pub struct List {
@@ -83,6 +94,8 @@ struct Side {
     seen: u8,
     /// Of a connection: the number of the latest decline by its backup; 0: none.
     heard: u32,
+    /// Of a connection: a process that was killed may have heard a later one.
+    unsure: bool,
     /// What the digests have added up of it.
     digest: u32,
     since: Time,
@@ -141,6 +154,7 @@ impl<'m> Table<'m> {
         }
         for slot in 0..table.slots.len() as u32 {
             let kind = table.kind(slot);
+            table.side[slot as usize].unsure = kind == Kind::Active;
             if let Some(gauge) = gauge_of(kind) {
                 table.counters.count(gauge);
             }
@@ -171,6 +185,7 @@ impl<'m> Table<'m> {
             declined: false,
             seen: 0,
             heard: 0,
+            unsure: false,
             digest: 0,
             since: Time(0),
         };
@@ -376,13 +391,17 @@ impl<'m> Table<'m> {
     }
 
     /// Whether a decline is later than every other that was heard of this pair of copies; then it is remembered.
-    pub fn hear_decline(&mut self, slot: u32, number: u32) -> bool {
+    pub fn hear_decline(&mut self, slot: u32, number: u32) -> Heard {
         let side = &mut self.side[slot as usize];
         let is_later = side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
-        if is_later {
-            side.heard = number;
+        if !is_later {
+            return Heard::Overtaken;
         }
-        is_later
+        side.heard = number;
+        match std::mem::take(&mut side.unsure) {
+            true => Heard::PerhapsNewest,
+            false => Heard::Newest,
+        }
     }
 
     /// What the digests have added up of this slot.
@@ -407,7 +426,8 @@ impl<'m> Table<'m> {
 
     /// The connection has another backup: none of its declines was heard.
     pub fn forget_declines(&mut self, slot: u32) {
-        self.side[slot as usize].heard = 0;
+        let side = &mut self.side[slot as usize];
+        (side.heard, side.unsure) = (0, false);
     }
 
     /// The list that a slot stands in.

@@ -16,7 +16,8 @@ use super::chores::{Rank, Task};
 use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
 use crate::ccp::message::{Fault, Place};
-use crate::conn::table::On;
+use crate::conn::slot::groups;
+use crate::conn::table::{Heard, On};
 use crate::conn::{Coordinate, Generation, Kind};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
@@ -157,8 +158,9 @@ impl Replica<'_> {
         if line.generation() != target.generation || line.kind() != Kind::Active || line.peer() != own {
             return; // It has another backup by now, or none.
         }
-        if !self.table.hear_decline(slot, number) {
-            return; // A later one overtook it.
+        let heard = self.table.hear_decline(slot, number);
+        if heard == Heard::Overtaken {
+            return;
         }
         if fault.is_none() && is(Mutation::DeclinedForever) {
             return;
@@ -174,6 +176,9 @@ impl Replica<'_> {
         if may_move && let Found::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
             assert!(taken, "a chore was free");
+        } else if heard == Heard::PerhapsNewest && matches!(self.table.on(slot), On::None | On::Dirty) {
+            // Who is sent what it has writes it to its kernel once more, and tells what became of that.
+            self.mark_dirty(now, slot, groups::ALL);
         }
     }
 
