@@ -55,6 +55,29 @@ fn all_is_well(world: &mut World<'_>) {
     world.check();
 }
 
+/// Who of members 2 and 3 is the connection's backup, and who is not.
+fn backup_and_other(world: &World<'_>, tuple: &Tuple) -> (MemberId, MemberId) {
+    match kind_at(world, 2, tuple) {
+        Some(_) => (2, 3),
+        None => (3, 2),
+    }
+}
+
+/// These members do not hear each other until 1 takes the silent one for dead.
+fn cut_off(world: &mut World<'_>, silent: MemberId, from: &[MemberId]) {
+    world.cut = from.iter().flat_map(|m| [(*m, silent), (silent, *m)]).collect();
+    world.run_until(ms(120), "1 takes it for dead", |w| {
+        !w.hosts[&1].group.view().members[silent as usize].status.is_alive()
+    });
+}
+
+/// The backup of 1's connection is silent for a moment, and the connection turns to the other of 2 and 3.
+fn turn_elsewhere(world: &mut World<'_>, tuple: Tuple, backup: MemberId, from: &[MemberId]) {
+    cut_off(world, backup, from);
+    world.change(tuple);
+    world.run_until(ms(50), "the third has a copy", |w| kind_at(w, 5 - backup, &tuple).is_some());
+}
+
 fn kind_at(world: &World<'_>, member: MemberId, tuple: &Tuple) -> Option<Kind> {
     let table = world.hosts[&member].shards[0].table();
     table.find_original(tuple).map(|slot| table.kind(slot))
@@ -165,10 +188,7 @@ fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone
     let (other, before) = (5 - backup, world.counter(1, Counter::DeltasNew));
     let tuple = world.open_at(1);
     world.run_for(HOLD - ms(5));
-    world.cut = vec![(1, backup), (backup, 1)];
-    world.run_until(ms(120), "1 takes its backup for dead", |w| {
-        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
-    });
+    cut_off(&mut world, backup, &[1]);
     assert_eq!(world.counter(1, Counter::DeltasNew), before + 1, "it is on its way");
     world.change(tuple);
     world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
@@ -188,14 +208,8 @@ fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
     let memories = memories(3);
     let mut world = group(&memories, &[100, 100, 100]);
     let tuple = protected(&mut world);
-    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
-    let other = 5 - backup;
-    world.cut = vec![(1, backup), (backup, 1)];
-    world.run_until(ms(120), "1 takes its backup for dead", |w| {
-        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
-    });
-    world.change(tuple);
-    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    let (backup, other) = backup_and_other(&world, &tuple);
+    turn_elsewhere(&mut world, tuple, backup, &[1]);
     // Now that one is silent as well, as soon as the first is back.
     world.cut = vec![(1, other), (other, 1)];
     world.run_until(ms(120), "1 takes the third for dead", |w| {
@@ -222,14 +236,8 @@ fn of_two_that_presume_the_one_that_knows_less_gives_way() {
     let memories = memories(4);
     let mut world = group(&memories, &[100, 100, 100, 50]);
     let tuple = protected(&mut world);
-    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
-    let other = 5 - backup;
-    world.cut = vec![(1, backup), (backup, 1)];
-    world.run_until(ms(120), "1 takes its backup for dead", |w| {
-        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
-    });
-    world.change(tuple);
-    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    let (backup, other) = backup_and_other(&world, &tuple);
+    turn_elsewhere(&mut world, tuple, backup, &[1]);
     world.kill(1);
     world.open.get_mut(&tuple).expect("it is open").owner = other;
     world.run_for(REPROTECT + ms(300));
@@ -243,15 +251,9 @@ fn of_two_that_presume_with_a_common_backup_one_gives_way() {
     let memories = memories(4);
     let mut world = group(&memories, &[100, 100, 100]);
     let tuple = protected(&mut world);
-    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
-    let other = 5 - backup;
+    let (backup, other) = backup_and_other(&world, &tuple);
     // Its backup is silent for a moment, and it turns to the other one.
-    world.cut = vec![(1, backup), (backup, 1)];
-    world.run_until(ms(120), "1 takes its backup for dead", |w| {
-        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
-    });
-    world.change(tuple);
-    world.run_until(ms(50), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    turn_elsewhere(&mut world, tuple, backup, &[1]);
     // A fourth joins, the best backup for everybody, and 1 dies before it could move there.
     world.start(4, 1, 200);
     world.run_for(ms(30));
@@ -262,6 +264,27 @@ fn of_two_that_presume_with_a_common_backup_one_gives_way() {
     all_is_well(&mut world);
 }
 
+/// Seed 40000843: both took over the very same state, so their common backup cannot know which of them should stay. The first
+/// packet at either tells.
+#[test]
+fn of_two_that_presume_the_same_state_the_first_packet_decides() {
+    let memories = memories(5);
+    let mut world = group(&memories, &[100, 100, 100, 50]);
+    let tuple = protected(&mut world);
+    let (backup, other) = backup_and_other(&world, &tuple);
+    let cut = [1, other].into_iter().flat_map(|a| [backup, 4].map(|b| (a, b)));
+    world.cut = cut.flat_map(|(a, b)| [(a, b), (b, a)]).collect();
+    world.run_for(REPROTECT + ms(300));
+    assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Backup), "1 turned there");
+    assert_eq!(kind_at(&world, backup, &tuple), Some(Kind::Active), "it presumes, 4 is its backup");
+    world.start(5, 1, 200);
+    world.kill(1);
+    world.cut.clear();
+    world.run_for(REPROTECT + ms(400));
+    move_to(&mut world, tuple, other);
+    all_is_well(&mut world);
+}
+
 /// The same when the dead member is back with an empty table, so that nobody can be asked any more: what was never seen
 /// to have traffic still gives way.
 #[test]
@@ -269,14 +292,8 @@ fn who_took_over_from_a_table_that_is_no_more_still_only_presumes() {
     let memories = memories(4);
     let mut world = group(&memories, &[100, 100, 100]);
     let tuple = protected(&mut world);
-    let backup = if kind_at(&world, 2, &tuple).is_some() { 2 } else { 3 };
-    let other = 5 - backup;
-    world.cut = [1, other].into_iter().flat_map(|m| [(m, backup), (backup, m)]).collect();
-    world.run_until(ms(120), "1 takes its backup for dead", |w| {
-        !w.hosts[&1].group.view().members[backup as usize].status.is_alive()
-    });
-    world.change(tuple);
-    world.run_until(ms(20), "the third has a copy", |w| kind_at(w, other, &tuple).is_some());
+    let (backup, other) = backup_and_other(&world, &tuple);
+    turn_elsewhere(&mut world, tuple, backup, &[1, other]);
     world.kill(1);
     world.open.get_mut(&tuple).expect("it is open").owner = other;
     world.run_for(ms(100));

@@ -386,6 +386,25 @@ impl Replica<'_> {
         Ok(is_same && !presumed && line.kind() != Kind::Backup)
     }
 
+    /// Traffic showed up at the active of this copy. Another member that carries on the same connection, and has its copy here
+    /// as well, is told. `false` if no chore is free.
+    fn outrank(&mut self, slot: u32, stamp: Stamp) -> bool {
+        let (original, reply) = self.table.tuples(slot);
+        let active = self.table.line(slot).peer().member();
+        let rivals = |other: u32| {
+            let line = self.table.line(other);
+            line.kind() == Kind::Backup
+                && line.peer().member() != active
+                && self.is_up(line.peer().member())
+                && line.stamp() < stamp
+                && self.table.tuples(other) == (original, reply)
+        };
+        let Some(other) = self.table.index.find(&original, rivals) else { return true };
+        let told = self.release(Rank::Consequence, self.table.line(other).peer(), stamp);
+        self.counters.add(Counter::Conflicts, told as u64);
+        told
+    }
+
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
     fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
@@ -446,6 +465,9 @@ impl Replica<'_> {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {
                     self.counters.count(Counter::DeltasOld);
                     return Applied;
+                }
+                if stamp.epoch > line.stamp().epoch && !self.outrank(target.slot, stamp) {
+                    return Busy;
                 }
                 self.overwrite(target.slot, stamp, previous, value, mask);
                 self.counters.count(Counter::DeltasApplied);

@@ -17,7 +17,7 @@ use hypersync::time::Time;
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, fault_time};
 use crate::truth::{Repair, Truth, life_of};
-use crate::world::{Link, Rng, Sent, World, address};
+use crate::world::{Copy, Link, Rng, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
@@ -27,6 +27,9 @@ const MOVES_AFTER: Duration = Duration::from_millis(40);
 
 /// An entry in a kernel that sees no traffic is forgotten after this time.
 const EXPIRES: Duration = Duration::from_millis(300);
+
+/// For so long both of two members that took over the same state may carry it on before a packet shows up.
+const SPEAKS: Duration = Duration::from_secs(3);
 
 fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
@@ -47,6 +50,8 @@ pub struct Sim<'m> {
     samples: VecDeque<Sent>,
     /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel forgets it in time.
     moved: VecDeque<(Time, Tuple)>,
+    /// Connections that two members carried on in the same state during this peace, and since when.
+    doubled: BTreeMap<Tuple, Time>,
     impaired: bool,
     /// Whether a process was killed and took its memory up again.
     killed: bool,
@@ -73,6 +78,7 @@ impl<'m> Sim<'m> {
             lately: VecDeque::new(),
             samples: VecDeque::new(),
             moved: VecDeque::new(),
+            doubled: BTreeMap::new(),
             impaired: false,
             killed: false,
             restarts: 0,
@@ -630,6 +636,7 @@ impl<'m> Sim<'m> {
             self.run_for(ms(60), false)?;
             self.expire();
             self.dump();
+            self.speak();
             let awaited = self.repairs.iter().any(|repair| !repair.at.reached(self.world.now));
             let busy = awaited || !self.orphans.is_empty();
             let rest = self.checks.at_rest(&self.world, &self.truth);
@@ -643,6 +650,7 @@ impl<'m> Sim<'m> {
         Checks::sums_are_true(&self.world)?;
         self.impaired = false;
         self.moved.clear();
+        self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())
     }
@@ -656,6 +664,29 @@ impl<'m> Sim<'m> {
             if self.world.counter(owner, Counter::TableFull) > 0 || self.truth.expiring.contains(tuple) {
                 self.repairs.push(Repair { at: self.world.now, member: owner, tuple: *tuple });
             }
+        }
+    }
+
+    /// Two members that took over the same state of a connection, of which no packet shows up anywhere, both carry it
+    /// on, and nobody can tell which of them should: the first packet at one of them settles it.
+    fn speak(&mut self) {
+        let mut doubled = Vec::new();
+        for (tuple, found) in self.world.copies() {
+            let mut actives = found.iter().filter(|copy| copy.kind == Kind::Active);
+            let alike = |a: &Copy, b: &Copy| a.stamp == b.stamp && a.connection == b.connection;
+            if let (Some(a), Some(b)) = (actives.next(), actives.next())
+                && alike(a, b)
+                && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
+            {
+                doubled.push(tuple);
+            }
+        }
+        doubled.sort();
+        for tuple in doubled {
+            let Some(owner) = self.truth.open.get(&tuple).and_then(|open| open.owner) else { continue };
+            let to = self.find_owner(tuple, owner);
+            self.world.note(to, "speaks", format_args!("{tuple}"));
+            self.world.tell(to, &self.truth.dumped(tuple));
         }
     }
 
