@@ -351,3 +351,36 @@ fn a_deaf_member_keeps_nobody_elses_walks_waiting() {
     };
     world.run_until(ms(3000), "nothing of 1 is at 2 any more", |w| there(w) == 0);
 }
+
+/// Seed 81000806: a connection was claimed from a member that has not heard of it yet, and moves to a better backup. Until the
+/// new one has acknowledged, a comparison with the previous one finds its copy, and that is no fault.
+#[test]
+fn a_copy_that_waits_for_its_release_is_no_orphan() {
+    let memories = memories(4);
+    let mut world = World::new(1, &memories);
+    world.timing.compare = ms(1);
+    for member in 1..=3 {
+        world.start(member, 1, 100);
+    }
+    world.run_for(ms(150));
+    let tuple = world.open_at(2);
+    world.run_for(ms(100));
+    let owner = if copies(&world, 1).is_empty() { 3 } else { 1 };
+    let third = 4 - owner;
+    world.cut = [1, 3].into_iter().flat_map(|m| [(2, m), (m, 2)]).collect();
+    let silent = |w: &World<'_>| !w.hosts[&owner].group.view().members[2].status.is_alive();
+    world.run_until(ms(200), "2 is silent", silent);
+    world.open.get_mut(&tuple).expect("it is open").owner = owner;
+    world.change(tuple);
+    world.run_until(ms(50), "the third has a copy", |w| !copies(w, third).is_empty());
+    // A better backup, whose acks take their time.
+    world.start(4, 1, 200);
+    let sent = world.counter(owner, Counter::DeltasNew);
+    world.run_until(ms(300), "it moves", |w| w.counter(owner, Counter::DeltasNew) > sent);
+    let clogged_until = world.now.after(ms(50));
+    world.links.insert((4, owner), world::Link { clogged_until, ..Default::default() });
+    let compared = world.counter(owner, Counter::CompareItems);
+    world.run_for(ms(50));
+    assert_eq!(findings(&mut world, third), [], "{}", world.describe());
+    assert!(world.counter(owner, Counter::CompareItems) > compared, "no comparison fell into the move");
+}

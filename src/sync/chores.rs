@@ -90,6 +90,15 @@ impl Chores {
         0..if self.is_empty() { 0 } else { self.chores.len() as u32 }
     }
 
+    /// Connections of ours that are moving away from a backup, and that one, as long as it was not released.
+    pub(super) fn previous_backups(&self) -> impl Iterator<Item = (Place, Coordinate)> + '_ {
+        let chores = self.ids().filter_map(|id| self.chores[id as usize]);
+        chores.filter_map(|chore| match chore.task {
+            Task::Release { of: Some(of), .. } => Some((of, chore.target)),
+            _ => None,
+        })
+    }
+
     fn remove(&mut self, id: u32) {
         assert!(self.chores[id as usize].take().is_some(), "chore {id} was done before");
         self.free.push(id);
@@ -168,18 +177,18 @@ impl Replica<'_> {
     /// The new backup of a connection that is changing it is none, and nobody else is to be had: its previous one, which
     /// was not released yet, goes on. `false` if there is none.
     pub(super) fn go_back(&mut self, now: Time, slot: u32) -> bool {
-        let previous = self.table.former(slot);
-        if !self.table.is_moving(slot) || !self.is_up(previous.member()) {
-            return false;
+        if !self.table.former(slot).is_somewhere() {
+            return false; // As of nearly all.
         }
         let here = Place { slot, generation: self.table.line(slot).generation() };
         let is_it = |chore: &Chore| {
             chore.phase == Phase::AwaitBackup
-                && chore.target == previous
+                && self.is_up(chore.target.member())
                 && matches!(chore.task, Task::Release { of: Some(of), .. } if of == here)
         };
         let found = self.chores.ids().find(|id| self.chores.chores[*id as usize].as_ref().is_some_and(is_it));
         let Some(id) = found else { return false };
+        let previous = self.chores.chores[id as usize].expect("it was found").target;
         self.chores.remove(id);
         self.end_move(slot);
         self.assign(now, slot, previous);

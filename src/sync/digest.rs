@@ -38,7 +38,9 @@ use crate::conn::table::On;
 use crate::conn::tuple::{Family, Tuple, shards_can_meet};
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
 use crate::counters::Counter;
-use crate::limits::{DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX, STREAMS_MAX, WINDOW};
+use crate::limits::{
+    DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, MOVES_MAX, RESENDS_MAX, SHARDS_MAX, STREAMS_MAX, WINDOW,
+};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -213,7 +215,7 @@ impl Comparison {
     pub(super) fn new() -> Comparison {
         Comparison {
             // Beside items there may be an end for each stream.
-            lines: VecDeque::with_capacity(ITEMS_MAX + STREAMS_MAX),
+            lines: VecDeque::with_capacity(ITEMS_MAX + MOVES_MAX + 1),
             resends: Vec::with_capacity(RESENDS_MAX),
             findings: VecDeque::with_capacity(FINDINGS_MAX),
             sweep_at: Time(0),
@@ -543,11 +545,28 @@ impl Replica<'_> {
     pub(super) fn compared(&mut self, stream: usize) {
         let s = &mut self.streams[stream].comparing;
         s.walking = false;
-        let end = Line::End { session: s.session, mask: s.mask };
-        if self.is_up(stream_member(stream)) {
-            self.comparison.lines.push_back((stream as u16, end));
-            self.wake(stream);
+        let (session, mask) = (s.session, s.mask);
+        if !self.is_up(stream_member(stream)) {
+            return;
         }
+        let Comparison { lines, .. } = &mut self.comparison;
+        if lines.len() > ITEMS_MAX {
+            return; // Other comparisons are behind: the next digest begins this one anew.
+        }
+        for (own, previous) in self.chores.previous_backups() {
+            if stream_index(previous.member(), previous.shard()) == stream {
+                lines.push_back((stream as u16, Line::Item { own, session }));
+                self.counters.count(Counter::CompareItems);
+            }
+        }
+        lines.push_back((stream as u16, Line::End { session, mask }));
+        self.wake(stream);
+    }
+
+    /// Where on this stream the connection at `own` has a copy that waits for its release, whatever stands beside its slot.
+    fn kept_item(&self, stream: usize, own: Place) -> Option<(Place, u32)> {
+        let mut previous = self.chores.previous_backups().filter(|(of, _)| *of == own);
+        previous.find(|(_, at)| self.stream_of(*at) == stream).map(|(_, at)| (Place::of(at), KEPT))
     }
 
     /// Whether the next line is for this stream.
@@ -555,19 +574,24 @@ impl Replica<'_> {
         self.comparison.lines.front().is_some_and(|(of, _)| *of as usize == stream)
     }
 
-    /// Writes lines of this stream into a datagram, as many as fit.
+    /// Writes lines of this stream into a datagram, as many as fit. The last of a comparison waits until all that ends copies
+    /// has left: what it did not name nobody counts on.
     pub(super) fn build_lines(&mut self, stream: usize, w: &mut Writer<'_>) {
         while let Some((of, line)) = self.comparison.lines.front().copied()
             && of as usize == stream
             && w.room() >= END_BYTES
         {
+            if matches!(line, Line::End { .. })
+                && (self.has_chores(stream) || !self.streams[stream].dirty.is_empty())
+            {
+                return;
+            }
             match line {
                 // As it is now: a delta may have left since the walk passed it.
                 Line::Item { own, session } => {
                     let line = self.table.line(own.slot);
-                    if line.generation() == own.generation
-                        && let Some((target, hash)) = self.item(stream, own.slot)
-                    {
+                    let named = self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
+                    if let Some((target, hash)) = named.or_else(|| self.kept_item(stream, own)) {
                         Message::Item { target, own, hash, session }.encode(w);
                     }
                 }

@@ -432,6 +432,7 @@ impl Replica<'_> {
         }
         if self.streams[stream].dirty.is_empty() {
             self.streams[stream].comparing.unsure = false;
+            self.build_lines(stream, &mut w);
         }
         let len = w.len();
         if len == empty {

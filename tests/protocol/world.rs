@@ -28,6 +28,7 @@ pub const HOLD: Duration = Duration::from_millis(50);
 pub const HEARTBEAT: Duration = Duration::from_millis(20);
 pub const REPROTECT: Duration = Duration::from_millis(200);
 pub const FLUSH: Duration = Duration::from_millis(1);
+pub const COMPARE: Duration = Duration::from_millis(100);
 
 /// The times that members which start from now on keep.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +36,7 @@ pub struct Timing {
     pub heartbeat: Duration,
     pub hold: Duration,
     pub reprotect_after: Duration,
+    pub compare: Duration,
 }
 
 /// A small generator (splitmix64) whose stream never changes between versions.
@@ -113,7 +115,7 @@ fn config(identity: &Identity, shard: u8, commit: CommitMode, timing: Timing) ->
         hold: timing.hold,
         reprotect_after: timing.reprotect_after,
         flush: FLUSH,
-        compare: Duration::from_millis(100),
+        compare: timing.compare,
         commit,
     }
 }
@@ -237,7 +239,7 @@ impl<'m> World<'m> {
             events: Vec::new(),
             fresh: 0,
             commit: CommitMode::Eager,
-            timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT },
+            timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT, compare: COMPARE },
             as_announced: false,
             unannounced: None,
             highest: 8,

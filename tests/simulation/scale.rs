@@ -22,6 +22,7 @@ const TIMING: Timing = Timing {
     heartbeat: Duration::from_millis(100),
     hold: Duration::from_millis(500),
     reprotect_after: Duration::from_secs(2),
+    compare: Duration::from_millis(100),
 };
 
 /// Ethernet, IPv4 and UDP headers of a datagram, bytes.
