@@ -176,6 +176,25 @@ fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
     world.run_until(ms(500), "it is not believed any more", |w| w.counter(1, Counter::Declined) == 0);
 }
 
+/// Seed 81007074: the backup has said that its kernel refuses a copy, and is killed when the kernel has just taken it. The process
+/// that goes on finds the entry as it should be, and does not know what was said of it.
+#[test]
+fn what_a_backup_declined_before_it_was_killed_is_told_again_when_its_kernel_has_it() {
+    let memories = memories(2);
+    let mut world = pair(1, &memories, 1);
+    world.host(2).full = true;
+    world.open_at(1);
+    world.run_until(ms(200), "it is declined", |w| w.counter(1, Counter::Declined) == 1);
+    world.host(2).full = false;
+    world.run_until(ms(1500), "its kernel has it", |w| w.hosts[&2].kernel.len() == 1);
+    let now = world.now;
+    world.forget_mail_of(2, now);
+    world.kill(2);
+    world.run_for(ms(5));
+    world.resume(2);
+    world.run_until(ms(500), "1 knows", |w| w.counter(1, Counter::Declined) == 0);
+}
+
 /// Whether a datagram tells of a copy that the kernel does not take (`true`), or takes after all.
 fn declines(bytes: &[u8]) -> Option<bool> {
     let mut r = Reader::new(bytes);

@@ -18,7 +18,7 @@ use super::replica::{Found, Replica};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::slot::groups;
 use crate::conn::table::{Heard, On};
-use crate::conn::{Coordinate, Generation, Kind};
+use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
 use crate::source::{Commit, CommitMode};
@@ -176,10 +176,26 @@ impl Replica<'_> {
         if may_move && let Found::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
             assert!(taken, "a chore was free");
-        } else if heard == Heard::PerhapsNewest && matches!(self.table.on(slot), On::None | On::Dirty) {
-            // Who is sent what it has writes it to its kernel once more, and tells what became of that.
+        } else if heard == Heard::PerhapsNewest {
+            self.ask_again(now, slot);
+        }
+    }
+
+    /// Whether the backup's kernel has this connection is not known for sure. Who is sent what it has already writes it to its
+    /// kernel once more, and tells what became of that.
+    fn ask_again(&mut self, now: Time, slot: u32) {
+        if matches!(self.table.on(slot), On::None | On::Dirty) {
             self.mark_dirty(now, slot, groups::ALL);
         }
+    }
+
+    /// One slot of the walk over what a member declined before its process was killed.
+    pub(super) fn ask_declined(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        if line.kind() == Kind::Active && line.peer().member() == member && self.table.is_declined(slot) {
+            self.ask_again(now, slot);
+        }
+        true
     }
 
     /// Notes of an active connection whether its backup's kernel refused it.

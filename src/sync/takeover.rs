@@ -68,9 +68,9 @@ pub(super) enum PeerState {
     Purge,
 }
 
-/// Walks that can wait at once, for one that waits is not asked for twice: three kinds for a stream, seven for a member, and
+/// Walks that can wait at once, for one that waits is not asked for twice: three kinds for a stream, eight for a member, and
 /// two that move backups away. As many of those, and one other, may have begun before.
-pub(super) const JOBS_MAX: usize = 3 * STREAMS_MAX + 7 * MEMBERS_MAX + 2 * 2 + 1;
+pub(super) const JOBS_MAX: usize = 3 * STREAMS_MAX + 8 * MEMBERS_MAX + 2 * 2 + 1;
 
 /// A walk over the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,6 +95,8 @@ pub(super) enum Job {
     Compare { stream: usize },
     /// What the active of this stream did not name is offered to it.
     Unseen { stream: usize },
+    /// Its process was killed and goes on, and knows no more which of our copies it declined: it is asked.
+    Declined { member: MemberId },
     /// It is back: its copies' entries in the kernel get the timeout of copies again.
     Rewrite { member: MemberId },
 }
@@ -120,6 +122,9 @@ impl Replica<'_> {
         for member in (1..self.peers.len() as MemberId).filter(|m| resumed >> m & 1 == 1) {
             if self.is_up(member) {
                 self.unverify(member);
+                if self.declined > 0 {
+                    self.add_job(Job::Declined { member });
+                }
             }
         }
         let leaving = self.bits(|m| m.status == Status::Leaving);
@@ -557,6 +562,7 @@ impl Replica<'_> {
             | Job::Offer { .. }
             | Job::Lose { .. }
             | Job::Unseen { .. }
+            | Job::Declined { .. }
             | Job::Rewrite { .. } => {}
         }
     }
@@ -579,6 +585,7 @@ impl Replica<'_> {
             Job::Compare { stream } => self.compare_slot(stream, slot),
             Job::Unseen { stream } => self.unseen_slot(stream, slot),
             Job::Rewrite { member } => self.commit_slot(member, slot),
+            Job::Declined { member } => self.ask_declined(now, member, slot),
             Job::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
                     // Nobody asks for it back any more. Until traffic shows up it is presumed all the same: then its own
