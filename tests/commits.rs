@@ -359,3 +359,36 @@ fn a_connection_taken_over_without_an_entry_gets_it_as_soon_as_the_kernel_takes_
         assert_eq!(world.counter(2, Counter::CommitMissing), 0);
     }
 }
+
+#[test]
+fn more_connections_taken_over_without_an_entry_than_can_be_tried_again_are_counted() {
+    const MORE: u64 = 5000;
+    const TRIED: u64 = 4096;
+    for mode in [CommitMode::Eager, CommitMode::Takeover] {
+        let memories = memories_of(3, MemorySize::new(16_384, ARENA_MIN * 4));
+        let mut world = World::new(1, &memories);
+        world.commit = mode;
+        world.start(1, 1, 100);
+        world.start(2, 1, 100);
+        world.run_for(SECOND / 10);
+        world.host(2).full = true;
+        for _ in 0..MORE / 100 {
+            for _ in 0..100 {
+                world.open_at(1);
+            }
+            world.run_for(SECOND / 100);
+        }
+        world.run_until(SECOND * 3, "copied", |w| w.counter(2, Counter::ConnectionsBackup) == MORE);
+        world.kill(1);
+        world.start(3, 1, 100); // Somebody to turn to, so that they are taken over.
+        world.run_until(SECOND * 3, "taken over", |w| w.counter(2, Counter::Promotions) == MORE);
+        world.run_for(SECOND);
+        assert_eq!(world.counter(2, Counter::CommitOwedFull), MORE - TRIED, "{mode:?}");
+        world.host(2).full = false;
+        world.run_until(SECOND * 3, "nothing is tried again any more", |w| {
+            w.counter(2, Counter::CommitMissing) == 0
+        });
+        // The others get theirs by their own traffic, or by the feed's sweep, which is not of this world.
+        assert_eq!(world.hosts[&2].kernel.len() as u64, TRIED, "{mode:?}");
+    }
+}

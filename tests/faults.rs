@@ -13,7 +13,7 @@ use hypersync::group::Event;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::source::SourceEvent;
-use world::{HOLD, Network, World, memories, memories_of};
+use world::{HOLD, Link, Network, World, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -499,4 +499,39 @@ fn a_pair_cut_apart_under_churn_agrees_again() {
         settle(&mut world, SECOND * 3);
         world.check();
     }
+}
+
+/// Once the pass ended where one member's window was full, and what was for others waited until that one's acks came.
+#[test]
+fn a_full_window_towards_one_member_holds_up_no_other() {
+    let memories = memories_of(3, MemorySize::new(8192, ARENA_MIN * 8));
+    let mut world = World::new(10, &memories);
+    world.start(1, 1, 100);
+    world.start(3, 1, 100);
+    world.run_for(ms(100));
+    let at_three = world.open_at(1);
+    settle(&mut world, SECOND);
+    // Of equals the next number is the first choice: what opens from now on goes to 2.
+    world.start(2, 1, 100);
+    world.run_for(ms(100));
+    let at_two: Vec<_> = (0..2000).map(|_| world.open_at(1)).collect();
+    settle(&mut world, SECOND);
+    assert_eq!([2, 3].map(|m| world.counter(m, Counter::ConnectionsBackup)), [2000, 1]);
+    // For shorter than what makes a member dead.
+    let clogged_until = world.now.after(ms(30));
+    world.links.insert((2, 1), Link { clogged_until, ..Link::default() });
+    while !clogged_until.reached(world.now) {
+        at_two.iter().for_each(|tuple| world.change(*tuple));
+        world.change(at_three);
+        let mark = world.open[&at_three].mark;
+        world.run_until(ms(5), "the copy at 3 is up to date", |w| {
+            let table = w.hosts[&3].shards[0].table();
+            let slot = table.find_original(&at_three).expect("it is there");
+            table.connection(slot).state.mark == mark
+        });
+    }
+    assert!(world.counter(1, Counter::WindowFull) > 0, "more than the window holds");
+    settle(&mut world, SECOND);
+    world.check();
+    assert_eq!(world.counter(1, Counter::StreamsLost), 0);
 }

@@ -771,9 +771,11 @@ impl Replica<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conn::{Generation, Stamp};
     use crate::group::view::Member;
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::sync::ReplicaConfig;
+    use crate::sync::chores::Task;
 
     fn config() -> ReplicaConfig {
         ReplicaConfig {
@@ -836,5 +838,35 @@ mod tests {
         replica.walk_slot = 17;
         replica.add_urgent_job(commit, |_| false);
         assert_eq!((replica.walk_slot, &replica.jobs), (0, &[commit, offer, forget].into()));
+    }
+
+    /// Seed 60002087: a late pass purged a silent member to the end, and the next view brought it back with another table
+    /// before any chore was looked at again.
+    #[test]
+    fn what_a_member_was_to_be_told_is_not_told_to_its_next_table() {
+        let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
+        let mut replica = Replica::new(config(), owned.parts());
+        let mut view = View::new(1);
+        let mut see = |replica: &mut Replica<'_>, now, member, status, table_id| {
+            view.set(member, Member { status, table_id, shards: 1, room: 1, ..Member::default() });
+            replica.handle_view(now, &view);
+        };
+        let now = Time(1);
+        see(&mut replica, now, 2, Status::Ready, 7);
+        see(&mut replica, now, 3, Status::Ready, 8);
+        see(&mut replica, now, 2, Status::Dead, 7);
+        replica.tick(now);
+        let target = Coordinate::new(2, 0, 5, Generation::default());
+        let own = Place { slot: 6, generation: Generation::default() };
+        assert!(replica.release(Rank::Consequence, target, Stamp { epoch: 0, version: 1 }));
+        assert!(replica.add_chore(Rank::Question, Task::Decline { own, number: 1, fault: None }, target));
+        let late = now.after(replica.config.reprotect_after);
+        replica.tick(late);
+        assert_eq!(replica.peers[2], PeerState::Vacant, "nothing here refers to it any more");
+        see(&mut replica, late, 2, Status::Ready, 9);
+        assert!(replica.is_up(2));
+        replica.transmit(late, &mut |_| true);
+        assert_eq!(replica.counters.get(Counter::DeltasRelease), 0, "the place is another table's now");
+        assert_eq!(replica.chores.len(), 0);
     }
 }
