@@ -64,6 +64,8 @@ counters! {
     KernelFull, "kernel_full", "leases withheld because the kernel's table is full, or as full as it may be made";
     TableFull, "table_full", "connections or copies refused because no slot was free";
     Claims, "claims", "copies claimed here because their traffic showed up";
+    ClaimsByLook, "claims_by_look", "of the claims, those of connections whose end nobody saw, and whose kernel entry here packets had passed";
+    ClaimsUnfounded, "claims_unfounded", "events at copies whose kernel entry no packet had passed: of before, or an operator's";
     ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";
     SlotsWalked, "slots_walked", "slots that walks over the table looked at";
     Promotions, "promotions", "copies of a dead member made active and given a new backup";
@@ -160,6 +162,7 @@ counters! {
     CommitClashes, "commit_clashes", "commits refused because another connection holds the translated tuple";
     CommitPending, "commit_pending", "gauge: commits waiting";
     LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
+    LeftoversAged, "leftovers_aged", "entries that an earlier run left with the timeout of copies, and that got the normal one";
     LeftoversFull, "leftovers_full", "entries that an earlier run had no time to remove, left in the kernel because too many were found at once: the next start finds them";
     ShiftLooks, "shift_looks", "connections with a helper that the kernel was asked for, to learn how their sequence numbers are shifted";
     Shifts, "shifts", "shifts of sequence numbers learnt by that, which no event tells";

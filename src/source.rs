@@ -22,13 +22,38 @@ pub enum SourceEvent {
     Gone {
         /// The original tuple.
         original: Tuple,
+        /// What that says of the connection.
+        end: End,
     },
+}
+
+/// What the end of an entry says of its connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum End {
+    /// It has ended: both sides said so here, or one broke it off.
+    Seen,
+    /// This source has it no more: its timeout ran out, somebody deleted it, its address went away. Its packets may
+    /// take another way.
+    Unseen,
 }
 
 impl SourceEvent {
     /// An event that knows everything.
     pub fn seen(connection: Connection) -> SourceEvent {
         SourceEvent::Seen { connection, known: groups::ALL }
+    }
+
+    /// A connection whose end was seen.
+    pub fn gone(original: Tuple) -> SourceEvent {
+        SourceEvent::Gone { original, end: End::Seen }
+    }
+
+    /// The original tuple of the connection that it is about.
+    pub fn original(&self) -> &Tuple {
+        match self {
+            SourceEvent::Seen { connection, .. } => &connection.original,
+            SourceEvent::Gone { original, .. } => original,
+        }
     }
 }
 
@@ -58,6 +83,14 @@ pub enum Commit {
         /// The slot.
         slot: u32,
         /// Its life when the commit was asked for.
+        generation: Generation,
+    },
+    /// Tell what the kernel has of the connection in this slot, and whether packets have passed it since its entry was
+    /// written: by [`Replica::handle_look`](crate::sync::Replica::handle_look).
+    Look {
+        /// The slot.
+        slot: u32,
+        /// Its life when this was asked for.
         generation: Generation,
     },
     /// Remove the entry with this original tuple.

@@ -169,7 +169,7 @@ fn after_one_way_silence_what_the_backup_let_go_is_copied_again() {
     world.run_for(ms(600));
     assert!(world.counter(2, Counter::StreamsLost) > 0);
     // The backup's kernel entry has the normal timeout now, and no traffic: it expires.
-    world.tell(2, &SourceEvent::Gone { original: tuple });
+    world.tell(2, &SourceEvent::gone(tuple));
     world.run_for(ms(100));
     world.cut.clear();
     world.run_for(ms(500));
@@ -206,7 +206,7 @@ fn traffic_at_a_promoted_copy_outranks_what_the_former_active_forgot() {
     world.change(tuple);
     world.run_for(ms(50));
     // The former active's entry expires without traffic.
-    world.tell(1, &SourceEvent::Gone { original: tuple });
+    world.tell(1, &SourceEvent::gone(tuple));
     world.run_for(ms(50));
     world.cut.clear();
     world.run_for(ms(500));

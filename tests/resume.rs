@@ -231,7 +231,7 @@ fn killed_in_the_middle_of_any_store_it_comes_back_right() {
         dump(&mut world, 1);
         let closed = world.closed.clone();
         for tuple in closed {
-            world.tell(1, &hypersync::source::SourceEvent::Gone { original: tuple });
+            world.tell(1, &hypersync::source::SourceEvent::gone(tuple));
         }
         churn(&mut world, 200, &[1, 2]);
         world.network = Network::default();
@@ -324,7 +324,7 @@ fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
         world.host(1).doomed = None;
         dump(&mut world, 1);
         for tuple in world.closed.clone() {
-            world.tell(1, &hypersync::source::SourceEvent::Gone { original: tuple });
+            world.tell(1, &hypersync::source::SourceEvent::gone(tuple));
         }
         settle(&mut world);
     }

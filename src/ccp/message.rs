@@ -127,6 +127,8 @@ pub enum Message<'b> {
         target: Place,
         /// Epoch and version.
         stamp: Stamp,
+        /// Whether the active saw the end. If not, its kernel has the connection no more, and that is all.
+        seen: bool,
     },
     /// The copy is no longer needed: another member holds it. Else like a close.
     Release {
@@ -347,8 +349,8 @@ impl<'b> Message<'b> {
                     put_extra(w, rare);
                 }
             }
-            Message::Close { target, stamp } => {
-                w.u64(head(CLOSE, 0, target.raw()));
+            Message::Close { target, stamp, seen } => {
+                w.u64(head(CLOSE, !*seen as u8, target.raw()));
                 put_stamp(w, *stamp);
             }
             Message::Release { target, stamp } => {
@@ -440,7 +442,7 @@ impl<'b> Message<'b> {
                 let extra = if groups & groups::EXTRA != 0 { get_extra(r)? } else { Extra::NONE };
                 Message::Update { target, stamp, groups, previous, state, extra }
             }
-            CLOSE => Message::Close { target, stamp: get_stamp(r)? },
+            CLOSE => Message::Close { target, stamp: get_stamp(r)?, seen: bits & 1 == 0 },
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
             OFFER => {
                 let stamp = get_stamp(r)?;
@@ -606,7 +608,8 @@ mod tests {
             },
             Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state, extra },
             Message::New { target, stamp: high, own, previous, connection: Connection { extra, ..wide } },
-            Message::Close { target, stamp: high },
+            Message::Close { target, stamp: high, seen: true },
+            Message::Close { target, stamp, seen: false },
             Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
             Message::Decline { target, own, number: u32::MAX, fault: None },

@@ -11,7 +11,7 @@
 //!   3   | orig. sport  | orig. dport      |  reply sport  |   reply dport   |
 //!   4   |             mark                |      timeout, seconds           |
 //!   5   |    conntrack status             | tcp: state | scale | fl.o | fl.r|
-//!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2
+//!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2, unseen 4
 //!   7   | life of the stream 16 |  last: sequence number of the last delta  |
 //!   8,9   original source          10,11  original destination
 //!  12,13  reply source             14,15  reply destination                    (low word first)
@@ -267,6 +267,17 @@ impl Line {
     /// Notes whether the connection is changing its backup.
     pub fn set_moving(&mut self, moving: bool) {
         self.0[6] = self.0[6] & !2 | (moving as u64) << 1;
+    }
+
+    /// Of a connection that is closing: whether nobody saw its end. Of a held one: whether it is what is left of a copy whose
+    /// end nobody saw, and its kernel entry is still to be looked at.
+    pub fn is_unseen(&self) -> bool {
+        self.0[6] & 4 == 4
+    }
+
+    /// Sets what [`is_unseen`](Self::is_unseen) tells.
+    pub fn set_unseen(&mut self, unseen: bool) {
+        self.0[6] = self.0[6] & !4 | (unseen as u64) << 2;
     }
 
     /// The datagram that carries the newest delta; `Seq::NONE` if the newest state is in none.

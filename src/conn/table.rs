@@ -170,6 +170,7 @@ impl<'m> Table<'m> {
                     line.set_groups(0);
                     line.set_last(crate::seq::Seq::NONE);
                     line.set_moving(false);
+                    line.set_unseen(false);
                 });
             }
         }
@@ -347,6 +348,7 @@ impl<'m> Table<'m> {
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(0);
         line.set_moving(false);
+        line.set_unseen(false);
         line.set_last(crate::seq::Seq::NONE);
         // First it is free: what still holds a connection never lacks what belongs to that.
         self.store(slot, &line);

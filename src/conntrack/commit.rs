@@ -56,6 +56,12 @@ pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
 /// one. What is committed has at least [`KEPT_TIMEOUT_S`] less the time after which it is written again while a member runs.
 pub const GIVEN_MAX_S: u32 = 6 * 24 * 3600;
 
+/// Whether a packet has passed an entry since it was written as a copy: it no longer has the timeout that only we give. What GRE
+/// entries show is always ours.
+pub fn is_touched(there: &Connection) -> bool {
+    there.state.timeout_s <= GIVEN_MAX_S && there.original.protocol != GRE
+}
+
 /// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is fixed, since the kernel
 /// lets nobody set those that GRE entries carry. The packet after that begins a new one.
 pub const GRE_TIMEOUT_S: u32 = 3600;
@@ -263,6 +269,11 @@ impl Committer {
         self.add_written(connection, lifetime, Step::Replace)
     }
 
+    /// Adds an entry to be brought up to date if it is there.
+    pub fn update(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+        self.add_written(connection, lifetime, Step::Look)
+    }
+
     fn add_written(
         &mut self,
         connection: &Connection,
@@ -280,7 +291,7 @@ impl Committer {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry { connection, timeout_s, may_create: true, step })?;
+        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step })?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }

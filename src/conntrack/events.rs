@@ -88,7 +88,7 @@ impl Share {
                 }
                 &connection.original
             }
-            SourceEvent::Gone { original } => original,
+            SourceEvent::Gone { original, .. } => original,
         };
         self.has(original)
     }
@@ -226,7 +226,7 @@ impl Source {
 /// The tuple of an event after which an older dump has nothing to add.
 fn newer_than_a_dump(event: &SourceEvent) -> Option<Tuple> {
     match event {
-        SourceEvent::Gone { original } => Some(*original),
+        SourceEvent::Gone { original, .. } => Some(*original),
         SourceEvent::Seen { connection, known } => {
             (known & groups::STATE != 0).then_some(connection.original)
         }

@@ -45,7 +45,7 @@ pub(super) fn admits(
                 .find_original(&original)
                 .filter(|slot| matches!(replica.table().kind(*slot), Kind::Held | Kind::Active));
             if ours.is_some() {
-                replica.handle_source(now, &SourceEvent::Gone { original });
+                replica.handle_source(now, &SourceEvent::gone(original));
             }
             false
         }

@@ -10,6 +10,7 @@ use super::repair::Repair;
 use super::shifts::Shifts;
 use super::verify::Verify;
 use super::writer::Writer;
+use crate::conn::Tuple;
 use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
@@ -18,7 +19,7 @@ use crate::counters::{Counter, Counters};
 use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
 use crate::rules::Rules;
-use crate::source::{CommitMode, SourceEvent};
+use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -112,7 +113,12 @@ impl KernelFeed {
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
-        let KernelFeed { source, rules, local, shifts, .. } = self;
+        let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
+        // Of copies that are written to the kernel: the entry as it is now says what an event about it means.
+        let mut ask = |original: &Tuple, end: Option<End>, replica: &Replica<'_>| {
+            *commit == CommitMode::Eager
+                && replica.living_copy(original).is_some_and(|slot| writer.ask(slot, replica, end))
+        };
         let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {
                 SourceEvent::Seen { connection, .. } => {
@@ -122,9 +128,15 @@ impl KernelFeed {
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
                     }
+                    if ask(&connection.original, None, replica) {
+                        return;
+                    }
                 }
-                // Somebody removed an entry that we keep for its active: it is written again.
-                SourceEvent::Gone { original } => {
+                SourceEvent::Gone { original, end } => {
+                    if ask(original, Some(*end), replica) {
+                        return;
+                    }
+                    // Somebody removed an entry that we keep for its active: it is written again.
                     if let Some(slot) = replica.living_copy(original) {
                         return replica.recommit(now, slot);
                     }
@@ -171,6 +183,7 @@ impl KernelFeed {
     /// When to look by itself.
     pub(super) fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
+        let at = if self.writer.has_questions() { at.min(now.after(BATCH_PAUSE)) } else { at };
         at.min(self.repair.wake_at(now)).min(self.verify.wake_at()).min(self.shifts.wake_at())
     }
 

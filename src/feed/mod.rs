@@ -5,11 +5,13 @@
 //!  kernel  events, in batches --> rules ---------> Replica
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
 //!          verify: look-ups of copies -----------> Replica     slowly, all the time
+//!          claims: look-ups of copies -----------> Replica     after events about them
 //!          shifts: look-ups of what has a helper > Replica     after expectations, and once a second
 //!          writer <--- commits ------------------- Replica
 //! ```
 
 mod admission;
+mod claims;
 mod kernel;
 mod repair;
 mod ring;

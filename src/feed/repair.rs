@@ -24,7 +24,7 @@ use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
-use crate::conn::{Connection, Generation, Kind, Tuple};
+use crate::conn::{Connection, Generation, Kind};
 use crate::conntrack::commit::{GIVEN_MAX_S, KEPT_TIMEOUT_S};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
@@ -32,7 +32,7 @@ use crate::conntrack::local::LocalView;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::rules::Rules;
-use crate::source::{CommitMode, SourceEvent};
+use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::{REWRITE_PERIOD, Replica};
 use crate::time::Time;
 
@@ -58,6 +58,17 @@ enum Stage {
     Idle,
 }
 
+/// What is to be done about an entry that has the timeout of copies and is none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum LeftoverStep {
+    /// It is looked at once more.
+    Look,
+    /// It is removed.
+    Remove,
+    /// It gets the normal timeout.
+    Age,
+}
+
 /// What a shard does about missed events.
 pub(super) struct Repair {
     stage: Stage,
@@ -69,8 +80,8 @@ pub(super) struct Repair {
     resumed: bool,
     /// The sweep after a warm restart has asked for everything.
     swept: bool,
-    /// After a warm restart, entries that the earlier process owed a delete; those that were looked at say so.
-    leftovers: VecDeque<(Tuple, bool)>,
+    /// Entries with the timeout of copies that are none, and what is to be done about each.
+    leftovers: VecDeque<(Connection, LeftoverStep)>,
     /// When a dump may begin.
     dump_at: Time,
     /// It was said that a dump cannot be made.
@@ -96,7 +107,7 @@ impl Repair {
             complete: false,
             resumed,
             swept: false,
-            leftovers: VecDeque::with_capacity(if resumed { LOOKS_MAX } else { 0 }),
+            leftovers: VecDeque::with_capacity(LOOKS_MAX),
             dump_at: Time(0),
             complained: false,
             shown: vec![0; words],
@@ -218,13 +229,16 @@ impl Repair {
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
                     counters.count(Counter::SourceLeftovers);
-                    match is_resuming && *commit == CommitMode::Eager {
-                        true if leftovers.len() < LOOKS_MAX => {
-                            leftovers.push_back((connection.original, false))
-                        }
-                        // What does not fit is found by the next run, or expires.
-                        true => counters.count(Counter::LeftoversFull),
-                        false => {}
+                    // What the process before had no time to remove goes; what a run left whose table is no more may have
+                    // traffic that is yet to come.
+                    let step = match is_resuming && *commit == CommitMode::Eager {
+                        true => LeftoverStep::Look,
+                        false => LeftoverStep::Age,
+                    };
+                    match leftovers.len() < LOOKS_MAX {
+                        true => leftovers.push_back((*connection, step)),
+                        // What does not fit is found by the next dump, or expires.
+                        false => counters.count(Counter::LeftoversFull),
                     }
                 }
                 None => {
@@ -356,11 +370,11 @@ impl Repair {
         None
     }
 
-    /// The next entry that may have to go because an earlier process owed it a delete, and whether it was looked at.
-    pub(super) fn next_leftover(&mut self, replica: &Replica<'_>) -> Option<(Tuple, bool)> {
+    /// The next entry that an earlier process left, and what is to be done about it.
+    pub(super) fn next_leftover(&mut self, replica: &Replica<'_>) -> Option<(Connection, LeftoverStep)> {
         while let Some(leftover) = self.leftovers.pop_front() {
             // Unless it came to life again: then the entry belongs to that connection.
-            if replica.table().find_original(&leftover.0).is_none() {
+            if replica.table().find_original(&leftover.0.original).is_none() {
                 return Some(leftover);
             }
         }
@@ -368,14 +382,14 @@ impl Repair {
     }
 
     /// Such an entry cannot be asked for, or removed, just now.
-    pub(super) fn leftover_later(&mut self, leftover: (Tuple, bool)) {
+    pub(super) fn leftover_later(&mut self, leftover: (Connection, LeftoverStep)) {
         self.leftovers.push_front(leftover);
     }
 
     /// Such an entry is still there: it goes, if no packet has passed it.
     pub(super) fn found_leftover(&mut self, there: &Connection) {
         if is_leftover(&self.timeouts, there) {
-            self.leftovers.push_front((there.original, true));
+            self.leftovers.push_front((*there, LeftoverStep::Remove));
         }
     }
 
@@ -394,7 +408,7 @@ impl Repair {
         let original = replica.table().tuples(slot).0;
         match there {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
-            None => replica.handle_source(now, &SourceEvent::Gone { original }),
+            None => replica.handle_source(now, &SourceEvent::Gone { original, end: End::Unseen }),
             Some(_) if replica.is_unclaimed(slot) => {}
             Some(connection) => {
                 let known = groups::MARK | told_by_answer(slot, connection, replica);

@@ -61,7 +61,7 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     assert_eq!(replica.table().line(asked[0].0).state().tcp_state, 5);
     repair.found(NOW, asked[1].0, asked[1].1, None, &mut replica);
     assert_eq!(replica.table().find_original(&connection(8, 3).original), None);
-    replica.handle_source(NOW, &SourceEvent::Gone { original: connection(9, 3).original });
+    replica.handle_source(NOW, &SourceEvent::gone(connection(9, 3).original));
     replica.handle_source(NOW, &SourceEvent::seen(connection(99, 3)));
     repair.found(NOW, asked[2].0, asked[2].1, None, &mut replica);
     assert!(replica.table().find_original(&connection(99, 3).original).is_some());
@@ -125,7 +125,7 @@ fn connections_that_raise_no_events_are_looked_up_once_a_period() {
     let slots = ten(&mut replica);
     let mut repair = Repair::new(64, true, false, CommitMode::Eager);
     slots[..4].iter().for_each(|slot| set(&mut repair.unheard, *slot));
-    replica.handle_source(NOW, &SourceEvent::Gone { original: connection(3, 3).original });
+    replica.handle_source(NOW, &SourceEvent::gone(connection(3, 3).original));
     repair.ask_for_the_unheard(NOW, &replica);
     assert_eq!(repair.unheard_at, NOW.after(UNHEARD_PERIOD));
     let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();

@@ -111,7 +111,7 @@ fn what_has_a_helper_and_is_translated_is_asked_for_once_a_second_and_nobody_els
     }
     assert_eq!(world.asked(NOW, after(999)), []);
     assert_eq!(world.asked(after(1000), after(4500)), [1, 1, 1, 1]);
-    world.replica.handle_source(after(4500), &SourceEvent::Gone { original: helped(1).original });
+    world.replica.handle_source(after(4500), &SourceEvent::gone(helped(1).original));
     assert_eq!(world.asked(after(4500), after(9000)), []);
     assert_eq!(world.shifts.wake_at(), Time::NEVER, "nobody has a helper");
 }

@@ -259,7 +259,6 @@ impl Verify {
             }
             (Some(Finding::Touched), _) => {
                 counters.count(Counter::VerifyTouched);
-                replica.recommit(now, slot);
             }
             (Some(Finding::Foreign), Some(there)) => {
                 let suspect = Suspect {

@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use super::repair::Repair;
+use super::claims::{self, Claims, Question};
+use super::repair::{LeftoverStep, Repair};
 use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
-use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
+use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched};
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
-use crate::source::Commit;
+use crate::source::{Commit, End};
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -29,6 +30,10 @@ enum For {
     Copy(u32, Generation),
     /// The connection in this slot, which was taken over.
     Own(u32, Generation),
+    /// The question whether packets passed the entry of what is left of a copy, in this slot.
+    Rest(u32, Generation),
+    /// The question what an event about a copy meant.
+    Claim(Question),
     /// Removing an entry.
     Nobody,
     /// The question whether the connection in this slot is there.
@@ -41,11 +46,14 @@ enum For {
     Leftover,
     /// Removing it.
     LeftoverGone,
+    /// Giving it its normal timeout.
+    LeftoverAged,
 }
 
 /// A shard's pen.
 pub(super) struct Writer {
     committer: Committer,
+    claims: Claims,
     had_room: bool,
     batch: Vec<For>,
     lines: Sparse,
@@ -55,6 +63,7 @@ impl Writer {
     pub(super) fn new(committer: Committer) -> Writer {
         Writer {
             committer,
+            claims: Claims::new(),
             had_room: true,
             batch: Vec::with_capacity(Committer::BATCH),
             lines: Sparse::new(TELL_PAUSE),
@@ -75,6 +84,16 @@ impl Writer {
         self.committer.read_timeouts_again(count)
     }
 
+    /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too many questions wait.
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, end: Option<End>) -> bool {
+        self.claims.ask(slot, replica, end)
+    }
+
+    /// Whether such questions wait.
+    pub(super) fn has_questions(&self) -> bool {
+        !self.claims.is_empty()
+    }
+
     /// Writes and asks, up to the cap of a pass.
     pub(super) fn write(
         &mut self,
@@ -86,7 +105,8 @@ impl Writer {
         counters: &Counters<'_>,
     ) {
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
-        let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
+        let claims_due = if self.claims.is_empty() { 0 } else { LOOKS_MIN };
+        let looks = (repair.looks_waiting() + shifts_due + claims_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit() else { break };
             if self.add(now, replica, shifts, &commit).is_err() {
@@ -94,6 +114,15 @@ impl Writer {
                 let added = self.add(now, replica, shifts, &commit);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some(question) = self.claims.next(replica)
+        {
+            if self.committer.look(&replica.table().tuples(question.slot).0).is_err() {
+                self.claims.later(question); // It is being written just now.
+                break;
+            }
+            self.batch.push(For::Claim(question));
         }
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((slot, generation)) = shifts.next_look(now, replica)
@@ -120,17 +149,19 @@ impl Writer {
         self.flush(now, repair, verify, shifts, replica, counters);
     }
 
-    /// Entries that an earlier process owed a delete: asked for first, then removed.
+    /// Entries that an earlier process owed a delete: asked for first, then removed. Those of a run whose table is no more get the
+    /// timeout that the kernel gives a connection in their state.
     fn remove_leftovers(&mut self, repair: &mut Repair, replica: &Replica<'_>) {
         while self.batch.len() < COMMIT_PER_PASS
-            && let Some((original, looked)) = repair.next_leftover(replica)
+            && let Some((there, step)) = repair.next_leftover(replica)
         {
-            let (added, entry) = match looked {
-                true => (self.committer.delete(&original), For::LeftoverGone),
-                false => (self.committer.look(&original), For::Leftover),
+            let (added, entry) = match step {
+                LeftoverStep::Remove => (self.committer.delete(&there.original), For::LeftoverGone),
+                LeftoverStep::Look => (self.committer.look(&there.original), For::Leftover),
+                LeftoverStep::Age => (self.committer.update(&there, Lifetime::Normal), For::LeftoverAged),
             };
             if added.is_err() {
-                return repair.leftover_later((original, looked));
+                return repair.leftover_later((there, step));
             }
             self.batch.push(entry);
         }
@@ -192,6 +223,13 @@ impl Writer {
                 shifts.note(now, *slot, &connection);
                 entry
             }
+            Commit::Look { slot, generation } => {
+                if replica.table().line(*slot).generation() != *generation {
+                    return Ok(());
+                }
+                self.committer.look(&replica.table().tuples(*slot).0)?;
+                For::Rest(*slot, *generation)
+            }
             Commit::Delete { original } => {
                 self.committer.delete(original)?;
                 For::Nobody
@@ -232,6 +270,22 @@ impl Writer {
                     return shifts.found(now, (slot, generation), &connection, replica, counters);
                 }
                 (Outcome::Removed, For::Shift(..)) => return, // Events tell.
+                (Outcome::Present(connection), For::Rest(slot, generation)) => {
+                    let touched = is_touched(&connection);
+                    return replica.handle_look(now, slot, generation, Some(&connection), touched);
+                }
+                (Outcome::Present(connection), For::Claim(question)) => {
+                    return claims::found(now, question, Some(&connection), replica, counters);
+                }
+                (Outcome::Removed, For::Claim(question)) => {
+                    return claims::found(now, question, None, replica, counters);
+                }
+                (Outcome::Written, For::LeftoverAged) => return counters.count(Counter::LeftoversAged),
+                (_, For::LeftoverAged) => return, // It has gone by itself.
+                // That it is there no more, or cannot be asked for, leaves nothing to keep.
+                (_, For::Rest(slot, generation)) => {
+                    return replica.handle_look(now, slot, generation, None, false);
+                }
                 (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection),
                 (Outcome::Removed, For::Leftover) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),

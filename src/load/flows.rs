@@ -234,7 +234,7 @@ impl Flows {
 
     fn close(&mut self, flow: &Flow) -> SourceEvent {
         self.told.closed += 1;
-        SourceEvent::Gone { original: flow.original }
+        SourceEvent::gone(flow.original)
     }
 }
 

@@ -31,7 +31,7 @@ impl Table {
             SourceEvent::Seen { connection, .. } => {
                 self.0.insert(connection.original, *connection);
             }
-            SourceEvent::Gone { original } => {
+            SourceEvent::Gone { original, .. } => {
                 assert!(self.0.remove(original).is_some(), "{original} closed without being open");
             }
         }

@@ -11,32 +11,41 @@ use super::stream::stream_index;
 use super::takeover::PeerState;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
-use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple, shard_of};
+use crate::conn::{Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::seq::Seq;
-use crate::source::SourceEvent;
+use crate::source::{End, SourceEvent};
 use crate::time::Time;
 
 impl Replica<'_> {
     /// The source saw something.
     pub fn handle_source(&mut self, now: Time, event: &SourceEvent) {
         self.counters.count(Counter::SourceEvents);
-        let original = match event {
-            SourceEvent::Seen { connection, .. } => &connection.original,
-            SourceEvent::Gone { original } => original,
-        };
+        let original = event.original();
         if shard_of(original, self.config.shards) != self.config.shard {
             self.counters.count(Counter::SourceRejected);
             return;
         }
         let found = self.table.find_original(original);
         match (event, found) {
+            (SourceEvent::Seen { connection, known }, _) if connection.phase() == Phase::Over => {
+                self.ended(now, connection, *known, found)
+            }
             (SourceEvent::Seen { connection, .. }, None) => self.open(now, connection, None),
             (SourceEvent::Seen { connection, known }, Some(slot)) => {
                 self.change(now, slot, connection, *known)
             }
             (SourceEvent::Gone { .. }, None) => self.counters.count(Counter::SourceUnknownGone),
-            (SourceEvent::Gone { .. }, Some(slot)) => self.gone(now, slot),
+            (SourceEvent::Gone { end, .. }, Some(slot)) => self.gone(now, slot, *end),
+        }
+    }
+
+    /// The connection has ended, though the source may keep its entry for minutes.
+    fn ended(&mut self, now: Time, seen: &Connection, known: u8, found: Option<u32>) {
+        let is_it = |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
+        match found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)) {
+            Some(slot) => self.gone(now, slot, End::Seen),
+            None => self.counters.count(Counter::SourceUnknownGone),
         }
     }
 
@@ -71,10 +80,17 @@ impl Replica<'_> {
     /// stamp, or it is closing here), it begins above it: whatever of that one is still on its way, or
     /// looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
+        if let Some(slot) = self.fill_held(connection, over) {
+            self.table.push(&mut self.held, On::Held, slot, now);
+        }
+    }
+
+    /// A slot with a connection that is held and stands in no list yet.
+    pub(super) fn fill_held(&mut self, connection: &Connection, over: Option<Stamp>) -> Option<u32> {
         let over = over.max(self.table.closing_stamp(&connection.original));
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
-            return;
+            return None;
         };
         let mut line = self.table.line(slot);
         line.set_kind(Kind::Held);
@@ -83,7 +99,7 @@ impl Replica<'_> {
         line.set_groups(groups::ALL);
         line.set_last(Seq::NONE);
         self.table.fill(slot, line, connection);
-        self.table.push(&mut self.held, On::Held, slot, now);
+        Some(slot)
     }
 
     fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
@@ -92,7 +108,7 @@ impl Replica<'_> {
         if reply != seen.reply && known & groups::TUPLES != 0 {
             // The same original tuple with another translation is another connection: one that has a copy here
             // beside that of the one before, or a new one.
-            self.gone(now, slot);
+            self.gone(now, slot, End::Seen);
             return match self.table.find_exact(&original, &seen.reply) {
                 Some(copy) => self.change(now, copy, seen, known),
                 None => self.open(now, &Connection { original, ..*seen }, Some(line.stamp())),
@@ -124,9 +140,13 @@ impl Replica<'_> {
         line.set_state(&new);
         match line.kind() {
             Kind::Held => {
+                line.set_unseen(false);
                 self.table.store(slot, &line);
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
+                }
+                if self.table.on(slot) == On::None {
+                    self.table.push(&mut self.held, On::Held, slot, now);
                 }
             }
             Kind::Active => {
@@ -239,7 +259,7 @@ impl Replica<'_> {
         }
     }
 
-    fn gone(&mut self, now: Time, slot: u32) {
+    fn gone(&mut self, now: Time, slot: u32, end: End) {
         let line = self.table.line(slot);
         match line.kind() {
             Kind::Held => {
@@ -248,10 +268,10 @@ impl Replica<'_> {
                 self.table.forget(slot);
                 self.table.recycle(slot);
             }
-            Kind::Active => self.close(now, slot),
+            Kind::Active => self.close(now, slot, end),
             Kind::Backup if self.is_up(line.peer().member()) => {
                 self.claim(now, slot);
-                self.close(now, slot);
+                self.close(now, slot, end);
             }
             Kind::Backup => {
                 // Presumed: no living member but the previous backup, if any, knows it.
@@ -270,7 +290,7 @@ impl Replica<'_> {
         }
     }
 
-    fn close(&mut self, now: Time, slot: u32) {
+    fn close(&mut self, now: Time, slot: u32, end: End) {
         let line = self.table.line(slot);
         self.end_move(slot);
         let (peer, former) = (line.peer(), self.table.former(slot));
@@ -295,6 +315,7 @@ impl Replica<'_> {
         self.streams[stream].actives -= 1;
         self.table.update(slot, |line| {
             line.set_kind(Kind::Closing);
+            line.set_unseen(end == End::Unseen);
             line.set_stamp(line.stamp().changed());
             line.set_last(Seq::NONE);
         });
@@ -308,8 +329,45 @@ impl Replica<'_> {
                 break;
             }
             self.table.unlink(&mut self.held, slot);
+            if self.table.connection(slot).phase() == Phase::Ending {
+                continue; // Who has never heard of it need not any more: it stays here until its end is told.
+            }
             self.table.update(slot, |line| line.set_kind(Kind::Active));
             self.protect(now, slot);
+        }
+    }
+
+    /// What the kernel has of a connection whose copy was to go here, and whether packets have passed its entry. If they
+    /// have, its traffic is here: it goes on, as ours.
+    pub fn handle_look(
+        &mut self,
+        now: Time,
+        slot: u32,
+        generation: Generation,
+        there: Option<&Connection>,
+        is_touched: bool,
+    ) {
+        let mut line = self.table.line(slot);
+        if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
+            return;
+        }
+        let (original, reply) = self.table.tuples(slot);
+        let lives = there.filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
+        if let Some(there) = lives {
+            self.counters.count(Counter::Claims);
+            self.counters.count(Counter::ClaimsByLook);
+            line.set_kind(Kind::Active);
+            line.set_unseen(false);
+            line.set_claimed(true);
+            line.set_state(&there.state);
+            self.table.store(slot, &line);
+            self.protect(now, slot);
+        } else {
+            self.table.forget(slot);
+            self.table.recycle(slot);
+            if !is_touched {
+                self.delete_entry(&original);
+            }
         }
     }
 

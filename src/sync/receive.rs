@@ -18,12 +18,13 @@ use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{Message, Place, Places, Reason};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::{Line, groups};
+use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, WINDOW};
 use crate::seq::Seq;
-use crate::source::Commit;
+use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 /// What became of a delta.
@@ -35,6 +36,15 @@ enum Verdict {
 }
 
 use Verdict::{Applied, Busy, Refused};
+
+/// What may be left of a copy that is none any more.
+enum Rest {
+    /// Its active saw it end.
+    Nothing,
+    /// Its packets may take their way through here, although its active has it no more, or another backup. With the stamp that it
+    /// had there, and whether this member's own source saw it.
+    Perhaps(Stamp, bool),
+}
 
 impl Replica<'_> {
     /// A synchronization datagram arrived, from this address if known.
@@ -154,8 +164,10 @@ impl Replica<'_> {
                 Message::Update { target, stamp, groups, previous, state, extra } => {
                     self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
                 }
-                Message::Close { target, stamp } => self.apply_close(now, stream, target, stamp),
-                Message::Release { target, stamp } => self.apply_release(stream, target, stamp),
+                Message::Close { target, stamp, seen } => {
+                    self.apply_close(now, stream, target, stamp, seen)
+                }
+                Message::Release { target, stamp } => self.apply_release(now, stream, target, stamp),
                 Message::Decline { target, own, number, fault } => {
                     let own = self.sender(stream, own);
                     self.apply_decline(now, target, own, number, fault);
@@ -357,6 +369,12 @@ impl Replica<'_> {
             return Ok(false); // The close of the older one is on its way.
         }
         let is_same = self.table.tuples(slot) == (connection.original, connection.reply);
+        if line.kind() == Kind::Held && line.is_unseen() && is_same {
+            // Whether its packets pass here was just to be found out: now it has an active again.
+            self.table.forget(slot);
+            self.table.recycle(slot);
+            return Ok(false);
+        }
         if line.kind() == Kind::Held && !is_same {
             // Another life of the tuple. The one that comes in had outlived its hold before it was sent: it is the elder.
             self.counters.count(Counter::Conflicts);
@@ -501,7 +519,14 @@ impl Replica<'_> {
         self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
-    fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+    fn apply_close(
+        &mut self,
+        now: Time,
+        stream: usize,
+        target: Place,
+        stamp: Stamp,
+        seen: bool,
+    ) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         match line.kind() {
@@ -511,9 +536,11 @@ impl Replica<'_> {
                 line.set_generation(if is(Mutation::NoTombstone) { target.generation } else { next });
             }),
             Kind::Backup if from_pair => {
-                let connection = self.table.connection(target.slot);
-                let witnessed = line.is_claimed();
-                self.drop_copy(target.slot, stream, witnessed.then_some((now, &connection, stamp)));
+                let rest = match seen && !line.is_claimed() {
+                    true => Rest::Nothing,
+                    false => Rest::Perhaps(stamp, line.is_claimed()),
+                };
+                self.drop_copy(now, target.slot, stream, rest);
             }
             Kind::Active if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
@@ -522,7 +549,7 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream, None);
+                self.drop_to_lease(target.slot, stream);
                 if !from_pair {
                     self.table.recycle(target.slot); // Not agreed to be anybody's lease.
                 }
@@ -535,7 +562,7 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream, None);
+                self.drop_to_lease(target.slot, stream);
             }
             Kind::Backup | Kind::Active => {
                 self.counters.count(Counter::DeltasOld);
@@ -551,7 +578,7 @@ impl Replica<'_> {
         Applied
     }
 
-    fn apply_release(&mut self, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+    fn apply_release(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let member = stream_member(stream);
         match line.kind() {
@@ -565,7 +592,7 @@ impl Replica<'_> {
                 if (line.peer().member() == member || !self.is_up(line.peer().member()))
                     && stamp >= line.stamp() =>
             {
-                self.drop_copy(target.slot, stream, None);
+                self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false));
             }
             Kind::Active
                 if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
@@ -577,7 +604,7 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream, None);
+                self.drop_to_lease(target.slot, stream);
             }
             Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
                 // Only presumed, and somebody else carries it on who knows it better.
@@ -606,17 +633,40 @@ impl Replica<'_> {
         Applied
     }
 
-    fn drop_copy(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection, Stamp)>) {
+    /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
+    fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
+        let has_entry = self.config.commit == CommitMode::Eager && self.table.on(slot) != On::Missing;
+        let connection = self.table.connection(slot);
         self.end_missing(slot);
         self.end_copy(slot);
-        self.drop_to_lease(slot, stream, reopen);
+        // (Another slot may have the tuple by now: the entry is that one's.)
+        self.table.forget(slot);
+        let is_known = self.table.find_original(&connection.original).is_some();
+        if let Rest::Perhaps(stamp, is_witnessed) = rest
+            && !is_known
+        {
+            if has_entry {
+                if let Some(asked) = self.fill_held(&connection, Some(stamp)) {
+                    self.table.update(asked, |line| line.set_unseen(true));
+                    let generation = self.table.line(asked).generation();
+                    self.commit(Commit::Look { slot: asked, generation });
+                }
+            } else if is_witnessed {
+                self.open(now, &connection, Some(stamp));
+            }
+        }
+        self.vacate(slot, stream);
     }
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
-    /// What this member's own source sees as well goes on as a connection of its own.
-    fn drop_to_lease(&mut self, slot: u32, stream: usize, reopen: Option<(Time, &Connection, Stamp)>) {
-        let original = self.table.tuples(slot).0;
+    fn drop_to_lease(&mut self, slot: u32, stream: usize) {
         self.table.forget(slot);
+        self.vacate(slot, stream);
+    }
+
+    /// A slot that is in the index no more becomes the sender's lease.
+    fn vacate(&mut self, slot: u32, stream: usize) {
+        let original = self.table.tuples(slot).0;
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {
@@ -629,14 +679,11 @@ impl Replica<'_> {
         });
         self.table.set_former(slot, Coordinate::NOWHERE);
         self.table.set_extra(slot, &Extra::NONE);
-        if let Some((now, connection, over)) = reopen {
-            self.open(now, connection, Some(over));
-        }
         self.delete_entry(&original);
     }
 
     /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.
-    fn delete_entry(&mut self, original: &Tuple) {
+    pub(super) fn delete_entry(&mut self, original: &Tuple) {
         match self.table.find_original(original) {
             None => self.commit(Commit::Delete { original: *original }),
             Some(other) if self.table.kind(other) == Kind::Backup => {

@@ -571,7 +571,7 @@ impl<'m> Replica<'m> {
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
         let is_due = match (self.config.commit, commit) {
-            (CommitMode::Off, _) => false,
+            (CommitMode::Off, _) | (CommitMode::Takeover, Commit::Look { .. }) => false,
             (CommitMode::Eager, _) => true,
             (CommitMode::Takeover, Commit::Write { slot, .. }) => {
                 !self.is_up(self.table.line(slot).peer().member())

@@ -27,7 +27,7 @@ use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
 use crate::memory::Memory;
 use crate::seq::Seq;
-use crate::source::CommitMode;
+use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 impl<'m> Replica<'m> {
@@ -143,6 +143,9 @@ impl<'m> Replica<'m> {
                 // The walk that takes back what was lent in an earlier life did not come to its end.
                 Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot),
                 Kind::Free | Kind::Leased => {}
+                Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
+                    self.commit(Commit::Look { slot, generation: line.generation() });
+                }
                 Kind::Held => self.table.push(&mut self.held, On::Held, slot, now),
                 Kind::Active if !peer.is_somewhere() => self.wait(now, slot),
                 Kind::Active | Kind::Closing => {

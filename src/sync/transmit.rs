@@ -505,7 +505,7 @@ impl Replica<'_> {
                 1
             }
             Kind::Closing => {
-                Message::Close { target, stamp }.encode(w);
+                Message::Close { target, stamp, seen: !line.is_unseen() }.encode(w);
                 self.account_unsent(stream, slot);
                 self.counters.count(Counter::DeltasClose);
                 self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);

@@ -79,7 +79,7 @@ fn a_link_that_loses_five_percent_under_load_leaves_no_difference() {
             let mut c = connection(n);
             // One in a hundred closes each round and is opened again in the next: all live well beyond the hold time.
             if n % 100 == round % 100 {
-                push(&mut producers, &SourceEvent::Gone { original: c.original });
+                push(&mut producers, &SourceEvent::gone(c.original));
                 wanted.remove(&c.original);
                 continue;
             }

@@ -45,7 +45,7 @@ fn every_connection_is_on_exactly_two_members_through_changes_closes_a_death_and
             wanted.insert(c.original, c);
         }
         if n % 7 == 0 {
-            push(&mut producers, &SourceEvent::Gone { original: c.original });
+            push(&mut producers, &SourceEvent::gone(c.original));
             wanted.remove(&c.original);
         }
     }
@@ -85,7 +85,7 @@ fn a_connection_that_closes_within_the_hold_never_travels() {
     producers.flush();
     wait_for("they are held", SOON, || one.counter(Counter::ConnectionsHeld) == 500);
     for n in 0..500 {
-        push(&mut producers, &SourceEvent::Gone { original: connection(n).original });
+        push(&mut producers, &SourceEvent::gone(connection(n).original));
     }
     producers.flush();
     wait_for("they are gone", SOON, || one.counter(Counter::SourceShort) == 500);

@@ -33,7 +33,7 @@ fn each_shard_hears_its_own_connections_and_no_echo() {
                         assert!(first || connection.state.mark == 99, "one event for one new entry");
                         connection.original
                     }
-                    SourceEvent::Gone { original } => {
+                    SourceEvent::Gone { original, .. } => {
                         assert!(gone.insert(original));
                         original
                     }

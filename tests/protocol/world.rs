@@ -81,6 +81,8 @@ pub struct Host<'m> {
     pub leaving: bool,
     /// What was committed to its kernel.
     pub kernel: HashMap<Tuple, Connection>,
+    /// Entries that packets have passed since they were written, or that never were.
+    pub touched: HashMap<Tuple, Connection>,
     /// This life of its table.
     pub table_id: u32,
     /// Its kernel takes no entries.
@@ -279,6 +281,7 @@ impl<'m> World<'m> {
             running: true,
             leaving: false,
             kernel: HashMap::with_capacity(8192),
+            touched: HashMap::with_capacity(8192),
             table_id,
             full: false,
             paused: false,
@@ -425,10 +428,12 @@ impl<'m> World<'m> {
     }
 
     pub fn tell(&mut self, member: MemberId, event: &SourceEvent) {
-        let original = match event {
-            SourceEvent::Seen { connection, .. } => connection.original,
-            SourceEvent::Gone { original } => *original,
-        };
+        let original = *event.original();
+        let touched = &mut self.host(member).touched;
+        match event {
+            SourceEvent::Seen { connection, .. } => drop(touched.insert(original, *connection)),
+            SourceEvent::Gone { .. } => drop(touched.remove(&original)),
+        }
         match event {
             SourceEvent::Seen { connection, .. } => {
                 self.note(
@@ -499,7 +504,7 @@ impl<'m> World<'m> {
             match mark {
                 _ if found.is_some_and(|slot| shard.is_unclaimed(slot)) => {}
                 Some(mark) => self.tell(member, &SourceEvent::seen(Self::connection(original, mark))),
-                None if found.is_some() => self.tell(member, &SourceEvent::Gone { original }),
+                None if found.is_some() => self.tell(member, &SourceEvent::gone(original)),
                 None => {}
             }
         }
@@ -507,7 +512,7 @@ impl<'m> World<'m> {
 
     pub fn close(&mut self, tuple: Tuple) {
         let known = self.open.remove(&tuple).expect("it is open");
-        self.tell(known.owner, &SourceEvent::Gone { original: tuple });
+        self.tell(known.owner, &SourceEvent::gone(tuple));
         self.closed.push(tuple);
     }
 
@@ -716,7 +721,15 @@ impl<'m> World<'m> {
             {
                 let refused = host.full || self.commit_rng.chance(self.network.refusals);
                 match commit {
-                    Commit::Delete { original } => drop(host.kernel.remove(&original)),
+                    Commit::Delete { original } => {
+                        host.kernel.remove(&original);
+                        host.touched.remove(&original);
+                    }
+                    Commit::Look { slot, generation } => {
+                        let original = shard.table().tuples(slot).0;
+                        let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
+                        shard.handle_look(now, slot, generation, touched.or(written), touched.is_some());
+                    }
                     // What is active by now the kernel knows better.
                     Commit::Write { slot, .. } if shard.table().kind(slot) == Kind::Active => {}
                     Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
@@ -724,6 +737,7 @@ impl<'m> World<'m> {
                             let connection = shard.table().connection(slot);
                             if !refused {
                                 host.kernel.insert(connection.original, connection);
+                                host.touched.remove(&connection.original);
                             }
                             let outcome = if refused { Err(Fault::NoRoom) } else { Ok(()) };
                             shard.handle_commit(now, slot, generation, outcome);

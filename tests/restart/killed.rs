@@ -151,7 +151,7 @@ fn what_was_closed_during_an_absence_is_closed_everywhere_where_that_can_be_know
         // An end without any traffic before it: member 1 has to know. And ends of member 2's own.
         for n in ended.clone().chain(200..300).chain(1000..1100) {
             let original = connection(n).original;
-            push(&mut producers, &SourceEvent::Gone { original });
+            push(&mut producers, &SourceEvent::gone(original));
             if !(200..300).contains(&n) {
                 wanted.remove(&original);
             }

@@ -111,7 +111,7 @@ fn change(producers: &mut Producers, round: u32, wanted: &mut Wanted) {
         wanted.insert(c.original, c);
     }
     for c in passing(round.wrapping_sub(1)).filter(|_| round > 1) {
-        push(SourceEvent::Gone { original: c.original });
+        push(SourceEvent::gone(c.original));
         wanted.remove(&c.original);
     }
     producers.flush();

@@ -10,7 +10,7 @@ use hypersync::ccp::sync::{MESSAGES_AT, SyncHeader};
 use hypersync::conn::{Kind, MemberId, Stamp, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
-use hypersync::source::SourceEvent;
+use hypersync::source::{End, SourceEvent};
 use hypersync::sync::stream::{Durable, stream_index};
 use hypersync::time::Time;
 
@@ -713,7 +713,7 @@ impl<'m> Sim<'m> {
                 };
                 if idle {
                     self.world.note(copy.member, "expired", format_args!("{tuple}"));
-                    self.world.tell(copy.member, &SourceEvent::Gone { original: tuple });
+                    self.world.tell(copy.member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
                     if let Some(owner) = open.and_then(|open| open.owner) {
                         // What was in its way is gone: the next dump tells of it.
                         self.repairs.push(Repair { at: self.world.now.after(ms(20)), member: owner, tuple });

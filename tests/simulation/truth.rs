@@ -126,14 +126,14 @@ impl Truth {
     pub fn close(&mut self, tuple: Tuple) -> SourceEvent {
         let open = self.open.remove(&tuple).expect("it is open");
         self.closed.insert(open.life);
-        SourceEvent::Gone { original: tuple }
+        SourceEvent::gone(tuple)
     }
 
     /// What a dump says of a tuple.
     pub fn dumped(&self, tuple: Tuple) -> SourceEvent {
         match self.open.get(&tuple) {
             Some(open) => SourceEvent::seen(open.connection),
-            None => SourceEvent::Gone { original: tuple },
+            None => SourceEvent::gone(tuple),
         }
     }
 }

@@ -18,8 +18,8 @@ use super::{HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERRO
 use crate::conn::extra::{Extra, ProtoInfo, parts};
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, SCTP, TCP};
-use crate::conn::{Connection, Family, State, Tuple};
-use crate::source::SourceEvent;
+use crate::conn::{Connection, Family, Phase, State, Tuple};
+use crate::source::{End, SourceEvent};
 
 /// What a message says, and how much of it could not be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,7 +95,14 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;
     original.zone = own_zone.unwrap_or(zone);
     if kind == TYPE_DELETE {
-        return Ok(Decoded { event: SourceEvent::Gone { original }, skipped });
+        // It carries the state that the entry was in; whether a timeout, a person or a closing connection ended it follows
+        // from that alone.
+        let Rest { state, extra, .. } = rest.settled(original.protocol);
+        let end = match (Connection { original, reply: original, state, extra }).phase() {
+            Phase::Open => End::Unseen,
+            Phase::Ending | Phase::Over => End::Seen,
+        };
+        return Ok(Decoded { event: SourceEvent::Gone { original, end }, skipped });
     }
     let (mut reply, own_zone) = reply.ok_or(Malformed::NoReply)?;
     reply.zone = own_zone.unwrap_or(zone);

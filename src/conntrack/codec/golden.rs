@@ -9,7 +9,7 @@ use super::*;
 use crate::conn::extra::{Extra, ProtoInfo, SeqAdj, Synproxy, parts};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, State};
-use crate::source::SourceEvent;
+use crate::source::{End, SourceEvent};
 
 /// A label, a mark and a zone, set by rules while the first packet passed.
 pub const UDP_LABELLED_NEW: &str = "\
@@ -258,7 +258,7 @@ fn events_of_every_kind_say_what_they_mean() {
         (SCTP_DESTROY, "sctp 127.0.0.1:5000 > 127.0.0.2:6000"),
         (UDP6_DESTROY, "udp [::1]:41000 > [::1]:5353 zone 7"),
     ] {
-        let gone = SourceEvent::Gone { original: tuple(original) };
+        let gone = SourceEvent::Gone { original: tuple(original), end: End::Unseen };
         assert_eq!(decode(&bytes(message)), Ok(Decoded { event: gone, skipped: 0 }));
     }
     assert!(is_expectation(&bytes(EXPECTATION_NEW)));

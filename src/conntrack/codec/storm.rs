@@ -68,7 +68,7 @@ fn assert_fits(decoded: &Decoded) {
             encode_update(&mut buffer, 1, &connection, 5, u32::MAX);
             encode_get(&mut buffer, 1, &connection.original);
         }
-        SourceEvent::Gone { original } => {
+        SourceEvent::Gone { original, .. } => {
             encode_delete(&mut buffer, 1, &original);
         }
     }

@@ -5,7 +5,7 @@ use crate::conn::extra::{HELPER_NAME, ProtoInfo, SeqAdj, Synproxy, parts};
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, TCP};
 use crate::conn::{Connection, Extra, State, Tuple};
-use crate::source::SourceEvent;
+use crate::source::{End, SourceEvent};
 
 // Taken from a kernel 6.18 (x86-64): one TCP connection over lo with DNAT and SNAT by nftables
 // from its first packet to `conntrack -D`, then entries made with `conntrack -I`.
@@ -101,7 +101,7 @@ fn a_translated_tcp_connection_is_followed_from_its_birth_to_its_end() {
         let known = groups::TUPLES | groups::STATE | groups::TIMEOUT;
         assert_eq!(seen(message), (Connection::new(original, reply, state), known));
     }
-    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original }));
+    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original, end: End::Unseen }));
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
             (7, 5, groups::ALL & !groups::EXTRA)
         );
         let length = encode_delete(&mut buffer, 1, &original);
-        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original }));
+        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original, end: End::Unseen }));
     }
 }
 

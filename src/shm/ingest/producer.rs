@@ -194,7 +194,7 @@ impl Producers {
     pub fn push(&mut self, event: &SourceEvent) -> Result<(), Full> {
         let original = match event {
             SourceEvent::Seen { connection, .. } => &connection.original,
-            SourceEvent::Gone { original } => original,
+            SourceEvent::Gone { original, .. } => original,
         };
         let shard = shard_of(original, self.shards());
         self.0[shard as usize].push(event)

@@ -19,7 +19,7 @@
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_keys};
 use crate::conn::{Connection, Family, State, Tuple, shard_of};
-use crate::source::SourceEvent;
+use crate::source::{End, SourceEvent};
 
 /// Why a record, or the producer's position, was refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -60,8 +60,8 @@ pub fn encode(event: &SourceEvent, position: u64) -> Words {
             w[3] = (s.status as u64) << 32 | u32::from_be_bytes(tcp) as u64;
             put_small(&mut w, &connection.original);
         }
-        SourceEvent::Gone { original } => {
-            w[0] = GONE;
+        SourceEvent::Gone { original, end } => {
+            w[0] = GONE | ((*end == End::Unseen) as u64) << 8;
             put_tuple(&mut w, original, 4, 32);
             put_small(&mut w, original);
         }
@@ -105,7 +105,8 @@ pub fn decode(w: &Words, position: u64, shard: u8, shards: u8) -> Result<SourceE
         return Err(BadRecord::Shard);
     }
     if kind == GONE {
-        return Ok(SourceEvent::Gone { original });
+        let end = if known & 1 == 0 { End::Seen } else { End::Unseen };
+        return Ok(SourceEvent::Gone { original, end });
     }
     let reply = take_tuple(w, family, protocol, 8, 0, (w[0] >> 32) as u16);
     check_tuple(&reply)?;
@@ -191,9 +192,9 @@ mod tests {
         let gre = Tuple::v4(47, ([10, 0, 0, 1].into(), 5), ([10, 0, 0, 2].into(), 9));
         let events = [
             SourceEvent::Seen { connection: seen(), known: groups::TUPLES | groups::MARK },
-            SourceEvent::Gone { original: gre },
-            SourceEvent::Gone { original: v4 },
-            SourceEvent::Gone { original: seen().original },
+            SourceEvent::gone(gre),
+            SourceEvent::Gone { original: v4, end: End::Unseen },
+            SourceEvent::gone(seen().original),
         ];
         for event in events {
             let words = encode(&event, 77);

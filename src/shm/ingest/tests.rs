@@ -23,7 +23,7 @@ fn event(n: u32) -> SourceEvent {
     let original = Tuple::v4(6, (Ipv4Addr::from(n), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
     let state = State { mark: n, timeout_s: !n, ..State::default() };
     match n % 5 {
-        4 => SourceEvent::Gone { original },
+        4 => SourceEvent::gone(original),
         _ => SourceEvent::seen(Connection::new(original, original.mirrored(), state)),
     }
 }
@@ -94,7 +94,7 @@ fn events_find_the_ring_of_their_shard() {
     for shard in 0..3 {
         total += Consumer::new(region.ring(shard)).drain(999, &mut |got| match got.unwrap() {
             SourceEvent::Seen { connection, .. } => assert_eq!(shard_of(&connection.original, 3), shard),
-            SourceEvent::Gone { original } => assert_eq!(shard_of(&original, 3), shard),
+            SourceEvent::Gone { original, .. } => assert_eq!(shard_of(&original, 3), shard),
         });
     }
     assert_eq!((total, producers.shards(), producers.is_current()), (300, 3, true));
@@ -120,13 +120,13 @@ fn a_consumer_that_was_killed_is_followed_by_one_that_repeats_but_skips_nothing(
         let mut seen = Vec::new();
         consumer.drain(cap, &mut |got| match got.unwrap() {
             SourceEvent::Seen { connection, .. } => seen.push(connection.original),
-            SourceEvent::Gone { original } => seen.push(original),
+            SourceEvent::Gone { original, .. } => seen.push(original),
         });
         seen
     };
     let original = |n: u32| match event(n) {
         SourceEvent::Seen { connection, .. } => connection.original,
-        SourceEvent::Gone { original } => original,
+        SourceEvent::Gone { original, .. } => original,
     };
     push(30);
     let mut consumer = Consumer::new(first.ring(0));

@@ -1,0 +1,61 @@
+//! What a connection's state says about its end.
+//!
+//! The kernel keeps an entry for minutes after its connection has ended: what is still in its table is not
+//! alive for that. The numbers of states are those of `enum tcp_conntrack`, `sctp_conntrack` and `ct_dccp_states`.
+
+use super::Connection;
+use super::extra::parts;
+use super::tuple::{DCCP, SCTP, TCP};
+
+/// How near its end a connection is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// It may go on for ever: also half-closed, or in a state that nobody has reported.
+    Open,
+    /// Both sides have said that they are done, and a last answer is due: LAST_ACK, SHUTDOWN_ACK_SENT, CLOSING.
+    Ending,
+    /// It has ended: TIME_WAIT, CLOSE (of TCP), CLOSED (of SCTP).
+    Over,
+}
+
+impl Connection {
+    /// What its state says about its end.
+    pub fn phase(&self) -> Phase {
+        let protocol_state = if self.extra.has(parts::PROTOINFO) { self.extra.protoinfo.state } else { 0 };
+        match (self.original.protocol, self.state.tcp_state, protocol_state) {
+            (TCP, 7 | 8, _) | (SCTP, _, 1) | (DCCP, _, 7) => Phase::Over,
+            (TCP, 6, _) | (SCTP, _, 7) | (DCCP, _, 6) => Phase::Ending,
+            _ => Phase::Open,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::extra::{Extra, ProtoInfo};
+    use crate::conn::{State, Tuple};
+
+    #[test]
+    fn half_closed_connections_are_open_and_lingering_ones_are_over() {
+        let phase = |protocol: u8, tcp_state: u8, state: u8| {
+            let original =
+                Tuple { protocol, ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2)) };
+            let state_of = State { tcp_state, ..State::default() };
+            let mut connection = Connection::new(original, original.mirrored(), state_of);
+            connection.extra = Extra {
+                parts: parts::PROTOINFO,
+                protoinfo: ProtoInfo { state, ..ProtoInfo::default() },
+                ..Extra::NONE
+            };
+            connection.phase()
+        };
+        for open in [0, 1, 2, 3, 4, 5, 9] {
+            assert_eq!(phase(TCP, open, 0), Phase::Open);
+        }
+        assert_eq!([6, 7, 8].map(|state| phase(TCP, state, 0)), [Phase::Ending, Phase::Over, Phase::Over]);
+        assert_eq!([4, 7, 1].map(|state| phase(SCTP, 0, state)), [Phase::Open, Phase::Ending, Phase::Over]);
+        assert_eq!([4, 6, 7].map(|state| phase(DCCP, 0, state)), [Phase::Open, Phase::Ending, Phase::Over]);
+        assert_eq!(phase(17, 7, 1), Phase::Open, "UDP has no states");
+    }
+}

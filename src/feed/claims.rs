@@ -1,0 +1,110 @@
+//! Claims: an event at a copy says that something happened to its entry here, perhaps that its traffic is here now.
+//!
+//! Events are read late: those of a process that stood still tell of a connection that ended long ago, whose ports are used by
+//! another one since, and whose copy lies in this very entry. And an entry changes without any packet: an operator marks it, or deletes
+//! it. So nothing is believed of a copy whose active lives before the kernel was asked for its entry as it is now:
+//!
+//! | there is | the event is |
+//! |---|---|
+//! | an entry that a packet has passed since it was written | a claim, with the state that the entry has now |
+//! | an entry as it was written | of before, or nobody's traffic: nothing is done |
+//! | none, and its end was seen | a claim and a close |
+//! | none | a copy without its entry: it is written again |
+
+use std::collections::VecDeque;
+
+use super::repair::told_by_answer;
+use crate::conn::slot::groups;
+use crate::conn::{Connection, Generation};
+use crate::conntrack::commit::is_touched;
+use crate::counters::{Counter, Counters};
+use crate::limits::INGEST_PER_PASS;
+use crate::source::{End, SourceEvent};
+use crate::sync::Replica;
+use crate::time::Time;
+
+/// Questions that may wait: what a pass can bring.
+const QUESTIONS_MAX: usize = INGEST_PER_PASS;
+
+/// What is to be asked about a copy.
+#[derive(Clone, Copy)]
+pub(super) struct Question {
+    pub(super) slot: u32,
+    pub(super) generation: Generation,
+    /// The event was its end.
+    end: Option<End>,
+}
+
+/// A shard's questions about copies.
+pub(super) struct Claims {
+    questions: VecDeque<Question>,
+}
+
+impl Claims {
+    pub(super) fn new() -> Claims {
+        Claims { questions: VecDeque::with_capacity(QUESTIONS_MAX) }
+    }
+
+    /// Nothing is to be asked.
+    pub(super) fn is_empty(&self) -> bool {
+        self.questions.is_empty()
+    }
+
+    /// An event about the living copy in this slot, its end perhaps. `false`: too many wait.
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, end: Option<End>) -> bool {
+        let generation = replica.table().line(slot).generation();
+        // Of one entry events come in a row.
+        if let Some(last) = self.questions.back_mut()
+            && (last.slot, last.generation) == (slot, generation)
+        {
+            last.end = end;
+            return true;
+        }
+        let has_room = self.questions.len() < QUESTIONS_MAX;
+        if has_room {
+            self.questions.push_back(Question { slot, generation, end });
+        }
+        has_room
+    }
+
+    /// The next question whose slot still has the same copy.
+    pub(super) fn next(&mut self, replica: &Replica<'_>) -> Option<Question> {
+        while let Some(question) = self.questions.pop_front() {
+            if replica.table().line(question.slot).generation() == question.generation
+                && replica.is_living_copy(question.slot)
+            {
+                return Some(question);
+            }
+        }
+        None
+    }
+
+    /// It cannot be asked just now.
+    pub(super) fn later(&mut self, question: Question) {
+        self.questions.push_front(question);
+    }
+}
+
+/// The answer: the entry as it is, or that there is none.
+pub(super) fn found(
+    now: Time,
+    question: Question,
+    there: Option<&Connection>,
+    replica: &mut Replica<'_>,
+    counters: &Counters<'_>,
+) {
+    let Question { slot, generation, end } = question;
+    if replica.table().line(slot).generation() != generation || !replica.is_living_copy(slot) {
+        return;
+    }
+    let original = replica.table().tuples(slot).0;
+    match (there, end) {
+        (Some(there), _) if is_touched(there) => {
+            let known = groups::MARK | told_by_answer(slot, there, replica);
+            replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
+        }
+        (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
+        (None, Some(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
+        (None, _) => replica.recommit(now, slot),
+    }
+}
