@@ -29,6 +29,8 @@
 
 #[path = "gateway/appliance.rs"]
 mod appliance;
+#[path = "gateway/calls.rs"]
+mod calls;
 mod common;
 #[path = "gateway/counted.rs"]
 mod counted;
@@ -40,10 +42,18 @@ mod entries;
 mod helpers;
 #[path = "gateway/kinds.rs"]
 mod kinds;
+#[path = "gateway/load.rs"]
+mod load;
 #[path = "gateway/mix.rs"]
 mod mix;
+#[path = "gateway/moved.rs"]
+mod moved;
 #[path = "gateway/pair.rs"]
 mod pair;
+#[path = "gateway/reused.rs"]
+mod reused;
+#[path = "gateway/short.rs"]
+mod short;
 #[path = "gateway/three.rs"]
 mod three;
 #[path = "gateway/timeouts.rs"]

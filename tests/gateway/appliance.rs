@@ -97,6 +97,15 @@ impl<'a> Appliances<'a> {
         });
     }
 
+    /// Waits until every appliance has found the others and can be a backup.
+    pub fn wait_until_ready(&mut self) {
+        let topology = self.topology;
+        wait_for("every appliance is ready", Duration::from_secs(20), || {
+            topology.members().all(|member| self.events(member).contains(&format!("self-ready {member}")))
+        });
+        self.assert_running("all are ready");
+    }
+
     /// Fails the test if an appliance has ended that was not powered off.
     pub fn assert_running(&mut self, what: &str) {
         for (member, child) in self.topology.members().zip(&mut self.children) {
@@ -111,6 +120,30 @@ impl<'a> Appliances<'a> {
         let view = RegionView::open(&self.memory.join(format!("gw{member}"))).expect("it is running");
         let shards = view.header().sizes.shards;
         (0..shards).map(|shard| Counters::new(view.shard(shard).counters).get(counter)).sum()
+    }
+
+    /// Sends a signal to one appliance, such as SIGSTOP: its gateway's kernel forwards on without it.
+    pub fn signal(&self, member: u8, signal: i32) {
+        // SAFETY: numbers only; the child is ours, and was not waited for.
+        assert_eq!(unsafe { libc::kill(self.pid(member) as i32, signal) }, 0, "the appliance runs");
+    }
+
+    /// The processor time that an appliance has taken so far, with all its threads.
+    pub fn processor_time(&self, member: u8) -> Duration {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid(member))).expect("it runs");
+        let taken = threads.map(|thread| {
+            let path = thread.expect("it runs").path().join("schedstat");
+            let line = std::fs::read_to_string(&path).expect("the kernel counts");
+            line.split_whitespace()
+                .next()
+                .and_then(|n| n.parse::<u64>().ok())
+                .expect("nanoseconds come first")
+        });
+        Duration::from_nanos(taken.sum())
+    }
+
+    fn pid(&self, member: u8) -> u32 {
+        self.children[usize::from(member) - 1].as_ref().expect("it was not powered off").id()
     }
 
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.
@@ -136,7 +169,12 @@ impl<'a> Appliances<'a> {
 
     /// Whether a gateway's notify script was told that the other member is dead.
     pub fn is_told_dead(&self, member: u8, dead: u8) -> bool {
-        self.events(member).iter().any(|event| *event == format!("member-dead {dead}"))
+        self.deaths_told(member, dead) > 0
+    }
+
+    /// How many times it was.
+    pub fn deaths_told(&self, member: u8, dead: u8) -> usize {
+        self.events(member).iter().filter(|event| **event == format!("member-dead {dead}")).count()
     }
 
     fn tell_what_they_saw(&self) {

@@ -59,6 +59,8 @@ pub struct Entry {
     pub mark: u32,
     /// The labels, as many bytes as are not zero.
     pub labels: Vec<u8>,
+    /// The seconds that it has left.
+    pub timeout_s: u32,
     /// TCP: the state.
     pub tcp_state: u8,
     /// TCP: the window scales, original and reply.
@@ -218,6 +220,7 @@ fn entry(bytes: &[u8]) -> Option<Entry> {
         status: number(find(bytes, &[3])?),
         mark: find(bytes, &[8]).map_or(0, number),
         labels,
+        timeout_s: find(bytes, &[7]).map_or(0, number),
         tcp_state: tcp(1),
         tcp_scales: [tcp(2), tcp(3)],
         tcp_flags: [tcp(4), tcp(5)],
@@ -235,6 +238,7 @@ fn a_copy_that_differs_or_claims_too_much_is_told() {
         status: SEEN_REPLY | CONFIRMED | SRC_NAT | SRC_NAT_DONE | DST_NAT_DONE,
         mark: 0x11,
         labels: vec![1],
+        timeout_s: 100,
         tcp_state: ESTABLISHED,
         tcp_scales: [7, 7],
         tcp_flags: [0x03, 0x23],

@@ -1,6 +1,6 @@
 //! Every kind of flow that a gateway carries, at once: TCP and UDP, IPv4 and IPv6, with each translation.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::common::wait_for;
 use crate::entries::{self, Entries};
 use crate::entries::{Entry, Tuple, originals};
 use crate::topology::{SERVER, SERVER_V6, SERVICE, SERVICE_V6, Topology};
-use crate::traffic::{Hearers, Traffic};
+use crate::traffic::{Hearers, Progress, Traffic};
 
 /// What gateways do to addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -120,6 +120,28 @@ impl Mix {
     /// Waits until every UDP client has received `words` more than now.
     pub fn wait_for_more_at_udp_clients(&self, words: u64, limit: Duration, what: &str) {
         wait_for_all(self.udp(), Hearers::Client, words, limit, what);
+    }
+
+    /// The same of every client, whose servers may hear nothing.
+    pub fn wait_for_more_at_clients(&self, words: u64, limit: Duration, what: &str) {
+        wait_for_all(self.flows.iter(), Hearers::Client, words, limit, what);
+    }
+
+    /// How many flows there are.
+    pub fn count(&self) -> usize {
+        self.flows.iter().map(|(_, traffic)| traffic.client_addresses.len()).sum()
+    }
+
+    /// How many flows of a kind are cut: a side gave up, or heard nothing for so long. UDP servers do not
+    /// count, for their clients may be silent.
+    pub fn cut(&self, silence: Duration) -> BTreeMap<String, usize> {
+        let cut = |class: &Class, traffic: &Traffic| {
+            let broken = |sides: Vec<Progress>| sides.iter().filter(|side| side.is_broken(silence)).count();
+            let servers = if class.protocol == TCP { broken(traffic.server()) } else { 0 };
+            broken(traffic.client()).max(servers)
+        };
+        let all = self.flows.iter().map(|(class, traffic)| (class.to_string(), cut(class, traffic)));
+        all.filter(|(_, cut)| *cut > 0).collect()
     }
 
     /// Stops sending and waits until every byte has been received where that can be expected.
