@@ -41,13 +41,7 @@ pub struct Gateway {
 
 impl Gateway {
     /// Sets up the namespace of the calling thread.
-    pub fn new(nat: Option<Nat>) -> Gateway {
-        // The listener first: what is born unheard stays mute.
-        let listener = Socket::open().expect("conntrack");
-        listener.set_receive_buffer(8 << 20).expect("a buffer");
-        for group in 1..=3 {
-            listener.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen").expect("to listen");
-        }
+    pub fn new(nat: Option<Nat>, has_labels: bool) -> Gateway {
         let [inside, outside] = ["inside", "outside"].map(tun);
         let rule = match nat {
             None => "",
@@ -63,12 +57,14 @@ impl Gateway {
                   }"
             }
         };
+        let labels = if has_labels { "chain unhooked { ct label set 127; }" } else { "" };
         run(&format!(
             "ip link set inside up addrgenmode none; ip link set outside up addrgenmode none
              ip addr add 10.0.1.1/24 dev inside; ip addr add fd01::1/64 dev inside nodad
              ip addr add 10.0.3.1/32 dev outside; ip addr add fd03::1/128 dev outside nodad
              ip route add 10.0.2.0/24 dev outside; ip -6 route add fd02::/64 dev outside
              sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1 net.netfilter.nf_conntrack_checksum=0 \
+                net.netfilter.nf_conntrack_events=1 \
                 net.netfilter.nf_conntrack_tcp_loose=0 net.netfilter.nf_conntrack_tcp_be_liberal=1
              nft -f - <<'END'
 table inet t {{
@@ -76,6 +72,7 @@ table inet t {{
   chain forward {{ type filter hook forward priority filter
     ct state invalid drop
   }}
+  {labels}
   chain input {{ type filter hook input priority filter; policy drop; }}
 }}
 END"
@@ -87,6 +84,7 @@ END"
         };
         let mailbox = Mailbox::new(Mailbox::BATCH, 4096);
         let pieces = Mailbox::new(1, 32 << 10);
+        let listener = listener();
         Gateway { inside, outside, listener, ours: socket(), tool: socket(), mailbox, pieces }
     }
 
@@ -223,6 +221,16 @@ fn connection(decoded: Decoded) -> Option<Connection> {
         SourceEvent::Seen { connection, .. } => Some(connection),
         SourceEvent::Gone { .. } => None,
     }
+}
+
+/// A socket that hears all events.
+fn listener() -> Socket {
+    let listener = Socket::open().expect("conntrack");
+    listener.set_receive_buffer(8 << 20).expect("a buffer");
+    for group in 1..=3 {
+        listener.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen").expect("to listen");
+    }
+    listener
 }
 
 /// A tun device of this name.

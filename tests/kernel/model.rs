@@ -12,6 +12,8 @@
 //! What the kernel (6.18) taught, against what was taken for granted:
 //!
 //! - every event has the mark, its end included, unless it is zero; those of ctnetlink's own writes have a zero, too
+//! - with `nf_conntrack_events=2` it is one flag of the whole host that says whether somebody listens: a listener in
+//!   another namespace counts (here it is the table's own)
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -34,6 +36,8 @@ pub type Status = u32;
 
 /// `IPS_SRC_NAT_DONE` and `IPS_DST_NAT_DONE`: the NAT rules were asked.
 pub const NAT_DONE: Status = 0x180;
+/// `IPS_HELPER`: the helper was given by hand.
+const HELPER: Status = 1 << 13;
 /// Bits of a status that a commit may set; clear it can none.
 const SETTABLE: Status = status::SEEN_REPLY | status::ASSURED | status::FIXED_TIMEOUT;
 
@@ -90,10 +94,10 @@ pub struct Settings {
     pub max: usize,
     /// None without any NAT chain.
     pub nat: Option<Nat>,
-    /// `nf_conntrack_events`: 0, 1, or 2 for entries that are born while somebody listens.
+    /// `nf_conntrack_events`: whether what is born raises events; never, always, or (2) if somebody listens then.
     pub events: u8,
-    /// The helpers that this kernel has.
-    pub helpers: Vec<[u8; HELPER_NAME]>,
+    /// The helpers that this kernel has, each with its protocol.
+    pub helpers: Vec<(u8, [u8; HELPER_NAME])>,
     /// Whether a rule uses labels, so that entries have room for them.
     pub has_labels: bool,
 }
@@ -446,7 +450,7 @@ impl Table {
         if !self.has_room(now) {
             return Err(libc::ENOMEM);
         }
-        if extra.has(parts::HELPER) && !self.settings.helpers.contains(&extra.helper) {
+        if extra.has(parts::HELPER) && !self.has_helper(original.protocol, extra) {
             return Err(libc::EOPNOTSUPP);
         }
         // An entry that ran out and was not collected is in the way, too.
@@ -474,7 +478,10 @@ impl Table {
         entry.expires = now.after(seconds(timeout_s));
         entry.mark = state.mark;
         entry.extra = *extra;
-        if !self.settings.has_labels {
+        if extra.has(parts::HELPER) {
+            entry.status |= HELPER;
+        }
+        if !self.settings.has_labels || extra.labels == [0; 16] {
             forget_labels(&mut entry.extra);
         }
         self.insert(now, entry, by, about::WRITTEN);
@@ -494,10 +501,11 @@ impl Table {
         let Connection { original, state, extra, .. } = connection;
         let (id, _) = self.find(now, original).ok_or(libc::ENOENT)?;
         let has_labels = self.settings.has_labels;
+        let has_helper = self.has_helper(original.protocol, extra);
         let entry = self.entries.get_mut(&id).expect("a name has an entry");
         if extra.has(parts::HELPER) && entry.extra.helper != extra.helper {
-            let is_helped = entry.extra.has(parts::HELPER) && self.settings.helpers.contains(&extra.helper);
-            return Err(if is_helped { libc::EBUSY } else { libc::EOPNOTSUPP });
+            let is_another = entry.extra.has(parts::HELPER) && has_helper;
+            return Err(if is_another { libc::EBUSY } else { libc::EOPNOTSUPP });
         }
         if present & status::FIXED_TIMEOUT == 0 {
             if entry.status & status::FIXED_TIMEOUT != 0 {
@@ -518,8 +526,11 @@ impl Table {
             if !has_labels {
                 return Err(libc::ENOSPC);
             }
-            entry.extra.labels = extra.labels;
-            entry.extra.parts |= parts::LABELS;
+            forget_labels(&mut entry.extra);
+            if extra.labels != [0; 16] {
+                entry.extra.labels = extra.labels;
+                entry.extra.parts |= parts::LABELS;
+            }
         }
         self.tell(now, id, What::Update, by, about::WRITTEN);
         Ok(())
@@ -595,6 +606,10 @@ impl Table {
             self.remove(now, id, By::Kernel);
         }
         self.entries.len() < self.settings.max
+    }
+
+    fn has_helper(&self, protocol: u8, extra: &Extra) -> bool {
+        self.settings.helpers.contains(&(protocol, extra.helper))
     }
 
     fn insert(&mut self, now: Time, mut entry: Entry, by: By, about: u8) {

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
+use hypersync::conn::extra::{HELPER_NAME, parts};
 use hypersync::conn::slot::groups;
 use hypersync::conn::tuple::{ICMP, ICMPV6, TCP};
-use hypersync::conn::{Connection, State, Tuple};
+use hypersync::conn::{Connection, Family, State, Tuple};
 use hypersync::conntrack::codec::{encode_create, encode_delete, encode_get, encode_update, status};
 use hypersync::time::Time;
 
@@ -14,6 +15,7 @@ use crate::common::Rng;
 use crate::gateway::Gateway;
 use crate::model::tcp::{self, Place, Segment, flag};
 use crate::model::{By, Event, Nat, Packet, Payload, Settings, Table, Verdict, What};
+use crate::namespace::run;
 use crate::packet::{Numbers, bytes};
 
 /// A step may take so long; what was interrupted for longer is played again.
@@ -39,8 +41,30 @@ pub struct Play {
     flows: Vec<Flow>,
     events: [Vec<Event>; 2],
     log: String,
+    pub tally: Tally,
+}
+
+/// What scripts have shown.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
     pub steps: usize,
     pub compared: usize,
+    /// What happened in the kernel, how often.
+    pub met: BTreeMap<String, usize>,
+}
+
+impl Tally {
+    fn meet(&mut self, what: impl Into<String>) {
+        *self.met.entry(what.into()).or_default() += 1;
+    }
+
+    pub fn add(&mut self, other: &Tally) {
+        self.steps += other.steps;
+        self.compared += other.compared;
+        for (what, count) in &other.met {
+            *self.met.entry(what.clone()).or_default() += count;
+        }
+    }
 }
 
 /// A pair of ends that speak to each other now and then.
@@ -52,6 +76,8 @@ struct Flow {
     acknowledged: [Option<u32>; 2],
     /// The number of a SYN that nothing came of yet.
     pending: Option<u32>,
+    /// Whether both opened it: what they send now has the number of their SYN.
+    is_simultaneous: bool,
 }
 
 fn address(text: &str) -> u128 {
@@ -64,21 +90,26 @@ pub fn nat(is_masquerade: bool) -> Nat {
 
 impl Play {
     /// A new gateway in the namespace of the calling thread.
-    pub fn new(nat: Option<Nat>) -> Play {
-        let kernel = Gateway::new(nat);
-        let mut model = Table::new(Settings { nat, ..Settings::default() });
+    pub fn new(nat: Option<Nat>, has_labels: bool) -> Play {
+        let kernel = Gateway::new(nat, has_labels);
+        let helpers = vec![(TCP, helper("ftp"))];
+        let mut model = Table::new(Settings { nat, helpers, has_labels, events: 1, ..Settings::default() });
         model.listen(Some(1 << 20));
         let start = Instant::now();
-        let (flows, events, log) = (Vec::new(), Default::default(), String::new());
-        Play { kernel, model, start, nat, flows, events, log, steps: 0, compared: 0 }
+        let (flows, events, log, tally) = (Vec::new(), Default::default(), String::new(), Tally::default());
+        Play { kernel, model, start, nat, flows, events, log, tally }
+    }
+
+    /// Ends that speak to each other; returns what the flow is called by.
+    pub fn add_flow(&mut self, original: &str) -> usize {
+        let original = original.parse().expect("a tuple");
+        self.flows.push(Flow { original, numbers: [1000; 2], acknowledged: [None; 2], pending: None, is_simultaneous: false });
+        self.flows.len() - 1
     }
 
     /// Ends: two clients with the same ports, which NAT has to tell apart, and two servers.
     pub fn add_flows(&mut self) {
-        let mut add = |text: &str| {
-            let original = text.parse().expect("a tuple");
-            self.flows.push(Flow { original, numbers: [1000; 2], acknowledged: [None; 2], pending: None });
-        };
+        let mut add = |text: &str| _ = self.add_flow(text);
         for (client, server) in [("10.0.1.2", "10.0.2.2"), ("10.0.1.3", "10.0.2.2"), ("10.0.1.2", "10.0.2.3")] {
             add(&format!("tcp {client}:5000 > {server}:80"));
             add(&format!("udp {client}:5000 > {server}:53"));
@@ -130,7 +161,7 @@ impl Play {
             let Some(edge) = self.model.edges().filter(|edge| low < *edge && *edge < high).max() else { break };
             std::thread::sleep(edge.after(MARGIN).since(now) + Duration::from_millis(1));
         }
-        self.steps += 1;
+        self.tally.steps += 1;
         self.say(text);
         let now = self.now();
         let real = on_kernel(&mut self.kernel);
@@ -139,6 +170,7 @@ impl Play {
             return Err(Broken::Stalled);
         }
         let events = self.kernel.events();
+        events.iter().for_each(|event| self.note(now, event, &events));
         let modelled = on_model(&mut self.model, now, &real, &events);
         self.events[0].extend(events);
         while let Some(event) = self.model.next_event() {
@@ -148,6 +180,29 @@ impl Play {
             return Err(self.differs(&format!("kernel: {real:?}\n model: {modelled:?}")));
         }
         Ok(real)
+    }
+
+    /// Counts an event by what it shows; the model is still as it was before.
+    fn note(&mut self, now: Time, event: &Event, with: &[Event]) {
+        let Connection { original, reply, state, .. } = event.connection;
+        let before = self.model.entries(now).find(|c| c.original == original);
+        let tcp_before = before.map_or(0, |before| before.state.tcp_state);
+        let is_reborn = with.iter().any(|e| e.what == What::New && e.connection.original == original);
+        self.tally.meet(match event.what {
+            What::New if state.status & status::SRC_NAT != 0 && reply.dport != original.sport => "new, other port",
+            What::New => "new",
+            What::Update if state.tcp_state == tcp::SYN_RECV && tcp_before > tcp::SYN_RECV => "in sync again",
+            What::Update if original.protocol == TCP && event.known & groups::STATE != 0 => "update, TCP state",
+            What::Update => "update",
+            What::Destroy if is_reborn && tcp_before >= tcp::TIME_WAIT => "opened again",
+            What::Destroy if is_reborn => "ran out, met by a packet",
+            What::Destroy if event.by != By::Kernel => "removed",
+            What::Destroy if state.timeout_s > 0 => "refused",
+            What::Destroy => "ran out",
+        });
+        if event.what == What::Update && event.known & groups::STATE != 0 && original.protocol == TCP {
+            self.tally.meet(format!("state {} to {}", tcp_before, state.tcp_state));
+        }
     }
 
     fn differs(&self, what: &str) -> Broken {
@@ -171,7 +226,7 @@ impl Play {
             },
             |model, now, _, _| names.iter().filter_map(|name| model.get(now, name).map(Rough)).collect(),
         )?;
-        self.compared += entries.len();
+        self.tally.compared += entries.len();
         self.compare_events()
     }
 
@@ -186,7 +241,7 @@ impl Play {
             |kernel| by_name(kernel.dump()),
             |model, now, _, _| by_name(model.dump(now)),
         )?;
-        self.compared += entries.len();
+        self.tally.compared += entries.len();
         self.compare_events()
     }
 
@@ -195,7 +250,7 @@ impl Play {
         if !is_alike(&by_connection(of_kernel), &by_connection(of_model)) {
             return Err(self.differs("events"));
         }
-        self.compared += of_kernel.len();
+        self.tally.compared += of_kernel.len();
         self.events = Default::default();
         Ok(())
     }
@@ -223,7 +278,7 @@ impl Play {
     }
 
     /// The entry of a flow, as the model has it.
-    fn entry(&self, flow: usize) -> Option<Connection> {
+    pub fn entry(&self, flow: usize) -> Option<Connection> {
         let now = self.now();
         self.model.entries(now).find(|c| c.original == self.flows[flow].original)
     }
@@ -261,9 +316,23 @@ impl Play {
             },
         )?;
         if left.is_some() && tuple.protocol == TCP {
-            let state = self.entry(flow).map_or(0, |entry| entry.state.tcp_state);
-            self.flows[flow].passed(is_from_client, &segment, &numbers, state);
+            let after = self.entry(flow).map_or(tcp::NONE, |entry| entry.state.tcp_state);
+            let states = (entry.map_or(tcp::NONE, |entry| entry.state.tcp_state), after);
+            self.flows[flow].passed(is_from_client, &segment, &numbers, states);
         }
+        Ok(())
+    }
+
+    /// A request by netlink, whose error both sides have.
+    fn request(
+        &mut self,
+        text: &str,
+        on_kernel: impl FnOnce(&mut Gateway) -> i32,
+        on_model: impl FnOnce(&mut Table, Time) -> Result<(), i32>,
+    ) -> Result<(), Broken> {
+        let errno = self.step(text, on_kernel, |model, now, _, _| on_model(model, now).err().unwrap_or(0))?;
+        let what = text.split(' ').next().unwrap_or_default();
+        self.tally.meet(format!("{what}, {}", std::io::Error::from_raw_os_error(errno)));
         Ok(())
     }
 
@@ -273,11 +342,11 @@ impl Play {
     }
 
     pub fn delete(&mut self, by: By, name: &Tuple) -> Result<(), Broken> {
-        let text = format!("delete {name} {by:?}");
-        self.step(&text, |kernel| kernel.request(by, |b| encode_delete(b, 1, name)).0, |model, now, _, _| {
-            errno(model.delete(now, by, name))
-        })?;
-        Ok(())
+        self.request(
+            &format!("delete {name} {by:?}"),
+            |kernel| kernel.request(by, |b| encode_delete(b, 1, name)).0,
+            |model, now| model.delete(now, by, name),
+        )
     }
 
     pub fn get(&mut self, name: &Tuple) -> Result<(), Broken> {
@@ -290,31 +359,61 @@ impl Play {
     }
 
     pub fn set_timeout(&mut self, by: By, name: &Tuple, timeout_s: u32) -> Result<(), Broken> {
-        self.step(
+        self.request(
             &format!("timeout of {name} is {timeout_s} s {by:?}"),
             |kernel| kernel.set_timeout(by, name, timeout_s),
-            |model, now, _, _| errno(model.set_timeout(now, by, name, timeout_s)),
-        )?;
-        Ok(())
+            |model, now| model.set_timeout(now, by, name, timeout_s),
+        )
     }
 
     pub fn create(&mut self, by: By, connection: &Connection, timeout_s: u32) -> Result<(), Broken> {
         self.compare()?; // an entry that has run out is in the way until it is collected
-        self.step(
-            &format!("create {} / {} {:?} {timeout_s} s", connection.original, connection.reply, connection.state),
+        self.request(
+            &format!("create {:?} {timeout_s} s", Rough(*connection)).replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_create(b, 1, connection, timeout_s)).0,
-            |model, now, _, _| errno(model.create(now, by, connection, timeout_s)),
-        )?;
-        Ok(())
+            |model, now| model.create(now, by, connection, timeout_s),
+        )
     }
 
-    pub fn update(&mut self, by: By, connection: &Connection, timeout_s: u32, present: u32) -> Result<(), Broken> {
-        self.step(
-            &format!("update {} {:?} {timeout_s} s over {present:#x}", connection.original, connection.state),
+    pub fn update(
+        &mut self,
+        by: By,
+        connection: &Connection,
+        timeout_s: u32,
+        present: u32,
+    ) -> Result<(), Broken> {
+        self.request(
+            &format!("update {:?} {timeout_s} s over {present:#x}", Rough(*connection)).replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_update(b, 1, connection, timeout_s, present)).0,
-            |model, now, _, _| errno(model.update(now, by, connection, timeout_s, present)),
-        )?;
-        Ok(())
+            |model, now| model.update(now, by, connection, timeout_s, present),
+        )
+    }
+
+    /// Whether what is born from now on raises events.
+    pub fn set_events(&mut self, events: u8) -> Result<(), Broken> {
+        let set = |_: &mut Gateway| {
+            std::fs::write("/proc/sys/net/netfilter/nf_conntrack_events", events.to_string()).expect("a sysctl")
+        };
+        self.step(&format!("events is {events}"), set, |model, _, (), _| model.settings().events = events)
+    }
+
+    /// The gateway loses its address for NAT.
+    pub fn drop_address(&mut self) -> Result<(), Broken> {
+        self.compare()?;
+        self.say("the address goes");
+        let now = self.now();
+        run("ip addr del 10.0.3.1/32 dev outside");
+        self.model.drop_address(now, Family::V4, self.nat.and_then(|nat| nat.v4).expect("NAT"));
+        self.events[1].extend(std::iter::from_fn(|| self.model.next_event()));
+        let due = self.events[1].len();
+        // The kernel does that a little later.
+        let end = Instant::now() + Duration::from_secs(20);
+        while self.events[0].len() < due && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+            let events = self.kernel.events();
+            self.events[0].extend(events);
+        }
+        self.compare()
     }
 
     pub fn wait(&mut self, ms: u64) {
@@ -384,7 +483,16 @@ impl Play {
             mark: rng.below(2) as u32 * 7,
             timeout_s: 0,
         };
-        Connection::new(original, reply, state)
+        let mut connection = Connection::new(original, reply, state);
+        if rng.below(8) == 0 {
+            connection.extra.helper = helper(*pick(rng, &["ftp", "ftp", "nobodys"]));
+            connection.extra.parts |= parts::HELPER;
+        }
+        if rng.below(8) == 0 {
+            connection.extra.labels[rng.below(16) as usize] = rng.below(2) as u8;
+            connection.extra.parts |= parts::LABELS;
+        }
+        connection
     }
 
     /// What comes next on this flow: mostly what its state suggests.
@@ -438,7 +546,7 @@ impl Flow {
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
         let (mut sequence, mut acknowledged) = (self.numbers[own], self.numbers[other]);
         if segment.flags & flag::SYN != 0 {
-            sequence += 100_000; // begins anew
+            sequence = if self.is_simultaneous { sequence - 1 } else { sequence + 100_000 }; // begins anew
             acknowledged = self.pending.unwrap_or(acknowledged);
         }
         if segment.flags & flag::RST != 0 {
@@ -458,8 +566,10 @@ impl Flow {
         Numbers { flags: segment.flags, sequence, acknowledged: if has_ack { acknowledged } else { 0 }, length }
     }
 
-    /// What both ends have learned once it has passed.
-    fn passed(&mut self, is_from_client: bool, segment: &Segment, numbers: &Numbers, state: u8) {
+    /// What both ends have learned once it has passed, and the entry went from one state to another.
+    fn passed(&mut self, is_from_client: bool, segment: &Segment, numbers: &Numbers, states: (u8, u8)) {
+        let (before, state) = states;
+        let is_answer = state == tcp::SYN_RECV && before != state;
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
         let is_syn = segment.flags & flag::SYN != 0;
         let has_ack = segment.flags & flag::ACK != 0;
@@ -467,16 +577,17 @@ impl Flow {
         match (is_syn, has_ack) {
             (true, false) if matches!(state, tcp::SYN_SENT | tcp::SYN_SENT2) => {
                 (self.numbers[own], self.acknowledged, self.pending) = (next, [None; 2], None);
+                self.is_simultaneous = state == tcp::SYN_SENT2;
             }
             (true, false) => self.pending = Some(next),
-            (true, true) if state == tcp::SYN_RECV && segment.place == Place::Right => {
+            (true, true) if is_answer && segment.place == Place::Right => {
                 self.numbers[own] = next;
                 self.numbers[other] = numbers.acknowledged;
                 self.acknowledged = [None; 2];
                 self.acknowledged[own] = Some(numbers.acknowledged);
-                self.pending = None;
+                (self.pending, self.is_simultaneous) = (None, false);
             }
-            (true, true) if state == tcp::SYN_RECV => self.numbers[own] = next,
+            (true, true) if is_answer => self.numbers[own] = next,
             (true, true) => {}
             _ if segment.place == Place::Right => {
                 self.numbers[own] = next;
@@ -497,7 +608,8 @@ impl PartialEq for Rough {
         let (a, b) = (&self.0, &other.0);
         let exact = |c: &Connection| {
             let State { status, tcp_state, tcp_flags_original, tcp_flags_reply, mark, .. } = c.state;
-            (c.original, c.reply, status, tcp_state, tcp_flags_original & 15, tcp_flags_reply & 15, mark)
+            let flags = [tcp_flags_original & 15, tcp_flags_reply & 15];
+            (c.original, c.reply, status, tcp_state, flags, mark, c.extra)
         };
         exact(a) == exact(b) && a.state.timeout_s.abs_diff(b.state.timeout_s) <= 1
     }
@@ -508,13 +620,14 @@ impl std::fmt::Debug for Rough {
         let Connection { original, reply, state, .. } = &self.0;
         write!(
             f,
-            "\n  {original} / {reply} status {:#x} state {} flags {:x}/{:x} mark {} {} s",
+            "\n  {original} / {reply} status {:#x} state {} flags {:x}/{:x} mark {} {} s parts {:#x}",
             state.status,
             state.tcp_state,
             state.tcp_flags_original,
             state.tcp_flags_reply,
             state.mark,
-            state.timeout_s
+            state.timeout_s,
+            self.0.extra.parts
         )
     }
 }
@@ -565,8 +678,8 @@ fn shown_payload(payload: &Payload) -> String {
     format!("{flags}{}{:?}", if segment.data { "data " } else { "" }, segment.place)
 }
 
-fn errno(result: Result<(), i32>) -> i32 {
-    result.err().unwrap_or(0)
+fn helper(name: &str) -> [u8; HELPER_NAME] {
+    std::array::from_fn(|at| *name.as_bytes().get(at).unwrap_or(&0))
 }
 
 fn pick<'a, T>(rng: &mut Rng, list: &'a [T]) -> &'a T {

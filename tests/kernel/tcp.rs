@@ -56,12 +56,6 @@ pub struct Segment {
     pub place: Place,
 }
 
-impl Segment {
-    pub fn new(flags: u8) -> Segment {
-        Segment { flags, ..Segment::default() }
-    }
-}
-
 /// `get_conntrack_index`, for valid combinations (`tcp_valid_flags`) only.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Sort {
