@@ -14,7 +14,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use hypersync::conn::slot::groups;
 use hypersync::conn::{Connection, Tuple};
 use hypersync::conntrack::codec::{
-    self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, decode_entry, encode_dump, encode_get, request_ack,
+    self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, decode_entry, encode_dump, encode_get,
+    request_ack,
 };
 use hypersync::conntrack::netlink::{Mailbox, Socket};
 use hypersync::source::SourceEvent;
@@ -117,11 +118,7 @@ END"
     }
 
     /// Sends a request that `encode` writes, and returns the kernel's errno and the entry that it told.
-    pub fn request(
-        &mut self,
-        by: By,
-        encode: impl FnOnce(&mut [u8]) -> usize,
-    ) -> (i32, Option<Connection>) {
+    pub fn request(&mut self, by: By, encode: impl FnOnce(&mut [u8]) -> usize) -> (i32, Option<Connection>) {
         let mut request = [0; 2 * MESSAGE_MAX];
         let length = encode(&mut request);
         request_ack(&mut request);
@@ -129,7 +126,9 @@ END"
         let mut mailbox = std::mem::replace(&mut self.mailbox, Mailbox::new(1, 1));
         let mut found = None;
         let mut errno = None;
-        while errno.is_none() && mailbox.receive(self.socket(by), Mailbox::BATCH).expect("netlink answers") > 0 {
+        while errno.is_none()
+            && mailbox.receive(self.socket(by), Mailbox::BATCH).expect("netlink answers") > 0
+        {
             for message in mailbox.messages() {
                 match codec::answer(message) {
                     Some(answer) if answer.kind == TYPE_ERROR => errno = Some(answer.errno),
@@ -172,7 +171,11 @@ END"
         self.tool.send(&request[..length]).expect("netlink takes requests");
         let mut entries = Vec::new();
         loop {
-            assert_ne!(self.pieces.receive(&self.tool, 1).expect("netlink answers"), 0, "a dump ends with an end");
+            assert_ne!(
+                self.pieces.receive(&self.tool, 1).expect("netlink answers"),
+                0,
+                "a dump ends with an end"
+            );
             for message in self.pieces.messages() {
                 match codec::answer(message).expect("a message").kind {
                     TYPE_DONE => return entries,
@@ -188,7 +191,8 @@ END"
         let (ours, tool) = (self.ours.port_id(), self.tool.port_id());
         while self.mailbox.receive(&self.listener, Mailbox::BATCH).expect("events") > 0 {
             for message in self.mailbox.messages() {
-                let word = |at: usize| u32::from_ne_bytes(message[at..at + 4].try_into().expect("four bytes"));
+                let word =
+                    |at: usize| u32::from_ne_bytes(message[at..at + 4].try_into().expect("four bytes"));
                 let by = match word(12) {
                     0 => By::Kernel,
                     port if port == ours => By::Ours,
@@ -236,7 +240,8 @@ fn listener() -> Socket {
 /// A tun device of this name.
 fn tun(name: &str) -> File {
     // SAFETY: the path is a string that ends with zero.
-    let fd = unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) };
+    let fd =
+        unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) };
     assert!(fd >= 0, "/dev/net/tun: {}", std::io::Error::last_os_error());
     // SAFETY: `fd` was just made, and nobody else knows it.
     let file = unsafe { File::from_raw_fd(fd) };

@@ -20,9 +20,25 @@ use namespace::in_namespace;
 use script::{Broken, Play, SETTINGS, Tally, nat};
 
 /// Scripts that are played side by side: they sleep most of the time.
-const SIDE_BY_SIDE: u64 = 6;
+const SIDE_BY_SIDE: u64 = 12;
 /// How long each of them goes on.
 const SPAN: Duration = Duration::from_secs(8);
+/// What scripts show, among other things: without it they would show nothing.
+const EXPECTED: [&str; 12] = [
+    "new",
+    "new, other port",
+    "opened again",
+    "ran out",
+    "refused",
+    "removed",
+    "state 1 to 2",
+    "state 2 to 3",
+    "state 3 to 4",
+    "create: File exists (os error 17)",
+    "delete: No such file or directory (os error 2)",
+    "update: Device or resource busy (os error 16)",
+];
+
 /// A script that the machine interrupted is played again so often.
 const ATTEMPTS: usize = 10;
 
@@ -85,6 +101,9 @@ fn random_scripts_have_the_same_entries_and_events_in_the_kernel_and_in_the_mode
         }
     });
     let Tally { steps, compared, met } = tally.into_inner().expect("nobody panicked");
+    for what in EXPECTED {
+        assert!(met.contains_key(what), "no script showed: {what}; these were shown: {met:#?}");
+    }
     println!(
         "{SIDE_BY_SIDE} scripts, {steps} steps, {compared} entries and events compared, {:?}\n{met:#?}",
         start.elapsed()

@@ -12,6 +12,8 @@
 //! What the kernel (6.18) taught, against what was taken for granted:
 //!
 //! - every event has the mark, its end included, unless it is zero; those of ctnetlink's own writes have a zero, too
+//! - labels that a commit changes are told twice: by its own event, and by the next packet, as if nobody had written
+//!   them
 //! - with `nf_conntrack_events=2` it is one flag of the whole host that says whether somebody listens: a listener in
 //!   another namespace counts (here it is the table's own)
 
@@ -197,6 +199,8 @@ struct Entry {
     /// UDP: traffic both ways after this is a stream.
     stream_after: Time,
     extra: Extra,
+    /// What the next packet tells, since it was changed without one.
+    unsaid: u8,
     is_masqueraded: bool,
     /// Whether it raises events.
     is_heard: bool,
@@ -213,6 +217,7 @@ impl Entry {
             tcp,
             stream_after: Time(0),
             extra: Extra::NONE,
+            unsaid: 0,
             is_masqueraded: false,
             is_heard: true,
         }
@@ -249,7 +254,8 @@ impl Entry {
 
     /// `nf_conntrack_handle_packet`.
     fn packet(&mut self, now: Time, direction: Direction, payload: &Payload, timeouts: &Timeouts) -> Effect {
-        let passes = |assured, timeout_s| Effect::Passes { changed: false, assured, timeout_s: Some(timeout_s) };
+        let passes =
+            |assured, timeout_s| Effect::Passes { changed: false, assured, timeout_s: Some(timeout_s) };
         match (self.original.protocol, payload) {
             (TCP, Payload::Tcp(segment)) => self.tcp.packet(direction, segment, self.status, timeouts),
             // nf_conntrack_udp_packet
@@ -265,6 +271,7 @@ impl Entry {
 }
 
 /// The table.
+#[derive(Clone, Debug)]
 pub struct Table {
     settings: Settings,
     entries: BTreeMap<u64, Entry>,
@@ -350,14 +357,15 @@ impl Table {
                 if changed {
                     about |= about::STATE;
                 }
-                is_news = changed || assured;
+                is_news = assured;
             }
         }
         if direction == Direction::Reply && entry.status & status::SEEN_REPLY == 0 {
             entry.status |= status::SEEN_REPLY;
             is_news = true;
         }
-        if is_news {
+        about |= std::mem::take(&mut entry.unsaid);
+        if is_news || about != 0 {
             self.tell(now, id, What::Update, By::Kernel, about);
         }
         Verdict::Passed(leaving)
@@ -372,7 +380,9 @@ impl Table {
         let tcp = match packet.payload {
             Payload::Tcp(segment) if original.protocol == TCP => Tcp::born(&segment),
             // icmp_packet: only a request begins anything.
-            Payload::Other if matches!((original.protocol, original.dport >> 8), (ICMP, 8) | (ICMPV6, 128)) => {
+            Payload::Other
+                if matches!((original.protocol, original.dport >> 8), (ICMP, 8) | (ICMPV6, 128)) =>
+            {
                 Some(Tcp::committed())
             }
             Payload::Other if original.protocol == UDP => Some(Tcp::committed()),
@@ -415,12 +425,19 @@ impl Table {
         if address == original.src && self.is_free(now, &kept) {
             return Some(kept);
         }
-        let name = |t: &Tuple| (t.src, t.sport, t.protocol, t.family, t.zone);
-        let of_same_source = self.entries.values().rev().find_map(|entry| {
+        let first =
+            Tuple { dst: 0, sport: 0, dport: 0, zone: 0, protocol: 0, family: Family::V4, ..*original };
+        let last = Tuple { dst: u128::MAX, sport: u16::MAX, dport: u16::MAX, ..*original };
+        let of_same_source = self.names.range(first..=last).filter_map(|(name, (id, direction))| {
+            let entry = &self.entries[id];
             let leaving = entry.leaving(Direction::Original);
-            let is_same = entry.status & NAT_DONE != 0 && name(&entry.original) == name(original);
-            (is_same && leaving.src == address).then_some(Tuple { sport: leaving.sport, ..kept })
+            let is_same = *direction == Direction::Original
+                && *name == Tuple { dst: name.dst, dport: name.dport, ..*original }
+                && entry.status & NAT_DONE != 0
+                && leaving.src == address;
+            is_same.then_some((*id, Tuple { sport: leaving.sport, ..kept }))
         });
+        let of_same_source = of_same_source.max_by_key(|(id, _)| *id).map(|(_, tuple)| tuple);
         for tuple in of_same_source.into_iter().chain([kept]) {
             if self.is_free(now, &tuple) {
                 return Some(tuple);
@@ -484,6 +501,9 @@ impl Table {
         if !self.settings.has_labels || extra.labels == [0; 16] {
             forget_labels(&mut entry.extra);
         }
+        if entry.extra.has(parts::LABELS) {
+            entry.unsaid = about::LABELS;
+        }
         self.insert(now, entry, by, about::WRITTEN);
         Ok(())
     }
@@ -516,7 +536,8 @@ impl Table {
         // nf_ct_change_status_common
         let wanted = present | copied(state.status);
         let is_cleared = entry.status & !wanted & (status::SEEN_REPLY | status::ASSURED) != 0;
-        if (entry.status ^ wanted) & (status::EXPECTED | status::CONFIRMED | status::DYING) != 0 || is_cleared {
+        if (entry.status ^ wanted) & (status::EXPECTED | status::CONFIRMED | status::DYING) != 0 || is_cleared
+        {
             return Err(libc::EBUSY);
         }
         entry.status |= wanted & SETTABLE;
@@ -525,6 +546,9 @@ impl Table {
         if extra.has(parts::LABELS) {
             if !has_labels {
                 return Err(libc::ENOSPC);
+            }
+            if entry.extra.labels != extra.labels {
+                entry.unsaid = about::LABELS; // nf_connlabels_replace
             }
             forget_labels(&mut entry.extra);
             if extra.labels != [0; 16] {

@@ -103,14 +103,21 @@ impl Play {
     /// Ends that speak to each other; returns what the flow is called by.
     pub fn add_flow(&mut self, original: &str) -> usize {
         let original = original.parse().expect("a tuple");
-        self.flows.push(Flow { original, numbers: [1000; 2], acknowledged: [None; 2], pending: None, is_simultaneous: false });
+        self.flows.push(Flow {
+            original,
+            numbers: [1000; 2],
+            acknowledged: [None; 2],
+            pending: None,
+            is_simultaneous: false,
+        });
         self.flows.len() - 1
     }
 
     /// Ends: two clients with the same ports, which NAT has to tell apart, and two servers.
     pub fn add_flows(&mut self) {
         let mut add = |text: &str| _ = self.add_flow(text);
-        for (client, server) in [("10.0.1.2", "10.0.2.2"), ("10.0.1.3", "10.0.2.2"), ("10.0.1.2", "10.0.2.3")] {
+        for (client, server) in [("10.0.1.2", "10.0.2.2"), ("10.0.1.3", "10.0.2.2"), ("10.0.1.2", "10.0.2.3")]
+        {
             add(&format!("tcp {client}:5000 > {server}:80"));
             add(&format!("udp {client}:5000 > {server}:53"));
         }
@@ -155,18 +162,14 @@ impl Play {
     where
         T: PartialEq + std::fmt::Debug,
     {
-        loop {
-            let now = self.now();
-            let (low, high) = (Time(now.0 - MARGIN.as_nanos() as u64), now.after(MARGIN));
-            let Some(edge) = self.model.edges().filter(|edge| low < *edge && *edge < high).max() else { break };
-            std::thread::sleep(edge.after(MARGIN).since(now) + Duration::from_millis(1));
-        }
+        self.keep_clear(MARGIN);
         self.tally.steps += 1;
         self.say(text);
         let now = self.now();
         let real = on_kernel(&mut self.kernel);
         let end = self.now();
-        if end.since(now) > limit || self.model.edges().any(|edge| now < edge && edge < end.after(MARGIN / 3)) {
+        if end.since(now) > limit || self.model.edges().any(|edge| now < edge && edge < end.after(MARGIN / 3))
+        {
             return Err(Broken::Stalled);
         }
         let events = self.kernel.events();
@@ -189,10 +192,14 @@ impl Play {
         let tcp_before = before.map_or(0, |before| before.state.tcp_state);
         let is_reborn = with.iter().any(|e| e.what == What::New && e.connection.original == original);
         self.tally.meet(match event.what {
-            What::New if state.status & status::SRC_NAT != 0 && reply.dport != original.sport => "new, other port",
+            What::New if state.status & status::SRC_NAT != 0 && reply.dport != original.sport => {
+                "new, other port"
+            }
             What::New => "new",
             What::Update if state.tcp_state == tcp::SYN_RECV && tcp_before > tcp::SYN_RECV => "in sync again",
-            What::Update if original.protocol == TCP && event.known & groups::STATE != 0 => "update, TCP state",
+            What::Update if original.protocol == TCP && event.known & groups::STATE != 0 => {
+                "update, TCP state"
+            }
             What::Update => "update",
             What::Destroy if is_reborn && tcp_before >= tcp::TIME_WAIT => "opened again",
             What::Destroy if is_reborn => "ran out, met by a packet",
@@ -206,13 +213,32 @@ impl Play {
     }
 
     fn differs(&self, what: &str) -> Broken {
-        let events = |events: &[Event]| events.iter().map(|e| format!("  {}\n", shown(e))).collect::<String>();
+        let events =
+            |events: &[Event]| events.iter().map(|e| format!("  {}\n", shown(e))).collect::<String>();
         Broken::Differs(format!(
             "{}\n{what}\nevents since they were compared last, kernel:\n{}model:\n{}",
             self.log,
             events(&self.events[0]),
             events(&self.events[1]),
         ))
+    }
+
+    /// Waits until nothing happens by itself from [`MARGIN`] ago until `ahead` from now.
+    fn keep_clear(&self, ahead: Duration) {
+        loop {
+            let now = self.now();
+            let (low, high) = (Time(now.0 - MARGIN.as_nanos() as u64), now.after(ahead));
+            let Some(edge) = self.model.edges().filter(|edge| low < *edge && *edge < high).max() else {
+                return;
+            };
+            std::thread::sleep(edge.after(MARGIN).since(now) + Duration::from_millis(1));
+        }
+    }
+
+    /// Compares, which collects on both sides what has run out, at a time at which a step can follow at once.
+    fn collect(&mut self) -> Result<(), Broken> {
+        self.keep_clear(2 * MARGIN);
+        self.compare()
     }
 
     /// Compares the entries of all flows, and the events of each connection.
@@ -261,10 +287,19 @@ impl Play {
         self.step(&format!("{name} is {seconds} s"), set, |model, _, (), _| {
             let timeouts = &mut model.settings().timeouts;
             let state = |name| {
-                ["syn_sent", "syn_recv", "established", "fin_wait", "close_wait", "last_ack", "time_wait", "close"]
-                    .iter()
-                    .position(|state| *state == name)
-                    .expect("a state")
+                [
+                    "syn_sent",
+                    "syn_recv",
+                    "established",
+                    "fin_wait",
+                    "close_wait",
+                    "last_ack",
+                    "time_wait",
+                    "close",
+                ]
+                .iter()
+                .position(|state| *state == name)
+                .expect("a state")
             };
             *match name {
                 "udp_timeout" => &mut timeouts.udp,
@@ -287,8 +322,8 @@ impl Play {
     pub fn packet(&mut self, flow: usize, is_from_client: bool, segment: Segment) -> Result<(), Broken> {
         let original = self.flows[flow].original;
         let entry = self.entry(flow);
-        if entry.is_none() && self.nat.is_some() {
-            self.compare()?; // an entry that has run out, and perhaps is not collected, might lend its port
+        if entry.is_none_or(|entry| entry.state.timeout_s == 0) && self.nat.is_some() {
+            self.collect()?; // an entry that has run out, and perhaps is not collected, might lend its port
         }
         let tuple = match is_from_client {
             true => original,
@@ -307,7 +342,8 @@ impl Play {
                 // Which port the kernel takes, if it has to take another one, is random.
                 if let Some(born) = events.iter().find(|e| e.what == What::New) {
                     let Connection { original, reply, .. } = born.connection;
-                    model.next_port = if matches!(original.protocol, ICMP | ICMPV6) { reply.sport } else { reply.dport };
+                    model.next_port =
+                        if matches!(original.protocol, ICMP | ICMPV6) { reply.sport } else { reply.dport };
                 }
                 match model.packet(now, &packet) {
                     Verdict::Passed(tuple) => Some(tuple),
@@ -332,12 +368,15 @@ impl Play {
     ) -> Result<(), Broken> {
         let errno = self.step(text, on_kernel, |model, now, _, _| on_model(model, now).err().unwrap_or(0))?;
         let what = text.split(' ').next().unwrap_or_default();
-        self.tally.meet(format!("{what}, {}", std::io::Error::from_raw_os_error(errno)));
+        self.tally.meet(match errno {
+            0 => what.to_owned(),
+            errno => format!("{what}: {}", std::io::Error::from_raw_os_error(errno)),
+        });
         Ok(())
     }
 
     pub fn flush(&mut self) -> Result<(), Broken> {
-        self.compare()?; // who removes what has run out is open
+        self.collect()?; // who removes what has run out is open
         self.step("flush", |kernel| kernel.flush(By::Tool), |model, now, (), _| model.flush(now, By::Tool))
     }
 
@@ -367,7 +406,7 @@ impl Play {
     }
 
     pub fn create(&mut self, by: By, connection: &Connection, timeout_s: u32) -> Result<(), Broken> {
-        self.compare()?; // an entry that has run out is in the way until it is collected
+        self.collect()?; // an entry that has run out is in the way until it is collected
         self.request(
             &format!("create {:?} {timeout_s} s", Rough(*connection)).replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_create(b, 1, connection, timeout_s)).0,
@@ -392,7 +431,8 @@ impl Play {
     /// Whether what is born from now on raises events.
     pub fn set_events(&mut self, events: u8) -> Result<(), Broken> {
         let set = |_: &mut Gateway| {
-            std::fs::write("/proc/sys/net/netfilter/nf_conntrack_events", events.to_string()).expect("a sysctl")
+            std::fs::write("/proc/sys/net/netfilter/nf_conntrack_events", events.to_string())
+                .expect("a sysctl")
         };
         self.step(&format!("events is {events}"), set, |model, _, (), _| model.settings().events = events)
     }
@@ -439,8 +479,8 @@ impl Play {
                     self.packet(flow, is_from_client, segment)?;
                 }
             }
-            70..76 => self.create(by, &self.wanted(flow, rng), *pick(rng, &[1, 2, 3, 600, 2_073_600]))?,
-            76..82 => {
+            70..75 => self.create(by, &self.wanted(flow, rng), *pick(rng, &[1, 2, 3, 600, 2_073_600]))?,
+            75..82 => {
                 let present = match rng.below(4) {
                     0 => *pick(rng, &[0, status::CONFIRMED, 0x208, 0x18a, 0x9]),
                     _ => entry.map_or(status::CONFIRMED, |entry| entry.state.status),
@@ -488,7 +528,7 @@ impl Play {
             connection.extra.helper = helper(*pick(rng, &["ftp", "ftp", "nobodys"]));
             connection.extra.parts |= parts::HELPER;
         }
-        if rng.below(8) == 0 {
+        if rng.below(3) == 0 {
             connection.extra.labels[rng.below(16) as usize] = rng.below(2) as u8;
             connection.extra.parts |= parts::LABELS;
         }
@@ -563,7 +603,12 @@ impl Flow {
         }
         let has_ack = segment.flags & flag::ACK != 0;
         let length = if segment.data { 10 } else { 0 };
-        Numbers { flags: segment.flags, sequence, acknowledged: if has_ack { acknowledged } else { 0 }, length }
+        Numbers {
+            flags: segment.flags,
+            sequence,
+            acknowledged: if has_ack { acknowledged } else { 0 },
+            length,
+        }
     }
 
     /// What both ends have learned once it has passed, and the entry went from one state to another.
@@ -573,7 +618,8 @@ impl Flow {
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
         let is_syn = segment.flags & flag::SYN != 0;
         let has_ack = segment.flags & flag::ACK != 0;
-        let next = numbers.sequence + numbers.length as u32 + (segment.flags & (flag::SYN | flag::FIN) != 0) as u32;
+        let next =
+            numbers.sequence + numbers.length as u32 + (segment.flags & (flag::SYN | flag::FIN) != 0) as u32;
         match (is_syn, has_ack) {
             (true, false) if matches!(state, tcp::SYN_SENT | tcp::SYN_SENT2) => {
                 (self.numbers[own], self.acknowledged, self.pending) = (next, [None; 2], None);
@@ -659,7 +705,8 @@ fn is_alike(a: &BTreeMap<Tuple, Vec<&Event>>, b: &BTreeMap<Tuple, Vec<&Event>>) 
         // The last second of a timeout is 0, which an end leaves out.
         let is_end = a.what == What::Destroy;
         let known = |known: u8| if is_end { known & !groups::TIMEOUT } else { known };
-        (a.what, a.by, known(a.known)) == (b.what, b.by, known(b.known)) && Rough(without[0]) == Rough(without[1])
+        (a.what, a.by, known(a.known)) == (b.what, b.by, known(b.known))
+            && Rough(without[0]) == Rough(without[1])
     };
     a.len() == b.len()
         && a.iter().zip(b).all(|((t, a), (u, b))| {
@@ -668,13 +715,15 @@ fn is_alike(a: &BTreeMap<Tuple, Vec<&Event>>, b: &BTreeMap<Tuple, Vec<&Event>>) 
 }
 
 fn shown(event: &Event) -> String {
-    format!("{:?} {:?} known {:#x} {:?}", event.what, event.by, event.known, Rough(event.connection)).replace('\n', "")
+    format!("{:?} {:?} known {:#x} {:?}", event.what, event.by, event.known, Rough(event.connection))
+        .replace('\n', "")
 }
 
 fn shown_payload(payload: &Payload) -> String {
     let Payload::Tcp(segment) = payload else { return String::new() };
     let names = [(flag::SYN, "SYN "), (flag::FIN, "FIN "), (flag::RST, "RST "), (flag::ACK, "ACK ")];
-    let flags: String = names.iter().filter(|(bit, _)| segment.flags & bit != 0).map(|(_, name)| *name).collect();
+    let flags: String =
+        names.iter().filter(|(bit, _)| segment.flags & bit != 0).map(|(_, name)| *name).collect();
     format!("{flags}{}{:?}", if segment.data { "data " } else { "" }, segment.place)
 }
 

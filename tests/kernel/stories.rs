@@ -8,7 +8,7 @@ use hypersync::time::Time;
 
 use crate::common::may_make_namespaces;
 use crate::model::tcp::{self, Place, Segment, flag::*};
-use crate::model::{By, Packet, Payload, Settings, Table, Verdict, What};
+use crate::model::{By, Nat, Packet, Payload, Settings, Table, Verdict, What};
 use crate::play;
 use crate::script::{Broken, Play, nat};
 
@@ -16,12 +16,12 @@ const CLIENT: bool = true;
 const SERVER: bool = false;
 
 /// Tells a story of one TCP connection over IPv4, if this user may.
-fn tell(what: &str, is_masquerade: bool, story: impl Fn(&mut Play, usize) -> Result<(), Broken> + Sync) {
+fn tell(what: &str, nat: Option<Nat>, story: impl Fn(&mut Play, usize) -> Result<(), Broken> + Sync) {
     if !may_make_namespaces(what) {
         return;
     }
     play(what, || {
-        let mut play = Play::new(Some(nat(is_masquerade)), false);
+        let mut play = Play::new(nat, false);
         let flow = play.add_flow("tcp 10.0.1.2:5000 > 10.0.2.2:80");
         let result = story(&mut play, flow).and_then(|()| play.compare_tables());
         (result, play)
@@ -67,7 +67,7 @@ fn restored(original: &str, port: u16) -> Connection {
 
 #[test]
 fn data_that_waits_for_its_acknowledgement_has_a_shorter_timeout() {
-    tell("unacknowledged data in the kernel and in the model", false, |play, flow| {
+    tell("unacknowledged data in the kernel and in the model", Some(nat(false)), |play, flow| {
         exchange(play, flow, &handshake())?;
         assert_eq!(state(play, flow), (tcp::ESTABLISHED, 432_000));
         exchange(play, flow, &[(CLIENT, data())])?;
@@ -80,24 +80,28 @@ fn data_that_waits_for_its_acknowledgement_has_a_shorter_timeout() {
 
 #[test]
 fn a_restored_entry_gets_its_normal_timeout_by_the_first_packet_and_the_shorter_one_by_the_second() {
-    tell("packets through a restored entry in the kernel and in the model", false, |play, flow| {
-        let copy = restored("tcp 10.0.1.2:5000 > 10.0.2.2:80", 5000);
-        for side in [CLIENT, SERVER] {
-            play.create(By::Ours, &copy, 2_073_600)?;
-            exchange(play, flow, &[(side, data())])?;
-            assert_eq!(state(play, flow), (tcp::ESTABLISHED, 432_000));
-            exchange(play, flow, &[(side, data())])?;
-            assert_eq!(state(play, flow), (tcp::ESTABLISHED, 300));
-            exchange(play, flow, &[(!side, plain(ACK)), (side, plain(ACK)), (SERVER, plain(RST))])?;
-            play.delete(By::Ours, &copy.original)?;
-        }
-        Ok(())
-    });
+    tell(
+        "packets through a restored entry in the kernel and in the model",
+        Some(nat(false)),
+        |play, flow| {
+            let copy = restored("tcp 10.0.1.2:5000 > 10.0.2.2:80", 5000);
+            for side in [CLIENT, SERVER] {
+                play.create(By::Ours, &copy, 2_073_600)?;
+                exchange(play, flow, &[(side, data())])?;
+                assert_eq!(state(play, flow), (tcp::ESTABLISHED, 432_000));
+                exchange(play, flow, &[(side, data())])?;
+                assert_eq!(state(play, flow), (tcp::ESTABLISHED, 300));
+                exchange(play, flow, &[(!side, plain(ACK)), (side, plain(ACK)), (SERVER, plain(RST))])?;
+                play.delete(By::Ours, &copy.original)?;
+            }
+            Ok(())
+        },
+    );
 }
 
 #[test]
 fn a_port_that_is_used_again_keeps_its_entry_or_gets_a_new_one_as_the_old_connection_ended() {
-    tell("ports used again in the kernel and in the model", false, |play, flow| {
+    tell("ports used again in the kernel and in the model", Some(nat(false)), |play, flow| {
         // The old one never ended here: the same entry, in sync again.
         exchange(play, flow, &handshake())?;
         exchange(play, flow, &handshake())?;
@@ -130,8 +134,36 @@ fn a_port_that_is_used_again_keeps_its_entry_or_gets_a_new_one_as_the_old_connec
 }
 
 #[test]
+fn what_has_run_out_is_collected_by_the_packet_or_the_request_that_meets_it() {
+    tell(
+        "entries that are met when they have run out, in the kernel and in the model",
+        None,
+        |play, flow| {
+            let name: Tuple = "tcp 10.0.1.2:5000 > 10.0.2.2:80".parse().expect("a tuple");
+            play.set_timeout_of_state("tcp_timeout_syn_sent", 1)?;
+            type Meet = fn(&mut Play, &Tuple) -> Result<(), Broken>;
+            let met_by: [Meet; 3] = [
+                |play, _| play.packet(0, CLIENT, plain(SYN)),
+                |play, name| play.get(name),
+                |play, name| play.delete(By::Tool, name),
+            ];
+            for meet in met_by {
+                play.packet(flow, CLIENT, plain(SYN))?;
+                play.wait(500);
+                // It is not renewed by the same packet again.
+                play.packet(flow, CLIENT, plain(SYN))?;
+                play.wait(700);
+                meet(play, &name)?;
+                play.compare()?;
+            }
+            Ok(())
+        },
+    );
+}
+
+#[test]
 fn a_masqueraded_connection_goes_with_its_address_and_a_restored_one_stays() {
-    tell("an address that goes in the kernel and in the model", true, |play, flow| {
+    tell("an address that goes in the kernel and in the model", Some(nat(true)), |play, flow| {
         exchange(play, flow, &handshake())?;
         let udp = play.add_flow("udp 10.0.1.2:5000 > 10.0.2.2:53");
         exchange(play, udp, &[(CLIENT, Segment::default()), (SERVER, Segment::default())])?;
@@ -145,18 +177,22 @@ fn a_masqueraded_connection_goes_with_its_address_and_a_restored_one_stays() {
 
 #[test]
 fn what_is_born_without_events_stays_mute() {
-    tell("connections that raise no events in the kernel and in the model", false, |play, flow| {
-        let other = play.add_flow("tcp 10.0.1.3:5001 > 10.0.2.2:80");
-        exchange(play, flow, &handshake())?;
-        play.set_events(0)?;
-        exchange(play, other, &handshake())?;
-        exchange(play, flow, &close())?;
-        play.set_events(1)?;
-        for flow in [flow, other] {
-            exchange(play, flow, &[(CLIENT, plain(RST))])?;
-        }
-        play.flush()
-    });
+    tell(
+        "connections that raise no events in the kernel and in the model",
+        Some(nat(false)),
+        |play, flow| {
+            let other = play.add_flow("tcp 10.0.1.3:5001 > 10.0.2.2:80");
+            exchange(play, flow, &handshake())?;
+            play.set_events(0)?;
+            exchange(play, other, &handshake())?;
+            exchange(play, flow, &close())?;
+            play.set_events(1)?;
+            for flow in [flow, other] {
+                exchange(play, flow, &[(CLIENT, plain(RST))])?;
+            }
+            play.flush()
+        },
+    );
 }
 
 fn udp(client: u8) -> Packet {

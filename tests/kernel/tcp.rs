@@ -258,8 +258,7 @@ impl Tcp {
                 timeout_s = timeout_s.min(timeouts.unacknowledged);
             }
         } else {
-            assured =
-                status & ASSURED == 0 && matches!(old, SYN_RECV | ESTABLISHED) && new == ESTABLISHED;
+            assured = status & ASSURED == 0 && matches!(old, SYN_RECV | ESTABLISHED) && new == ESTABLISHED;
         }
         Effect::Passes { changed: new != old, assured, timeout_s: Some(timeout_s) }
     }
