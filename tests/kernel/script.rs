@@ -614,7 +614,10 @@ impl Flow {
     /// What both ends have learned once it has passed, and the entry went from one state to another.
     fn passed(&mut self, is_from_client: bool, segment: &Segment, numbers: &Numbers, states: (u8, u8)) {
         let (before, state) = states;
-        let is_answer = state == tcp::SYN_RECV && before != state;
+        // A server's that is sent again is ignored, unless a SYN was let through in between.
+        let is_resync = self.pending.is_some() && segment.place == Place::Right;
+        let is_answer = state == tcp::SYN_RECV && (before != state || is_resync || is_from_client);
+        let is_challenge = (before, state, segment.flags) == (tcp::LAST_ACK, tcp::LAST_ACK, flag::ACK);
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
         let is_syn = segment.flags & flag::SYN != 0;
         let has_ack = segment.flags & flag::ACK != 0;
@@ -631,7 +634,7 @@ impl Flow {
                 self.numbers[other] = numbers.acknowledged;
                 self.acknowledged = [None; 2];
                 self.acknowledged[own] = Some(numbers.acknowledged);
-                (self.pending, self.is_simultaneous) = (None, false);
+                self.is_simultaneous = false;
             }
             (true, true) if is_answer => self.numbers[own] = next,
             (true, true) => {}
@@ -642,6 +645,9 @@ impl Flow {
                 }
             }
             _ => {}
+        }
+        if (has_ack || !is_syn) && !is_challenge {
+            self.pending = None; // the kernel knows the last packet only
         }
     }
 }
