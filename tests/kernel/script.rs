@@ -74,10 +74,12 @@ struct Flow {
     numbers: [u32; 2],
     /// What each has last acknowledged.
     acknowledged: [Option<u32>; 2],
-    /// The number of a SYN that nothing came of yet.
-    pending: Option<u32>,
+    /// The number of a SYN of either that nothing came of yet.
+    pending: [Option<u32>; 2],
     /// Whether both opened it: what they send now has the number of their SYN.
     is_simultaneous: bool,
+    /// Whether the kernel has seen all these numbers, so that a reset can be right or wrong.
+    is_clear: bool,
 }
 
 fn address(text: &str) -> u128 {
@@ -107,7 +109,8 @@ impl Play {
             original,
             numbers: [1000; 2],
             acknowledged: [None; 2],
-            pending: None,
+            pending: [None; 2],
+            is_clear: false,
             is_simultaneous: false,
         });
         self.flows.len() - 1
@@ -312,10 +315,10 @@ impl Play {
         })
     }
 
-    /// The entry of a flow, as the model has it.
+    /// The entry of a flow, as the model has it, whoever opened it.
     pub fn entry(&self, flow: usize) -> Option<Connection> {
-        let now = self.now();
-        self.model.entries(now).find(|c| c.original == self.flows[flow].original)
+        let name = self.flows[flow].original;
+        self.model.entries(self.now()).find(|c| c.original == name || c.original == name.mirrored())
     }
 
     /// A packet of a flow; of TCP with this segment. One from the server goes to where the client seems to be.
@@ -327,7 +330,10 @@ impl Play {
         }
         let tuple = match is_from_client {
             true => original,
-            false => entry.map_or(original.mirrored(), |entry| entry.reply),
+            false => match entry {
+                Some(entry) if entry.original == original => entry.reply,
+                _ => original.mirrored(),
+            },
         };
         let (payload, numbers) = match tuple.protocol {
             TCP => (Payload::Tcp(segment), self.flows[flow].number(is_from_client, &segment)),
@@ -354,7 +360,8 @@ impl Play {
         if left.is_some() && tuple.protocol == TCP {
             let after = self.entry(flow).map_or(tcp::NONE, |entry| entry.state.tcp_state);
             let states = (entry.map_or(tcp::NONE, |entry| entry.state.tcp_state), after);
-            self.flows[flow].passed(is_from_client, &segment, &numbers, states);
+            let is_original = entry.is_none_or(|entry| entry.original == tuple);
+            self.flows[flow].passed(is_from_client, is_original, &segment, &numbers, states);
         }
         Ok(())
     }
@@ -411,7 +418,14 @@ impl Play {
             &format!("create {:?} {timeout_s} s", Rough(*connection)).replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_create(b, 1, connection, timeout_s)).0,
             |model, now| model.create(now, by, connection, timeout_s),
-        )
+        )?;
+        self.written(connection);
+        Ok(())
+    }
+
+    fn written(&mut self, connection: &Connection) {
+        let written = self.flows.iter_mut().filter(|flow| flow.original == connection.original);
+        written.for_each(|flow| flow.is_clear = false);
     }
 
     pub fn update(
@@ -425,7 +439,9 @@ impl Play {
             &format!("update {:?} {timeout_s} s over {present:#x}", Rough(*connection)).replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_update(b, 1, connection, timeout_s, present)).0,
             |model, now| model.update(now, by, connection, timeout_s, present),
-        )
+        )?;
+        self.written(connection);
+        Ok(())
     }
 
     /// Whether what is born from now on raises events.
@@ -556,6 +572,8 @@ impl Play {
             (_, tcp::TIME_WAIT | tcp::CLOSE) => (true, *pick(rng, &[SYN, ACK])),
             _ => (rng.below(2) == 0, *pick(rng, &[ACK, FIN | ACK, ACK])),
         };
+        // What somebody wrote has no numbers.
+        let flags = if self.flows[flow].is_clear { flags } else { flags & !RST };
         let place = match flags {
             f if f & RST != 0 => *pick(rng, &[Place::Right, Place::Right, Place::Ahead, Place::Behind]),
             f if f == SYN | ACK => *pick(rng, &[Place::Right, Place::Right, Place::Right, Place::Ahead]),
@@ -587,7 +605,7 @@ impl Flow {
         let (mut sequence, mut acknowledged) = (self.numbers[own], self.numbers[other]);
         if segment.flags & flag::SYN != 0 {
             sequence = if self.is_simultaneous { sequence - 1 } else { sequence + 100_000 }; // begins anew
-            acknowledged = self.pending.unwrap_or(acknowledged);
+            acknowledged = self.pending[other].unwrap_or(acknowledged);
         }
         if segment.flags & flag::RST != 0 {
             sequence = self.acknowledged[other].unwrap_or(sequence);
@@ -612,31 +630,52 @@ impl Flow {
     }
 
     /// What both ends have learned once it has passed, and the entry went from one state to another.
-    fn passed(&mut self, is_from_client: bool, segment: &Segment, numbers: &Numbers, states: (u8, u8)) {
+    fn passed(
+        &mut self,
+        is_from_client: bool,
+        is_original: bool,
+        segment: &Segment,
+        numbers: &Numbers,
+        states: (u8, u8),
+    ) {
         let (before, state) = states;
-        // A server's that is sent again is ignored, unless a SYN was let through in between.
-        let is_resync = self.pending.is_some() && segment.place == Place::Right;
-        let is_answer = state == tcp::SYN_RECV && (before != state || is_resync || is_from_client);
         let is_challenge = (before, state, segment.flags) == (tcp::LAST_ACK, tcp::LAST_ACK, flag::ACK);
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
+        // An answer that is sent again is ignored, unless a SYN was let through in between.
+        let is_resync = self.pending[other].is_some() && segment.place == Place::Right;
+        let is_answer = state == tcp::SYN_RECV && (before != state || is_resync || is_original);
         let is_syn = segment.flags & flag::SYN != 0;
         let has_ack = segment.flags & flag::ACK != 0;
         let next =
             numbers.sequence + numbers.length as u32 + (segment.flags & (flag::SYN | flag::FIN) != 0) as u32;
         match (is_syn, has_ack) {
             (true, false) if matches!(state, tcp::SYN_SENT | tcp::SYN_SENT2) => {
-                (self.numbers[own], self.acknowledged, self.pending) = (next, [None; 2], None);
+                (self.numbers[own], self.pending) = (next, [None; 2]);
+                if before != state && state == tcp::SYN_SENT {
+                    self.acknowledged = [None; 2]; // another entry
+                    self.is_clear = is_from_client;
+                }
+                self.is_clear &= state == tcp::SYN_SENT;
                 self.is_simultaneous = state == tcp::SYN_SENT2;
             }
-            (true, false) => self.pending = Some(next),
+            (true, false) => {
+                self.pending = [None; 2];
+                self.pending[own] = Some(next);
+            }
             (true, true) if is_answer && segment.place == Place::Right => {
                 self.numbers[own] = next;
                 self.numbers[other] = numbers.acknowledged;
-                self.acknowledged = [None; 2];
+                if is_resync {
+                    self.acknowledged = [None; 2];
+                }
                 self.acknowledged[own] = Some(numbers.acknowledged);
                 self.is_simultaneous = false;
+                self.is_clear &= !is_original;
             }
-            (true, true) if is_answer => self.numbers[own] = next,
+            (true, true) if is_answer => {
+                self.numbers[own] = next;
+                self.is_clear = false;
+            }
             (true, true) => {}
             _ if segment.place == Place::Right => {
                 self.numbers[own] = next;
@@ -647,7 +686,7 @@ impl Flow {
             _ => {}
         }
         if (has_ack || !is_syn) && !is_challenge {
-            self.pending = None; // the kernel knows the last packet only
+            self.pending = [None; 2]; // the kernel knows the last packet only
         }
     }
 }
