@@ -68,7 +68,7 @@ fn random(seed: u64) -> (Result<(), Broken>, Play) {
         1 => Some(nat(false)),
         _ => Some(nat(true)),
     };
-    let mut play = Play::new(nat, seed % 2 == 0);
+    let mut play = Play::new(nat, seed.is_multiple_of(2));
     play.add_flows();
     let result = (|| {
         for setting in SETTINGS {

@@ -495,21 +495,21 @@ impl Play {
                     self.packet(flow, is_from_client, segment)?;
                 }
             }
-            70..75 => self.create(by, &self.wanted(flow, rng), *pick(rng, &[1, 2, 3, 600, 2_073_600]))?,
+            70..75 => self.create(by, &self.wanted(flow, rng), pick(rng, &[1, 2, 3, 600, 2_073_600]))?,
             75..82 => {
                 let present = match rng.below(4) {
-                    0 => *pick(rng, &[0, status::CONFIRMED, 0x208, 0x18a, 0x9]),
+                    0 => pick(rng, &[0, status::CONFIRMED, 0x208, 0x18a, 0x9]),
                     _ => entry.map_or(status::CONFIRMED, |entry| entry.state.status),
                 };
-                self.update(by, &self.wanted(flow, rng), *pick(rng, &[1, 2, 3, 600]), present)?;
+                self.update(by, &self.wanted(flow, rng), pick(rng, &[1, 2, 3, 600]), present)?;
             }
             82..85 => self.delete(by, &name)?,
             85..88 => self.get(&name)?,
-            88..90 => self.set_timeout(by, &name, *pick(rng, &[0, 1, 2, 3, 600]))?,
+            88..90 => self.set_timeout(by, &name, pick(rng, &[0, 1, 2, 3, 600]))?,
             90..91 => self.flush()?,
             91..94 => {
-                let setting = *pick(rng, &SETTINGS);
-                self.set_timeout_of_state(setting, *pick(rng, &[1, 2, 3, 100]))?;
+                let setting = pick(rng, &SETTINGS);
+                self.set_timeout_of_state(setting, pick(rng, &[1, 2, 3, 100]))?;
             }
             _ => self.wait(200 + rng.below(900)),
         }
@@ -531,17 +531,17 @@ impl Play {
         }
         let is_tcp = original.protocol == TCP;
         let state = State {
-            status: *pick(rng, &[status::CONFIRMED, 0x18a, 0x18e, 0x1de]),
+            status: pick(rng, &[status::CONFIRMED, 0x18a, 0x18e, 0x1de]),
             tcp_state: if is_tcp { rng.below(9) as u8 } else { 0 },
-            tcp_flags_original: *pick(rng, &[0, 4, 0x23]),
-            tcp_flags_reply: *pick(rng, &[0, 4, 0x23]),
+            tcp_flags_original: pick(rng, &[0, 4, 0x23]),
+            tcp_flags_reply: pick(rng, &[0, 4, 0x23]),
             tcp_scale: 0x7a,
             mark: rng.below(2) as u32 * 7,
             timeout_s: 0,
         };
         let mut connection = Connection::new(original, reply, state);
         if rng.below(8) == 0 {
-            connection.extra.helper = helper(*pick(rng, &["ftp", "ftp", "nobodys"]));
+            connection.extra.helper = helper(pick(rng, &["ftp", "ftp", "nobodys"]));
             connection.extra.parts |= parts::HELPER;
         }
         if rng.below(3) == 0 {
@@ -560,23 +560,23 @@ impl Play {
         let state = self.entry(flow).map_or(tcp::NONE, |entry| entry.state.tcp_state);
         let any = [SYN, SYN | ACK, ACK, ACK, FIN | ACK, RST, RST | ACK, FIN, SYN | FIN, 0];
         let (is_from_client, flags) = match (rng.below(10), state) {
-            (0 | 1, _) => (rng.below(2) == 0, *pick(rng, &any)),
+            (0 | 1, _) => (rng.below(2) == 0, pick(rng, &any)),
             // Somebody opens the connection again.
             (2, _) | (_, tcp::NONE) => (true, SYN),
             (3, tcp::FIN_WAIT..) => (true, SYN),
             (_, tcp::SYN_SENT) => (false, SYN | ACK),
-            (3, _) => (false, *pick(rng, &[SYN | ACK, RST, ACK])),
+            (3, _) => (false, pick(rng, &[SYN | ACK, RST, ACK])),
             (_, tcp::SYN_RECV) => (true, ACK),
             (4..8, tcp::ESTABLISHED) => (rng.below(2) == 0, ACK),
             (_, tcp::ESTABLISHED) => (rng.below(2) == 0, FIN | ACK),
-            (_, tcp::TIME_WAIT | tcp::CLOSE) => (true, *pick(rng, &[SYN, ACK])),
-            _ => (rng.below(2) == 0, *pick(rng, &[ACK, FIN | ACK, ACK])),
+            (_, tcp::TIME_WAIT | tcp::CLOSE) => (true, pick(rng, &[SYN, ACK])),
+            _ => (rng.below(2) == 0, pick(rng, &[ACK, FIN | ACK, ACK])),
         };
         // What somebody wrote has no numbers.
         let flags = if self.flows[flow].is_clear { flags } else { flags & !RST };
         let place = match flags {
-            f if f & RST != 0 => *pick(rng, &[Place::Right, Place::Right, Place::Ahead, Place::Behind]),
-            f if f == SYN | ACK => *pick(rng, &[Place::Right, Place::Right, Place::Right, Place::Ahead]),
+            f if f & RST != 0 => pick(rng, &[Place::Right, Place::Right, Place::Ahead, Place::Behind]),
+            f if f == SYN | ACK => pick(rng, &[Place::Right, Place::Right, Place::Right, Place::Ahead]),
             _ => Place::Right,
         };
         (is_from_client, Segment { flags, data: flags == ACK && rng.below(2) == 0, place })
@@ -776,6 +776,6 @@ fn helper(name: &str) -> [u8; HELPER_NAME] {
     std::array::from_fn(|at| *name.as_bytes().get(at).unwrap_or(&0))
 }
 
-fn pick<'a, T>(rng: &mut Rng, list: &'a [T]) -> &'a T {
-    &list[rng.below(list.len() as u64) as usize]
+fn pick<T: Copy>(rng: &mut Rng, list: &[T]) -> T {
+    list[rng.below(list.len() as u64) as usize]
 }
