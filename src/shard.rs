@@ -145,6 +145,7 @@ impl<'m> Shard<'m> {
             let now = clock::now();
             self.reap(now);
             let ingest = self.feed.ingest(now, &mut self.replica, &self.counters);
+            self.replica.set_source_behind(ingest);
             let receive = self.receive(now);
             let view = self.tick(now);
             let commit = self.feed.commit(now, &mut self.replica, &self.counters);

@@ -481,7 +481,9 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
     let lab = Lab::new("slot");
     let (m, c) = (lab.memory(), connection());
     let peer = Coordinate::new(52, 63, 9, Generation::from_low_bits(8));
-    for (slot, moving, claimed) in [(3, true, false), (4, false, true)] {
+    for (slot, moving, claimed, unseen) in
+        [(3, true, false, false), (4, false, true, false), (5, false, false, true)]
+    {
         let mut line = m.slots[slot].line();
         line.set_kind(Kind::Closing);
         line.set_generation(Generation::from_low_bits(0x3ff_fff0));
@@ -490,6 +492,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
         line.set_groups(groups::ALL);
         line.set_moving(moving);
         line.set_claimed(claimed);
+        line.set_unseen(unseen);
         line.set_last(Seq::from_raw(0xabcd_ef01_2345).expect("48 bits"));
         line.set_life(0x6789);
         line.set_state(&c.state);
@@ -510,7 +513,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
     index.insert(&c.original, 3);
 
     let bytes = lab.read();
-    for (slot, moving, claimed) in [(3, 1, 0), (4, 0, 1)] {
+    for (slot, moving, claimed, unseen) in [(3, 1, 0, 0), (4, 0, 1, 0), (5, 0, 0, 1)] {
         let mut documented = documented_connection();
         documented.extend([
             ("kind", 5),
@@ -523,6 +526,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
             ("groups", 1 | 2 | 4 | 8 | 32),
             ("moving", moving),
             ("claimed", claimed),
+            ("unseen", unseen),
             ("life", 0x6789),
             ("last", 0xabcd_ef01_2345),
         ]);

@@ -159,11 +159,13 @@ impl LocalView {
         true
     }
 
-    /// Whether this host opened or answers the connection.
+    /// Whether this host opened or answers the connection, or it is to many: neighbours' routing protocols, and the group's own
+    /// heartbeats, which no address of ours shows.
     pub fn is_local(&self, connection: &Connection) -> bool {
         let (original, reply) = (&connection.original, &connection.reply);
         original.src_ip().is_loopback()
             || reply.src_ip().is_loopback()
+            || original.dst_ip().is_multicast()
             || self.find(original.family, original.src).is_some()
             || self.find(reply.family, reply.src).is_some()
     }
@@ -255,6 +257,7 @@ mod tests {
             ("ssh to us", "tcp 10.0.0.5:1000 > 10.0.0.1:22", "tcp 10.0.0.1:22 > 10.0.0.5:1000"),
             ("redirect", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 10.0.0.1:3128 > 10.0.0.5:1000"),
             ("loopback", "tcp 127.0.0.1:1000 > 127.0.0.53:53", "tcp 127.0.0.53:53 > 127.0.0.1:1000"),
+            ("heartbeats", "udp 10.9.0.2:1000 > 224.0.0.116:8116", "udp 224.0.0.116:8116 > 10.9.0.2:1000"),
             ("IPv6", "tcp [2001:db8::9]:1 > [2001:db8::1]:2", "tcp [2001:db8::1]:2 > [2001:db8::9]:1"),
         ] {
             assert!(view.is_local(&connection(original, reply)), "{what}");

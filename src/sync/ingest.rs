@@ -4,6 +4,8 @@
 //! short-lived connections are never sent. Any event for a connection that this member holds
 //! as a backup is a claim: its traffic is here now.
 
+use std::time::Duration;
+
 use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
@@ -16,6 +18,9 @@ use crate::counters::Counter;
 use crate::seq::Seq;
 use crate::source::{End, SourceEvent};
 use crate::time::Time;
+
+/// For so long the end of a hold waits for a source that has more to tell.
+const BEHIND_MAX: Duration = Duration::from_secs(1);
 
 impl Replica<'_> {
     /// The source saw something.
@@ -325,7 +330,7 @@ impl Replica<'_> {
     /// Connections that outlived the hold time get a backup.
     pub(super) fn tick_holds(&mut self, now: Time) {
         while let Some(slot) = self.held.first() {
-            if !self.table.since(slot).after(self.config.hold).reached(now) {
+            if !self.table.since(slot).after(self.hold()).reached(now) {
                 break;
             }
             self.table.unlink(&mut self.held, slot);
@@ -373,6 +378,111 @@ impl Replica<'_> {
 
     /// When the oldest held connection outlives the hold time.
     pub(super) fn hold_at(&self) -> Time {
-        self.held.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(self.config.hold))
+        self.held.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(self.hold()))
+    }
+
+    /// How long a connection is held now.
+    fn hold(&self) -> Duration {
+        self.config.hold + if self.source_is_behind { BEHIND_MAX } else { Duration::ZERO }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::counters::Counters;
+    use crate::memory::{Memory, MemorySize, OwnedMemory};
+    use crate::source::CommitMode;
+    use crate::sync::ReplicaConfig;
+
+    const HOLD: Duration = Duration::from_secs(3);
+
+    fn replica(memory: Memory<'_>) -> Replica<'_> {
+        let config = ReplicaConfig {
+            group: 7,
+            member: 1,
+            shard: 0,
+            shards: 1,
+            site: 0,
+            table_id: 1,
+            index_key: 1,
+            hold: HOLD,
+            reprotect_after: HOLD,
+            flush: Duration::ZERO,
+            compare: HOLD,
+            commit: CommitMode::Eager,
+        };
+        Replica::new(config, memory)
+    }
+
+    fn seen(tcp_state: u8) -> SourceEvent {
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        SourceEvent::seen(Connection::new(
+            original,
+            original.mirrored(),
+            State { tcp_state, ..State::default() },
+        ))
+    }
+
+    /// What the connection of [`seen`] is after the steps, each with its time in seconds.
+    fn kind_after(steps: &[(u64, Option<u8>, bool)]) -> Option<Kind> {
+        let owned = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(owned.parts());
+        for (at, state, is_behind) in steps {
+            let now = Time(1).after(Duration::from_secs(*at));
+            if let Some(state) = state {
+                replica.handle_source(now, &seen(*state));
+            }
+            replica.set_source_behind(*is_behind);
+            replica.tick_holds(now);
+        }
+        let slot = replica.table.find_original(seen(3).original())?;
+        Some(replica.table.kind(slot))
+    }
+
+    #[test]
+    fn a_connection_that_ends_within_its_hold_is_forgotten_however_long_its_entry_stays() {
+        assert_eq!(kind_after(&[(0, Some(3), false), (4, None, false)]), Some(Kind::Active));
+        for over in [7, 8] {
+            assert_eq!(kind_after(&[(0, Some(3), false), (1, Some(over), false)]), None);
+            assert_eq!(kind_after(&[(0, Some(3), false), (4, None, false), (5, Some(over), false)]), None);
+            assert_eq!(kind_after(&[(0, Some(over), false), (4, None, false)]), None, "found by a dump");
+        }
+    }
+
+    #[test]
+    fn one_that_awaits_its_last_answer_when_its_hold_ends_is_not_sent_and_one_that_is_half_closed_is() {
+        let last_ack = [(0, Some(3), false), (1, Some(6), false), (4, None, false), (60, None, false)];
+        assert_eq!(kind_after(&last_ack), Some(Kind::Held));
+        assert_eq!(
+            kind_after(&[(0, Some(3), false), (1, Some(5), false), (4, None, false)]),
+            Some(Kind::Active)
+        );
+        // Should it go on after all, its hold begins anew.
+        let mut goes_on = last_ack.to_vec();
+        goes_on.extend([(61, Some(3), false), (62, None, false)]);
+        assert_eq!(kind_after(&goes_on), Some(Kind::Held));
+        goes_on.push((65, None, false));
+        assert_eq!(kind_after(&goes_on), Some(Kind::Active));
+    }
+
+    #[test]
+    fn no_hold_ends_while_the_source_has_more_to_tell_but_for_a_second_at_most() {
+        assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true)]), Some(Kind::Held));
+        assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (3, Some(7), false)]), None);
+        assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (4, None, true)]), Some(Kind::Active));
+    }
+
+    #[test]
+    fn the_end_of_another_life_of_the_tuple_ends_nothing() {
+        let owned = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(owned.parts());
+        replica.handle_source(Time(1), &seen(3));
+        let SourceEvent::Seen { mut connection, known } = seen(7) else { unreachable!("it is seen") };
+        connection.reply.dport += 1;
+        replica.handle_source(Time(2), &SourceEvent::Seen { connection, known });
+        assert!(replica.table.find_original(&connection.original).is_some());
+        let counters = Counters::new(replica.memory.counters);
+        assert_eq!(counters.get(Counter::SourceUnknownGone), 1);
     }
 }

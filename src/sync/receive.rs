@@ -164,9 +164,7 @@ impl Replica<'_> {
                 Message::Update { target, stamp, groups, previous, state, extra } => {
                     self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
                 }
-                Message::Close { target, stamp, seen } => {
-                    self.apply_close(now, stream, target, stamp, seen)
-                }
+                Message::Close { target, stamp, seen } => self.apply_close(now, stream, target, stamp, seen),
                 Message::Release { target, stamp } => self.apply_release(now, stream, target, stamp),
                 Message::Decline { target, own, number, fault } => {
                     let own = self.sender(stream, own);
@@ -519,14 +517,7 @@ impl Replica<'_> {
         self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
-    fn apply_close(
-        &mut self,
-        now: Time,
-        stream: usize,
-        target: Place,
-        stamp: Stamp,
-        seen: bool,
-    ) -> Verdict {
+    fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp, seen: bool) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         match line.kind() {

@@ -116,6 +116,8 @@ pub struct Replica<'m> {
     /// Datagrams that a later one overtook: to be repeated without waiting.
     pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
+    /// The source has more to tell than was read: of what is held, some may have ended.
+    pub(super) source_is_behind: bool,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
     pub(super) shelved: List,
@@ -195,6 +197,7 @@ impl<'m> Replica<'m> {
             offer_at: Time::NEVER,
             again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
+            source_is_behind: false,
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),
@@ -262,6 +265,12 @@ impl<'m> Replica<'m> {
     /// Says whether the kernel's table has room for further copies. Without it no slots are leased.
     pub fn set_kernel_room(&mut self, has_room: bool) {
         self.kernel_has_room = has_room;
+    }
+
+    /// Says whether the source has more to tell than was read. While it has, no hold ends, for a second at most: the end
+    /// of what would be sent may wait to be read.
+    pub fn set_source_behind(&mut self, is_behind: bool) {
+        self.source_is_behind = is_behind;
     }
 
     /// The next commit that the kernel is owed.

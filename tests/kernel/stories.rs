@@ -3,7 +3,7 @@
 
 use hypersync::conn::{Connection, Family, State, Tuple};
 use hypersync::conntrack::codec::status;
-use hypersync::source::SourceEvent;
+use hypersync::source::{End, SourceEvent};
 use hypersync::time::Time;
 
 use crate::common::may_make_namespaces;
@@ -234,5 +234,8 @@ fn events_that_nobody_fetches_are_lost_and_counted() {
     table.drop_address(Time(0), Family::V4, 1); // nothing is masqueraded
     table.delete(Time(0), By::Tool, &udp(3).tuple).expect("it is there");
     let end = table.next_event().expect("an event");
-    assert_eq!((end.by, end.seen()), (By::Tool, SourceEvent::Gone { original: udp(3).tuple }));
+    assert_eq!(
+        (end.by, end.seen()),
+        (By::Tool, SourceEvent::Gone { original: udp(3).tuple, end: End::Unseen })
+    );
 }
