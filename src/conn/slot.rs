@@ -11,7 +11,7 @@
 //!   3   | orig. sport  | orig. dport      |  reply sport  |   reply dport   |
 //!   4   |             mark                |      timeout, seconds           |
 //!   5   |    conntrack status             | tcp: state | scale | fl.o | fl.r|
-//!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2, unseen 4
+//!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2, unseen 4, spent 8
 //!   7   | life of the stream 16 |  last: sequence number of the last delta  |
 //!   8,9   original source          10,11  original destination
 //!  12,13  reply source             14,15  reply destination                    (low word first)
@@ -278,6 +278,17 @@ impl Line {
     /// Sets what [`is_unseen`](Self::is_unseen) tells.
     pub fn set_unseen(&mut self, unseen: bool) {
         self.0[6] = self.0[6] & !4 | (unseen as u64) << 2;
+    }
+
+    /// Whether a close of this life was taken although the slot went on: whoever sent it believes that the next life is its lease,
+    /// and it must never be.
+    pub fn is_spent(&self) -> bool {
+        self.0[6] & 8 == 8
+    }
+
+    /// Sets what [`is_spent`](Self::is_spent) tells.
+    pub fn set_spent(&mut self, spent: bool) {
+        self.0[6] = self.0[6] & !8 | (spent as u64) << 3;
     }
 
     /// The datagram that carries the newest delta; `Seq::NONE` if the newest state is in none.

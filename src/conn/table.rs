@@ -171,6 +171,7 @@ impl<'m> Table<'m> {
                     line.set_last(crate::seq::Seq::NONE);
                     line.set_moving(false);
                     line.set_unseen(false);
+                    line.set_spent(false);
                 });
             }
         }
@@ -349,6 +350,7 @@ impl<'m> Table<'m> {
         line.set_groups(0);
         line.set_moving(false);
         line.set_unseen(false);
+        line.set_spent(false);
         line.set_last(crate::seq::Seq::NONE);
         // First it is free: what still holds a connection never lacks what belongs to that.
         self.store(slot, &line);

@@ -312,7 +312,14 @@ impl Replica<'_> {
             Task::Release { stamp, .. } => Message::Release { target, stamp },
             Task::Offer { own, .. } => {
                 let line = self.table.line(own.slot);
-                if line.generation() != own.generation || !line.kind().is_connection() {
+                // Who has become a copy for somebody else meanwhile does not ask a former active any more: the answer would
+                // take away what another one counts on.
+                let asks = match line.kind() {
+                    Kind::Backup => line.peer() == chore.target,
+                    Kind::Active => self.table.former(own.slot) == chore.target,
+                    _ => false,
+                };
+                if line.generation() != own.generation || !asks {
                     self.chores.remove(id);
                     return None;
                 }

@@ -365,6 +365,9 @@ impl Replica<'_> {
             line.set_unseen(false);
             line.set_claimed(true);
             line.set_state(&there.state);
+            if let Some(extra) = self.new_extra(slot, there) {
+                self.table.set_extra(slot, &extra);
+            }
             self.table.store(slot, &line);
             self.protect(now, slot);
         } else {

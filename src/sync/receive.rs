@@ -520,6 +520,8 @@ impl Replica<'_> {
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp, seen: bool) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        // Whether what is left is agreed to be the sender's lease.
+        let mut is_lease = true;
         match line.kind() {
             // The new never came and never will: its place remembers that.
             Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
@@ -541,9 +543,7 @@ impl Replica<'_> {
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
                 self.drop_to_lease(target.slot, stream);
-                if !from_pair {
-                    self.table.recycle(target.slot); // Not agreed to be anybody's lease.
-                }
+                is_lease = from_pair;
             }
             Kind::Active
                 if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
@@ -556,6 +556,8 @@ impl Replica<'_> {
                 self.drop_to_lease(target.slot, stream);
             }
             Kind::Backup | Kind::Active => {
+                // Its sender takes the slot's next life for its own when this is acknowledged.
+                self.table.update(target.slot, |line| line.set_spent(true));
                 self.counters.count(Counter::DeltasOld);
                 return Applied;
             }
@@ -564,6 +566,9 @@ impl Replica<'_> {
                 self.counters.count(Counter::RejectTarget);
                 return Applied;
             }
+        }
+        if !is_lease || line.is_spent() {
+            self.table.recycle(target.slot);
         }
         self.counters.count(Counter::DeltasApplied);
         Applied
@@ -626,6 +631,7 @@ impl Replica<'_> {
 
     /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
+        // (What the kernel did not take is not there, or is not the copy's.)
         let has_entry = self.config.commit == CommitMode::Eager && self.table.on(slot) != On::Missing;
         let connection = self.table.connection(slot);
         self.end_missing(slot);

@@ -17,7 +17,7 @@ use hypersync::time::Time;
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, fault_time};
 use crate::truth::{Repair, Truth, life_of};
-use crate::world::{Copy, Link, Rng, Sent, World, address};
+use crate::world::{Link, Rng, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
@@ -230,6 +230,15 @@ impl<'m> Sim<'m> {
                 let Some((tuple, owner)) = self.any_with_owner() else { return };
                 self.lately.push_back(tuple);
                 let event = self.truth.close(tuple);
+                // Whether a kernel saw the end, or just has it no more. Then one that had its packets lately has it until it is
+                // idle there as well.
+                let event = match self.rng.chance(30) {
+                    true => {
+                        self.truth.expiring.insert(tuple);
+                        SourceEvent::Gone { original: tuple, end: End::Unseen }
+                    }
+                    false => event,
+                };
                 self.tell(owner, tuple, event);
                 if self.lately.len() > 16 {
                     self.lately.pop_front();
@@ -667,15 +676,16 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// Two members that took over the same state of a connection, of which no packet shows up anywhere, both carry it
-    /// on, and nobody can tell which of them should: the first packet at one of them settles it.
+    /// Two members that took over a connection, of which no packet shows up anywhere, both carry it on, and nobody can tell
+    /// which of them should: the first packet at one of them settles it.
     fn speak(&mut self) {
         let mut doubled = Vec::new();
         for (tuple, found) in self.world.copies() {
-            let mut actives = found.iter().filter(|copy| copy.kind == Kind::Active);
-            let alike = |a: &Copy, b: &Copy| a.stamp == b.stamp && a.connection == b.connection;
-            if let (Some(a), Some(b)) = (actives.next(), actives.next())
-                && alike(a, b)
+            let owner = self.truth.open.get(&tuple).and_then(|open| open.owner);
+            let actives = found.iter().filter(|copy| copy.kind == Kind::Active);
+            let at: Vec<MemberId> = actives.map(|copy| copy.member).collect();
+            if at.len() > 1
+                && owner.is_some_and(|owner| !at.contains(&owner))
                 && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
             {
                 doubled.push(tuple);
