@@ -15,7 +15,7 @@ use hypersync::conn::{Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
-use hypersync::source::SourceEvent;
+use hypersync::source::{End, SourceEvent};
 use world::{HOLD, REPROTECT, World, address, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -391,4 +391,84 @@ fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
     assert!(found.iter().all(|c| c.connection == moved), "{found:#?}");
     let active = found.iter().find(|c| c.kind == Kind::Active).expect("an active");
     assert_eq!(active.member, 2, "its traffic is there");
+}
+
+/// The kernel of 1 has it no more: a timeout, or somebody flushed its table.
+fn forget_at(world: &mut World<'_>, tuple: Tuple, member: MemberId) {
+    world.tell(member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
+}
+
+/// Packets pass at a member, of which no event tells.
+fn pass_silently(world: &mut World<'_>, tuple: Tuple, member: MemberId) {
+    let connection = world.copies()[&tuple][0].connection;
+    world.host(member).touched.insert(tuple, connection);
+    world.open.get_mut(&tuple).expect("it is open").owner = member;
+}
+
+#[test]
+fn a_connection_that_its_gateway_has_no_more_goes_on_where_its_packets_pass() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    pass_silently(&mut world, tuple, 2);
+    forget_at(&mut world, tuple, 1);
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active));
+    assert_eq!(world.counter(2, Counter::ClaimsByLook), 1);
+}
+
+#[test]
+fn a_connection_that_its_gateway_has_no_more_ends_where_no_packets_pass() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    world.open.remove(&tuple);
+    forget_at(&mut world, tuple, 1);
+    all_is_well(&mut world);
+    assert!(world.hosts[&2].kernel.is_empty(), "its entry is gone");
+    assert_eq!(world.counter(2, Counter::ClaimsByLook), 0);
+}
+
+#[test]
+fn a_backup_that_is_released_keeps_what_has_its_packets_there() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    pass_silently(&mut world, tuple, 2);
+    world.start(3, 1, 200); // A better backup for 1's connections.
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active));
+}
+
+/// Seed 82009375: a close arrives where its connection was claimed, and is ignored; who sent it believes that the slot is its lease
+/// again. When the connection has come back to it, and closes once more, it is not to have that twice.
+#[test]
+fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    move_to(&mut world, tuple, 2);
+    world.tell(1, &SourceEvent::gone(tuple)); // Before it has heard of the claim.
+    world.run_until(SECOND, "2 has found another place for the copy", |w| {
+        w.is_quiet() && w.copies()[&tuple].len() == 2
+    });
+    move_to(&mut world, tuple, 1);
+    world.run_until(SECOND, "turned", |w| w.is_quiet());
+    world.close(tuple);
+    for _ in 0..400 {
+        world.open_at(1);
+        world.run_for(ms(1));
+        let table = world.hosts[&1].shards[0].table();
+        let mut peers: Vec<_> = (0..table.capacity())
+            .filter(|slot| matches!(table.kind(*slot), Kind::Active | Kind::Closing))
+            .map(|slot| table.line(slot).peer())
+            .filter(|peer| peer.is_somewhere())
+            .map(|peer| peer.raw())
+            .collect();
+        let all = peers.len();
+        peers.sort();
+        peers.dedup();
+        assert_eq!(peers.len(), all, "two connections have their copy in one slot");
+    }
+    all_is_well(&mut world);
 }
