@@ -90,6 +90,8 @@ struct Side {
     prev: u32,
     on: On,
     declined: bool,
+    /// Of a copy: whether the kernel has taken its entry since it is one.
+    written: bool,
     /// Of a copy: the comparison in which its active named it last.
     seen: u8,
     /// Of a connection: the number of the latest decline by its backup; 0: none.
@@ -185,6 +187,7 @@ impl<'m> Table<'m> {
             prev: NIL,
             on: On::None,
             declined: false,
+            written: false,
             seen: 0,
             heard: 0,
             unsure: false,
@@ -392,6 +395,16 @@ impl<'m> Table<'m> {
     /// Sets what [`is_declined`](Self::is_declined) tells.
     pub fn set_declined(&mut self, slot: u32, declined: bool) {
         self.side[slot as usize].declined = declined;
+    }
+
+    /// Of a copy: whether the kernel has taken its entry since it is one. What has passed that since shows in its timeout.
+    pub fn is_written(&self, slot: u32) -> bool {
+        self.side[slot as usize].written
+    }
+
+    /// Sets what [`is_written`](Self::is_written) tells.
+    pub fn set_written(&mut self, slot: u32, written: bool) {
+        self.side[slot as usize].written = written;
     }
 
     /// Whether a decline is later than every other that was heard of this pair of copies; then it is remembered.

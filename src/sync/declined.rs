@@ -64,6 +64,7 @@ impl Replica<'_> {
         };
         match outcome {
             Ok(()) => {
+                self.table.set_written(slot, true);
                 if is_missing {
                     self.table.unlink(&mut self.missing, slot);
                 }

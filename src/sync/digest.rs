@@ -265,6 +265,7 @@ impl Replica<'_> {
         let stream = self.stream_of(self.table.line(slot).peer());
         let s = &mut self.streams[stream];
         s.copies += 1;
+        self.table.set_written(slot, false);
         self.table.set_seen(slot, FRESH + s.comparing.asks);
         self.account_held(slot);
     }

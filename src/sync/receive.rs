@@ -631,8 +631,10 @@ impl Replica<'_> {
 
     /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
-        // (What the kernel did not take is not there, or is not the copy's.)
-        let has_entry = self.config.commit == CommitMode::Eager && self.table.on(slot) != On::Missing;
+        // An entry that was not written as that of a copy yet shows the packets of before, when its traffic was here.
+        let has_entry = self.config.commit == CommitMode::Eager
+            && self.table.is_written(slot)
+            && self.table.on(slot) != On::Missing;
         let connection = self.table.connection(slot);
         self.end_missing(slot);
         self.end_copy(slot);
