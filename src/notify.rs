@@ -161,40 +161,4 @@ mod tests {
         );
         std::fs::remove_dir_all(&dir).unwrap();
     }
-
-    #[test]
-    fn a_notice_that_finds_the_queue_full_is_lost_and_counted() {
-        let dir = std::env::temp_dir().join(format!("hypersync-notify-full-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let (script, out, go) = (dir.join("notify"), dir.join("out"), dir.join("go"));
-        let text = format!(
-            "#!/bin/sh\necho $2 >> {}\nuntil [ -e {} ]; do sleep 0.01; done\n",
-            out.display(),
-            go.display()
-        );
-        std::fs::write(&script, text).unwrap();
-        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let limit = Duration::from_secs(60);
-        let (notifier, thread) = Notifier::start(Some(script), limit).unwrap();
-        let said = || std::fs::read_to_string(&out).unwrap_or_default();
-        notifier.tell("member-up", 1);
-        let started = Instant::now();
-        while said().is_empty() {
-            assert!(started.elapsed() < limit, "the command is called");
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        for _ in 0..NOTIFY_QUEUE {
-            notifier.tell("member-up", 2);
-        }
-        let counts = notifier.counts.clone();
-        let lost = || counts.lost.load(Ordering::Relaxed);
-        let when_full = lost();
-        (0..3).for_each(|_| notifier.tell("member-up", 3));
-        std::fs::write(&go, "").unwrap(); // First of all, so that a failure leaves no process behind.
-        drop(notifier);
-        thread.join().unwrap();
-        assert_eq!(said(), format!("1\n{}", "2\n".repeat(NOTIFY_QUEUE)), "the others are told");
-        assert_eq!((when_full, lost(), counts.failed.load(Ordering::Relaxed)), (0, 3, 0));
-        std::fs::remove_dir_all(&dir).unwrap();
-    }
 }

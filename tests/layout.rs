@@ -493,6 +493,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
         line.set_moving(moving);
         line.set_claimed(claimed);
         line.set_unseen(unseen);
+        line.set_spent(unseen);
         line.set_last(Seq::from_raw(0xabcd_ef01_2345).expect("48 bits"));
         line.set_life(0x6789);
         line.set_state(&c.state);
@@ -527,6 +528,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
             ("moving", moving),
             ("claimed", claimed),
             ("unseen", unseen),
+            ("spent", unseen),
             ("life", 0x6789),
             ("last", 0xabcd_ef01_2345),
         ]);

@@ -229,10 +229,11 @@ impl<'m> Sim<'m> {
             80..92 => {
                 let Some((tuple, owner)) = self.any_with_owner() else { return };
                 self.lately.push_back(tuple);
+                let is_unseen = self.truth.open[&tuple].life % 10 < 3;
                 let event = self.truth.close(tuple);
                 // Whether a kernel saw the end, or just has it no more. Then one that had its packets lately has it until it is
                 // idle there as well.
-                let event = match self.rng.chance(30) {
+                let event = match is_unseen {
                     true => {
                         self.truth.expiring.insert(tuple);
                         SourceEvent::Gone { original: tuple, end: End::Unseen }
@@ -682,9 +683,11 @@ impl<'m> Sim<'m> {
         let mut doubled = Vec::new();
         for (tuple, found) in self.world.copies() {
             let owner = self.truth.open.get(&tuple).and_then(|open| open.owner);
-            let actives = found.iter().filter(|copy| copy.kind == Kind::Active);
-            let at: Vec<MemberId> = actives.map(|copy| copy.member).collect();
+            let actives: Vec<_> = found.iter().filter(|copy| copy.kind == Kind::Active).collect();
+            let at: Vec<MemberId> = actives.iter().map(|copy| copy.member).collect();
+            let alike = actives.windows(2).all(|pair| pair[0].stamp == pair[1].stamp);
             if at.len() > 1
+                && (alike || self.truth.expiring.contains(&tuple))
                 && owner.is_some_and(|owner| !at.contains(&owner))
                 && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
             {
