@@ -64,7 +64,8 @@ impl Replica<'_> {
         };
         match outcome {
             Ok(()) => {
-                self.table.set_written(slot, true);
+                // (Written while its active is silent it has the normal timeout, which says nothing.)
+                self.table.set_written(slot, self.is_living_copy(slot));
                 if is_missing {
                     self.table.unlink(&mut self.missing, slot);
                 }
