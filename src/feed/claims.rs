@@ -9,7 +9,8 @@
 //! | an entry that a packet has passed since it was written | a claim, with the state that the entry has now |
 //! | an entry as it was written | of before, or nobody's traffic: nothing is done |
 //! | none, and its end was seen | a claim and a close |
-//! | none | a copy without its entry: it is written again |
+//! | none, and its end was not seen | a copy without its entry: it is written again |
+//! | none, and the event was another | nothing is done: the event of its end comes behind |
 
 use std::collections::VecDeque;
 
@@ -105,6 +106,7 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Some(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, _) => replica.recommit(now, slot),
+        (None, Some(End::Unseen)) => replica.recommit(now, slot),
+        (None, None) => {} // Its end is told by an event behind this one; should that be lost, by the walk.
     }
 }
