@@ -16,7 +16,7 @@ use crate::conn::table::On;
 use crate::conn::{Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::seq::Seq;
-use crate::source::{End, SourceEvent};
+use crate::source::{Commit, End, SourceEvent};
 use crate::time::Time;
 
 /// For so long the end of a hold waits for a source that has more to tell.
@@ -85,13 +85,21 @@ impl Replica<'_> {
     /// stamp, or it is closing here), it begins above it: whatever of that one is still on its way, or
     /// looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
-        if let Some(slot) = self.fill_held(connection, over) {
+        if let Some(slot) = self.fill_held(connection, over, false) {
             self.table.push(&mut self.held, On::Held, slot, now);
         }
     }
 
-    /// A slot with a connection that is held and stands in no list yet.
-    pub(super) fn fill_held(&mut self, connection: &Connection, over: Option<Stamp>) -> Option<u32> {
+    /// What is left of a copy is held above its stamp until the kernel has told whether packets pass its entry here.
+    pub(super) fn ask_for_packets(&mut self, connection: &Connection, over: Stamp) {
+        if let Some(slot) = self.fill_held(connection, Some(over), true) {
+            let generation = self.table.line(slot).generation();
+            self.commit(Commit::Look { slot, generation });
+        }
+    }
+
+    /// A slot with a connection that is held and stands in no list yet. `None`: no slot is free.
+    fn fill_held(&mut self, connection: &Connection, over: Option<Stamp>, is_unseen: bool) -> Option<u32> {
         let over = over.max(self.table.closing_stamp(&connection.original));
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
@@ -99,6 +107,7 @@ impl Replica<'_> {
         };
         let mut line = self.table.line(slot);
         line.set_kind(Kind::Held);
+        line.set_unseen(is_unseen);
         line.set_stamp(over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed));
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(groups::ALL);
@@ -396,25 +405,12 @@ mod tests {
     use crate::counters::Counters;
     use crate::memory::{Memory, MemorySize, OwnedMemory};
     use crate::source::CommitMode;
-    use crate::sync::ReplicaConfig;
+    use crate::sync::replica::{ReplicaConfig, test_config};
 
     const HOLD: Duration = Duration::from_secs(3);
 
     fn replica(memory: Memory<'_>) -> Replica<'_> {
-        let config = ReplicaConfig {
-            group: 7,
-            member: 1,
-            shard: 0,
-            shards: 1,
-            site: 0,
-            table_id: 1,
-            index_key: 1,
-            hold: HOLD,
-            reprotect_after: HOLD,
-            flush: Duration::ZERO,
-            compare: HOLD,
-            commit: CommitMode::Eager,
-        };
+        let config = ReplicaConfig { hold: HOLD, commit: CommitMode::Eager, ..test_config() };
         Replica::new(config, memory)
     }
 

@@ -635,37 +635,27 @@ impl Replica<'_> {
         let has_entry = self.config.commit == CommitMode::Eager
             && self.table.is_written(slot)
             && self.table.on(slot) != On::Missing;
-        let connection = self.table.connection(slot);
         self.end_missing(slot);
         self.end_copy(slot);
-        // (Another slot may have the tuple by now: the entry is that one's.)
-        self.table.forget(slot);
-        let is_known = self.table.find_original(&connection.original).is_some();
         if let Rest::Perhaps(stamp, is_witnessed) = rest
-            && !is_known
+            && (has_entry || is_witnessed)
         {
-            if has_entry {
-                if let Some(asked) = self.fill_held(&connection, Some(stamp)) {
-                    self.table.update(asked, |line| line.set_unseen(true));
-                    let generation = self.table.line(asked).generation();
-                    self.commit(Commit::Look { slot: asked, generation });
+            let connection = self.table.connection(slot);
+            // (Another slot may have the tuple by now: the entry is that one's.)
+            if !self.lives_besides(slot, &connection.original) {
+                match has_entry {
+                    true => self.ask_for_packets(&connection, stamp),
+                    false => self.open(now, &connection, Some(stamp)),
                 }
-            } else if is_witnessed {
-                self.open(now, &connection, Some(stamp));
             }
         }
-        self.vacate(slot, stream);
+        self.drop_to_lease(slot, stream);
     }
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
     fn drop_to_lease(&mut self, slot: u32, stream: usize) {
-        self.table.forget(slot);
-        self.vacate(slot, stream);
-    }
-
-    /// A slot that is in the index no more becomes the sender's lease.
-    fn vacate(&mut self, slot: u32, stream: usize) {
         let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
         let life = self.durable(stream).peer_life();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {

@@ -84,6 +84,25 @@ pub struct ReplicaConfig {
     pub commit: CommitMode,
 }
 
+/// What the unit tests of the parts tell a shard.
+#[cfg(test)]
+pub(super) fn test_config() -> ReplicaConfig {
+    ReplicaConfig {
+        group: 7,
+        member: 1,
+        shard: 0,
+        shards: 1,
+        site: 0,
+        table_id: 1,
+        index_key: 1,
+        hold: Duration::ZERO,
+        reprotect_after: Duration::from_secs(2),
+        flush: Duration::ZERO,
+        compare: Duration::from_secs(1),
+        commit: CommitMode::Takeover,
+    }
+}
+
 /// One shard's protocol.
 pub struct Replica<'m> {
     pub(super) config: ReplicaConfig,

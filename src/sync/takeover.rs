@@ -674,7 +674,7 @@ impl Replica<'_> {
 
     /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in
     /// another slot.
-    fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
+    pub(super) fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
         let lives = |other: u32| {
             let line = self.table.line(other);
             other != slot
@@ -774,25 +774,8 @@ mod tests {
     use crate::conn::{Generation, Stamp};
     use crate::group::view::Member;
     use crate::memory::{MemorySize, OwnedMemory};
-    use crate::sync::ReplicaConfig;
     use crate::sync::chores::Task;
-
-    fn config() -> ReplicaConfig {
-        ReplicaConfig {
-            group: 7,
-            member: 1,
-            shard: 0,
-            shards: 1,
-            site: 0,
-            table_id: 1,
-            index_key: 1,
-            hold: Duration::ZERO,
-            reprotect_after: Duration::from_secs(2),
-            flush: Duration::ZERO,
-            compare: Duration::from_secs(1),
-            commit: CommitMode::Takeover,
-        }
-    }
+    use crate::sync::replica::test_config as config;
 
     #[test]
     fn a_member_that_comes_and_goes_all_the_time_leaves_no_pile_of_walks() {
