@@ -186,9 +186,9 @@ impl Replica<'_> {
                 && self.is_up(chore.target.member())
                 && matches!(chore.task, Task::Release { of: Some(of), .. } if of == here)
         };
-        let found = self.chores.ids().find(|id| self.chores.chores[*id as usize].as_ref().is_some_and(is_it));
-        let Some(id) = found else { return false };
-        let previous = self.chores.chores[id as usize].expect("it was found").target;
+        let mut chores = self.chores.ids().filter_map(|id| Some((id, self.chores.chores[id as usize]?)));
+        let found = chores.find(|(_, chore)| is_it(chore)).map(|(id, chore)| (id, chore.target));
+        let Some((id, previous)) = found else { return false };
         self.chores.remove(id);
         self.end_move(slot);
         self.assign(now, slot, previous);

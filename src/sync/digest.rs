@@ -214,7 +214,7 @@ pub(super) struct Comparison {
 impl Comparison {
     pub(super) fn new() -> Comparison {
         Comparison {
-            // Beside items there may be an end for each stream.
+            // Beside items there may be what waits for its release, and an end.
             lines: VecDeque::with_capacity(ITEMS_MAX + MOVES_MAX + 1),
             resends: Vec::with_capacity(RESENDS_MAX),
             findings: VecDeque::with_capacity(FINDINGS_MAX),
