@@ -14,8 +14,8 @@
 //! **A timeout that a packet gave** says, more often than not, that the copy's traffic is here now: an established
 //! connection that moves raises no event. It is counted and no claim. Where the two directions of a connection
 //! take different gateways it is the same at both of them, for ever, and each walk would turn the pair around; an
-//! entry that was written while the active was silent has such a timeout too. The entry gets its long timeout again,
-//! so that the copy lasts as long as its active says; the claim comes with the next event.
+//! entry that was written while the active was silent has such a timeout too. It is left so: should its active lose the
+//! connection, that packets passed here is what keeps it. If it runs out, its DESTROY is the copy's loss, and it is written again.
 //!
 //! **Cost.** A step asks for 32 entries at most, steps are 16 ms apart at least, and one waits while traffic
 //! keeps the shard busy: then, or with a table too large for its period, a walk takes longer.
