@@ -64,6 +64,7 @@ counters! {
     KernelFull, "kernel_full", "leases withheld because the kernel's table is full, or as full as it may be made";
     TableFull, "table_full", "connections or copies refused because no slot was free";
     Claims, "claims", "copies claimed here because their traffic showed up";
+    ClaimsContested, "claims_contested", "of the claims, those of connections that another member had as well, and knew as much of";
     ClaimsByLook, "claims_by_look", "of the claims, those of connections whose end nobody saw, and whose kernel entry here packets had passed";
     ClaimsUnfounded, "claims_unfounded", "events at copies whose kernel entry no packet had passed: of before, or an operator's";
     ClaimsLost, "claims_lost", "connections given up here because a peer claimed them";

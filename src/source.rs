@@ -78,7 +78,14 @@ pub enum Commit {
         /// Its life when the commit was asked for.
         generation: Generation,
     },
-    /// The connection in this slot is ours now: its entry gets the protocol's normal timeout again.
+    /// Write the copy in this slot once more, unless packets have passed its entry since it was written.
+    Again {
+        /// The slot.
+        slot: u32,
+        /// Its life when the commit was asked for.
+        generation: Generation,
+    },
+    /// The connection in this slot is ours now: its entry gets the protocol's normal timeout again, if it has that of copies.
     Refresh {
         /// The slot.
         slot: u32,
@@ -88,6 +95,14 @@ pub enum Commit {
     /// Tell what the kernel has of the connection in this slot, and whether packets have passed it since its entry was
     /// written: by [`Replica::handle_look`](crate::sync::Replica::handle_look).
     Look {
+        /// The slot.
+        slot: u32,
+        /// Its life when this was asked for.
+        generation: Generation,
+    },
+    /// Tell what the kernel has of the connection in this slot, by
+    /// [`Replica::handle_watch`](crate::sync::Replica::handle_watch).
+    Watch {
         /// The slot.
         slot: u32,
         /// Its life when this was asked for.

@@ -130,7 +130,7 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
             shard.tick(now);
             let mut asked = 0;
             while let Some(commit) = shard.poll_commit() {
-                assert!(matches!(commit, Commit::Write { .. }));
+                assert!(matches!(commit, Commit::Again { .. }));
                 asked += 1;
             }
             assert!(asked <= 64, "{asked} at once");

@@ -242,6 +242,39 @@ fn a_death_in_the_middle_of_a_move_leaves_one_active() {
     }
 }
 
+/// Member 2 does not hear member 1 and takes its connections over; both have their copies at member 3. Then the one dies whose state
+/// is the newer one.
+#[test]
+fn the_newest_state_survives_at_the_common_backup_of_two_actives() {
+    for is_leaving in [false, true] {
+        let memories = memories(8);
+        let mut world = group(12, &memories, &[100, 100]);
+        let tuples: Vec<_> = (0..20).map(|_| world.open_at(1)).collect();
+        settle(&mut world, SECOND);
+        world.start(3, 2, 100);
+        world.run_for(ms(100));
+        world.cut = vec![(1, 2)];
+        world.run_until(SECOND * 2, "both have their copies at member 3", |w| {
+            w.counter(3, Counter::ConnectionsBackup) == 2 * tuples.len() as u64
+        });
+        for tuple in &tuples {
+            world.change(*tuple);
+        }
+        world.run_for(ms(50));
+        match is_leaving {
+            true => world.goodbye(1),
+            false => world.kill(1),
+        }
+        for tuple in &tuples {
+            world.open.get_mut(tuple).unwrap().owner = 3;
+        }
+        world.cut.clear();
+        world.run_for(ms(500));
+        settle(&mut world, SECOND * 3);
+        world.check();
+    }
+}
+
 #[test]
 fn who_presumes_and_sees_the_close_closes_the_previous_backup_too() {
     let memories = memories(8);

@@ -29,6 +29,8 @@ mod plan;
 mod scale;
 #[path = "simulation/sim.rs"]
 mod sim;
+#[path = "simulation/traffic/mod.rs"]
+mod traffic;
 #[path = "simulation/truth.rs"]
 mod truth;
 #[path = "protocol/world.rs"]
@@ -107,6 +109,30 @@ fn run(seed: u64, log: bool) -> Result<u64, String> {
     }
 }
 
+/// The same of the simulator with its kernel.
+fn run_traffic(seed: u64, log: bool) -> Result<u64, String> {
+    let mut rng = Rng(seed);
+    let plan = traffic::Plan::draw(&mut rng);
+    if log {
+        eprintln!("{plan:#?}");
+    }
+    let memories = memories_of(plan.memories(), plan.size);
+    let mut steps = 0;
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut sim = traffic::Sim::new(rng.next(), plan, &memories);
+        sim.world.log = log.then_some(print_event);
+        let outcome = sim.run();
+        steps = sim.steps;
+        outcome.map_err(|broken| {
+            format!("step {steps}: {broken}\n{}", if log { sim.world.describe() } else { String::new() })
+        })
+    }));
+    match outcome {
+        Ok(outcome) => outcome.map(|()| steps),
+        Err(_) => Err(format!("an assertion: {}", LAST_PANIC.take().unwrap_or_default())),
+    }
+}
+
 /// Panics of this program are told with the seed, not where they happen.
 fn keep_panics() {
     let usual = std::panic::take_hook();
@@ -126,6 +152,7 @@ type Failure = (u64, String);
 /// took.
 fn run_seeds(
     seeds: Range<u64>,
+    run: fn(u64, bool) -> Result<u64, String>,
     prepare: &(dyn Fn() + Sync),
     tell: &(dyn Fn(Failure) -> ControlFlow<()> + Sync),
 ) -> u64 {
@@ -156,11 +183,11 @@ fn run_seeds(
     steps.into_inner()
 }
 
-/// How this build's seeds are replayed.
+/// How this build's seeds are replayed, with the name of their test behind it.
 const REPLAY: &str = if cfg!(feature = "mutations") {
-    "cargo test --release --features mutations --test simulation every_seed -- --nocapture"
+    "cargo test --release --features mutations --test simulation"
 } else {
-    "cargo test --release --test simulation every_seed -- --nocapture"
+    "cargo test --release --test simulation"
 };
 
 fn number(name: &str) -> Option<u64> {
@@ -169,6 +196,16 @@ fn number(name: &str) -> Option<u64> {
 
 #[test]
 fn every_seed_keeps_every_promise() {
+    run_all("every_seed", 600, run);
+}
+
+#[test]
+fn all_traffic_passes_and_all_that_has_ended_goes() {
+    run_all("all_traffic", 300, run_traffic);
+}
+
+/// Runs the seeds that were asked for, or so many, of the test with this name; tells every failure.
+fn run_all(name: &str, usual: u64, run: fn(u64, bool) -> Result<u64, String>) {
     if let Some(seed) = number("SEED") {
         if let Err(broken) = run(seed, true) {
             panic!("SEED={seed}: {broken}");
@@ -177,14 +214,14 @@ fn every_seed_keeps_every_promise() {
     }
     keep_panics();
     let first = number("FIRST").unwrap_or(1);
-    let seeds = first..first.saturating_add(number("SEEDS").unwrap_or(600));
+    let seeds = first..first.saturating_add(number("SEEDS").unwrap_or(usual));
     let began = Instant::now();
     let failed = AtomicU64::new(0);
-    let steps = run_seeds(seeds.clone(), &|| {}, &|(seed, broken)| {
+    let steps = run_seeds(seeds.clone(), run, &|| {}, &|(seed, broken)| {
         failed.fetch_add(1, Ordering::Relaxed);
         // Straight to the terminal: what a test prints is shown when it ends, and a soak may be stopped before.
         let broken: String = broken.lines().next().unwrap_or_default().chars().take(300).collect();
-        let line = format!("SEED={seed} {REPLAY}  # {broken}\n");
+        let line = format!("SEED={seed} {REPLAY} {name} -- --nocapture  # {broken}\n");
         let _ = std::io::stdout().write_all(line.as_bytes());
         ControlFlow::Continue(())
     });
@@ -212,7 +249,7 @@ fn every_deliberate_fault_is_caught() {
         }
         let seeds = 1..1 + number("SEEDS").unwrap_or(150);
         let first: Mutex<Option<Failure>> = Mutex::new(None);
-        run_seeds(seeds, &|| set(Some(*mutation)), &|(seed, broken)| {
+        run_seeds(seeds, run, &|| set(Some(*mutation)), &|(seed, broken)| {
             let mut first = first.lock().expect("nobody panicked");
             if first.as_ref().is_none_or(|(other, _)| seed < *other) {
                 *first = Some((seed, broken));

@@ -3,9 +3,9 @@
 //! The kernel keeps an entry for minutes after its connection has ended: what is still in its table is not
 //! alive for that. The numbers of states are those of `enum tcp_conntrack`, `sctp_conntrack` and `ct_dccp_states`.
 
-use super::Connection;
 use super::extra::parts;
 use super::tuple::{DCCP, SCTP, TCP};
+use super::{Connection, State};
 
 /// How near its end a connection is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,11 +30,19 @@ impl Connection {
     }
 }
 
+/// Whether a TCP entry that was open went back to its beginning. The port was used again, and the entry of the one before stood
+/// in the way: as soon as the server has answered the SYN, the kernel makes it the next one's.
+pub fn begins_anew(old: &State, new: &State) -> bool {
+    const SYN_RECV: u8 = 2;
+    const SYN_SENT2: u8 = 9;
+    old.tcp_state > SYN_RECV && old.tcp_state != SYN_SENT2 && new.tcp_state == SYN_RECV
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::conn::Tuple;
     use crate::conn::extra::{Extra, ProtoInfo};
-    use crate::conn::{State, Tuple};
 
     #[test]
     fn half_closed_connections_are_open_and_lingering_ones_are_over() {

@@ -1,11 +1,6 @@
 //! Committing: writing copies into the kernel's table, and removing them.
 //!
-//! Requests are gathered in a small batch and sent together; the kernel acts on all of them
-//! before the call returns, and its answers are waiting by then, so nothing here blocks. A
-//! batch is not a transaction: each request succeeds or fails alone, and only failures are
-//! answered (and the last request, which shows that the answers are complete).
-//!
-//! What may happen to one entry, round after round:
+//! A batch is not a transaction: each request succeeds or fails alone ([`entries`](super::entries)). What may happen to one entry, round after round:
 //!
 //! ```text
 //!  write --> CREATE --ok--------------------------------> Written
@@ -17,6 +12,8 @@
 //!               + no room: GET; what is not there is refused (NoRoom)
 //!  delete -> DELETE --ok, ENOENT--> Removed
 //!  replace -> DELETE, CREATE, as above
+//!  keep ---> GET --found, packets have passed it--> Written (as it is)
+//!               | found as it was written: UPDATE or DELETE, CREATE, as above;  ENOENT: CREATE, as above
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
 //!
@@ -24,6 +21,9 @@
 //! because another connection holds the translated tuple (two gateways behind one address
 //! that hand out the same ports). Comparing the reply tuples matters since an update by
 //! original tuple succeeds on an entry with another translation, and a translation cannot be changed.
+//!
+//! **What packets have passed** is somebody's connection, who may be alive. An entry with the original tuple and another translation, which
+//! has not the timeout of copies and has not ended, is never removed for a copy: that is a clash as well.
 //!
 //! A **shift** of sequence numbers that the kernel has made further is never taken back: its helper did that, with a packet that passed
 //! here. A connection that is shifted, and of which nobody knows by how much, is not written, and an entry
@@ -33,18 +33,13 @@
 //! replaced, and where there is no such helper the entry is written without, which is counted.
 
 use super::KernelError;
-use super::codec::{
-    self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
-    encode_statistics, encode_update, request_ack, status,
-};
-use super::fill::TableFill;
-use super::netlink::{Mailbox, Socket};
+use super::codec::status;
+use super::entries::{Answers, Entries, NetlinkEntries, Request};
 use super::timeouts::Timeouts;
 use crate::conn::extra::{HELPER_NAME, parts};
 use crate::conn::tuple::GRE;
-use crate::conn::{Connection, Tuple};
+use crate::conn::{Connection, Phase, Tuple};
 use crate::limits::COMMIT_PER_PASS;
-use crate::source::SourceEvent;
 
 /// The timeout of an entry whose active lives: it must outlast any silence, because refreshes
 /// raise no events and only the active's close may end it. Longer than the kernel's longest
@@ -139,6 +134,8 @@ pub struct FlushFirst;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Step {
     Create,
+    /// As it is, if packets have passed it.
+    Keep,
     Look,
     Ask,
     Update {
@@ -159,18 +156,13 @@ struct Entry {
     step: Step,
 }
 
-/// A shard's pen: one socket, one batch.
-pub struct Committer {
-    socket: Socket,
-    mailbox: Mailbox,
-    requests: Vec<u8>,
+/// A shard's pen: one batch, and the kernel's entries behind it.
+pub struct Committer<E = NetlinkEntries> {
+    kernel: E,
     entries: Vec<Entry>,
-    sequence: u32,
     tally: Tally,
     /// Helpers that this kernel refused, at most [`HELPERS_MAX`].
     refused: Vec<[u8; HELPER_NAME]>,
-    timeouts: Timeouts,
-    fill: TableFill,
 }
 
 impl Committer {
@@ -180,64 +172,40 @@ impl Committer {
     /// Opens a socket in the network namespace of the calling thread, and asks the kernel
     /// whether it will answer.
     pub fn open() -> Result<Committer, KernelError> {
-        let socket = Socket::open()?;
-        // An answer without the request in it: 36 bytes whatever we sent.
-        socket.set_netlink_option(libc::NETLINK_CAP_ACK, 1, "set up a netlink socket")?;
-        // Every answer of a batch waits at once: 32 entries asked for take less than 8 KB each.
-        socket.set_receive_buffer(1 << 20)?;
-        let mut committer = Committer {
-            socket,
-            mailbox: Mailbox::new(Mailbox::BATCH, 4096),
-            requests: vec![0; (2 * Committer::BATCH + 1) * MESSAGE_MAX],
-            entries: Vec::with_capacity(Committer::BATCH),
-            sequence: 1,
-            tally: Tally::default(),
-            refused: Vec::with_capacity(HELPERS_MAX),
-            timeouts: Timeouts::read(),
-            fill: TableFill::open()
-                .map_err(|_| KernelError::NoConntrack { doing: "read conntrack's limits" })?,
-        };
-        committer.probe()?;
-        Ok(committer)
-    }
-
-    /// Asks something harmless: says at the start what every commit would say later.
-    fn probe(&mut self) -> Result<(), KernelError> {
-        const DOING: &str = "ask the kernel about its connection table";
-        let length = encode_statistics(&mut self.requests, self.sequence);
-        request_ack(&mut self.requests);
-        self.socket.send(&self.requests[..length]).map_err(|e| KernelError::new(DOING, &e))?;
-        let mut errno = libc::ENODATA;
-        while self.mailbox.receive(&self.socket, Mailbox::BATCH).map_err(|e| KernelError::new(DOING, &e))? > 0
-        {
-            for answer in self.mailbox.messages().filter_map(codec::answer) {
-                if answer.kind == TYPE_ERROR {
-                    errno = answer.errno;
-                }
-            }
-        }
-        match errno {
-            0 => Ok(()),
-            // What nfnetlink says about a subsystem that nobody has registered.
-            libc::EINVAL | libc::EOPNOTSUPP => Err(KernelError::NoConntrack { doing: DOING }),
-            errno => Err(KernelError::from_errno(DOING, errno)),
-        }
+        Ok(Committer::over(NetlinkEntries::open()?))
     }
 
     /// The port id in the events that this committer's writes cause.
     pub fn port_id(&self) -> u32 {
-        self.socket.port_id()
+        self.kernel.port_id()
+    }
+}
+
+impl<E: Entries> Committer<E> {
+    /// A pen for these entries.
+    pub fn over(kernel: E) -> Committer<E> {
+        Committer {
+            kernel,
+            entries: Vec::with_capacity(Committer::BATCH),
+            tally: Tally::default(),
+            refused: Vec::with_capacity(HELPERS_MAX),
+        }
     }
 
     /// Entries that may still be inserted, and entries that the kernel allows (0: any number).
     pub fn room_and_limit(&self) -> (u64, u64) {
-        (self.fill.room(), self.fill.limit_and_count().0)
+        self.kernel.room_and_limit()
+    }
+
+    /// What timeouts the kernel gives, as far as it was read.
+    pub fn timeouts(&self) -> &Timeouts {
+        self.kernel.timeouts()
     }
 
     /// Reads some of the kernel's timeouts again, in turn, and tells what they are now.
     pub fn read_timeouts_again(&mut self, count: usize) -> &Timeouts {
-        self.timeouts.read_again(count);
-        &self.timeouts
+        self.kernel.read_timeouts_again(count);
+        self.kernel.timeouts()
     }
 
     /// The timeout of an entry whose active is dead. What the active's kernel had last given it, by a timeout policy perhaps,
@@ -246,7 +214,7 @@ impl Committer {
     fn normal_timeout(&self, connection: &Connection) -> u32 {
         let own = match connection.original.protocol {
             GRE => GRE_TIMEOUT_S,
-            _ => self.timeouts.of(connection),
+            _ => self.kernel.timeouts().of(connection),
         };
         match connection.state.timeout_s {
             given if given <= GIVEN_MAX_S => own.max(given),
@@ -267,6 +235,11 @@ impl Committer {
     /// Adds an entry to be written in place of whatever has its original tuple: for what an update cannot change.
     pub fn replace(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
         self.add_written(connection, lifetime, Step::Replace)
+    }
+
+    /// Adds an entry to be written unless packets have passed it since it was: then the kernel knows it better.
+    pub fn keep(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+        self.add_written(connection, lifetime, Step::Keep)
     }
 
     /// Adds an entry to be brought up to date if it is there.
@@ -348,47 +321,32 @@ impl Committer {
         if !self.entries.iter().any(|e| e.step == Step::Create) {
             return;
         }
-        let room = self.fill.room().min(Committer::BATCH as u64) as usize;
+        let room = self.kernel.room_and_limit().0.min(Committer::BATCH as u64) as usize;
         for entry in self.entries.iter_mut().filter(|e| e.step == Step::Create).skip(room) {
             entry.may_create = false;
             entry.step = Step::Look;
         }
     }
 
-    /// Sends what every unfinished entry needs next, and takes the answers.
+    /// Asks for what every unfinished entry needs next, and takes the answers.
     fn round(&mut self) {
-        // Two requests an entry at most: sequence base + 2 * index, and one more for the second.
-        let base = self.sequence;
-        self.sequence = base.wrapping_add(2 * Committer::BATCH as u32);
-        let (mut end, mut last, mut last_sequence) = (0, 0, base);
-        for (index, entry) in self.entries.iter_mut().enumerate() {
+        for (index, entry) in self.entries.iter().enumerate() {
             let Entry { connection, timeout_s, .. } = entry;
-            let sequence = base.wrapping_add(2 * index as u32);
-            let mut put = |sequence: u32, encode: &dyn Fn(&mut [u8], u32) -> usize| {
-                (last, last_sequence) = (end, sequence);
-                end += encode(&mut self.requests[end..], sequence);
-            };
-            let name = &connection.original;
+            let (original, timeout_s) = (&connection.original, *timeout_s);
+            let mut put = |request| self.kernel.put(index, request);
             match entry.step {
-                Step::Create => put(sequence, &|b, s| encode_create(b, s, connection, *timeout_s)),
-                Step::Look | Step::Ask => put(sequence, &|b, s| encode_get(b, s, name)),
-                Step::Update { present } => {
-                    put(sequence, &|b, s| encode_update(b, s, connection, *timeout_s, present))
-                }
+                Step::Create => put(Request::Create { connection, timeout_s }),
+                Step::Keep | Step::Look | Step::Ask => put(Request::Get { original }),
+                Step::Update { present } => put(Request::Update { connection, timeout_s, present }),
                 Step::Replace => {
-                    put(sequence, &|b, s| encode_delete(b, s, name));
-                    put(sequence.wrapping_add(1), &|b, s| encode_create(b, s, connection, *timeout_s));
+                    put(Request::Delete { original });
+                    put(Request::Create { connection, timeout_s });
                 }
-                Step::Delete | Step::Withdraw => put(sequence, &|b, s| encode_delete(b, s, name)),
+                Step::Delete | Step::Withdraw => put(Request::Delete { original }),
                 Step::Done(_) => {}
             }
         }
-        request_ack(&mut self.requests[last..]);
-        let answers = match self.socket.send(&self.requests[..end]) {
-            Ok(()) => self.read_answers(base, last_sequence),
-            Err(e) => Err(e.raw_os_error().unwrap_or(libc::EIO)),
-        };
-        match answers {
+        match self.kernel.carry_out() {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
                     entry.step = entry.next_step(answer, &mut self.tally, &mut self.refused);
@@ -403,38 +361,6 @@ impl Committer {
             }
         }
     }
-
-    /// The answers, by entry. All of them wait already: an empty queue before the last one
-    /// means that answers were lost.
-    fn read_answers(&mut self, base: u32, last: u32) -> Result<[Answers; Committer::BATCH], i32> {
-        let mut answers = [Answers::default(); Committer::BATCH];
-        loop {
-            let taken = self
-                .mailbox
-                .receive(&self.socket, Mailbox::BATCH)
-                .map_err(|e| e.raw_os_error().unwrap_or(libc::EIO))?;
-            if taken == 0 {
-                return Err(libc::ENODATA);
-            }
-            let mut is_complete = false;
-            for message in self.mailbox.messages() {
-                let Some(answer) = codec::answer(message) else { continue };
-                let offset = answer.sequence.wrapping_sub(base) as usize;
-                let Some(of_entry) = answers.get_mut(offset / 2) else { continue };
-                if answer.kind == TYPE_ERROR {
-                    of_entry.errno[offset % 2] = answer.errno;
-                    is_complete |= answer.sequence == last;
-                } else if let Ok(Decoded { event: SourceEvent::Seen { connection, .. }, .. }) =
-                    decode_entry(message)
-                {
-                    of_entry.found = Some(connection);
-                }
-            }
-            if is_complete {
-                return Ok(answers);
-            }
-        }
-    }
 }
 
 /// Whether this entry of the kernel translates anything: one that was made with a translated reply tuple and
@@ -446,13 +372,6 @@ pub fn translates(entry: &Connection) -> bool {
 /// Whether the connection's sequence numbers are shifted, and by how much is not known.
 fn is_shift_unknown(connection: &Connection) -> bool {
     connection.state.status & status::SEQ_ADJUST != 0 && !connection.extra.has(parts::SEQADJ)
-}
-
-/// What the kernel said to the one or two requests of an entry; silence is success.
-#[derive(Clone, Copy, Default)]
-struct Answers {
-    errno: [i32; 2],
-    found: Option<Connection>,
 }
 
 impl Entry {
@@ -481,6 +400,18 @@ impl Entry {
     /// Whether the entry that is there has no shift, and perhaps no room for one, of which no answer would tell.
     fn wants_a_shift_besides(&self, there: &Connection) -> bool {
         self.connection.extra.has(parts::SEQADJ) && !there.extra.has(parts::SEQADJ)
+    }
+
+    /// Whether the entry that is there is this connection's, and packets have passed it. One that has ended is no living copy's.
+    fn is_known_better(&self, there: &Connection) -> bool {
+        there.reply == self.connection.reply
+            && is_touched(there)
+            && (self.timeout_s != KEPT_TIMEOUT_S || there.phase() != Phase::Over)
+    }
+
+    /// Whether the entry that is there is another connection's, and packets have passed it: whether that lives nobody knows here.
+    fn is_anothers(&self, there: &Connection) -> bool {
+        there.reply != self.connection.reply && is_touched(there) && there.phase() != Phase::Over
     }
 
     /// Whether the entry that is there shows the translated tuple, but translates nothing.
@@ -531,7 +462,14 @@ impl Entry {
             },
             (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
-            (Step::Look, [0, _]) => match answers.found {
+            (Step::Keep, [libc::ENOENT, _]) => Step::Create,
+            (Step::Keep, [0, _]) if answers.found.is_some_and(|there| self.is_known_better(&there)) => {
+                Step::Done(Outcome::Written)
+            }
+            (Step::Look, [0, _]) if answers.found.is_some_and(|there| self.is_anothers(&there)) => {
+                Step::Done(Outcome::Clash)
+            }
+            (Step::Keep | Step::Look, [0, _]) => match answers.found {
                 // A translation, a helper, a first shift or a fixed timeout cannot be given to an entry that is there.
                 Some(there)
                     if there.reply == self.connection.reply

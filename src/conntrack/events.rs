@@ -18,21 +18,13 @@
 use std::collections::{HashSet, VecDeque};
 use std::os::fd::BorrowedFd;
 
-use super::codec::{Decoded, decode, expecting, is_expectation, status};
-use super::dump::{Dump, DumpProgress};
-use super::netlink::{Mailbox, Socket};
-use super::{KernelError, filter};
+use super::KernelError;
+use super::codec::status;
+use super::dump::DumpProgress;
+use super::queue::{Heard, NetlinkQueue, Queue};
 use crate::conn::slot::groups;
 use crate::conn::{Tuple, shard_of};
 use crate::source::SourceEvent;
-
-/// Groups of conntrack events: `NFNLGRP_CONNTRACK_NEW`, `_UPDATE`, `_DESTROY`.
-const GROUPS: [i32; 3] = [1, 2, 3];
-/// `NFNLGRP_CONNTRACK_EXP_NEW`. Every shard hears of all expectations, which are few.
-const EXPECTATIONS: i32 = 4;
-
-/// Bytes of the largest event: tuples, NAT, helper, labels and a security context stay far below.
-const EVENT_MAX: usize = 4096;
 
 /// Tuples remembered while a dump is under way: several passes' worth of events.
 const RECENT_MAX: usize = 4 * crate::limits::INGEST_PER_PASS;
@@ -60,11 +52,9 @@ pub struct Drained {
 }
 
 /// One shard's ear to the kernel.
-pub struct Source {
-    socket: Socket,
-    mailbox: Mailbox,
+pub struct Source<Q = NetlinkQueue> {
+    queue: Q,
     share: Share,
-    dump: Dump,
     recent: HashSet<Tuple>,
     expecting: VecDeque<Tuple>,
 }
@@ -108,74 +98,61 @@ impl Source {
         own_port_ids: &[u32],
         receive_buffer: usize,
     ) -> Result<Source, KernelError> {
-        let socket = Socket::open()?;
-        socket.set_receive_buffer(receive_buffer)?;
-        socket.set_netlink_option(libc::NETLINK_NO_ENOBUFS, 1, "set up a netlink socket")?;
-        // The filter before the groups: nothing of other shards is ever queued.
-        socket.attach_filter(&filter::program(own_port_ids, shard, shards))?;
-        for group in GROUPS.into_iter().chain([EXPECTATIONS]) {
-            socket.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen to conntrack events")?;
-        }
-        Ok(Source {
-            socket,
-            mailbox: Mailbox::new(Mailbox::BATCH, EVENT_MAX),
-            share: Share { shard, shards },
-            dump: Dump::open()?,
-            recent: HashSet::with_capacity(RECENT_MAX),
-            expecting: VecDeque::with_capacity(EXPECTING_MAX),
-        })
+        let queue = NetlinkQueue::open(shard, shards, own_port_ids, receive_buffer)?;
+        Ok(Source::over(queue, shard, shards))
     }
 
     /// The descriptor that is readable when events wait.
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.fd()
+        self.queue.fd()
+    }
+}
+
+impl<Q: Queue> Source<Q> {
+    /// What shard `shard` of `shards` makes of this queue.
+    pub fn over(queue: Q, shard: u8, shards: u8) -> Source<Q> {
+        Source {
+            queue,
+            share: Share { shard, shards },
+            recent: HashSet::with_capacity(RECENT_MAX),
+            expecting: VecDeque::with_capacity(EXPECTING_MAX),
+        }
     }
 
     /// Takes up to `cap` waiting messages from the kernel. It pauses while [`next_expecting`](Self::next_expecting) has
     /// too many to tell.
     pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> Drained {
         let mut drained = Drained::default();
+        let Source { queue, share, recent, expecting } = self;
+        let is_dumping = queue.is_dumping();
         let mut left = cap;
-        if self.dump.is_running() {
-            left = left.min(RECENT_MAX.saturating_sub(self.recent.len()));
+        if is_dumping {
+            left = left.min(RECENT_MAX.saturating_sub(recent.len()));
         }
-        while left > 0 && self.expecting.len() < EXPECTING_MAX {
-            let batch = left.min(Mailbox::BATCH).min(EXPECTING_MAX - self.expecting.len());
-            let taken = self.mailbox.receive(&self.socket, batch).unwrap_or_else(|_| {
-                drained.failed += 1;
-                0
-            });
-            for message in self.mailbox.messages() {
-                if is_expectation(message) {
-                    match expecting(message) {
-                        Ok(original) if self.share.has(&original) => {
-                            drained.expectations += 1;
-                            self.expecting.push_back(original);
-                        }
-                        Ok(_) => {}
-                        Err(_) => drained.malformed += 1,
-                    }
-                    continue;
-                }
-                let decoded = decode(message).map(|Decoded { event, skipped }| {
+        while left > 0 && expecting.len() < EXPECTING_MAX {
+            let wanted = left.min(EXPECTING_MAX - expecting.len());
+            let batch = queue.receive(wanted, &mut |heard| match heard {
+                Heard::Event { event, skipped } => {
                     drained.skipped += skipped as usize;
-                    event
-                });
-                match decoded {
-                    Ok(event) if self.share.wants(&event) => {
-                        if self.dump.is_running() && self.recent.len() < RECENT_MAX {
-                            self.recent.extend(newer_than_a_dump(&event));
+                    if share.wants(&event) {
+                        if is_dumping && recent.len() < RECENT_MAX {
+                            recent.extend(newer_than_a_dump(&event));
                         }
                         drained.events += 1;
                         f(event);
                     }
-                    Ok(_) => {}
-                    Err(_) => drained.malformed += 1,
                 }
-            }
-            left -= taken;
-            drained.taken += taken;
-            if taken < batch {
+                Heard::Expects(original) if share.has(&original) => {
+                    drained.expectations += 1;
+                    expecting.push_back(original);
+                }
+                Heard::Expects(_) => {}
+                Heard::Malformed => drained.malformed += 1,
+            });
+            drained.failed += batch.failed as usize;
+            left -= batch.taken;
+            drained.taken += batch.taken;
+            if batch.is_last {
                 return drained;
             }
         }
@@ -192,24 +169,24 @@ impl Source {
     /// Messages that were lost because too many waited, since the socket was opened. One
     /// system call.
     pub fn overruns(&self) -> u32 {
-        self.socket.drops()
+        self.queue.overruns()
     }
 
     /// Asks the kernel for its whole table. Returns false if a dump is under way already; what
     /// it has passed by then is not repeated, so ask again when it is done.
     pub fn start_dump(&mut self) -> Result<bool, KernelError> {
-        if self.dump.is_running() {
+        if self.queue.is_dumping() {
             return Ok(false);
         }
         self.recent.clear();
-        self.dump.start().map(|()| true)
+        self.queue.start_dump().map(|()| true)
     }
 
     /// Takes the next pieces of the dump, until at least `cap` entries have been looked at or the dump
     /// is done; a piece has up to 200. While a dump runs, call this in every pass.
     pub fn drain_dump(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> DumpProgress {
-        let Source { dump, share, recent, .. } = self;
-        let progress = dump.drain(cap, &mut |event| {
+        let Source { queue, share, recent, .. } = self;
+        let progress = queue.drain_dump(cap, &mut |event| {
             let SourceEvent::Seen { connection, .. } = &event else { return false };
             let is_news = share.wants(&event) && !recent.contains(&connection.original);
             if is_news {

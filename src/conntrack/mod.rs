@@ -9,8 +9,8 @@
 //! - [`codec`]: messages, bytes to meaning and back; pure
 //! - [`filter`]: the program by which the kernel gives each shard its own connections only
 //! - [`netlink`]: the socket's system calls
-//! - [`events`], [`dump`]: listening, and reading the whole table once
-//! - [`commit`]: writing entries, and removing them
+//! - [`queue`], [`dump`]: the kernel's events, and its whole table; [`events`]: what a shard makes of them
+//! - [`entries`]: requests to the kernel; [`commit`]: what is to be asked, and what became of it
 //! - [`local`]: which connections are this host's own; pure. [`addresses`] reads what makes them so
 //! - [`sysctl`]: settings that restored connections need
 //! - [`fill`]: how full the kernel's table is
@@ -22,11 +22,13 @@ pub mod addresses;
 pub mod codec;
 pub mod commit;
 pub mod dump;
+pub mod entries;
 pub mod events;
 pub mod fill;
 pub mod filter;
 pub mod local;
 pub mod netlink;
+pub mod queue;
 pub mod sysctl;
 pub mod timeouts;
 

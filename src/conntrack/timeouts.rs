@@ -11,7 +11,10 @@ use crate::conn::tuple::{DCCP, GRE, ICMP, ICMPV6, SCTP, TCP, UDP, UDPLITE};
 /// TCP_CONNTRACK_ESTABLISHED.
 const ESTABLISHED: usize = 3;
 
-/// Where the settings are, and the kernel's own default.
+/// Where the settings are, and how their names begin.
+const DIRECTORY: &str = "/proc/sys/net/netfilter/nf_conntrack_";
+
+/// The settings, each with the kernel's own default.
 macro_rules! settings {
     ($($name:literal: $default:literal,)*) => {
         [$((concat!("/proc/sys/net/netfilter/nf_conntrack_", $name), $default)),*]
@@ -80,6 +83,12 @@ impl Timeouts {
         timeouts
     }
 
+    /// What somebody says of each setting, by its name behind `nf_conntrack_`; the kernel's own defaults for the rest.
+    pub fn told(by: &dyn Fn(&str) -> Option<u32>) -> Timeouts {
+        let name = |path: &'static str| path.trim_start_matches(DIRECTORY);
+        Timeouts { seconds: SETTINGS.map(|(path, default)| by(name(path)).unwrap_or(default)), next: 0 }
+    }
+
     /// Reads so many of them again, in turn.
     pub fn read_again(&mut self, count: usize) {
         for _ in 0..count {
@@ -142,7 +151,7 @@ mod tests {
             connection.extra =
                 Extra { protoinfo: ProtoInfo { state, ..ProtoInfo::default() }, ..Extra::NONE };
             let (path, _) = SETTINGS[timeouts.of(&connection) as usize - 1000];
-            path.trim_start_matches("/proc/sys/net/netfilter/nf_conntrack_")
+            path.trim_start_matches(DIRECTORY)
         };
         for (tcp_state, name) in [
             (0, "syn_sent"),

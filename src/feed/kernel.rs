@@ -13,8 +13,10 @@ use super::writer::Writer;
 use crate::conn::Tuple;
 use crate::conntrack::codec::status;
 use crate::conntrack::commit::Committer;
+use crate::conntrack::entries::{Entries, NetlinkEntries};
 use crate::conntrack::events::Source;
 use crate::conntrack::local::{LocalAddresses, LocalView};
+use crate::conntrack::queue::{NetlinkQueue, Queue};
 use crate::counters::{Counter, Counters};
 use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
@@ -25,6 +27,8 @@ use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
 pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
+/// For so long at most a dump waits for events that wait.
+const BEHIND_MAX: Duration = Duration::from_secs(1);
 /// How often overruns, and settings of the kernel, are looked at.
 pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// The kernel's timeouts that are read again each time: all thirty within a second.
@@ -33,11 +37,11 @@ const TIMEOUTS_PER_CHECK: usize = 3;
 pub const EVENTS_KEY: u64 = 1;
 
 /// What a shard's end of the kernel is made of.
-pub struct KernelParts {
+pub struct KernelParts<Q = NetlinkQueue, E = NetlinkEntries> {
     /// Where events come from.
-    pub source: Source,
+    pub source: Source<Q>,
     /// How entries are written and asked for.
-    pub committer: Committer,
+    pub committer: Committer<E>,
     /// This host's addresses.
     pub addresses: &'static LocalAddresses,
     /// What is copied.
@@ -55,9 +59,9 @@ pub struct KernelParts {
     pub capacity: u32,
 }
 
-/// A shard's end of the kernel.
-pub struct KernelFeed {
-    source: Source,
+/// A shard's end of the kernel, or of what takes its place in the simulator.
+pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
+    source: Source<Q>,
     addresses: &'static LocalAddresses,
     local: LocalView,
     rules: Rules,
@@ -65,15 +69,18 @@ pub struct KernelFeed {
     /// When to drain; `NEVER` while the socket is watched.
     drain_at: Time,
     overruns: u32,
+    /// Events were lost behind those that wait: a dump must not show what these would take back. Until then they are read first.
+    behind_until: Option<Time>,
     check_at: Time,
     repair: Repair,
     verify: Verify,
     shifts: Shifts,
-    writer: Writer,
+    writer: Writer<E>,
 }
 
-impl KernelFeed {
-    pub(super) fn new(parts: KernelParts) -> KernelFeed {
+impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
+    /// Listens and writes from now on.
+    pub fn new(parts: KernelParts<Q, E>) -> KernelFeed<Q, E> {
         let is_eager = parts.commit == CommitMode::Eager;
         let period = if is_eager { parts.verify } else { Duration::ZERO };
         KernelFeed {
@@ -84,31 +91,44 @@ impl KernelFeed {
             commit: parts.commit,
             drain_at: Time(0),
             overruns: 0,
+            behind_until: None,
             check_at: Time(0),
-            repair: Repair::new(parts.capacity, parts.may_be_unheard, parts.resumed, parts.commit),
+            repair: Repair::new(
+                parts.capacity,
+                parts.may_be_unheard,
+                parts.resumed,
+                parts.commit,
+                parts.committer.timeouts(),
+            ),
             verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
             shifts: Shifts::new(parts.capacity),
             writer: Writer::new(parts.committer),
         }
     }
 
-    pub(super) fn is_complete(&self) -> bool {
+    /// Whether everything that existed before the start was read.
+    pub fn is_complete(&self) -> bool {
         self.repair.is_complete()
     }
 
-    pub(super) fn ready(&mut self, now: Time) {
+    /// Events wait.
+    pub fn ready(&mut self, now: Time) {
         self.drain_at = now;
     }
 
-    /// Returns whether the cap was hit.
-    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    /// Takes what the source has, up to the cap of a pass. Returns whether that was hit.
+    pub fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         self.local.follow(self.addresses);
         let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
+        if !has_more && self.drain_at != now || self.behind_until.is_some_and(|until| until.reached(now)) {
+            self.behind_until = None;
+        }
         let admission = (&self.rules, &self.local);
-        self.repair.step(now, &mut self.source, admission, &mut self.shifts, replica, counters);
+        let may_begin = self.behind_until.is_none();
+        self.repair.step(now, may_begin, &mut self.source, admission, &mut self.shifts, replica, counters);
         has_more
     }
 
@@ -173,6 +193,8 @@ impl KernelFeed {
             counters.add(Counter::SourceOverruns, overruns.wrapping_sub(self.overruns) as u64);
             self.overruns = overruns;
             self.repair.want();
+            self.behind_until = Some(now.after(BEHIND_MAX));
+            self.drain_at = now;
         }
         self.repair.set_timeouts(self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK));
         if self.commit == CommitMode::Eager {
@@ -181,13 +203,14 @@ impl KernelFeed {
     }
 
     /// When to look by itself.
-    pub(super) fn wake_at(&self, now: Time) -> Time {
+    pub fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
         let at = if self.writer.has_questions() { at.min(now.after(BATCH_PAUSE)) } else { at };
         at.min(self.repair.wake_at(now)).min(self.verify.wake_at()).min(self.shifts.wake_at())
     }
 
-    pub(super) fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
+    /// Writes up to a pass's share of commits, and asks what is to be asked.
+    pub fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         // What traffic asks for comes first: the walk has time.
         let has_room = replica.commits_waiting() < COMMIT_PER_PASS / 2;
         let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
@@ -196,12 +219,16 @@ impl KernelFeed {
         writer.write(now, repair, verify, shifts, replica, counters);
     }
 
+    /// Whether the queue was drained, so that the next event is waited for.
+    pub fn is_drained(&self) -> bool {
+        self.drain_at == Time::NEVER
+    }
+
     /// Watches the socket again if it was drained.
     pub fn watch(&self, port: &mut Port<'_>) -> bool {
-        let idle = self.drain_at == Time::NEVER;
-        if idle {
+        if self.is_drained() {
             port.watch(EVENTS_KEY);
         }
-        idle
+        self.is_drained()
     }
 }

@@ -24,11 +24,13 @@ use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
-use crate::conn::{Connection, Generation, Kind};
+use crate::conn::{Connection, Generation, Kind, Tuple};
+use crate::conntrack::codec::TCP_ESTABLISHED;
 use crate::conntrack::commit::{GIVEN_MAX_S, KEPT_TIMEOUT_S};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
+use crate::conntrack::queue::Queue;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::rules::Rules;
@@ -48,6 +50,9 @@ const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIV
 
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
+/// The first round after the start, and each further one takes twice as long: those that were found in the middle of opening or closing
+/// are asked for soon, as their state goes on without an event.
+const UNHEARD_FIRST: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
@@ -92,6 +97,7 @@ pub(super) struct Repair {
     unheard: Vec<u64>,
     unheard_slot: u32,
     unheard_at: Time,
+    unheard_period: Duration,
     looks: VecDeque<(u32, Generation)>,
     capacity: u32,
     commit: CommitMode,
@@ -99,7 +105,13 @@ pub(super) struct Repair {
 }
 
 impl Repair {
-    pub(super) fn new(capacity: u32, may_be_unheard: bool, resumed: bool, commit: CommitMode) -> Repair {
+    pub(super) fn new(
+        capacity: u32,
+        may_be_unheard: bool,
+        resumed: bool,
+        commit: CommitMode,
+        timeouts: &Timeouts,
+    ) -> Repair {
         let words = capacity.div_ceil(64) as usize;
         Repair {
             stage: Stage::Wanted,
@@ -114,10 +126,11 @@ impl Repair {
             unheard: vec![0; if may_be_unheard { words } else { 0 }],
             unheard_slot: 0,
             unheard_at: if may_be_unheard { Time(0) } else { Time::NEVER },
+            unheard_period: UNHEARD_FIRST,
             looks: VecDeque::with_capacity(LOOKS_MAX),
             capacity,
             commit,
-            timeouts: Timeouts::read(),
+            timeouts: *timeouts,
         }
     }
 
@@ -162,11 +175,13 @@ impl Repair {
         at.min(self.unheard_at)
     }
 
-    /// Goes on with whatever is under way.
-    pub(super) fn step(
+    /// Goes on with whatever is under way. A dump begins only if it `may`: what was told before it has been read.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn step<Q: Queue>(
         &mut self,
         now: Time,
-        source: &mut Source,
+        may_begin: bool,
+        source: &mut Source<Q>,
         (rules, local): (&Rules, &LocalView),
         shifts: &mut Shifts,
         replica: &mut Replica<'_>,
@@ -177,7 +192,7 @@ impl Repair {
         }
         self.complete |= self.swept && self.looks.is_empty();
         match self.stage {
-            Stage::Wanted if self.dump_at.reached(now) => match source.start_dump() {
+            Stage::Wanted if may_begin && self.dump_at.reached(now) => match source.start_dump() {
                 Ok(true) => {
                     counters.count(Counter::SourceDumps);
                     self.shown.fill(0);
@@ -198,10 +213,10 @@ impl Repair {
         }
     }
 
-    fn dump(
+    fn dump<Q: Queue>(
         &mut self,
         now: Time,
-        source: &mut Source,
+        source: &mut Source<Q>,
         (rules, local): (&Rules, &LocalView),
         shifts: &mut Shifts,
         replica: &mut Replica<'_>,
@@ -221,8 +236,8 @@ impl Repair {
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
                     if !replica.is_unclaimed(slot) {
                         replica.handle_source(now, &event);
-                        if is_resuming && !unheard.is_empty() {
-                            set(unheard, slot);
+                        if is_resuming {
+                            mark_unheard(unheard, &connection.original, replica);
                         }
                     }
                 }
@@ -246,9 +261,9 @@ impl Repair {
                     if let Some(slot) = replica.table().find_original(&connection.original) {
                         set(shown, slot);
                         shifts.note(now, slot, connection);
-                        if !*complete && !unheard.is_empty() {
-                            set(unheard, slot);
-                        }
+                    }
+                    if !*complete {
+                        mark_unheard(unheard, &connection.original, replica);
                     }
                 }
             }
@@ -328,7 +343,7 @@ impl Repair {
 
     fn ask_for_the_unheard(&mut self, now: Time, replica: &Replica<'_>) {
         let end = (self.unheard_slot + SWEEP_PER_PASS).min(self.capacity);
-        let pause = UNHEARD_PERIOD / self.capacity.div_ceil(SWEEP_PER_PASS);
+        let pause = self.unheard_period / self.capacity.div_ceil(SWEEP_PER_PASS);
         while self.unheard_slot < end {
             if self.looks.len() == LOOKS_MAX {
                 // It goes on here as soon as some are answered.
@@ -339,13 +354,21 @@ impl Repair {
             self.unheard_slot += 1;
             if is_set(&self.unheard, slot) {
                 let line = replica.table().line(slot);
+                let stands = matches!(line.state().tcp_state, 0 | TCP_ESTABLISHED);
                 match line.kind() {
+                    Kind::Held | Kind::Active if stands && self.unheard_period < UNHEARD_PERIOD => {}
                     Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
                     _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
                 }
             }
         }
-        self.unheard_slot = if end == self.capacity { 0 } else { end };
+        self.unheard_slot = end;
+        if end == self.capacity {
+            self.unheard_slot = 0;
+            if self.complete {
+                self.unheard_period = (self.unheard_period * 2).min(UNHEARD_PERIOD);
+            }
+        }
         self.unheard_at = now.after(pause);
     }
 
@@ -413,8 +436,20 @@ impl Repair {
             Some(connection) => {
                 let known = groups::MARK | told_by_answer(slot, connection, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *connection, known });
+                if self.is_resuming() {
+                    mark_unheard(&mut self.unheard, &original, replica);
+                }
             }
         }
+    }
+}
+
+/// The connection with this tuple may raise no events. (Another slot may have it by now than the one that was looked up.)
+fn mark_unheard(unheard: &mut [u64], original: &Tuple, replica: &Replica<'_>) {
+    if let Some(slot) = replica.table().find_original(original)
+        && !unheard.is_empty()
+    {
+        set(unheard, slot);
     }
 }
 

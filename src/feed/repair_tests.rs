@@ -49,7 +49,7 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let mut replica = replica(&memory);
     let slots = ten(&mut replica);
-    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
     slots[..7].iter().for_each(|slot| set(&mut repair.shown, *slot));
     repair.stage = Stage::Sweeping(0);
     repair.sweep(NOW, 0, &replica);
@@ -67,12 +67,43 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     assert!(replica.table().find_original(&connection(99, 3).original).is_some());
 }
 
+/// When all that raises no events is asked for in one long period.
+fn long_after_the_start() -> Repair {
+    let mut repair = Repair::new(64, true, false, CommitMode::Eager, &Timeouts::told(&|_| None));
+    repair.unheard_period = UNHEARD_PERIOD;
+    repair
+}
+
+#[test]
+fn what_was_opening_at_the_start_and_raises_no_events_is_looked_up_soon() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+    let mut replica = replica(&memory);
+    let slots = ten(&mut replica);
+    let opening = connection(40, 2);
+    replica.handle_source(NOW, &SourceEvent::seen(opening));
+    let opening = replica.table().find_original(&opening.original).expect("it has a slot");
+    let mut repair = Repair::new(64, true, false, CommitMode::Eager, &Timeouts::told(&|_| None));
+    repair.complete = true;
+    slots.iter().chain([&opening]).for_each(|slot| set(&mut repair.unheard, *slot));
+    let mut rounds = Vec::new();
+    while rounds.len() < 8 {
+        let at = repair.unheard_at;
+        repair.ask_for_the_unheard(at, &replica);
+        let asked: Vec<u32> =
+            std::iter::from_fn(|| repair.next_look(&replica)).map(|(slot, _)| slot).collect();
+        rounds.push((repair.unheard_at.since(at).as_secs(), asked.len(), asked.contains(&opening)));
+    }
+    let soon = [1, 2, 4, 8, 16, 32].map(|pause| (pause, 1, true));
+    assert_eq!(rounds[..6], soon);
+    assert_eq!(rounds[6..], [(60, 11, true); 2]);
+}
+
 #[test]
 fn of_more_look_ups_than_can_wait_none_is_left_out() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let mut replica = replica(&memory);
     let slots = ten(&mut replica);
-    let mut repair = Repair::new(64, true, false, CommitMode::Eager);
+    let mut repair = long_after_the_start();
     slots.iter().for_each(|slot| set(&mut repair.unheard, *slot));
     let generation = replica.table().line(slots[0]).generation();
     repair.looks.extend(std::iter::repeat_n((slots[0], generation), LOOKS_MAX - 4));
@@ -94,7 +125,7 @@ fn an_answer_tells_a_timeout_only_of_another_state() {
     let mut replica = replica(&memory);
     let slot = ten(&mut replica)[0];
     let generation = replica.table().line(slot).generation();
-    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
     // Run down; closing, with the time of that state; and a flow that is offloaded, of which the state is not told.
     for (tcp_state, timeout_s, expected) in
         [(3, 100, (3, 300)), (3, 400, (3, 300)), (5, 60, (5, 60)), (0, 0, (5, 60))]
@@ -111,7 +142,7 @@ fn an_answer_tells_a_timeout_only_of_another_state() {
 fn events_lost_during_a_sweep_bring_another_dump() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let replica = replica(&memory);
-    let mut repair = Repair::new(64, false, false, CommitMode::Eager);
+    let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
     repair.stage = Stage::Sweeping(0);
     repair.want();
     repair.sweep(NOW, 0, &replica);
@@ -123,7 +154,7 @@ fn connections_that_raise_no_events_are_looked_up_once_a_period() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let mut replica = replica(&memory);
     let slots = ten(&mut replica);
-    let mut repair = Repair::new(64, true, false, CommitMode::Eager);
+    let mut repair = long_after_the_start();
     slots[..4].iter().for_each(|slot| set(&mut repair.unheard, *slot));
     replica.handle_source(NOW, &SourceEvent::gone(connection(3, 3).original));
     repair.ask_for_the_unheard(NOW, &replica);

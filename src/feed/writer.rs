@@ -9,6 +9,7 @@ use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::{Generation, Kind};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched};
+use crate::conntrack::entries::Entries;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
@@ -32,6 +33,8 @@ enum For {
     Own(u32, Generation),
     /// The question whether packets passed the entry of what is left of a copy, in this slot.
     Rest(u32, Generation),
+    /// The question whether packets pass the entry of a contested connection, in this slot.
+    Watch(u32, Generation),
     /// The question what an event about a copy meant.
     Claim(Question),
     /// Removing an entry.
@@ -51,16 +54,16 @@ enum For {
 }
 
 /// A shard's pen.
-pub(super) struct Writer {
-    committer: Committer,
+pub(super) struct Writer<E> {
+    committer: Committer<E>,
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
     lines: Sparse,
 }
 
-impl Writer {
-    pub(super) fn new(committer: Committer) -> Writer {
+impl<E: Entries> Writer<E> {
+    pub(super) fn new(committer: Committer<E>) -> Writer<E> {
         Writer {
             committer,
             claims: Claims::new(),
@@ -205,7 +208,9 @@ impl Writer {
         commit: &Commit,
     ) -> Result<(), FlushFirst> {
         let entry = match commit {
-            Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
+            Commit::Write { slot, generation }
+            | Commit::Again { slot, generation }
+            | Commit::Refresh { slot, generation } => {
                 let line = replica.table().line(*slot);
                 let (lifetime, entry) = match (line.kind(), commit) {
                     _ if line.generation() != *generation => return Ok(()),
@@ -219,7 +224,10 @@ impl Writer {
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
                 let connection = replica.table().connection(*slot);
-                self.committer.write(&connection, lifetime)?;
+                match commit {
+                    Commit::Write { .. } => self.committer.write(&connection, lifetime)?,
+                    _ => self.committer.keep(&connection, lifetime)?,
+                }
                 shifts.note(now, *slot, &connection);
                 entry
             }
@@ -229,6 +237,13 @@ impl Writer {
                 }
                 self.committer.look(&replica.table().tuples(*slot).0)?;
                 For::Rest(*slot, *generation)
+            }
+            Commit::Watch { slot, generation } => {
+                if replica.table().line(*slot).generation() != *generation {
+                    return Ok(());
+                }
+                self.committer.look(&replica.table().tuples(*slot).0)?;
+                For::Watch(*slot, *generation)
             }
             Commit::Delete { original } => {
                 self.committer.delete(original)?;
@@ -274,6 +289,10 @@ impl Writer {
                     let touched = is_touched(&connection);
                     return replica.handle_look(now, slot, generation, Some(&connection), touched);
                 }
+                (Outcome::Present(connection), For::Watch(slot, generation)) => {
+                    return replica.handle_watch(now, slot, generation, &connection);
+                }
+                (_, For::Watch(..)) => return, // Events tell.
                 (Outcome::Present(connection), For::Claim(question)) => {
                     return claims::found(now, question, Some(&connection), replica, counters);
                 }

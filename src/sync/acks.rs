@@ -198,7 +198,10 @@ impl Replica<'_> {
                     // Nobody's packets were seen here, and somebody carries it on who knows it better.
                     Reason::Superseded if self.is_presumed(place.slot) => self.drop_presumed(place.slot),
                     // There it is newer: asking again at once would be refused again.
-                    Reason::Superseded => self.shelve(now, place.slot),
+                    Reason::Superseded => {
+                        self.contest(now, place.slot);
+                        self.shelve(now, place.slot);
+                    }
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
                 }
             }

@@ -245,7 +245,7 @@ impl Replica<'_> {
             for slot in first..end {
                 let line = self.table.line(slot);
                 if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
-                    self.commit(Commit::Write { slot, generation: line.generation() });
+                    self.commit(Commit::Again { slot, generation: line.generation() });
                 }
             }
             self.rewrite_slot = if end == self.table.capacity() { 0 } else { end };

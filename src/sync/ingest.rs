@@ -13,7 +13,9 @@ use super::stream::stream_index;
 use super::takeover::PeerState;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
-use crate::conn::{Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, shard_of};
+use crate::conn::{
+    Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, phase, shard_of,
+};
 use crate::counters::Counter;
 use crate::seq::Seq;
 use crate::source::{Commit, End, SourceEvent};
@@ -108,7 +110,12 @@ impl Replica<'_> {
         let mut line = self.table.line(slot);
         line.set_kind(Kind::Held);
         line.set_unseen(is_unseen);
-        line.set_stamp(over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed));
+        let mut stamp = over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed);
+        if !is(Mutation::LivesAlike) {
+            stamp.epoch = stamp.epoch.max(self.birth_epoch).max(self.epoch_seen);
+        }
+        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
+        line.set_stamp(stamp);
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(groups::ALL);
         line.set_last(Seq::NONE);
@@ -129,6 +136,15 @@ impl Replica<'_> {
             };
         }
         let old = line.state();
+        if known & groups::STATE != 0
+            && line.kind() == Kind::Active
+            && !self.is_presumed(slot)
+            && phase::begins_anew(&old, &seen.state)
+        {
+            // The port was used again, and the entry of the one before stood in the way: the kernel makes it the next one's.
+            self.gone(now, slot, End::Seen);
+            return self.open(now, &Connection { original, reply, ..*seen }, Some(line.stamp()));
+        }
         let mut new = old;
         let mut changed = 0;
         if known & groups::STATE != 0 {
@@ -155,6 +171,9 @@ impl Replica<'_> {
         match line.kind() {
             Kind::Held => {
                 line.set_unseen(false);
+                if self.contests.decide(slot, line.generation()) {
+                    line.set_stamp(line.stamp().claimed());
+                }
                 self.table.store(slot, &line);
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
@@ -164,7 +183,7 @@ impl Replica<'_> {
                 }
             }
             Kind::Active => {
-                let presumed = self.is_presumed(slot);
+                let presumed = self.is_presumed(slot) || self.contests.decide(slot, line.generation());
                 if presumed {
                     // Traffic: no more a presumption.
                     self.counters.count(Counter::Claims);
@@ -223,7 +242,7 @@ impl Replica<'_> {
     }
 
     /// An active connection changed.
-    fn send_change(&mut self, now: Time, slot: u32, changed: u8) {
+    pub(super) fn send_change(&mut self, now: Time, slot: u32, changed: u8) {
         let peer = self.table.line(slot).peer();
         if !peer.is_somewhere() {
             self.table.update(slot, |line| line.set_groups(groups::ALL));
@@ -249,6 +268,7 @@ impl Replica<'_> {
         line.set_kind(Kind::Active);
         let stamp = line.stamp();
         line.set_stamp(if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() });
+        self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);

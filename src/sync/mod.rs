@@ -26,6 +26,7 @@
 
 mod acks;
 mod chores;
+mod contest;
 mod declined;
 mod digest;
 pub mod history;

@@ -45,6 +45,8 @@ mutations! {
     DigestStands, "what is held changes without its digest";
     RepeatsUnannounced, "poll_at forgets when something has to be repeated";
     UpdateIncomplete, "an update does not take over the mark";
+    VersionsCompared, "of two that carry on one tuple, and know as much, the higher version wins";
+    LivesAlike, "what begins while a member is away has the stamp of any other";
 }
 
 #[cfg(feature = "mutations")]

@@ -159,7 +159,7 @@ impl Replica<'_> {
             let verdict = match message {
                 Message::New { target, stamp, own, previous, connection } => {
                     let own = self.sender(stream, own);
-                    self.apply_new(stream, target, stamp, own, previous, &connection)
+                    self.apply_new(now, stream, target, stamp, own, previous, &connection)
                 }
                 Message::Update { target, stamp, groups, previous, state, extra } => {
                     self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
@@ -240,6 +240,7 @@ impl Replica<'_> {
     #[allow(clippy::too_many_arguments)]
     fn apply_new(
         &mut self,
+        now: Time,
         stream: usize,
         target: Place,
         stamp: Stamp,
@@ -253,11 +254,12 @@ impl Replica<'_> {
             return Refused(Reason::NotLeased);
         }
         let slot = target.slot;
+        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
         let here =
             line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                let witnessed = match self.give_way(connection, stamp, own, previous) {
+                let witnessed = match self.give_way(now, connection, stamp, own, previous) {
                     Ok(witnessed) => witnessed,
                     Err(verdict) => {
                         if matches!(verdict, Refused(_)) {
@@ -336,6 +338,7 @@ impl Replica<'_> {
     /// the connection as well, and a close by the other member does not end it here.
     fn give_way(
         &mut self,
+        now: Time,
         connection: &Connection,
         stamp: Stamp,
         own: Coordinate,
@@ -381,6 +384,10 @@ impl Replica<'_> {
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         let presumed = self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
+        if stamp.epoch == line.stamp().epoch && !is(Mutation::VersionsCompared) && self.contest(now, slot) {
+            self.counters.count(Counter::Conflicts);
+            return Err(Refused(Reason::Superseded));
+        }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
@@ -476,6 +483,7 @@ impl Replica<'_> {
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);
         }
+        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
         match line.kind() {
             Kind::Backup if self.stream_of(line.peer()) == stream => {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chores::Chores;
+use super::contest::Contests;
 use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::lease::LeasePool;
@@ -114,6 +115,7 @@ pub struct Replica<'m> {
     pub(super) leases: LeasePool<'m>,
     pub(super) history: History<'m>,
     pub(super) chores: Chores,
+    pub(super) contests: Contests,
     pub(super) view: View,
     pub(super) peers: Vec<PeerState>,
     pub(super) ranked: Few<MemberId, MEMBERS_MAX>,
@@ -137,6 +139,12 @@ pub struct Replica<'m> {
     pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
+    /// The highest epoch of all that was held here.
+    pub(super) epoch_seen: u32,
+    /// Above what any member that is away can hold of what it had when it fell silent.
+    pub(super) era: u32,
+    /// The epoch of connections that begin now: the era, while a member is away that may come back.
+    pub(super) birth_epoch: u32,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
     pub(super) shelved: List,
@@ -202,6 +210,7 @@ impl<'m> Replica<'m> {
             leases,
             history,
             chores: Chores::new(),
+            contests: Contests::new(),
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
             ranked: Few::new(),
@@ -217,6 +226,9 @@ impl<'m> Replica<'m> {
             again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
             source_is_behind: false,
+            epoch_seen: 0,
+            era: 0,
+            birth_epoch: 0,
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),
@@ -599,7 +611,10 @@ impl<'m> Replica<'m> {
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
         let is_due = match (self.config.commit, commit) {
-            (CommitMode::Off, _) | (CommitMode::Takeover, Commit::Look { .. }) => false,
+            (CommitMode::Off, _)
+            | (CommitMode::Takeover, Commit::Look { .. } | Commit::Watch { .. } | Commit::Again { .. }) => {
+                false
+            }
             (CommitMode::Eager, _) => true,
             (CommitMode::Takeover, Commit::Write { slot, .. }) => {
                 !self.is_up(self.table.line(slot).peer().member())
@@ -621,6 +636,7 @@ impl<'m> Replica<'m> {
         self.tick_waiting(now);
         self.tick_leases(now);
         self.tick_missing(now);
+        self.tick_contests(now);
         self.tick_chores();
         self.tick_walk(now);
         self.tick_digests(now);
@@ -748,6 +764,7 @@ impl<'m> Replica<'m> {
             .min(self.walk_at())
             .min(self.shelf_at())
             .min(self.missing_at())
+            .min(self.contests.look_at())
             .min(self.review_at);
         if self.config.commit == CommitMode::Eager {
             at = at.min(self.rewrite_at);

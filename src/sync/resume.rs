@@ -131,9 +131,17 @@ impl<'m> Replica<'m> {
     }
 
     fn resume_slots(&mut self, now: Time) {
+        self.take_up_slots(now);
+        self.era = self.epoch_seen.saturating_add(1); // Somebody may have fallen silent meanwhile.
+    }
+
+    fn take_up_slots(&mut self, now: Time) {
         let mut closing: Vec<(usize, Seq, u32)> = Vec::new();
         for slot in 0..self.table.capacity() {
             let line = self.table.line(slot);
+            if line.kind().is_connection() {
+                self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
+            }
             let peer = line.peer();
             if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member) {
                 unreachable!("slot {slot} has its other copy at {peer}");
@@ -162,6 +170,8 @@ impl<'m> Replica<'m> {
                     }
                 }
                 Kind::Backup => {
+                    // Whether it was is not known any more; what was not can only be asked for too much.
+                    self.table.set_written(slot, self.config.commit == CommitMode::Eager);
                     self.streams[stream].copies += 1;
                     // It may have been told before that the kernel does not have it.
                     self.table.set_declined(slot, true);

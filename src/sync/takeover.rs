@@ -29,7 +29,7 @@ use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
-use crate::group::view::{Status, View};
+use crate::group::view::{Member, Status, View};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -213,6 +213,7 @@ impl Replica<'_> {
                     || self.offered >> member & 1 == 1
                     || self.jobs.contains(&Job::Offer { member });
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
+                self.begin_era();
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }
@@ -384,6 +385,7 @@ impl Replica<'_> {
         for member in 1..self.peers.len() as MemberId {
             self.review_down(now, member);
         }
+        self.set_birth_epoch();
         self.abandon_the_deaf(now);
         self.offer_again(now);
         let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
@@ -428,6 +430,23 @@ impl Replica<'_> {
     pub(super) fn ask_soon(&mut self, now: Time, member: MemberId) {
         self.offered |= 1 << member;
         self.offer_at = self.offer_at.min(now);
+    }
+
+    /// A member fell silent. What begins here from now on, it may be with the tuple of something that only that
+    /// member has and that ended meanwhile, is above all that it can have.
+    fn begin_era(&mut self) {
+        self.era = self.epoch_seen.saturating_add(1);
+        self.set_birth_epoch();
+    }
+
+    fn set_birth_epoch(&mut self) {
+        let is_away = |(member, seen): (MemberId, &Member)| {
+            self.tables[member as usize] != 0
+                && seen.status != Status::Left
+                && !(self.is_up(member) && self.is_verified(member))
+        };
+        self.birth_epoch = if self.view.others().any(is_away) { self.era } else { 0 };
+        self.epoch_seen = self.epoch_seen.max(self.birth_epoch);
     }
 
     /// Who does not hear us acknowledges nothing.
@@ -584,7 +603,7 @@ impl Replica<'_> {
             Job::Lose { member } => self.lose_slot(member, slot),
             Job::Compare { stream } => self.compare_slot(stream, slot),
             Job::Unseen { stream } => self.unseen_slot(stream, slot),
-            Job::Rewrite { member } => self.commit_slot(member, slot),
+            Job::Rewrite { member } => self.commit_again(member, slot),
             Job::Declined { member } => self.ask_declined(now, member, slot),
             Job::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
@@ -615,10 +634,12 @@ impl Replica<'_> {
                 self.end_missing(slot);
                 self.end_copy(slot);
                 let original = self.table.tuples(slot).0;
-                if self.lives_besides(slot, &original) {
-                    // The tuple lives on as another connection: the copy was of one before.
+                let goes_on = |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
+                if self.table.index.find(&original, goes_on).is_some() {
+                    // The tuple lives on as another connection: the copy was of one before. The kernel's entry is that one's.
                     self.table.forget(slot);
                     self.table.recycle(slot);
+                    self.delete_entry(&original);
                     return true;
                 }
                 self.counters.count(Counter::Promotions);
@@ -667,6 +688,14 @@ impl Replica<'_> {
         true
     }
 
+    fn commit_again(&mut self, member: MemberId, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        if line.kind() == Kind::Backup && line.peer().member() == member {
+            self.commit(Commit::Again { slot, generation: line.generation() });
+        }
+        true
+    }
+
     /// Whether copies of a member that is gone are still to be written to the kernel.
     pub fn is_taking_over(&self) -> bool {
         self.jobs.iter().any(|job| matches!(job, Job::Commit { .. }))
@@ -675,14 +704,23 @@ impl Replica<'_> {
     /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in
     /// another slot.
     pub(super) fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
-        let lives = |other: u32| {
-            let line = self.table.line(other);
-            other != slot
-                && line.kind().is_connection()
-                && self.table.tuples(other).0 == *original
-                && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
-        };
-        self.table.index.find(original, lives).is_some()
+        self.table.index.find(original, |other| self.lives(other, slot, original)).is_some()
+    }
+
+    fn lives(&self, other: u32, slot: u32, original: &Tuple) -> bool {
+        let line = self.table.line(other);
+        other != slot
+            && line.kind().is_connection()
+            && self.table.tuples(other).0 == *original
+            && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
+    }
+
+    /// Whether the other slot has a copy of the very connection in this one, in an older state: two members took it for theirs, and
+    /// what the other active does not know is here alone.
+    fn is_older_copy(&self, other: u32, slot: u32) -> bool {
+        self.table.kind(other) == Kind::Backup
+            && self.table.tuples(other) == self.table.tuples(slot)
+            && self.table.line(other).stamp() < self.table.line(slot).stamp()
     }
 
     /// A copy became active here, and its former active is gone. If that had named a `previous`

@@ -597,6 +597,14 @@ impl Table {
         self.entries.values().map(|entry| entry.connection(now)).collect()
     }
 
+    /// A piece of the table: up to so many entries from the one with this number on, and the number of the next.
+    pub fn dump_piece(&mut self, now: Time, from: u64, most: usize) -> (Vec<Connection>, Option<u64>) {
+        self.remove_all(now, By::Kernel, |entry| entry.expires.reached(now));
+        let mut rest = self.entries.range(from..);
+        let piece = rest.by_ref().take(most).map(|(_, entry)| entry.connection(now)).collect();
+        (piece, rest.next().map(|(id, _)| *id))
+    }
+
     /// Every entry is removed (`ctnetlink_flush_conntrack`).
     pub fn flush(&mut self, now: Time, by: By) {
         self.remove_all(now, by, |_| true);

@@ -70,6 +70,24 @@ pub struct Network {
     pub refusals: u64,
 }
 
+/// A shard's end of a kernel that is played, in place of [`Host::kernel`].
+pub trait Feed {
+    /// As [`KernelFeed::ingest`](hypersync::feed::KernelFeed::ingest).
+    fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool;
+    /// As [`KernelFeed::commit`](hypersync::feed::KernelFeed::commit).
+    fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>);
+    /// When to look by itself.
+    fn wake_at(&self, now: Time) -> Time;
+    /// Whether everything that existed before the start was read.
+    fn is_complete(&self) -> bool;
+    /// Whether events wait and their arrival ends the shard's wait; they are read in the pass that follows.
+    fn hear(&mut self, now: Time) -> bool;
+}
+
+/// Makes the feed of a shard: for a member, a shard of so many, with a table of so many slots, one that goes on with a
+/// table or begins one.
+pub type MakeFeed = dyn Fn(MemberId, u8, u8, u32, bool) -> Box<dyn Feed>;
+
 /// A member that is running, or was.
 pub struct Host<'m> {
     pub member: MemberId,
@@ -79,6 +97,8 @@ pub struct Host<'m> {
     pub memory: Vec<Memory<'m>>,
     pub running: bool,
     pub leaving: bool,
+    /// Its shards' ends of a kernel that is played.
+    pub feeds: Vec<Box<dyn Feed>>,
     /// What was committed to its kernel.
     pub kernel: HashMap<Tuple, Connection>,
     /// Entries that packets have passed since they were written, or that never were.
@@ -121,6 +141,9 @@ fn config(identity: &Identity, shard: u8, commit: CommitMode, timing: Timing) ->
         commit,
     }
 }
+
+/// Nothing follows sooner than this after something else, where time goes from one to the next: what a pass takes.
+const SHORTEST: Duration = Duration::from_micros(20);
 
 /// The longest wait of a shard, as the appliance's is half of its heartbeats' interval.
 const WAIT_MAX: Duration = Duration::from_millis(10);
@@ -200,6 +223,8 @@ pub struct World<'m> {
     pub unannounced: Option<String>,
     /// Heartbeats go to members 1 to this one.
     pub highest: MemberId,
+    /// Kernels are played by whoever made this.
+    pub make_feed: Option<Box<MakeFeed>>,
     commit_rng: Rng,
     packets: BTreeMap<(Time, u64), Packet>,
     sequence: u64,
@@ -245,6 +270,7 @@ impl<'m> World<'m> {
             as_announced: false,
             unannounced: None,
             highest: 8,
+            make_feed: None,
             packets: BTreeMap::new(),
             sequence: 0,
             memories: memories.iter(),
@@ -267,6 +293,7 @@ impl<'m> World<'m> {
         };
         let memory: Vec<Memory<'m>> =
             (0..shards).map(|_| self.memories.next().expect("enough memories").parts()).collect();
+        let feeds = self.make_feeds(member, &memory, false);
         let (commit, timing) = (self.commit, self.timing);
         let replicas = memory
             .iter()
@@ -280,6 +307,7 @@ impl<'m> World<'m> {
             memory,
             running: true,
             leaving: false,
+            feeds,
             kernel: HashMap::with_capacity(8192),
             touched: HashMap::with_capacity(8192),
             table_id,
@@ -298,9 +326,20 @@ impl<'m> World<'m> {
         self.hosts.insert(member, host);
     }
 
+    fn make_feeds(&self, member: MemberId, memory: &[Memory<'_>], is_resumed: bool) -> Vec<Box<dyn Feed>> {
+        let Some(make) = &self.make_feed else { return Vec::new() };
+        let shards = memory.len() as u8;
+        let feed = |(shard, memory): (usize, &Memory<'_>)| {
+            make(member, shard as u8, shards, memory.slots.len() as u32, is_resumed)
+        };
+        memory.iter().enumerate().map(feed).collect()
+    }
+
     /// The member dies with its table. What its users had there moves to the others by `move_to`.
     pub fn kill(&mut self, member: MemberId) {
-        self.host(member).running = false;
+        let host = self.host(member);
+        host.running = false;
+        host.feeds.clear();
         self.packets.retain(|_, p| p.to != member);
     }
 
@@ -314,8 +353,11 @@ impl<'m> World<'m> {
     fn take_up(&mut self, member: MemberId) {
         let incarnation = self.rng.next() | 1;
         let (true_now, commit, timing) = (self.now, self.commit, self.timing);
+        let is_played = self.make_feed.is_some();
+        let feeds = self.make_feeds(member, &self.hosts[&member].memory, true);
         let host = self.host(member);
         assert!(!host.running);
+        host.feeds = feeds;
         let now = host.clock(true_now);
         host.identity.incarnation = incarnation;
         let mut group = Group::new(host.identity.clone(), now);
@@ -332,7 +374,7 @@ impl<'m> World<'m> {
             lost += torn;
         }
         let Host { shards, kernel, .. } = host;
-        if commit == CommitMode::Eager {
+        if commit == CommitMode::Eager && !is_played {
             for shard in shards.iter_mut() {
                 for slot in 0..shard.table().capacity() {
                     let connection = shard.table().connection(slot);
@@ -553,9 +595,37 @@ impl<'m> World<'m> {
         }
     }
 
+    /// A kernel that is played has something to tell this member.
+    pub fn hear(&mut self, member: MemberId) {
+        let (now, host) = (self.now, self.host(member));
+        if !host.running || host.paused {
+            return;
+        }
+        let now = host.clock(now);
+        for (shard, feed) in host.feeds.iter_mut().enumerate() {
+            host.awake |= u64::from(feed.hear(now)) << shard;
+        }
+    }
+
     /// One step of time for everybody.
     pub fn step(&mut self) {
-        self.now = self.now.after(STEP);
+        self.step_to(self.now.after(STEP));
+    }
+
+    /// When the next thing happens by itself, if passes are made as announced: something arrives, or a timer comes.
+    pub fn next_at(&self) -> Time {
+        let arrival = self.packets.first_key_value().map(|((at, _), _)| *at);
+        let wakes = self.hosts.values().filter(|host| host.running && !host.paused).map(|host| {
+            let now = host.clock(self.now);
+            let at = host.wake_at.iter().copied().min().unwrap_or(Time::NEVER);
+            if host.awake != 0 { self.now } else { self.now.after(at.since(now)) }
+        });
+        wakes.chain(arrival).min().unwrap_or(Time::NEVER).max(self.now.after(SHORTEST))
+    }
+
+    /// Time goes on to then.
+    pub fn step_to(&mut self, now: Time) {
+        self.now = now;
         while let Some(entry) = self.packets.first_entry() {
             if !entry.key().0.reached(self.now) {
                 break;
@@ -673,7 +743,7 @@ impl<'m> World<'m> {
             // As in the appliance's membership.
             let version = host.group.view().version;
             let own = Own {
-                complete: true,
+                complete: host.feeds.iter().all(|feed| feed.is_complete()),
                 copies: host
                     .memory
                     .iter()
@@ -715,8 +785,19 @@ impl<'m> World<'m> {
         }
         for (index, memory) in host.memory.iter().enumerate().filter(|(index, _)| shards >> index & 1 == 1) {
             let shard = &mut host.shards[index];
+            let counters = Counters::new(memory.counters);
+            let feed = host.feeds.get_mut(index);
+            let mut feed_busy = false;
+            if let Some(feed) = feed {
+                feed_busy = feed.ingest(now, shard, &counters);
+                shard.set_source_behind(feed_busy);
+            }
             shard.tick(now);
+            if let Some(feed) = host.feeds.get_mut(index) {
+                feed.commit(now, shard, &counters);
+            }
             while !host.stalled
+                && host.feeds.is_empty()
                 && let Some(commit) = shard.poll_commit()
             {
                 let refused = host.full || self.commit_rng.chance(self.network.refusals);
@@ -730,9 +811,13 @@ impl<'m> World<'m> {
                         let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
                         shard.handle_look(now, slot, generation, touched.or(written), touched.is_some());
                     }
+                    // Its timeouts do not run down, and say nothing: events do.
+                    Commit::Watch { .. } => {}
                     // What is active by now the kernel knows better.
                     Commit::Write { slot, .. } if shard.table().kind(slot) == Kind::Active => {}
-                    Commit::Write { slot, generation } | Commit::Refresh { slot, generation } => {
+                    Commit::Write { slot, generation }
+                    | Commit::Again { slot, generation }
+                    | Commit::Refresh { slot, generation } => {
                         if shard.table().line(slot).generation() == generation {
                             let connection = shard.table().connection(slot);
                             if !refused {
@@ -755,13 +840,15 @@ impl<'m> World<'m> {
                 true
             });
             // What was sent, and commits that wait, end the wait that follows.
-            let busy = !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
+            let busy =
+                feed_busy || !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
             host.awake |= u64::from(busy) << index;
             for token in landed {
                 shard.landed(token, false);
             }
             if self.as_announced {
                 let at = now.after(WAIT_MAX).min(shard.poll_at());
+                let at = host.feeds.get(index).map_or(at, |feed| at.min(feed.wake_at(now)));
                 host.wake_at[index] = if index == 0 { at.min(host.group.poll_at()) } else { at };
             }
         }

@@ -1,0 +1,830 @@
+//! One run: flows and faults drawn from a seed, then peace, and in the end nothing may be left.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use hypersync::ccp::bytes::Reader;
+use hypersync::ccp::header::{Header, OPCODE_SYNC};
+use hypersync::ccp::message::Message;
+use hypersync::ccp::sync::SyncHeader;
+use hypersync::conn::tuple::{TCP, UDP};
+use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
+use hypersync::conntrack::commit::GIVEN_MAX_S;
+use hypersync::group::readiness::Stage;
+use hypersync::limits::ARENA_MIN;
+use hypersync::memory::{MemorySize, OwnedMemory};
+use hypersync::time::Time;
+
+use super::flow::{End, Flow, GIVES_UP, Manner, Step};
+use super::kernel::{Ends, Kernel};
+use super::model::{By, Nat, Settings, Timeouts, Verdict, tcp};
+use crate::checkers::Broken;
+use crate::world::{Network, Rng, Timing, World};
+
+/// How long a connection is held before it is sent.
+const HOLD: Duration = Duration::from_millis(400);
+/// Everything has settled so long after the last thing that happened.
+const SETTLES: Duration = Duration::from_secs(4);
+/// What has ended is gone so long after the kernel would have let it go.
+const BOUND: Duration = Duration::from_secs(5);
+/// A connection may be sent so long after its end was there to be seen.
+const SEEN_LATE: Duration = Duration::from_millis(20);
+/// Processes that may be started after the first ones.
+const STARTS: usize = 6;
+
+/// Drawn from a seed before anything starts.
+#[derive(Debug)]
+pub struct Plan {
+    /// Shards of each member.
+    pub shards: Vec<u8>,
+    pub size: MemorySize,
+    /// Whether connections are translated, and by masquerade.
+    nat: Option<bool>,
+    /// `nf_conntrack_events`.
+    events: u8,
+    timeouts: Timeouts,
+    /// Events that wait for a shard at most.
+    room: usize,
+    /// Groups of clients whose routes move together.
+    routes: usize,
+    /// Flows at most, and pause between two that begin, at most.
+    flows: usize,
+    begins: Duration,
+    /// Clients and ports of each: few, so that tuples are used again.
+    clients: u64,
+    ports: u64,
+    network: Network,
+    faults: u64,
+}
+
+/// Short enough for a run: what matters is their order.
+fn timeouts() -> Timeouts {
+    //        none, SYN_SENT, SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT, LAST_ACK, TIME_WAIT, CLOSE, SYN_SENT2
+    let tcp = [6, 6, 5, 30, 8, 7, 4, 8, 2, 6];
+    Timeouts { tcp, unacknowledged: 20, udp: 5, udp_stream: 9, icmp: 5, icmpv6: 5 }
+}
+
+impl Plan {
+    pub fn draw(rng: &mut Rng) -> Plan {
+        let members = [2, 2, 2, 2, 3, 4][rng.below(6) as usize];
+        let nat = [None, Some(false), Some(true)][rng.below(3) as usize];
+        let capacity = [512, 1024][rng.below(2) as usize];
+        Plan {
+            shards: (0..members).map(|_| 1 + rng.below(2) as u8).collect(),
+            size: MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) },
+            nat,
+            events: 1 + rng.below(2) as u8,
+            timeouts: timeouts(),
+            room: [4, 64, 4096][rng.below(3) as usize],
+            routes: if nat.is_some() || members > 2 { 1 } else { 1 + rng.below(3) as usize },
+            flows: [3, 10, 30][rng.below(3) as usize],
+            begins: Duration::from_millis([20, 100, 500][rng.below(3) as usize]),
+            clients: 1 + rng.below(3),
+            ports: [3, 10, 100][rng.below(3) as usize],
+            network: Network {
+                loss: if rng.chance(30) { rng.below(5) } else { 0 },
+                repeats: if rng.chance(30) { rng.below(5) } else { 0 },
+                late: if rng.chance(30) { rng.below(10) } else { 0 },
+                refusals: 0,
+            },
+            faults: 1 + rng.below(5),
+        }
+    }
+
+    /// Pieces of memory that this plan can need.
+    pub fn memories(&self) -> usize {
+        self.shards.iter().map(|shards| *shards as usize).sum::<usize>() + STARTS * 2
+    }
+}
+
+type Kernels = Rc<RefCell<BTreeMap<MemberId, Rc<Kernel>>>>;
+
+pub struct Sim<'m> {
+    pub world: World<'m>,
+    plan: Plan,
+    rng: Rng,
+    /// Of gateways that live.
+    kernels: Kernels,
+    flows: Vec<Flow>,
+    /// Tuples of connections that ended for both sides.
+    free: Vec<Tuple>,
+    /// Who carries each group of clients.
+    routes: Vec<MemberId>,
+    /// What every original tuple stands for at the moment, and whether it was sent.
+    sent: BTreeSet<(Tuple, u32)>,
+    lives: BTreeMap<Tuple, Life>,
+    numbers: u32,
+    fresh: u16,
+    begin_at: Time,
+    collect_at: Time,
+    /// When something was last not as it should be.
+    disturbed_at: Time,
+    starts: usize,
+    pub steps: u64,
+}
+
+/// The latest connection of a tuple.
+#[derive(Clone, Copy)]
+struct Life {
+    number: u32,
+    /// When it ended and in whose kernel, if all of it passed there.
+    ended: Option<(Time, MemberId)>,
+    /// Whether that kernel told its beginning.
+    is_heard: bool,
+}
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+const VIP: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+impl<'m> Sim<'m> {
+    pub fn new(seed: u64, plan: Plan, memories: &'m [OwnedMemory]) -> Sim<'m> {
+        let mut world = World::new(seed, memories);
+        world.sent = Some(Vec::new());
+        world.as_announced = true;
+        world.highest = plan.shards.len() as MemberId;
+        world.network = plan.network;
+        world.timing =
+            Timing { heartbeat: ms(100), hold: HOLD, reprotect_after: ms(1000), compare: ms(1000) };
+        let kernels: Kernels = Rc::default();
+        let (of_feeds, may_be_unheard) = (kernels.clone(), plan.events == 2);
+        world.make_feed = Some(Box::new(move |member, shard, shards, capacity, resumed| {
+            let kernel = of_feeds.borrow()[&member].clone();
+            if shard == 0 {
+                kernel.listen(shards);
+            }
+            Box::new(Ends::new(kernel, shard, shards, capacity, resumed, may_be_unheard))
+        }));
+        let now = world.now;
+        let mut sim = Sim {
+            world,
+            rng: Rng(seed ^ 0x7aff_1c00),
+            kernels,
+            flows: Vec::new(),
+            free: Vec::new(),
+            routes: vec![1; plan.routes],
+            sent: BTreeSet::new(),
+            lives: BTreeMap::new(),
+            numbers: 0,
+            fresh: 0,
+            begin_at: now,
+            collect_at: now,
+            disturbed_at: now,
+            starts: 0,
+            steps: 0,
+            plan,
+        };
+        for route in 0..sim.routes.len() {
+            sim.routes[route] = 1 + sim.rng.below(sim.plan.shards.len() as u64) as MemberId;
+        }
+        sim
+    }
+
+    /// A gateway's kernel begins, with nothing in it.
+    fn boot(&mut self, member: MemberId) {
+        let nat = self.plan.nat.map(|is_masquerade| Nat {
+            v4: Some(u32::from(VIP) as u128),
+            v6: None,
+            is_masquerade,
+        });
+        let settings = Settings {
+            timeouts: self.plan.timeouts.clone(),
+            max: 4096,
+            nat,
+            events: self.plan.events,
+            helpers: Vec::new(),
+            has_labels: false,
+        };
+        let kernel = Kernel::new(member, settings, self.plan.room);
+        kernel.log_to(self.world.log);
+        self.kernels.borrow_mut().insert(member, kernel);
+    }
+
+    fn start(&mut self, member: MemberId) {
+        let shards = self.plan.shards[member as usize - 1];
+        self.world.note(member, "start", format_args!("{shards} shards"));
+        self.world.start(member, shards, 100);
+    }
+
+    // The run.
+
+    /// A whole run.
+    pub fn run(&mut self) -> Result<(), Broken> {
+        for member in 1..=self.plan.shards.len() as MemberId {
+            self.boot(member);
+            self.start(member);
+        }
+        self.run_for(SETTLES + ms(1000), true)?;
+        for _ in 0..self.plan.faults {
+            let span = ms(self.rng.below(4000));
+            self.run_for(span, true)?;
+            self.fault()?;
+            if self.rng.chance(70) {
+                self.heal()?;
+                self.settle()?;
+            }
+        }
+        self.heal()?;
+        self.settle()?;
+        self.run_out()
+    }
+
+    fn run_for(&mut self, span: Duration, traffic: bool) -> Result<(), Broken> {
+        let end = self.world.now.after(span);
+        while !end.reached(self.world.now) {
+            self.step(end, traffic)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, end: Time, traffic: bool) -> Result<(), Broken> {
+        self.steps += 1;
+        let flows = self.flows.iter().map(|flow| flow.at).min().unwrap_or(Time::NEVER);
+        let begin = if traffic { self.begin_at } else { Time::NEVER };
+        let at = self.world.next_at().min(flows).min(begin).min(self.collect_at).min(end);
+        self.world.step_to(at.max(self.world.now));
+        let now = self.world.now;
+        if self.is_disturbed() {
+            self.disturbed_at = now;
+        }
+        if begin.reached(now) {
+            self.begin();
+        }
+        self.speak()?;
+        if self.collect_at.reached(now) {
+            self.collect_at = now.after(ms(200 + self.rng.below(3000)));
+            self.each_kernel(|table, now| table.collect(now));
+        }
+        for member in self.world.live() {
+            self.world.hear(member);
+        }
+        if let Some(found) = self.world.unannounced.take() {
+            return Err(format!("timers are announced: {found}"));
+        }
+        self.world.events.clear();
+        self.what_was_sent()
+    }
+
+    fn each_kernel(&self, act: impl Fn(&mut super::model::Table, Time)) {
+        let now = self.world.now;
+        for kernel in self.kernels.borrow().values() {
+            kernel.act(now, &act);
+        }
+    }
+
+    fn kernel(&self, member: MemberId) -> Option<Rc<Kernel>> {
+        self.kernels.borrow().get(&member).cloned()
+    }
+
+    /// Whether something is not as it should be right now.
+    fn is_disturbed(&self) -> bool {
+        let members = self.plan.shards.len();
+        let view = |member: MemberId| {
+            self.world.hosts.get(&member).is_some_and(|host| {
+                let others = (1..=members as MemberId).filter(|other| *other != member);
+                let mut seen = others.map(|other| &host.group.view().members[other as usize]);
+                host.running
+                    && !host.paused
+                    && host.readiness.stage() == Stage::Ready
+                    && seen.all(|seen| seen.status.is_alive() && seen.hears_me)
+            })
+        };
+        self.kernels.borrow().len() < members
+            || !self.world.cut.is_empty()
+            || !(1..=members as MemberId).all(view)
+    }
+
+    fn is_calm(&self) -> bool {
+        self.world.now.since(self.disturbed_at) >= SETTLES
+    }
+
+    /// Something is about to happen: what had settled by now has to survive it.
+    fn disturb(&mut self) {
+        let (now, is_calm) = (self.world.now, self.is_calm());
+        for flow in &mut self.flows {
+            let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
+            // One that is cut off already is no concern of what follows.
+            flow.is_safe = is_calm && is_old && flow.tries == 0;
+        }
+        self.disturbed_at = now;
+    }
+
+    // Flows.
+
+    fn begin(&mut self) {
+        let now = self.world.now;
+        let pause = self.plan.begins.mul_f64(self.rng.below(1000) as f64 / 1000.0) + ms(1);
+        self.begin_at = now.after(pause);
+        if self.flows.len() >= self.plan.flows {
+            return;
+        }
+        let route = self.rng.below(self.routes.len() as u64) as usize;
+        let protocol = if self.rng.chance(75) { TCP } else { UDP };
+        let again = self.rng.chance(60).then(|| self.free.pop()).flatten();
+        let original = again.unwrap_or_else(|| {
+            let client =
+                Ipv4Addr::from(0x0a00_0001 + self.rng.below(self.plan.clients) as u32 + (route as u32) * 16);
+            // With several gateways at work behind one address, each port is somebody's alone.
+            let port = match self.plan.shards.len() > 2 {
+                true => {
+                    self.fresh += 1;
+                    self.fresh % 20_000
+                }
+                false => self.rng.below(self.plan.ports) as u16,
+            };
+            let mut tuple = Tuple::v4(protocol, (client, 10_000 + port), (SERVER, 443));
+            tuple.protocol = protocol;
+            tuple
+        });
+        if self.flows.iter().any(|flow| flow.original == original) {
+            return;
+        }
+        let protocol = original.protocol;
+        // Where the address of the client says.
+        let route = ((original.src as u32 - 0x0a00_0001) / 16) as usize;
+        let end = if self.rng.chance(50) { End::Client } else { End::Server };
+        let manner = match self.rng.below(10) {
+            _ if protocol != TCP => Manner::Silence,
+            0..4 => Manner::Fin(end),
+            4..6 => Manner::Half(end),
+            6..8 => Manner::Reset(end),
+            _ => Manner::Silence,
+        };
+        let exchanges = [0, 1, 3, 20, 60][self.rng.below(5) as usize];
+        let exchanges = if protocol == TCP { exchanges } else { exchanges.max(1) };
+        self.numbers += 1;
+        self.flows.push(Flow {
+            original,
+            number: self.numbers,
+            route,
+            step: if protocol == TCP { Step::Syn } else { Step::Say(End::Client) },
+            exchanges: if exchanges > 0 { 1 + self.rng.below(exchanges) } else { 0 },
+            rest: self.rng.below(4),
+            manner,
+            pause: ms([20, 300, 1500][self.rng.below(3) as usize]),
+            at: now,
+            tries: 0,
+            since: now,
+            leaving: None,
+            established: None,
+            passed: None,
+            ended: None,
+            is_intact: true,
+            is_safe: false,
+        });
+    }
+
+    /// Every packet that is due is sent.
+    fn speak(&mut self) -> Result<(), Broken> {
+        let now = self.world.now;
+        for n in 0..self.flows.len() {
+            if self.flows[n].at.reached(now) && self.flows[n].step != Step::Over {
+                self.send(n)?;
+            }
+        }
+        let (over, going): (Vec<Flow>, Vec<Flow>) =
+            std::mem::take(&mut self.flows).into_iter().partition(|flow| flow.step == Step::Over);
+        self.flows = going;
+        for flow in over {
+            // Silence leaves a server that goes on for a while: nobody takes that client's port at once.
+            if flow.ended.is_some() && !matches!(flow.manner, Manner::Silence) {
+                self.free.push(flow.original);
+            }
+            let life =
+                self.lives.entry(flow.original).or_insert(Life { number: 0, ended: None, is_heard: true });
+            if life.number == flow.number {
+                let is_seen = flow.is_intact && !matches!(flow.manner, Manner::Silence);
+                life.ended = flow.passed.filter(|_| is_seen);
+            }
+            self.world.note(0, "over", format_args!("{} {:?}", flow.original, flow.manner));
+        }
+        Ok(())
+    }
+
+    /// Which gateway the next packet of this flow takes. In a group of more than two it is one that has it, if any has:
+    /// what a third one makes of it is not promised yet.
+    fn way_of(&self, flow: &Flow) -> MemberId {
+        let route = self.routes[flow.route];
+        if self.plan.shards.len() == 2 || flow.passed.is_none() {
+            return route;
+        }
+        let now = self.world.now;
+        let has = |member: &MemberId| {
+            let host = &self.world.hosts[member];
+            let shard = shard_of(&flow.original, host.shards.len().max(1) as u8) as usize;
+            host.shards.get(shard).is_some_and(|shard| shard.table().find_original(&flow.original).is_some())
+                && self.kernel(*member).is_some_and(|kernel| {
+                    kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
+                })
+        };
+        let before = flow.passed.map(|(_, at)| at);
+        let all = [route].into_iter().chain(before).chain(1..=self.plan.shards.len() as MemberId);
+        all.into_iter().find(has).unwrap_or(route)
+    }
+
+    fn send(&mut self, n: usize) -> Result<(), Broken> {
+        let now = self.world.now;
+        let way = self.way_of(&self.flows[n]);
+        let Some((end, packet)) = self.flows[n].packet() else { return Ok(()) };
+        let kernel = self.kernel(way);
+        let flow = &mut self.flows[n];
+        if now.since(flow.since) > GIVES_UP {
+            self.world.note(way, "gives up", format_args!("{} {:?}", flow.original, flow.step));
+            (flow.step, flow.manner) = (Step::Over, Manner::Silence);
+            flow.ended = Some(now);
+            return Ok(());
+        }
+        let Some(kernel) = kernel else {
+            flow.lost(now);
+            return Ok(());
+        };
+        if flow.passed.is_some_and(|(_, at)| at != way) {
+            flow.is_intact = false;
+        }
+        let is_first = flow.passed.is_none();
+        let verdict = kernel.act(now, |table, now| {
+            // Who is outside begins nothing, and inside nothing but TCP's SYN begins a connection.
+            // (What comes for the port of a connection that is lost may meet that port's next one: its ends know better.)
+            let there = table.get(now, &packet.tuple);
+            if !packet.is_from_inside && there.is_none_or(|there| there.original != flow.original) {
+                return Verdict::Dropped;
+            }
+            table.packet(now, &packet)
+        });
+        let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
+        let has_to_pass = flow.is_intact || flow.is_safe;
+        let why =
+            if flow.is_intact { "nothing is cut that nothing happened to" } else { "one death cuts nothing" };
+        let flow = &mut self.flows[n];
+        let told = format!("{} {:?}", flow.original, flow.step);
+        let wanted = match end {
+            End::Client => flow.leaving,
+            End::Server => Some(flow.original.mirrored()),
+        };
+        self.world.note(way, "packet", format_args!("{told} {verdict:?}"));
+        match verdict {
+            Verdict::Passed(leaving) if wanted.is_none_or(|wanted| wanted == leaving) => {
+                if end == End::Client {
+                    flow.leaving = Some(leaving);
+                }
+                let was_talking = flow.is_talking();
+                flow.arrived(now, way, &mut self.rng);
+                if is_first {
+                    let is_heard = self.world.hosts[&way].running || self.plan.events == 1;
+                    self.lives.insert(flow.original, Life { number: flow.number, ended: None, is_heard });
+                }
+                if has_to_pass && was_talking && flow.is_tcp() {
+                    let state = entry.map(|entry| entry.state.tcp_state);
+                    if state != Some(tcp::ESTABLISHED) {
+                        return Err(format!(
+                            "one life changes no other: {told} passed {way}, whose entry is in {state:?}"
+                        ));
+                    }
+                }
+                Ok(())
+            }
+            Verdict::Passed(leaving) => {
+                if has_to_pass {
+                    return Err(format!("{why}: {told} leaves {way} as {leaving}, not as {wanted:?}"));
+                }
+                // Another connection for whoever gets it.
+                (flow.step, flow.manner) = (Step::Over, Manner::Silence);
+                Ok(())
+            }
+            Verdict::Invalid | Verdict::Dropped => {
+                if has_to_pass {
+                    return Err(format!("{why}: {told} does not pass {way}: {verdict:?}, entry {entry:?}"));
+                }
+                flow.lost(now);
+                Ok(())
+            }
+        }
+    }
+
+    // Checks.
+
+    /// No datagram brings a connection whose end was there to be seen before it was ever sent.
+    fn what_was_sent(&mut self) -> Result<(), Broken> {
+        let now = self.world.now;
+        let sent = self.world.sent.replace(Vec::new()).unwrap_or_default();
+        for datagram in sent {
+            let mut r = Reader::new(&datagram.bytes);
+            let Ok(header) = Header::decode(&mut r, 7) else { continue };
+            if header.opcode != OPCODE_SYNC || SyncHeader::decode(&mut r).is_err() {
+                continue;
+            }
+            while let Ok(Some(message)) = Message::decode(&mut r) {
+                let Message::New { connection, .. } = message else { continue };
+                let Some(life) = self.lives.get(&connection.original) else { continue };
+                let is_first = self.sent.insert((connection.original, life.number));
+                let ended = life.ended.filter(|(at, by)| now.since(*at) > SEEN_LATE && *by == datagram.from);
+                if let Some((ended, _)) = ended.filter(|_| is_first && life.is_heard) {
+                    return Err(format!(
+                        "short connections are never sent: {} was over for {:?} when {} sent it to {}",
+                        connection.original,
+                        now.since(ended),
+                        datagram.from,
+                        datagram.to
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Faults end; some time later all has settled.
+    fn settle(&mut self) -> Result<(), Broken> {
+        let limit = self.world.now.after(ms(30_000));
+        while !self.is_calm() {
+            self.run_for(ms(100), true)?;
+            if limit.reached(self.world.now) {
+                return Err(format!("it settles: still not\n{}", self.world.describe()));
+            }
+        }
+        // For a moment one may be missing: the entry of an active that is idle, while its traffic is elsewhere, runs out.
+        let (alone, unexplained) = (self.without_two_copies(), self.unexplained());
+        if alone.is_empty() && unexplained.is_empty() {
+            return Ok(());
+        }
+        self.run_for(ms(1000), true)?;
+        if let Some((_, (tuple, having))) =
+            self.without_two_copies().into_iter().find(|(n, _)| alone.contains_key(n))
+        {
+            return Err(format!("two copies: {tuple} is in the kernels of {having:?} only"));
+        }
+        match self.unexplained().into_iter().find(|(at, _)| unexplained.contains_key(at)) {
+            Some((_, what)) => Err(format!("what has ended goes: {what}")),
+            None => Ok(()),
+        }
+    }
+
+    /// Flows that are past their hold and have no entry in two kernels.
+    fn without_two_copies(&self) -> BTreeMap<u32, (Tuple, Vec<MemberId>)> {
+        let now = self.world.now;
+        let mut alone = BTreeMap::new();
+        for flow in &self.flows {
+            let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
+            // What its kernel did not tell of is found in a minute.
+            let is_heard = self.lives.get(&flow.original).is_some_and(|life| life.is_heard);
+            if !is_old || !is_heard || !flow.is_talking() || flow.tries > 0 {
+                continue;
+            }
+            let kernels = self.kernels.borrow();
+            let having = kernels.iter().filter(|(_, kernel)| {
+                let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
+                entry.is_some_and(|entry| Some(entry.reply.mirrored()) == flow.leaving)
+            });
+            let having: Vec<MemberId> = having.map(|(member, _)| *member).collect();
+            if having.len() < 2 {
+                alone.insert(flow.number, (flow.original, having));
+            }
+        }
+        alone
+    }
+
+    /// Entries with the timeout of a copy that are none.
+    fn unexplained(&self) -> BTreeMap<(MemberId, Tuple), String> {
+        let now = self.world.now;
+        let mut found = BTreeMap::new();
+        for (member, kernel) in self.kernels.borrow().iter() {
+            for entry in kernel.entries(now) {
+                if entry.state.timeout_s > GIVEN_MAX_S && !self.is_copy(*member, &entry) {
+                    let copies = self.world.copies().remove(&entry.original);
+                    let what = format!(
+                        "{} at {member} has the timeout of a copy, and no active lives: {copies:?}",
+                        entry.original
+                    );
+                    found.insert((*member, entry.original), what);
+                }
+            }
+        }
+        found
+    }
+
+    /// Whether the table of this member says that the entry is a copy, and that of another one that it is the active.
+    fn is_copy(&self, member: MemberId, entry: &Connection) -> bool {
+        let copies = self.world.copies();
+        let found = copies.get(&entry.original).map_or(&[][..], |found| &found[..]);
+        found.iter().any(|copy| copy.member == member && copy.kind == Kind::Backup)
+            && found.iter().any(|copy| copy.member != member && copy.kind == Kind::Active)
+    }
+
+    /// No new flows: the last ones come to their end, and then nothing is left anywhere.
+    fn run_out(&mut self) -> Result<(), Broken> {
+        self.world.note(0, "run out", format_args!("{} flows", self.flows.len()));
+        for flow in &mut self.flows {
+            flow.exchanges = flow.exchanges.min(2);
+        }
+        let limit = self.world.now.after(ms(60_000));
+        while !self.flows.is_empty() && !limit.reached(self.world.now) {
+            self.run_for(ms(100), false)?;
+        }
+        if let Some(flow) = self.flows.first() {
+            return Err(format!("flows end: {flow:?}"));
+        }
+        let of = &self.plan.timeouts;
+        let longest = of.tcp.iter().chain([&of.udp, &of.udp_stream]).max().copied().unwrap_or_default();
+        let unheard = if self.plan.events == 2 { 62 } else { 0 };
+        self.run_for(Duration::from_secs((longest + unheard) as u64) + BOUND, false)?;
+        self.each_kernel(|table, now| table.collect(now));
+        let now = self.world.now;
+        let copies = self.world.copies();
+        for (member, kernel) in self.kernels.borrow().iter() {
+            if let Some(entry) = kernel.entries(now).first() {
+                return Err(format!(
+                    "what has ended goes: {member} still has {} in state {} for {} s: {:?}",
+                    entry.original,
+                    entry.state.tcp_state,
+                    entry.state.timeout_s,
+                    copies.get(&entry.original)
+                ));
+            }
+        }
+        match copies.iter().next() {
+            Some((tuple, found)) => Err(format!("what has ended goes: {tuple} is still at {found:?}")),
+            None => Ok(()),
+        }
+    }
+
+    // Faults.
+
+    fn other_than(&mut self, member: MemberId) -> MemberId {
+        let others: Vec<MemberId> =
+            (1..=self.plan.shards.len() as MemberId).filter(|other| *other != member).collect();
+        others[self.rng.below(others.len() as u64) as usize]
+    }
+
+    /// The routes of a group of clients move.
+    fn reroute(&mut self, route: usize, to: MemberId) {
+        self.world.note(to, "route", format_args!("{route} from {}", self.routes[route]));
+        self.routes[route] = to;
+    }
+
+    fn reroute_all(&mut self, from: MemberId, to: MemberId) {
+        for route in 0..self.routes.len() {
+            if self.routes[route] == from {
+                self.reroute(route, to);
+            }
+        }
+    }
+
+    fn fault(&mut self) -> Result<(), Broken> {
+        let victim = 1 + self.rng.below(self.plan.shards.len() as u64) as MemberId;
+        let other = self.other_than(victim);
+        let is_there = self.kernels.borrow().contains_key(&victim) && self.world.hosts[&victim].running;
+        if !is_there {
+            return Ok(());
+        }
+        let span = ms([50, 500, 3000][self.rng.below(3) as usize] + self.rng.below(1000));
+        match self.rng.below(10) {
+            0 | 1 => self.planned(victim, other),
+            2 => self.power_off(victim, other),
+            3 | 4 => self.sleeps(victim, other, span),
+            5 => self.restarts(victim, other, span),
+            6 => self.is_cut_off(victim, other, span),
+            _ => self.operator(victim),
+        }
+    }
+
+    /// Routes move while both gateways live, perhaps back and forth.
+    fn planned(&mut self, from: MemberId, to: MemberId) -> Result<(), Broken> {
+        if !self.is_calm() {
+            return Ok(());
+        }
+        for turn in 0..1 + self.rng.below(4) {
+            if turn == 0 || self.is_calm() {
+                self.disturb();
+            }
+            let (from, to) = if turn % 2 == 0 { (from, to) } else { (to, from) };
+            self.reroute_all(from, to);
+            let span = ms([0, 5, 100, 2000, 12_000][self.rng.below(5) as usize] + self.rng.below(10));
+            self.run_for(span, true)?;
+        }
+        Ok(())
+    }
+
+    /// A gateway dies, kernel and all.
+    fn power_off(&mut self, victim: MemberId, other: MemberId) -> Result<(), Broken> {
+        self.disturb();
+        self.world.note(victim, "power off", format_args!(""));
+        self.world.kill(victim);
+        self.kernels.borrow_mut().remove(&victim);
+        for flow in &mut self.flows {
+            if flow.passed.is_some_and(|(_, at)| at == victim) {
+                flow.is_intact = false;
+            }
+        }
+        let detected = ms(self.rng.below(1500));
+        self.run_for(detected, true)?;
+        self.reroute_all(victim, other);
+        let away = ms(self.rng.below(6000));
+        self.run_for(away, true)
+    }
+
+    /// A process stands still while its kernel goes on; the routes may move meanwhile.
+    fn sleeps(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+        self.disturb();
+        self.world.note(victim, "stop", format_args!("{span:?}"));
+        self.world.pause(victim, true);
+        self.meanwhile(victim, other, span)?;
+        self.world.note(victim, "continue", format_args!(""));
+        self.world.pause(victim, false);
+        Ok(())
+    }
+
+    /// Routes stay, move, or move and come back.
+    fn meanwhile(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+        let moves = self.rng.below(3);
+        let early = span.mul_f64(self.rng.below(1000) as f64 / 1000.0);
+        self.run_for(early, true)?;
+        if moves > 0 {
+            self.reroute_all(victim, other);
+        }
+        self.run_for(span - early, true)?;
+        if moves > 1 {
+            self.reroute_all(other, victim);
+        }
+        Ok(())
+    }
+
+    /// A process is killed, and comes back over its memory or with a new one.
+    fn restarts(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+        self.disturb();
+        self.world.note(victim, "killed", format_args!("{span:?}"));
+        self.world.kill(victim);
+        if let Some(kernel) = self.kernel(victim) {
+            kernel.listen(0);
+        }
+        self.meanwhile(victim, other, span)?;
+        let is_warm = self.rng.chance(60);
+        if is_warm {
+            self.world.resume(victim);
+        } else if self.starts < STARTS {
+            self.starts += 1;
+            self.start(victim);
+        } else {
+            self.world.resume(victim);
+        }
+        Ok(())
+    }
+
+    /// Two members do not hear each other.
+    fn is_cut_off(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+        self.disturb();
+        self.world.note(victim, "cut", format_args!("off from all others, {span:?}"));
+        for a in 1..=self.plan.shards.len() as MemberId {
+            if a != victim {
+                self.world.cut.extend([(a, victim), (victim, a)]);
+            }
+        }
+        self.meanwhile(victim, other, span)?;
+        self.world.cut.clear();
+        Ok(())
+    }
+
+    /// An operator flushes or deletes entries.
+    fn operator(&mut self, member: MemberId) -> Result<(), Broken> {
+        let Some(kernel) = self.kernel(member) else { return Ok(()) };
+        self.disturb();
+        let is_flush = self.rng.chance(50);
+        let share = self.rng.below(100);
+        self.world.note(member, "operator", format_args!("flush {is_flush}, {share} percent"));
+        let now = self.world.now;
+        let mut gone = BTreeSet::new();
+        for entry in kernel.entries(now) {
+            if is_flush || self.rng.chance(share) {
+                let _ = kernel.act(now, |table, now| table.delete(now, By::Tool, &entry.original));
+                gone.insert(entry.original);
+            }
+        }
+        // What passes here is cut, as is meant; what passes elsewhere goes on.
+        for flow in self.flows.iter_mut().filter(|flow| gone.contains(&flow.original)) {
+            if flow.passed.is_none_or(|(_, at)| at == member) {
+                (flow.is_intact, flow.is_safe) = (false, false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever was done is undone.
+    fn heal(&mut self) -> Result<(), Broken> {
+        self.world.cut.clear();
+        for member in 1..=self.plan.shards.len() as MemberId {
+            if !self.kernels.borrow().contains_key(&member) {
+                self.boot(member);
+                if self.starts < STARTS {
+                    self.starts += 1;
+                }
+                self.start(member);
+            }
+        }
+        self.world.note(0, "heal", format_args!(""));
+        Ok(())
+    }
+}
