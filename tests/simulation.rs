@@ -13,6 +13,9 @@
 //! has come, as the appliance's loop does. A shard that something arrives for makes one more pass first, as a
 //! loop may that is woken for nothing: if that sends anything, a timer was not announced.
 //!
+//! In part of the seeds the members' tables, arenas and rooms for extras are of different size, also from one start of a
+//! member to the next. Where an extra may find no room it is left out, so there extras are not compared.
+//!
 //! What the protocol does not handle yet is not generated: traffic shows up only where the other copy of
 //! its connection is, or where nobody has one, and not at two members within one round trip. Two members may
 //! end up as actives of one connection that neither sends to the other: when traffic moves to a member whose
@@ -50,7 +53,7 @@ use hypersync::conn::MemberId;
 use hypersync::time::Time;
 use plan::Plan;
 use sim::Sim;
-use world::{Rng, memories_of};
+use world::Rng;
 
 /// Counts the bytes that each thread has allocated and not freed.
 struct Counting;
@@ -89,7 +92,7 @@ fn run(seed: u64, log: bool) -> Result<u64, String> {
     if log {
         eprintln!("{plan:#?}");
     }
-    let memories = memories_of(plan.memories(), plan.size);
+    let memories = plan.memories();
     let mut steps = 0;
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         let mut sim = Sim::new(rng.next(), plan, &memories);

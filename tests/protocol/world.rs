@@ -251,6 +251,11 @@ impl<'m> World<'m> {
         }
     }
 
+    /// Members that start from now on take these memories, one after the other.
+    pub fn supply(&mut self, memories: &'m [OwnedMemory]) {
+        self.memories = memories.iter();
+    }
+
     /// Starts a member with an empty table.
     pub fn start(&mut self, member: MemberId, shards: u8, priority: u8) {
         let incarnation = self.rng.next() | 1;

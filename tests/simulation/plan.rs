@@ -3,17 +3,19 @@
 use std::time::Duration;
 
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
-use hypersync::memory::MemorySize;
+use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::source::CommitMode;
 
-use crate::world::{Network, Rng};
+use crate::world::{Network, Rng, memories_of};
 
 /// Drawn from a seed before anything starts.
 #[derive(Debug)]
 pub struct Plan {
     /// Shards and priority of each member.
     pub members: Vec<(u8, u8)>,
-    pub size: MemorySize,
+    /// How large the memory of each member's shards is, and what each restart with a new table starts with.
+    pub sizes: Vec<MemorySize>,
+    pub restart_sizes: Vec<MemorySize>,
     pub network: Network,
     pub commit: CommitMode,
     /// Faults one after the other.
@@ -37,6 +39,11 @@ pub struct Plan {
 
 /// Starts after the first that there is memory for.
 pub const RESTARTS: usize = 4;
+/// Shards that one of them can have.
+pub const SHARDS_OF_RESTART: usize = 3;
+
+/// What members differ in is drawn with this.
+const SIZES: u64 = 0x51ce_5000_0000_0001;
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
@@ -49,9 +56,11 @@ impl Plan {
         let mut some = |of: u64| if rng.chance(60) { rng.below(of) } else { 0 };
         let network = Network { loss: some(20), repeats: some(20), late: some(30), refusals: some(20) };
         let refusals = if rng.chance(25) { network.refusals } else { 0 };
-        Plan {
+        let size = MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) };
+        let mut plan = Plan {
+            sizes: vec![size; members.len()],
+            restart_sizes: vec![size; RESTARTS],
             members,
-            size: MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) },
             network: Network { refusals, ..network },
             commit: [CommitMode::Eager, CommitMode::Eager, CommitMode::Takeover, CommitMode::Off]
                 [rng.below(4) as usize],
@@ -63,14 +72,33 @@ impl Plan {
             missed: if rng.chance(30) { rng.below(100) } else { 0 },
             drift: rng.chance(50),
             forged: rng.below(60),
-            // Not drawn from the same numbers, so that what a seed does does not depend on it otherwise.
+            // Not drawn from the same numbers, so that what a seed does does not depend on it otherwise. Nor is
+            // what follows.
             as_announced: Rng(!rng.0).chance(50),
+        };
+        let mut sizes = Rng(rng.0 ^ SIZES);
+        if sizes.chance(40) {
+            for size in plan.sizes.iter_mut().chain(&mut plan.restart_sizes) {
+                let capacity = (capacity / 4 * [1, 2, 3, 4, 8][sizes.below(5) as usize]).max(SLOTS_MIN);
+                let arena = ARENA_MIN + [0, 4096, ARENA_MIN][sizes.below(3) as usize];
+                let extras = [capacity, capacity, capacity / 8, 1][sizes.below(4) as usize];
+                *size = MemorySize { capacity, arena, extras };
+            }
         }
+        plan
     }
 
-    /// Pieces of memory that this plan can need.
-    pub fn memories(&self) -> usize {
-        self.members.iter().map(|(shards, _)| *shards as usize).sum::<usize>() + RESTARTS * 3
+    /// Whether a connection may have to do without its labels.
+    pub fn lacks_extras(&self) -> bool {
+        self.sizes.iter().chain(&self.restart_sizes).any(|size| size.extras < size.capacity)
+    }
+
+    /// The pieces of memory that this plan can need: those of the members one after the other, then three for each
+    /// restart with a new table.
+    pub fn memories(&self) -> Vec<OwnedMemory> {
+        let firsts = self.members.iter().zip(&self.sizes).map(|((shards, _), size)| (*shards as usize, size));
+        let restarts = self.restart_sizes.iter().map(|size| (SHARDS_OF_RESTART, size));
+        firsts.chain(restarts).flat_map(|(n, size)| memories_of(n, *size)).collect()
     }
 }
 

@@ -15,7 +15,7 @@ use hypersync::sync::stream::{Durable, stream_index};
 use hypersync::time::Time;
 
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
-use crate::plan::{Plan, RESTARTS, fault_time};
+use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
 use crate::truth::{Repair, Truth, life_of};
 use crate::world::{Link, Rng, Sent, World, address};
 
@@ -56,20 +56,22 @@ pub struct Sim<'m> {
     /// Whether a process was killed and took its memory up again.
     killed: bool,
     restarts: usize,
+    /// What restarts with a new table begin with, `SHARDS_OF_RESTART` for each.
+    spare: &'m [OwnedMemory],
     expire_at: Time,
     pub steps: u64,
 }
 
 impl<'m> Sim<'m> {
     pub fn new(seed: u64, plan: Plan, memories: &'m [OwnedMemory]) -> Sim<'m> {
-        let mut world = World::new(seed, memories);
+        let (first, spare) = memories.split_at(memories.len() - RESTARTS * SHARDS_OF_RESTART);
+        let mut world = World::new(seed, first);
         world.sent = Some(Vec::new());
         world.commit = plan.commit;
         world.as_announced = plan.as_announced;
         let mut sim = Sim {
             expire_at: world.now,
             world,
-            plan,
             rng: Rng(seed ^ 0x5eed_5eed),
             truth: Truth::default(),
             checks: Checks::default(),
@@ -82,8 +84,11 @@ impl<'m> Sim<'m> {
             impaired: false,
             killed: false,
             restarts: 0,
+            spare,
             steps: 0,
+            plan,
         };
+        sim.checks.extras_lack = sim.plan.lacks_extras();
         for n in 0..sim.plan.members.len() {
             sim.start(n as MemberId + 1);
         }
@@ -94,6 +99,9 @@ impl<'m> Sim<'m> {
         let (shards, priority) = self.plan.members[member as usize - 1];
         let shards =
             if self.restarts > 0 && self.rng.chance(30) { 1 + self.rng.below(3) as u8 } else { shards };
+        if self.restarts > 0 {
+            self.world.supply(&self.spare[(self.restarts - 1) * SHARDS_OF_RESTART..]);
+        }
         self.world.note(member, "start", format_args!("{shards} shards, priority {priority}"));
         self.world.start(member, shards, priority);
         let drift = self.rng.below(2001) as i64 - 1000;
@@ -169,7 +177,7 @@ impl<'m> Sim<'m> {
         for host in self.world.hosts.values_mut().filter(|host| host.running) {
             for shard in &mut host.shards {
                 while let Some((finding, expected)) = shard.poll_finding() {
-                    if !self.killed && !expected {
+                    if !self.killed && !expected && !self.plan.lacks_extras() {
                         return Err(format!(
                             "1 copies never drift: member {} found {finding:?}",
                             host.member
