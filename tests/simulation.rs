@@ -16,11 +16,14 @@
 //! In part of the seeds the members' tables, arenas and rooms for extras are of different size, also from one start of a
 //! member to the next. Where an extra may find no room it is left out, so there extras are not compared.
 //!
+//! In part of the seeds traffic of a connection shows up at its active and at its backup within one round trip, in any order. Of
+//! their states the one with the highest stamp stays, of equal ones the higher member's: what the other one saw since is lost.
+//!
 //! What the protocol does not handle yet is not generated: traffic shows up only where the other copy of
-//! its connection is, or where nobody has one, and not at two members within one round trip. Two members may
+//! its connection is, or where nobody has one. Two members may
 //! end up as actives of one connection that neither sends to the other: when traffic moves to a member whose
-//! claim the former one cannot hear, when a member dies in the middle of a move, in seeds whose faults
-//! overlap. There, and for closes that died with the only member that knew of them, kernels forget entries
+//! claim the former one cannot hear, when it shows up within a round trip at two of three that have a copy while the backup
+//! changes, when a member dies in the middle of a move, in seeds whose faults overlap. There, and for closes that died with the only member that knew of them, kernels forget entries
 //! without traffic, as real ones do. A datagram cut exactly where a message ends reads like a whole one, for
 //! nothing in it tells its length (UDP does): such cuts are not made.
 

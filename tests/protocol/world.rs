@@ -837,23 +837,28 @@ impl<'m> World<'m> {
         for host in self.hosts.values().filter(|h| h.running) {
             for (shard, replica) in host.shards.iter().enumerate() {
                 for slot in 0..replica.table().capacity() {
-                    let line = replica.table().line(slot);
-                    if !line.kind().is_connection() {
+                    if !replica.table().kind(slot).is_connection() {
                         continue;
                     }
-                    let connection = replica.table().connection(slot);
-                    let place = replica.coordinate(slot);
-                    assert_eq!(shard_of(&connection.original, host.shards.len() as u8) as usize, shard);
-                    copies.entry(connection.original).or_default().push(Copy {
-                        member: host.member,
-                        kind: line.kind(),
-                        stamp: line.stamp(),
-                        place: place.raw(),
-                        peer: line.peer().raw(),
-                        connection,
-                    });
+                    let copy = Copy::of(host.member, replica, slot);
+                    let original = copy.connection.original;
+                    assert_eq!(shard_of(&original, host.shards.len() as u8) as usize, shard);
+                    copies.entry(original).or_default().push(copy);
                 }
             }
+        }
+        copies
+    }
+
+    /// What live members hold of one tuple.
+    pub fn copies_of(&self, tuple: &Tuple) -> Vec<Copy> {
+        let mut copies = Vec::new();
+        for host in self.hosts.values().filter(|h| h.running) {
+            let replica = &host.shards[shard_of(tuple, host.shards.len() as u8) as usize];
+            let table = replica.table();
+            let is_it = |slot: &u32| table.kind(*slot).is_connection() && table.tuples(*slot).0 == *tuple;
+            let found = (0..table.capacity()).filter(is_it);
+            copies.extend(found.map(|slot| Copy::of(host.member, replica, slot)));
         }
         copies
     }
@@ -923,6 +928,20 @@ pub struct Copy {
     pub place: u64,
     pub peer: u64,
     pub connection: Connection,
+}
+
+impl Copy {
+    fn of(member: MemberId, replica: &Replica<'_>, slot: u32) -> Copy {
+        let line = replica.table().line(slot);
+        Copy {
+            member,
+            kind: line.kind(),
+            stamp: line.stamp(),
+            place: replica.coordinate(slot).raw(),
+            peer: line.peer().raw(),
+            connection: replica.table().connection(slot),
+        }
+    }
 }
 
 /// The heads of a datagram, for the log.

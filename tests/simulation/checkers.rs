@@ -161,7 +161,7 @@ impl Checks {
                 connection,
             };
             if let Some(before) = seen[slot as usize] {
-                self.newer_stays(member, slot, &before, &now)?;
+                self.newer_stays(truth, member, slot, &before, &now)?;
             }
             if line.kind() == Kind::Active && is_acknowledged(world, member, shard, slot, &line) {
                 now.acknowledged = Some(line.peer());
@@ -400,7 +400,14 @@ impl Checks {
     }
 
     /// 4: within one life of a slot states only get newer.
-    fn newer_stays(&self, member: MemberId, slot: u32, before: &Seen, now: &Seen) -> Result<(), Broken> {
+    fn newer_stays(
+        &self,
+        truth: &Truth,
+        member: MemberId,
+        slot: u32,
+        before: &Seen,
+        now: &Seen,
+    ) -> Result<(), Broken> {
         if before.generation != now.generation {
             return Ok(());
         }
@@ -413,7 +420,9 @@ impl Checks {
             "another connection in the same life of a slot"
         } else if now.stamp < before.stamp {
             "an older stamp"
-        } else if (0..compared).any(|n| serials(new)[n] < serials(old)[n]) {
+        } else if !truth.contended.contains(&new.original)
+            && (0..compared).any(|n| serials(new)[n] < serials(old)[n])
+        {
             "an older state"
         } else if now.stamp == before.stamp && !self.alike(old, new) && !before.torn {
             "another state under the same stamp"

@@ -35,6 +35,8 @@ pub struct Plan {
     pub forged: u64,
     /// Whether passes are made when something arrives or an announced timer has come, not at every step.
     pub as_announced: bool,
+    /// Whether traffic of a connection may show up at both of its members within a round trip.
+    pub at_once: bool,
 }
 
 /// Starts after the first that there is memory for.
@@ -44,6 +46,8 @@ pub const SHARDS_OF_RESTART: usize = 3;
 
 /// What members differ in is drawn with this.
 const SIZES: u64 = 0x51ce_5000_0000_0001;
+/// And this draws whether connections are claimed at two members at once.
+const AT_ONCE: u64 = 0x51ce_5000_0000_0002;
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
@@ -75,6 +79,7 @@ impl Plan {
             // Not drawn from the same numbers, so that what a seed does does not depend on it otherwise. Nor is
             // what follows.
             as_announced: Rng(!rng.0).chance(50),
+            at_once: Rng(rng.0 ^ AT_ONCE).chance(30),
         };
         let mut sizes = Rng(rng.0 ^ SIZES);
         if sizes.chance(40) {

@@ -7,7 +7,7 @@ use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::{MESSAGES_AT, SyncHeader};
-use hypersync::conn::{Kind, MemberId, Stamp, Tuple, shard_of};
+use hypersync::conn::{Coordinate, Kind, MemberId, Stamp, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
 use hypersync::source::{End, SourceEvent};
@@ -17,7 +17,7 @@ use hypersync::time::Time;
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
 use crate::truth::{Repair, Truth, life_of};
-use crate::world::{Link, Rng, Sent, World, address};
+use crate::world::{Copy, Link, Rng, STEP, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
@@ -50,6 +50,9 @@ pub struct Sim<'m> {
     samples: VecDeque<Sent>,
     /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel forgets it in time.
     moved: VecDeque<(Time, Tuple)>,
+    /// Packets that show up at any of the members that have a copy, and in which life of their tuple.
+    contended: Vec<(Time, Tuple, u32)>,
+    at_once: Rng,
     /// Connections that two members carried on in the same state during this peace, and since when.
     doubled: BTreeMap<Tuple, Time>,
     impaired: bool,
@@ -80,6 +83,8 @@ impl<'m> Sim<'m> {
             lately: VecDeque::new(),
             samples: VecDeque::new(),
             moved: VecDeque::new(),
+            contended: Vec::new(),
+            at_once: Rng(seed ^ 0xa7_0ce),
             doubled: BTreeMap::new(),
             impaired: false,
             killed: false,
@@ -143,6 +148,9 @@ impl<'m> Sim<'m> {
             for _ in 0..self.rng.below(self.plan.burst) + 1 {
                 self.some_traffic();
             }
+        }
+        if self.plan.at_once {
+            self.contend(traffic);
         }
         if self.rng.below(1000) < self.plan.forged {
             self.forge()?;
@@ -291,6 +299,75 @@ impl<'m> Sim<'m> {
         }
     }
 
+    /// Traffic of a connection shows up at both of its members within a round trip, here and there in any order.
+    fn contend(&mut self, traffic: bool) {
+        let now = self.world.now;
+        if traffic && self.at_once.below(2000) < self.plan.traffic {
+            let n = self.at_once.below(self.truth.open.len().max(1) as u64) as usize;
+            if let Some((tuple, life)) =
+                self.truth.open.iter().nth(n).map(|(tuple, open)| (*tuple, open.life))
+                && let Some((a, b)) = self.pair_of(&tuple)
+                && self.is_calm(a, b)
+            {
+                let mut at = now;
+                for _ in 0..2 + self.at_once.below(4) {
+                    self.contended.push((at, tuple, life));
+                    at = at.after(STEP * self.at_once.below(4) as u32);
+                }
+            }
+        }
+        let (due, later) =
+            std::mem::take(&mut self.contended).into_iter().partition(|(at, ..)| at.reached(now));
+        self.contended = later;
+        for (_, tuple, life) in due {
+            self.appear(tuple, life);
+        }
+    }
+
+    /// Both members of a connection, if nobody else has a copy and each names the other.
+    fn pair_of(&self, tuple: &Tuple) -> Option<(MemberId, MemberId)> {
+        let life = self.truth.open[tuple].life;
+        let copies: Vec<_> = self.copies_of(tuple).into_iter().filter(|copy| copy.3 == life).collect();
+        let [a, b] = copies[..] else { return None };
+        (a.4 == b.0 && b.4 == a.0).then_some((a.0, b.0))
+    }
+
+    /// A packet of a connection shows up at one of those that have a copy. Of several actives the one with the highest stamp
+    /// stays, of equal ones the higher member's.
+    fn appear(&mut self, tuple: Tuple, life: u32) {
+        if self.truth.open.get(&tuple).is_none_or(|open| open.life != life || open.owner.is_none()) {
+            return;
+        }
+        let able = self.able();
+        let mut copies = self.copies_of(&tuple);
+        copies.retain(|(member, kind, _, of, _)| *of == life && *kind != Kind::Held && able.contains(member));
+        if copies.len() < 2 {
+            return;
+        }
+        if self.pair_of(&tuple).is_none() {
+            // It is changing its backup, or lost its active. Of three that know it two may go on that neither sends to the
+            // other: the kernel of the one that the traffic left forgets it in time.
+            self.truth.expiring.insert(tuple);
+        }
+        let (to, ..) = copies[self.at_once.below(copies.len() as u64) as usize];
+        self.world.note(to, "appears", format_args!("{tuple}"));
+        self.moved.push_back((self.world.now, tuple));
+        self.truth.contended.insert(tuple);
+        // A packet shows all that its kernel knows.
+        let n = (self.at_once.next() >> 8) * 12;
+        let event = self.truth.change(tuple, n);
+        self.world.tell(to, &event);
+        let actives = self
+            .world
+            .copies_of(&tuple)
+            .into_iter()
+            .filter(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
+        if let Some(first) = actives.max_by_key(|copy| (copy.stamp, copy.member)) {
+            let open = self.truth.open.get_mut(&tuple).expect("it is open");
+            (open.owner, open.connection) = (Some(first.member), first.connection);
+        }
+    }
+
     /// Whether two members take each other for alive.
     fn is_calm(&self, a: MemberId, b: MemberId) -> bool {
         let sees = |a: MemberId, b: MemberId| {
@@ -331,18 +408,9 @@ impl<'m> Sim<'m> {
 
     /// Who has a copy: member, kind, stamp, life, and who has the other one.
     fn copies_of(&self, tuple: &Tuple) -> Vec<(MemberId, Kind, Stamp, u32, MemberId)> {
-        let mut copies = Vec::new();
-        for host in self.world.hosts.values().filter(|h| h.running) {
-            let table = host.shards[shard_of(tuple, host.shards.len() as u8) as usize].table();
-            for slot in 0..table.capacity() {
-                let line = table.line(slot);
-                if line.kind().is_connection() && table.tuples(slot).0 == *tuple {
-                    let life = life_of(&table.connection(slot));
-                    copies.push((host.member, line.kind(), line.stamp(), life, line.peer().member()));
-                }
-            }
-        }
-        copies
+        let copies = self.world.copies_of(tuple).into_iter();
+        let peer = |copy: &Copy| Coordinate::from_raw(copy.peer).member();
+        copies.map(|c| (c.member, c.kind, c.stamp, life_of(&c.connection), peer(&c))).collect()
     }
 
     /// The owner's source sees an event, unless it misses it and finds out later.
@@ -668,6 +736,7 @@ impl<'m> Sim<'m> {
         Checks::sums_are_true(&self.world)?;
         self.impaired = false;
         self.moved.clear();
+        self.truth.contended.clear();
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())

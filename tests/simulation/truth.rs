@@ -42,6 +42,8 @@ pub struct Truth {
     /// Tuples of which somebody may hold what nobody can tell it to let go: a close died with the member that
     /// knew of it, or traffic moved away from a member that could not be told. Its kernel forgets it in time.
     pub expiring: BTreeSet<Tuple>,
+    /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is lost.
+    pub contended: BTreeSet<Tuple>,
     lives: u32,
     serial: u32,
     tuples: u32,
