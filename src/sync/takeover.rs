@@ -616,9 +616,10 @@ impl Replica<'_> {
                 self.end_copy(slot);
                 let original = self.table.tuples(slot).0;
                 if self.lives_besides(slot, &original) {
-                    // The tuple lives on as another connection: the copy was of one before.
+                    // The tuple lives on as another connection: the copy was of one before. So is the kernel's entry, perhaps.
                     self.table.forget(slot);
                     self.table.recycle(slot);
+                    self.delete_entry(&original);
                     return true;
                 }
                 self.counters.count(Counter::Promotions);
