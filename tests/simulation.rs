@@ -19,13 +19,17 @@
 //! In part of the seeds traffic of a connection shows up at its active and at its backup within one round trip, in any order. Of
 //! their states the one with the highest stamp stays, of equal ones the higher member's: what the other one saw since is lost.
 //!
-//! What the protocol does not handle yet is not generated: traffic shows up only where the other copy of
-//! its connection is, or where nobody has one. Two members may
-//! end up as actives of one connection that neither sends to the other: when traffic moves to a member whose
-//! claim the former one cannot hear, when it shows up within a round trip at two of three that have a copy while the backup
-//! changes, when a member dies in the middle of a move, in seeds whose faults overlap. There, and for closes that died with the only member that knew of them, kernels forget entries
-//! without traffic, as real ones do. A datagram cut exactly where a message ends reads like a whole one, for
-//! nothing in it tells its length (UDP does): such cuts are not made.
+//! In part of the seeds traffic moves to a member that has no copy of its connection. Nobody there asks for one: it begins
+//! there, exposed where its backup would be one of the pair, until the kernels of the pair, which see no packets any more, have
+//! forgotten it. Until then the pair's older state outranks the new one, also in the kernel of the third, and its next packet
+//! there has to tell all of it again.
+//!
+//! What the protocol does not handle yet is not generated. Two members may end up as actives of one connection that neither
+//! sends to the other: when traffic moves to a member whose claim the former one cannot hear, or that nobody told of the
+//! connection, when it shows up at once at two of three that have a copy, when a member dies in the middle of a move, in seeds
+//! whose faults overlap. There, and for closes that died with the only member that knew of them, kernels forget entries
+//! without traffic, as real ones do. A datagram cut exactly where a message ends reads like a whole one, for nothing in it
+//! tells its length (UDP does): such cuts are not made.
 
 #[path = "simulation/checkers.rs"]
 mod checkers;

@@ -394,7 +394,7 @@ impl Checks {
     }
 
     /// Whether two copies are of the same state, as far as there is room for it.
-    fn alike(&self, a: &Connection, b: &Connection) -> bool {
+    pub fn alike(&self, a: &Connection, b: &Connection) -> bool {
         let extra = if self.extras_lack { a.extra } else { b.extra };
         *a == Connection { extra, ..*b }
     }
@@ -421,6 +421,7 @@ impl Checks {
         } else if now.stamp < before.stamp {
             "an older stamp"
         } else if !truth.contended.contains(&new.original)
+            && !truth.strayed.contains(&new.original)
             && (0..compared).any(|n| serials(new)[n] < serials(old)[n])
         {
             "an older state"

@@ -37,6 +37,8 @@ pub struct Plan {
     pub as_announced: bool,
     /// Whether traffic of a connection may show up at both of its members within a round trip.
     pub at_once: bool,
+    /// Whether traffic may move to members that have no copy of its connection.
+    pub strays: bool,
 }
 
 /// Starts after the first that there is memory for.
@@ -48,6 +50,8 @@ pub const SHARDS_OF_RESTART: usize = 3;
 const SIZES: u64 = 0x51ce_5000_0000_0001;
 /// And this draws whether connections are claimed at two members at once.
 const AT_ONCE: u64 = 0x51ce_5000_0000_0002;
+/// And this whether their traffic moves to where they are not known.
+const STRAYS: u64 = 0x51ce_5000_0000_0003;
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
@@ -80,6 +84,7 @@ impl Plan {
             // what follows.
             as_announced: Rng(!rng.0).chance(50),
             at_once: Rng(rng.0 ^ AT_ONCE).chance(30),
+            strays: Rng(rng.0 ^ STRAYS).chance(30),
         };
         let mut sizes = Rng(rng.0 ^ SIZES);
         if sizes.chance(40) {

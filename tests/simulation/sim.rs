@@ -16,7 +16,7 @@ use hypersync::time::Time;
 
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
-use crate::truth::{Repair, Truth, life_of};
+use crate::truth::{Open, Repair, Truth, life_of};
 use crate::world::{Copy, Link, Rng, STEP, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
@@ -53,6 +53,7 @@ pub struct Sim<'m> {
     /// Packets that show up at any of the members that have a copy, and in which life of their tuple.
     contended: Vec<(Time, Tuple, u32)>,
     at_once: Rng,
+    strays: Rng,
     /// Connections that two members carried on in the same state during this peace, and since when.
     doubled: BTreeMap<Tuple, Time>,
     impaired: bool,
@@ -85,6 +86,7 @@ impl<'m> Sim<'m> {
             moved: VecDeque::new(),
             contended: Vec::new(),
             at_once: Rng(seed ^ 0xa7_0ce),
+            strays: Rng(seed ^ 0x57_2a75),
             doubled: BTreeMap::new(),
             impaired: false,
             killed: false,
@@ -151,6 +153,9 @@ impl<'m> Sim<'m> {
         }
         if self.plan.at_once {
             self.contend(traffic);
+        }
+        if self.plan.strays && traffic && self.strays.below(4000) < self.plan.traffic {
+            self.stray();
         }
         if self.rng.below(1000) < self.plan.forged {
             self.forge()?;
@@ -297,6 +302,26 @@ impl<'m> Sim<'m> {
                 }
             }
         }
+    }
+
+    /// Traffic of a connection moves to a member that knows nothing of it: there it begins.
+    fn stray(&mut self) {
+        let n = self.strays.below(self.truth.open.len().max(1) as u64) as usize;
+        let Some(tuple) = self.truth.open.keys().nth(n).copied() else { return };
+        let copies = self.copies_of(&tuple);
+        let mut able = self.able();
+        able.retain(|member| copies.iter().all(|copy| copy.0 != *member));
+        if self.truth.open[&tuple].owner.is_none() || able.is_empty() {
+            return;
+        }
+        let to = able[self.strays.below(able.len() as u64) as usize];
+        self.world.note(to, "strays", format_args!("{tuple}"));
+        self.truth.strayed.insert(tuple);
+        self.truth.expiring.insert(tuple);
+        self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
+        let n = (self.strays.next() >> 8) * 12;
+        let event = self.truth.change(tuple, n);
+        self.world.tell(to, &event);
     }
 
     /// Traffic of a connection shows up at both of its members within a round trip, here and there in any order.
@@ -743,9 +768,17 @@ impl<'m> Sim<'m> {
     }
 
     /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
-    /// found by a dump.
+    /// found by a dump. Where the older state of a pair was taken for that of a connection that strayed, its next packet tells.
     fn dump(&mut self) {
         let copies = self.world.copies();
+        for (tuple, open) in self.truth.open.iter().filter(|(tuple, _)| self.truth.strayed.contains(tuple)) {
+            let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
+            let at_owner = found.iter().find(|copy| Some(copy.member) == open.owner);
+            if let Some(copy) = at_owner.filter(|copy| !self.checks.alike(&copy.connection, &open.connection))
+            {
+                self.repairs.push(Repair { at: self.world.now, member: copy.member, tuple: *tuple });
+            }
+        }
         for (tuple, open) in &self.truth.open {
             let Some(owner) = open.owner.filter(|_| !copies.contains_key(tuple)) else { continue };
             if self.world.counter(owner, Counter::TableFull) > 0 || self.truth.expiring.contains(tuple) {
@@ -798,10 +831,18 @@ impl<'m> Sim<'m> {
                     Some(open) => {
                         let owner = open.owner;
                         let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
-                        forgotten && owner != Some(copy.member) && another
+                        let strayed = self.truth.strayed.contains(&tuple);
+                        forgotten && owner != Some(copy.member) && (another || strayed)
                     }
                 };
                 if idle {
+                    if let Some(Open { owner: Some(owner), connection, .. }) = open
+                        && self.truth.strayed.contains(&tuple)
+                        && self.world.host(owner).kernel.contains_key(&tuple)
+                    {
+                        // Its packets pass there all the time, and raise no event.
+                        self.world.host(owner).touched.insert(tuple, connection);
+                    }
                     self.world.note(copy.member, "expired", format_args!("{tuple}"));
                     self.world.tell(copy.member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
                     if let Some(owner) = open.and_then(|open| open.owner) {

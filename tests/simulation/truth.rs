@@ -44,6 +44,9 @@ pub struct Truth {
     pub expiring: BTreeSet<Tuple>,
     /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is lost.
     pub contended: BTreeSet<Tuple>,
+    /// Tuples whose traffic moved to a member that had no copy. Nobody tells the pair; its kernels, which see no packets any
+    /// more, forget the connection in time.
+    pub strayed: BTreeSet<Tuple>,
     lives: u32,
     serial: u32,
     tuples: u32,
@@ -120,7 +123,9 @@ impl Truth {
                 groups::MARK
             }
         };
-        let known = if n.is_multiple_of(3) { groups::ALL } else { known | groups::TUPLES };
+        // The pair's older state may have been written over what the kernel had. A packet there tells all of it again.
+        let whole = n.is_multiple_of(3) || self.strayed.contains(&tuple);
+        let known = if whole { groups::ALL } else { known | groups::TUPLES };
         SourceEvent::Seen { connection: *connection, known }
     }
 
