@@ -24,6 +24,9 @@
 //! forgotten it. Until then the pair's older state outranks the new one, also in the kernel of the third, and its next packet
 //! there has to tell all of it again.
 //!
+//! In part of the seeds a process that was killed takes its memory up again only after 3 to 22 times `reprotect_after`, under much
+//! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again.
+//!
 //! What the protocol does not handle yet is not generated. Two members may end up as actives of one connection that neither
 //! sends to the other: when traffic moves to a member whose claim the former one cannot hear, or that nobody told of the
 //! connection, when it shows up at once at two of three that have a copy, when a member dies in the middle of a move, in seeds

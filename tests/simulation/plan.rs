@@ -39,6 +39,8 @@ pub struct Plan {
     pub at_once: bool,
     /// Whether traffic may move to members that have no copy of its connection.
     pub strays: bool,
+    /// Whether a process that was killed may be back only when its connections have long been others'.
+    pub absences: bool,
 }
 
 /// Starts after the first that there is memory for.
@@ -52,6 +54,8 @@ const SIZES: u64 = 0x51ce_5000_0000_0001;
 const AT_ONCE: u64 = 0x51ce_5000_0000_0002;
 /// And this whether their traffic moves to where they are not known.
 const STRAYS: u64 = 0x51ce_5000_0000_0003;
+/// And this how long processes are gone.
+const ABSENCES: u64 = 0x51ce_5000_0000_0004;
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
@@ -85,6 +89,7 @@ impl Plan {
             as_announced: Rng(!rng.0).chance(50),
             at_once: Rng(rng.0 ^ AT_ONCE).chance(30),
             strays: Rng(rng.0 ^ STRAYS).chance(30),
+            absences: Rng(rng.0 ^ ABSENCES).chance(40),
         };
         let mut sizes = Rng(rng.0 ^ SIZES);
         if sizes.chance(40) {

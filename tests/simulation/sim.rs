@@ -17,7 +17,7 @@ use hypersync::time::Time;
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
 use crate::truth::{Open, Repair, Truth, life_of};
-use crate::world::{Copy, Link, Rng, STEP, Sent, World, address};
+use crate::world::{Copy, Link, REPROTECT, Rng, STEP, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
@@ -54,6 +54,9 @@ pub struct Sim<'m> {
     contended: Vec<(Time, Tuple, u32)>,
     at_once: Rng,
     strays: Rng,
+    absences: Rng,
+    /// Traffic is at least this much: in how many of 1000 steps something happens.
+    busy: u64,
     /// Connections that two members carried on in the same state during this peace, and since when.
     doubled: BTreeMap<Tuple, Time>,
     impaired: bool,
@@ -87,6 +90,8 @@ impl<'m> Sim<'m> {
             contended: Vec::new(),
             at_once: Rng(seed ^ 0xa7_0ce),
             strays: Rng(seed ^ 0x57_2a75),
+            absences: Rng(seed ^ 0xab_5e4c),
+            busy: 0,
             doubled: BTreeMap::new(),
             impaired: false,
             killed: false,
@@ -146,7 +151,7 @@ impl<'m> Sim<'m> {
         self.steps += 1;
         self.move_orphans();
         self.repair();
-        if traffic && self.rng.below(1000) < self.plan.traffic {
+        if traffic && self.rng.below(1000) < self.plan.traffic.max(self.busy) {
             for _ in 0..self.rng.below(self.plan.burst) + 1 {
                 self.some_traffic();
             }
@@ -578,7 +583,11 @@ impl<'m> Sim<'m> {
         if self.world.hosts[&victim].running {
             self.world.kill(victim);
         }
-        self.run_for(span, true)?;
+        if self.plan.absences && self.absences.chance(70) {
+            self.be_absent(victim)?;
+        } else {
+            self.run_for(span, true)?;
+        }
         self.world.resume(victim);
         self.checks.resumed(victim);
         let owned = self.truth.open.iter().filter(|(_, open)| open.owner == Some(victim));
@@ -594,6 +603,43 @@ impl<'m> Sim<'m> {
         let now = self.world.now;
         self.repairs.extend(tuples.into_iter().map(|tuple| Repair { at: now, member: victim, tuple }));
         self.run_for(ms(50), true)
+    }
+
+    /// The process of this member is gone for several times the time after which its connections have other members, and much
+    /// happens meanwhile. Either its gateway goes on, or the routes lead elsewhere.
+    fn be_absent(&mut self, victim: MemberId) -> Result<(), Broken> {
+        let span = REPROTECT * (3 + self.absences.below(20)) as u32;
+        let routes_move = self.absences.chance(60);
+        self.world.note(victim, "absent", format_args!("for {span:?}, routes move: {routes_move}"));
+        self.busy = 600;
+        if routes_move {
+            let mut moved = Vec::new();
+            for (tuple, open) in self.truth.open.iter_mut().filter(|(_, open)| open.owner == Some(victim)) {
+                open.owner = None;
+                moved.push((*tuple, open.life));
+            }
+            self.orphans.push((self.world.now.after(MOVES_AFTER), victim));
+            self.run_for(MOVES_AFTER + STEP, true)?;
+            for (tuple, life) in moved {
+                let Some(Open { owner: Some(owner), .. }) =
+                    self.truth.open.get(&tuple).filter(|open| open.life == life).copied()
+                else {
+                    continue;
+                };
+                // A packet there shows all that its kernel knows.
+                let owner = self.find_owner(tuple, owner);
+                let n = (self.absences.next() >> 8) * 12;
+                let event = self.truth.change(tuple, n);
+                if self.able().contains(&owner) {
+                    self.world.tell(owner, &event);
+                } else {
+                    self.repairs.push(Repair { at: self.world.now, member: owner, tuple });
+                }
+            }
+        }
+        self.run_for(span, true)?;
+        self.busy = 0;
+        Ok(())
     }
 
     fn bereave(&mut self, victim: MemberId) {
