@@ -27,6 +27,10 @@
 //! In part of the seeds a process that was killed takes its memory up again only after 3 to 22 times `reprotect_after`, under much
 //! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again.
 //!
+//! In part of the seeds generations of slots, lives of streams and numbers of declines begin shortly before they wrap, and when all
+//! is at rest all processes are restarted over memories in which versions of states (and the ten bits of an epoch that a
+//! history keeps) are about to wrap, and numbers of streams stand short of 32 bits or far up in their 48.
+//!
 //! What the protocol does not handle yet is not generated. Two members may end up as actives of one connection that neither
 //! sends to the other: when traffic moves to a member whose claim the former one cannot hear, or that nobody told of the
 //! connection, when it shows up at once at two of three that have a copy, when a member dies in the middle of a move, in seeds

@@ -1,10 +1,13 @@
 //! What a seed is about: everything that stays the same for its whole run.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
-use hypersync::memory::{MemorySize, OwnedMemory};
+use hypersync::conn::Generation;
+use hypersync::limits::{ARENA_MIN, GENERATIONS, SLOTS_MIN};
+use hypersync::memory::{JOURNAL_DECLINES, Memory, MemorySize, OwnedMemory};
 use hypersync::source::CommitMode;
+use hypersync::sync::stream::WORD_LIVES;
 
 use crate::world::{Network, Rng, memories_of};
 
@@ -41,6 +44,8 @@ pub struct Plan {
     pub strays: bool,
     /// Whether a process that was killed may be back only when its connections have long been others'.
     pub absences: bool,
+    /// Whether members have counted for so long that their words are about to wrap.
+    pub aged: bool,
 }
 
 /// Starts after the first that there is memory for.
@@ -56,6 +61,8 @@ const AT_ONCE: u64 = 0x51ce_5000_0000_0002;
 const STRAYS: u64 = 0x51ce_5000_0000_0003;
 /// And this how long processes are gone.
 const ABSENCES: u64 = 0x51ce_5000_0000_0004;
+/// And this where their words stand.
+const AGED: u64 = 0x51ce_5000_0000_0005;
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
@@ -90,6 +97,7 @@ impl Plan {
             at_once: Rng(rng.0 ^ AT_ONCE).chance(30),
             strays: Rng(rng.0 ^ STRAYS).chance(30),
             absences: Rng(rng.0 ^ ABSENCES).chance(40),
+            aged: Rng(rng.0 ^ AGED).chance(40),
         };
         let mut sizes = Rng(rng.0 ^ SIZES);
         if sizes.chance(40) {
@@ -113,8 +121,25 @@ impl Plan {
     pub fn memories(&self) -> Vec<OwnedMemory> {
         let firsts = self.members.iter().zip(&self.sizes).map(|((shards, _), size)| (*shards as usize, size));
         let restarts = self.restart_sizes.iter().map(|size| (SHARDS_OF_RESTART, size));
-        firsts.chain(restarts).flat_map(|(n, size)| memories_of(n, *size)).collect()
+        let memories: Vec<_> = firsts.chain(restarts).flat_map(|(n, size)| memories_of(n, *size)).collect();
+        if self.aged {
+            memories.iter().for_each(|memory| age(&memory.parts()));
+        }
+        memories
     }
+}
+
+/// What was counted through earlier runs, while nothing of them is left: generations of slots, lives of streams and numbers of
+/// declines, all shortly before they begin anew.
+fn age(memory: &Memory<'_>) {
+    for (n, slot) in memory.slots.iter().enumerate() {
+        let generation = Generation::from_low_bits(GENERATIONS - 1 - n as u32 % 7);
+        slot.update(|line| line.set_generation(generation));
+    }
+    for (n, stream) in memory.streams.iter().enumerate() {
+        stream.0[WORD_LIVES].store(u64::from(u16::MAX) - n as u64 % 3, Ordering::Relaxed);
+    }
+    memory.journal[JOURNAL_DECLINES].store(u64::from(u32::MAX) - 5, Ordering::Relaxed);
 }
 
 /// How long the fault of one episode lasts.

@@ -1,6 +1,7 @@
 //! One run: traffic and faults drawn from a seed, then peace, and everything must agree.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hypersync::ccp::bytes::Reader;
@@ -10,8 +11,9 @@ use hypersync::ccp::sync::{MESSAGES_AT, SyncHeader};
 use hypersync::conn::{Coordinate, Kind, MemberId, Stamp, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
+use hypersync::seq::Seq;
 use hypersync::source::{End, SourceEvent};
-use hypersync::sync::stream::{Durable, stream_index};
+use hypersync::sync::stream::{Durable, WORD_RECEIVE_FLOOR, stream_index};
 use hypersync::time::Time;
 
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
@@ -27,6 +29,9 @@ const MOVES_AFTER: Duration = Duration::from_millis(40);
 
 /// An entry in a kernel that sees no traffic is forgotten after this time.
 const EXPIRES: Duration = Duration::from_millis(300);
+
+/// Where numbers of streams stand that have been counted for years: short of 32 bits, and of the 48 that they have.
+const AGED_SEQ: [u64; 2] = [u32::MAX as u64 - 100, (1 << 48) - 200_000];
 
 /// For so long both of two members that took over the same state may carry it on before a packet shows up.
 const SPEAKS: Duration = Duration::from_secs(3);
@@ -132,6 +137,9 @@ impl<'m> Sim<'m> {
             self.episode()?;
             if !self.plan.tangled {
                 self.peace()?;
+                if self.plan.aged {
+                    self.age();
+                }
             }
         }
         self.world.network = network;
@@ -811,6 +819,57 @@ impl<'m> Sim<'m> {
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())
+    }
+
+    /// Everything is at rest. All processes are restarted over their memory, in which versions of states and numbers of
+    /// streams have come as far as in years.
+    fn age(&mut self) {
+        self.world.note(0, "aged", format_args!(""));
+        let members = self.world.live();
+        for member in &members {
+            self.world.kill(*member);
+        }
+        for (tuple, open) in &self.truth.open {
+            // As many changes of a connection at both of its copies, and as many claims (a history keeps ten bits of them).
+            let version = u32::MAX - open.life % 5;
+            for member in &members {
+                let host = &self.world.hosts[member];
+                let shard = shard_of(tuple, host.shards.len() as u8) as usize;
+                for slot in host.memory[shard].slots {
+                    if slot.line().kind().is_connection() && slot.tuples().0 == *tuple {
+                        slot.update(|line| {
+                            line.set_stamp(Stamp { epoch: line.stamp().epoch + 1020, version })
+                        });
+                    }
+                }
+            }
+        }
+        for from in &members {
+            for to in members.iter().filter(|to| *to != from) {
+                let (sender, receiver) = (&self.world.hosts[from], &self.world.hosts[to]);
+                for (i, a) in sender.memory.iter().enumerate() {
+                    for (j, b) in receiver.memory.iter().enumerate() {
+                        let sending = Durable(&a.streams[stream_index(*to, j as u8)]);
+                        let words = &b.streams[stream_index(*from, i as u8)];
+                        let receiving = Durable(words);
+                        let agree = sending.life() != 0
+                            && sending.life() == receiving.peer_life()
+                            && sending.sent() == sending.floor()
+                            && sending.sent() == receiving.receive_floor();
+                        let seq = Seq::from_raw(AGED_SEQ[(i + j) % 2]).expect("48 bits");
+                        if agree && seq.is_after(sending.sent()) {
+                            sending.set_sent(seq);
+                            sending.set_floor(seq);
+                            words.0[WORD_RECEIVE_FLOOR].store(seq.raw(), Ordering::Relaxed);
+                        }
+                    }
+                }
+            }
+        }
+        for member in members {
+            self.world.resume(member);
+            self.checks.resumed(member);
+        }
     }
 
     /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
