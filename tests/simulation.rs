@@ -25,7 +25,8 @@
 //! there has to tell all of it again.
 //!
 //! In part of the seeds a process that was killed takes its memory up again only after 3 to 22 times `reprotect_after`, under much
-//! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again.
+//! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again. What
+//! ended elsewhere meanwhile nobody can tell it: its kernel forgets that.
 //!
 //! In part of the seeds generations of slots, lives of streams and numbers of declines begin shortly before they wrap, and when all
 //! is at rest all processes are restarted over memories in which versions of states (and the ten bits of an epoch that a

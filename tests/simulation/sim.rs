@@ -626,6 +626,7 @@ impl<'m> Sim<'m> {
                 open.owner = None;
                 moved.push((*tuple, open.life));
             }
+            self.truth.left.extend(moved.iter().map(|(_, life)| *life));
             self.orphans.push((self.world.now.after(MOVES_AFTER), victim));
             self.run_for(MOVES_AFTER + STEP, true)?;
             for (tuple, life) in moved {
@@ -932,7 +933,7 @@ impl<'m> Sim<'m> {
                 let forgotten = self.plan.tangled || self.truth.expiring.contains(&tuple);
                 let idle = match open {
                     None => forgotten,
-                    Some(open) if open.life != life => forgotten,
+                    Some(open) if open.life != life => forgotten || self.truth.left.contains(&life),
                     Some(open) => {
                         let owner = open.owner;
                         let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
