@@ -395,15 +395,15 @@ impl<'m> Sim<'m> {
         let n = (self.at_once.next() >> 8) * 12;
         let event = self.truth.change(tuple, n);
         self.world.tell(to, &event);
-        let actives = self
-            .world
-            .copies_of(&tuple)
-            .into_iter()
-            .filter(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
-        if let Some(first) = actives.max_by_key(|copy| (copy.stamp, copy.member)) {
-            let open = self.truth.open.get_mut(&tuple).expect("it is open");
-            (open.owner, open.connection) = (Some(first.member), first.connection);
+        let mut actives = self.world.copies_of(&tuple);
+        actives.retain(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
+        let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else { return };
+        if actives.iter().any(|copy| copy.member != first.member && copy.stamp.epoch == first.stamp.epoch) {
+            // Only where a version wrapped at one of them when the other one claimed. A close of one does not end the other.
+            self.truth.expiring.insert(tuple);
         }
+        let open = self.truth.open.get_mut(&tuple).expect("it is open");
+        (open.owner, open.connection) = (Some(first.member), first.connection);
     }
 
     /// Whether two members take each other for alive.
@@ -931,9 +931,10 @@ impl<'m> Sim<'m> {
             for copy in found.iter().filter(|copy| copy.kind == Kind::Active) {
                 let life = life_of(&copy.connection);
                 let forgotten = self.plan.tangled || self.truth.expiring.contains(&tuple);
+                let left = self.truth.left.contains(&life);
                 let idle = match open {
-                    None => forgotten,
-                    Some(open) if open.life != life => forgotten || self.truth.left.contains(&life),
+                    None => forgotten || left,
+                    Some(open) if open.life != life => forgotten || left,
                     Some(open) => {
                         let owner = open.owner;
                         let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
