@@ -1,10 +1,9 @@
 //! Sequence numbers of a stream.
 //!
 //! A sequence number counts the datagrams of one life of a stream, from 1. It has 48 bits on
-//! the wire: at a million datagrams a second it lasts nine years, so it never wraps; a life
-//! that came near the end would be declared lost and a new one begun. `Seq::NONE` (0) means
-//! "in no datagram". Comparisons go through the methods here, so that what a comparison
-//! means has a name.
+//! the wire: at a million datagrams a second it lasts nine years, so it never wraps (at the end an
+//! assertion fails). `Seq::NONE` (0) means "in no datagram". Comparisons go through the methods
+//! here, so that what a comparison means has a name.
 
 /// A position in a stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -11,7 +11,7 @@ use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
-use hypersync::conn::{Kind, MemberId, Tuple};
+use hypersync::conn::{Connection, Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
@@ -470,5 +470,24 @@ fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
         peers.dedup();
         assert_eq!(peers.len(), all, "two connections have their copy in one slot");
     }
+    all_is_well(&mut world);
+}
+
+/// Seed 200002015: a backup has copies of two lives of a tuple, and the member of one of them dies. The kernel's entry, which was
+/// written for that one last, becomes that of the other one again.
+#[test]
+fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 200]);
+    let tuple = protected(&mut world);
+    let living = world.hosts[&3].kernel[&tuple];
+    // Another connection of the same tuple, at 2 (its client has come to another gateway, or the address is used twice).
+    let reply = Tuple { dport: 10, ..living.reply };
+    let dead = Connection { reply, ..living };
+    world.tell(2, &SourceEvent::seen(dead));
+    world.run_until(SECOND, "3 has both", |w| w.hosts[&3].kernel[&tuple] == dead);
+    world.kill(2);
+    world.run_for(REPROTECT + ms(300));
+    assert_eq!(world.hosts[&3].kernel[&tuple], living);
     all_is_well(&mut world);
 }

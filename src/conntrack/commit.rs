@@ -33,6 +33,7 @@
 //! replaced, and where there is no such helper the entry is written without, which is counted.
 
 use super::KernelError;
+pub use super::codec::GIVEN_MAX_S;
 use super::codec::status;
 use super::entries::{Answers, Entries, NetlinkEntries, Request};
 use super::timeouts::Timeouts;
@@ -46,10 +47,6 @@ use crate::limits::COMMIT_PER_PASS;
 /// default (5 days for an established TCP connection); short enough that what a crash leaves
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
-
-/// A longer timeout is taken for one that only we give: an entry has it until a packet passes, which gives it the normal
-/// one. What is committed has at least [`KEPT_TIMEOUT_S`] less the time after which it is written again while a member runs.
-pub const GIVEN_MAX_S: u32 = 6 * 24 * 3600;
 
 /// Whether a packet has passed an entry since it was written as a copy: it no longer has the timeout that only we give. What GRE
 /// entries show is always ours.

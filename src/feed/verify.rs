@@ -191,8 +191,8 @@ impl Verify {
         let is_of_interest =
             if self.is_resuming { replica.is_unclaimed(slot) } else { replica.is_living_copy(slot) };
         is_of_interest
-            // It is tried again as it is.
-            && table.on(slot) != On::Missing
+            // What is left of a copy is being asked about.
+            && table.kind(slot) != Kind::Held
             // An older copy of the same name is about to be closed: the entry is the newer one's.
             && table.find_original(&table.tuples(slot).0) == Some(slot)
     }
@@ -237,6 +237,9 @@ impl Verify {
                 self.writes.push_back((slot, generation));
             }
             return;
+        }
+        if there.is_none() && replica.table().on(slot) == On::Missing {
+            return; // It is tried again as it is.
         }
         let wanted = replica.table().connection(slot);
         let finding = there.map(|there| compare(&wanted, there, replica.is_living_copy(slot)));

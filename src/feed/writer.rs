@@ -290,9 +290,12 @@ impl<E: Entries> Writer<E> {
                     return replica.handle_look(now, slot, generation, Some(&connection), touched);
                 }
                 (Outcome::Present(connection), For::Watch(slot, generation)) => {
-                    return replica.handle_watch(now, slot, generation, &connection);
+                    return replica.handle_watch(now, slot, generation, Some(&connection));
                 }
-                (_, For::Watch(..)) => return, // Events tell.
+                (Outcome::Removed, For::Watch(slot, generation)) => {
+                    return replica.handle_watch(now, slot, generation, None);
+                }
+                (_, For::Watch(..)) => return, // It is asked again.
                 (Outcome::Present(connection), For::Claim(question)) => {
                     return claims::found(now, question, Some(&connection), replica, counters);
                 }

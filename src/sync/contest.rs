@@ -4,14 +4,14 @@
 //! stood still while its connection ended elsewhere, and its port was used again), nor about two members that heard nothing of each
 //! other's claims. There the later traffic decides, and nobody's kernel entry is touched before: with equal epochs whoever is asked to take the
 //! other's copy refuses (*superseded*), and both watch their own entry. Its timeout runs down by itself and goes up
-//! with a packet; so does what an event tells. Who has traffic claims the connection, and the other one gives way to the higher
+//! with a packet; so does what an event tells. Who has traffic claims the connection once more, and the other one gives way to the higher
 //! epoch. Where nobody has any, both stay as they are: what has ended goes by its own time.
 
 use std::time::Duration;
 
 use super::replica::Replica;
-use crate::conn::{Connection, Generation, Kind};
-use crate::counters::Counter;
+use crate::conn::slot::groups;
+use crate::conn::{Connection, Generation, Kind, Phase, Stamp};
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
@@ -30,10 +30,22 @@ const MARGIN_S: u64 = 2;
 struct Contest {
     slot: u32,
     generation: Generation,
+    /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes on; what the entry itself is to
+    /// become if not.
+    doubt: Option<Doubt>,
     /// When it was last spoken of.
     at: Time,
     /// What the entry had left to live, and when.
     timeout: Option<(u32, Time)>,
+}
+
+/// What becomes of the kernel's entry of a connection that had an active here, was claimed elsewhere, and shows no packets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Doubt {
+    /// It was closed there: it goes.
+    Closed,
+    /// Another member has it: it stays for its own time, and may become a copy's.
+    Taken,
 }
 
 /// The contests of a shard.
@@ -48,14 +60,14 @@ impl Contests {
     }
 
     /// The connection in this slot is contested. `false`: there are too many.
-    fn note(&mut self, now: Time, slot: u32, generation: Generation) -> bool {
+    fn note(&mut self, now: Time, slot: u32, generation: Generation, doubt: Option<Doubt>) -> bool {
         if let Some(contest) = self.find(slot, generation) {
             contest.at = now;
             return true;
         }
         let has_room = self.contests.len() < CONTESTS_MAX;
         if has_room {
-            self.contests.push(Contest { slot, generation, at: now, timeout: None });
+            self.contests.push(Contest { slot, generation, doubt, at: now, timeout: None });
             self.look_at = self.look_at.min(now);
         }
         has_room
@@ -79,7 +91,7 @@ impl Contests {
 }
 
 impl Replica<'_> {
-    /// Somebody else takes the connection in this slot for its own, and knows as much. Whether traffic decides it; without a kernel
+    /// Somebody else takes the connection in this slot for its own, in the same epoch. Whether traffic is to decide; without a kernel
     /// to ask for any, the stamp does.
     pub(super) fn contest(&mut self, now: Time, slot: u32) -> bool {
         let line = self.table.line(slot);
@@ -88,13 +100,48 @@ impl Replica<'_> {
             Kind::Active => !self.is_presumed(slot),
             _ => false,
         };
-        is_ours && self.config.commit == CommitMode::Eager && self.contests.note(now, slot, line.generation())
+        is_ours
+            && self.config.commit == CommitMode::Eager
+            && self.contests.note(now, slot, line.generation(), None)
+    }
+
+    /// An active here was told that its connection was claimed elsewhere, with this stamp, and closed or let go there. Packets that pass here
+    /// say otherwise: it is held above that until they have had time to. `false`: nobody can be asked.
+    pub(super) fn doubt(&mut self, now: Time, connection: &Connection, over: Stamp, doubt: Doubt) -> bool {
+        if self.config.commit != CommitMode::Eager || self.contests.contests.len() == CONTESTS_MAX {
+            return false;
+        }
+        let Some(slot) = self.fill_held(connection, Some(over), true) else { return false };
+        self.contests.note(now, slot, self.table.line(slot).generation(), Some(doubt))
+    }
+
+    /// Doubts that no packet has dispelled.
+    fn end_doubts(&mut self, now: Time) {
+        let is_over = |contest: &Contest| contest.doubt.is_some() && now.since(contest.at) >= FORGOTTEN_AFTER;
+        while let Some(at) = self.contests.contests.iter().position(is_over) {
+            let Contest { slot, generation, doubt, .. } = self.contests.contests.swap_remove(at);
+            self.drop_doubted(slot, generation, doubt);
+        }
+    }
+
+    fn drop_doubted(&mut self, slot: u32, generation: Generation, doubt: Option<Doubt>) {
+        let line = self.table.line(slot);
+        if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
+            return;
+        }
+        let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
+        self.table.recycle(slot);
+        if doubt == Some(Doubt::Closed) {
+            self.delete_entry(&original);
+        }
     }
 
     pub(super) fn tick_contests(&mut self, now: Time) {
         if !self.contests.look_at().reached(now) {
             return;
         }
+        self.end_doubts(now);
         self.contests.look_at = now.after(PERIOD);
         let table = &self.table;
         self.contests.contests.retain(|contest| {
@@ -112,9 +159,19 @@ impl Replica<'_> {
     }
 
     /// The kernel's entry of a contested connection, as it is.
-    pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: &Connection) {
-        let is_it = there.original == self.table.tuples(slot).0;
-        let Some(contest) = self.contests.find(slot, generation).filter(|_| is_it) else { return };
+    pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: Option<&Connection>) {
+        let tuples = self.table.tuples(slot);
+        let Some(contest) = self.contests.find(slot, generation) else { return };
+        let is_it =
+            |there: &&Connection| (there.original, there.reply) == tuples && there.phase() != Phase::Over;
+        let Some(there) = there.filter(is_it) else {
+            // Of what is ours an event tells.
+            if contest.doubt.is_some() {
+                self.contests.decide(slot, generation);
+                self.drop_doubted(slot, generation, None);
+            }
+            return;
+        };
         let left = there.state.timeout_s;
         let Some((before, at)) = contest.timeout else {
             contest.timeout = Some((left, now));
@@ -122,23 +179,8 @@ impl Replica<'_> {
         };
         let silent = (before as u64).saturating_sub(now.since(at).as_secs());
         if left as u64 >= silent + MARGIN_S {
-            self.outdo(now, slot);
+            let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
+            self.change(now, slot, there, known);
         }
-    }
-
-    /// Traffic of a contested connection shows up here: whoever else has it gives way.
-    fn outdo(&mut self, now: Time, slot: u32) {
-        let line = self.table.line(slot);
-        if !self.contests.decide(slot, line.generation()) {
-            return;
-        }
-        self.counters.count(Counter::Claims);
-        self.counters.count(Counter::ClaimsContested);
-        let stamp = line.stamp().claimed();
-        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
-        if line.kind() == Kind::Active {
-            self.send_change(now, slot, 0);
-        }
-        self.table.update(slot, |line| line.set_stamp(stamp));
     }
 }

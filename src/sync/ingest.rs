@@ -68,11 +68,12 @@ impl Replica<'_> {
         line.kind() == Kind::Backup && self.is_up(line.peer().member())
     }
 
-    /// Whether the connection in this slot is a copy, or was taken over without any traffic of it seen here
-    /// since: an entry in the kernel says nothing about its traffic.
+    /// Whether the connection in this slot is a copy, or what is left of one, or was taken over without any traffic of it seen here
+    /// since: that the kernel has an entry says nothing about its traffic.
     pub fn is_unclaimed(&self, slot: u32) -> bool {
         match self.table.kind(slot) {
             Kind::Backup => true,
+            Kind::Held => self.table.line(slot).is_unseen(),
             Kind::Active => self.is_presumed(slot),
             _ => false,
         }
@@ -101,7 +102,12 @@ impl Replica<'_> {
     }
 
     /// A slot with a connection that is held and stands in no list yet. `None`: no slot is free.
-    fn fill_held(&mut self, connection: &Connection, over: Option<Stamp>, is_unseen: bool) -> Option<u32> {
+    pub(super) fn fill_held(
+        &mut self,
+        connection: &Connection,
+        over: Option<Stamp>,
+        is_unseen: bool,
+    ) -> Option<u32> {
         let over = over.max(self.table.closing_stamp(&connection.original));
         let Some(slot) = self.table.allocate() else {
             self.counters.count(Counter::TableFull);
@@ -123,7 +129,7 @@ impl Replica<'_> {
         Some(slot)
     }
 
-    fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
+    pub(super) fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
         let mut line = self.table.line(slot);
         let (original, reply) = self.table.tuples(slot);
         if reply != seen.reply && known & groups::TUPLES != 0 {
@@ -172,7 +178,9 @@ impl Replica<'_> {
             Kind::Held => {
                 line.set_unseen(false);
                 if self.contests.decide(slot, line.generation()) {
+                    self.counters.count(Counter::ClaimsContested);
                     line.set_stamp(line.stamp().claimed());
+                    self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
                 }
                 self.table.store(slot, &line);
                 if let Some(extra) = &new_extra {
@@ -183,7 +191,9 @@ impl Replica<'_> {
                 }
             }
             Kind::Active => {
-                let presumed = self.is_presumed(slot) || self.contests.decide(slot, line.generation());
+                let contested = self.contests.decide(slot, line.generation());
+                self.counters.add(Counter::ClaimsContested, contested as u64);
+                let presumed = self.is_presumed(slot) || contested;
                 if presumed {
                     // Traffic: no more a presumption.
                     self.counters.count(Counter::Claims);

@@ -8,6 +8,7 @@
 use std::net::IpAddr;
 
 use super::chores::Rank;
+use super::contest::Doubt;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
@@ -549,8 +550,7 @@ impl Replica<'_> {
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream);
+                self.drop_active(now, target.slot, stream, stamp, Doubt::Closed);
                 is_lease = from_pair;
             }
             Kind::Active
@@ -607,8 +607,7 @@ impl Replica<'_> {
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream);
+                self.drop_active(now, target.slot, stream, stamp, Doubt::Taken);
             }
             Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
                 // Only presumed, and somebody else carries it on who knows it better.
@@ -656,6 +655,16 @@ impl Replica<'_> {
                     false => self.open(now, &connection, Some(stamp)),
                 }
             }
+        }
+        self.drop_to_lease(slot, stream);
+    }
+
+    /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
+    fn drop_active(&mut self, now: Time, slot: u32, stream: usize, stamp: Stamp, doubt: Doubt) {
+        let (is_ours, connection) = (!self.is_presumed(slot), self.table.connection(slot));
+        self.step_down(slot, Coordinate::NOWHERE, stamp);
+        if is_ours && !self.lives_besides(slot, &connection.original) {
+            self.doubt(now, &connection, stamp, doubt);
         }
         self.drop_to_lease(slot, stream);
     }

@@ -23,9 +23,9 @@ use std::time::Duration;
 use hypersync::conn::extra::{Extra, HELPER_NAME, parts};
 use hypersync::conn::slot::groups;
 use hypersync::conn::tuple::{GRE, ICMP, ICMPV6, TCP, UDP};
-use hypersync::conn::{Connection, Family, Phase, State, Tuple};
-use hypersync::conntrack::codec::{TCP_ESTABLISHED, status};
-use hypersync::source::{End, SourceEvent};
+use hypersync::conn::{Connection, Family, State, Tuple};
+use hypersync::conntrack::codec::{TCP_ESTABLISHED, end_of, status};
+use hypersync::source::SourceEvent;
 use hypersync::time::Time;
 
 #[path = "tcp.rs"]
@@ -174,11 +174,7 @@ impl Event {
     pub fn seen(&self) -> SourceEvent {
         match self.what {
             What::Destroy => {
-                let end = match self.connection.phase() {
-                    Phase::Open => End::Unseen,
-                    Phase::Ending | Phase::Over => End::Seen,
-                };
-                SourceEvent::Gone { original: self.connection.original, end }
+                SourceEvent::Gone { original: self.connection.original, end: end_of(&self.connection) }
             }
             _ => SourceEvent::Seen { connection: self.connection, known: self.known },
         }

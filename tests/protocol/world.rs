@@ -277,6 +277,11 @@ impl<'m> World<'m> {
         }
     }
 
+    /// Members that start from now on take these memories, one after the other.
+    pub fn supply(&mut self, memories: &'m [OwnedMemory]) {
+        self.memories = memories.iter();
+    }
+
     /// Starts a member with an empty table.
     pub fn start(&mut self, member: MemberId, shards: u8, priority: u8) {
         let incarnation = self.rng.next() | 1;
@@ -811,8 +816,8 @@ impl<'m> World<'m> {
                         let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
                         shard.handle_look(now, slot, generation, touched.or(written), touched.is_some());
                     }
-                    // Its timeouts do not run down, and say nothing: events do.
-                    Commit::Watch { .. } => {}
+                    // Timeouts do not run down here, and say nothing: events do.
+                    Commit::Watch { slot, generation } => shard.handle_watch(now, slot, generation, None),
                     // What is active by now the kernel knows better.
                     Commit::Write { slot, .. } if shard.table().kind(slot) == Kind::Active => {}
                     Commit::Write { slot, generation }
@@ -919,23 +924,28 @@ impl<'m> World<'m> {
         for host in self.hosts.values().filter(|h| h.running) {
             for (shard, replica) in host.shards.iter().enumerate() {
                 for slot in 0..replica.table().capacity() {
-                    let line = replica.table().line(slot);
-                    if !line.kind().is_connection() {
+                    if !replica.table().kind(slot).is_connection() {
                         continue;
                     }
-                    let connection = replica.table().connection(slot);
-                    let place = replica.coordinate(slot);
-                    assert_eq!(shard_of(&connection.original, host.shards.len() as u8) as usize, shard);
-                    copies.entry(connection.original).or_default().push(Copy {
-                        member: host.member,
-                        kind: line.kind(),
-                        stamp: line.stamp(),
-                        place: place.raw(),
-                        peer: line.peer().raw(),
-                        connection,
-                    });
+                    let copy = Copy::of(host.member, replica, slot);
+                    let original = copy.connection.original;
+                    assert_eq!(shard_of(&original, host.shards.len() as u8) as usize, shard);
+                    copies.entry(original).or_default().push(copy);
                 }
             }
+        }
+        copies
+    }
+
+    /// What live members hold of one tuple.
+    pub fn copies_of(&self, tuple: &Tuple) -> Vec<Copy> {
+        let mut copies = Vec::new();
+        for host in self.hosts.values().filter(|h| h.running) {
+            let replica = &host.shards[shard_of(tuple, host.shards.len() as u8) as usize];
+            let table = replica.table();
+            let is_it = |slot: &u32| table.kind(*slot).is_connection() && table.tuples(*slot).0 == *tuple;
+            let found = (0..table.capacity()).filter(is_it);
+            copies.extend(found.map(|slot| Copy::of(host.member, replica, slot)));
         }
         copies
     }
@@ -1005,6 +1015,20 @@ pub struct Copy {
     pub place: u64,
     pub peer: u64,
     pub connection: Connection,
+}
+
+impl Copy {
+    fn of(member: MemberId, replica: &Replica<'_>, slot: u32) -> Copy {
+        let line = replica.table().line(slot);
+        Copy {
+            member,
+            kind: line.kind(),
+            stamp: line.stamp(),
+            place: replica.coordinate(slot).raw(),
+            peer: line.peer().raw(),
+            connection: replica.table().connection(slot),
+        }
+    }
 }
 
 /// The heads of a datagram, for the log.

@@ -54,6 +54,9 @@ pub struct Checks {
     apart: BTreeMap<(MemberId, MemberId), Time>,
     /// Whether two members that run do not take each other for alive right now.
     pub anybody_is_apart: bool,
+    /// Whether some members have fewer records for extras than slots. What fits in none is left out, at either side of a
+    /// pair, so extras are not compared.
+    pub extras_lack: bool,
     next: usize,
     /// The newest number seen on each stream.
     newest: BTreeMap<(MemberId, u8, MemberId, u8, u32, u16), u64>,
@@ -158,7 +161,7 @@ impl Checks {
                 connection,
             };
             if let Some(before) = seen[slot as usize] {
-                newer_stays(member, slot, &before, &now)?;
+                self.newer_stays(truth, member, slot, &before, &now)?;
             }
             if line.kind() == Kind::Active && is_acknowledged(world, member, shard, slot, &line) {
                 now.acknowledged = Some(line.peer());
@@ -229,6 +232,9 @@ impl Checks {
         if !self.are_together(world, member, peer.member()) || truth.closed.contains(&life_of(connection)) {
             return Ok(());
         }
+        if truth.strayed.contains(&connection.original) {
+            return Ok(()); // It is on two pairs: a copy of the one gives way to what is newer of the other.
+        }
         let host = &world.hosts[&peer.member()];
         let at = || format!("{} in slot {slot} of shard {shard} of {member}", connection.original);
         let Some(replica) = host.shards.get(peer.shard() as usize) else {
@@ -257,7 +263,10 @@ impl Checks {
                 line.stamp()
             );
         }
-        if there.stamp() == line.stamp() && other != *connection {
+        // Of two that claimed it in the same state, and have their backup in common, either may have its state there.
+        let is_anothers = there.kind() == Kind::Backup && there.peer().member() != member;
+        let is_contended = is_anothers && truth.contended.contains(&connection.original);
+        if there.stamp() == line.stamp() && !is_contended && !self.alike(&other, connection) {
             return broken!("1 two copies agree", "{}: {connection:?} but at {peer:?} {other:?}", at());
         }
         Ok(())
@@ -343,7 +352,7 @@ impl Checks {
                 && live.iter().all(|other| *other == one.member || is_full(world, *other, tuple))
             {
                 unprotected += 1;
-                if one.connection != open.connection {
+                if !self.alike(&one.connection, &open.connection) {
                     return broken!("1 two copies at rest", "{tuple} is old: {open:?}, {one:?}");
                 }
                 continue;
@@ -357,10 +366,10 @@ impl Checks {
             if [a.kind, b.kind].iter().filter(|kind| **kind == Kind::Active).count() != 1 {
                 return broken!("1 two copies at rest", "{tuple}: not one active: {found:#?}");
             }
-            if a.stamp != b.stamp || a.connection != b.connection {
+            if a.stamp != b.stamp || !self.alike(&a.connection, &b.connection) {
                 return broken!("1 two copies agree", "{tuple}: {found:#?}");
             }
-            if a.connection != open.connection {
+            if !self.alike(&a.connection, &open.connection) {
                 return broken!("1 the newest version", "{tuple}: {open:?} but {found:#?}");
             }
             let backup = if a.kind == Kind::Backup { a } else { b };
@@ -388,6 +397,54 @@ impl Checks {
             return broken!("1 two copies at rest", "{pending} chores are under way");
         }
         Ok(())
+    }
+
+    /// Whether two copies are of the same state, as far as there is room for it.
+    pub fn alike(&self, a: &Connection, b: &Connection) -> bool {
+        let extra = if self.extras_lack { a.extra } else { b.extra };
+        *a == Connection { extra, ..*b }
+    }
+
+    /// 4: within one life of a slot states only get newer.
+    fn newer_stays(
+        &self,
+        truth: &Truth,
+        member: MemberId,
+        slot: u32,
+        before: &Seen,
+        now: &Seen,
+    ) -> Result<(), Broken> {
+        if before.generation != now.generation {
+            return Ok(());
+        }
+        let (old, new) = (&before.connection, &now.connection);
+        let compared = if self.extras_lack { 3 } else { 4 };
+        if now.stamp == before.stamp && now.active != before.active {
+            return Ok(()); // Two claimed it at once: of equal stamps the higher member's stays.
+        }
+        let fault = if (old.original, old.reply) != (new.original, new.reply) {
+            "another connection in the same life of a slot"
+        } else if now.stamp < before.stamp {
+            "an older stamp"
+        } else if !truth.contended.contains(&new.original)
+            && !truth.strayed.contains(&new.original)
+            && (0..compared).any(|n| serials(new)[n] < serials(old)[n])
+        {
+            "an older state"
+        } else if now.stamp == before.stamp && !self.alike(old, new) && !before.torn {
+            "another state under the same stamp"
+        } else {
+            return Ok(());
+        };
+        broken!(
+            "4 older never overwrites newer",
+            "slot {slot} of {member}, {fault}: {:?} {:?} became {:?} {:?}, {}",
+            before.stamp,
+            serials(old),
+            now.stamp,
+            serials(new),
+            new.original
+        )
     }
 }
 
@@ -418,37 +475,6 @@ fn closed_stays_closed(
         );
     }
     Ok(())
-}
-
-/// 4: within one life of a slot states only get newer.
-fn newer_stays(member: MemberId, slot: u32, before: &Seen, now: &Seen) -> Result<(), Broken> {
-    if before.generation != now.generation {
-        return Ok(());
-    }
-    let (old, new) = (&before.connection, &now.connection);
-    if now.stamp == before.stamp && now.active != before.active {
-        return Ok(()); // Two claimed it at once: of equal stamps the higher member's stays.
-    }
-    let fault = if (old.original, old.reply) != (new.original, new.reply) {
-        "another connection in the same life of a slot"
-    } else if now.stamp < before.stamp {
-        "an older stamp"
-    } else if serials(old).iter().zip(serials(new)).any(|(old, new)| new < *old) {
-        "an older state"
-    } else if now.stamp == before.stamp && old != new && !before.torn {
-        "another state under the same stamp"
-    } else {
-        return Ok(());
-    };
-    broken!(
-        "4 older never overwrites newer",
-        "slot {slot} of {member}, {fault}: {:?} {:?} became {:?} {:?}, {}",
-        before.stamp,
-        serials(old),
-        now.stamp,
-        serials(new),
-        new.original
-    )
 }
 
 /// 6: nothing is allocated to stay after the start.

@@ -1,23 +1,25 @@
 //! One run: traffic and faults drawn from a seed, then peace, and everything must agree.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::{MESSAGES_AT, SyncHeader};
-use hypersync::conn::{Kind, MemberId, Stamp, Tuple, shard_of};
+use hypersync::conn::{Coordinate, Kind, MemberId, Stamp, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::memory::OwnedMemory;
+use hypersync::seq::Seq;
 use hypersync::source::{End, SourceEvent};
-use hypersync::sync::stream::{Durable, stream_index};
+use hypersync::sync::stream::{Durable, WORD_RECEIVE_FLOOR, stream_index};
 use hypersync::time::Time;
 
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
-use crate::plan::{Plan, RESTARTS, fault_time};
-use crate::truth::{Repair, Truth, life_of};
-use crate::world::{Link, Rng, Sent, World, address};
+use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
+use crate::truth::{Open, Repair, Truth, life_of};
+use crate::world::{Copy, Link, REPROTECT, Rng, STEP, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
@@ -27,6 +29,9 @@ const MOVES_AFTER: Duration = Duration::from_millis(40);
 
 /// An entry in a kernel that sees no traffic is forgotten after this time.
 const EXPIRES: Duration = Duration::from_millis(300);
+
+/// Where numbers of streams stand that have been counted for years: short of 32 bits, and of the 48 that they have.
+const AGED_SEQ: [u64; 2] = [u32::MAX as u64 - 100, (1 << 48) - 200_000];
 
 /// For so long both of two members that took over the same state may carry it on before a packet shows up.
 const SPEAKS: Duration = Duration::from_secs(3);
@@ -50,26 +55,35 @@ pub struct Sim<'m> {
     samples: VecDeque<Sent>,
     /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel forgets it in time.
     moved: VecDeque<(Time, Tuple)>,
+    /// Packets that show up at any of the members that have a copy, and in which life of their tuple.
+    contended: Vec<(Time, Tuple, u32)>,
+    at_once: Rng,
+    strays: Rng,
+    absences: Rng,
+    /// Traffic is at least this much: in how many of 1000 steps something happens.
+    busy: u64,
     /// Connections that two members carried on in the same state during this peace, and since when.
     doubled: BTreeMap<Tuple, Time>,
     impaired: bool,
     /// Whether a process was killed and took its memory up again.
     killed: bool,
     restarts: usize,
+    /// What restarts with a new table begin with, `SHARDS_OF_RESTART` for each.
+    spare: &'m [OwnedMemory],
     expire_at: Time,
     pub steps: u64,
 }
 
 impl<'m> Sim<'m> {
     pub fn new(seed: u64, plan: Plan, memories: &'m [OwnedMemory]) -> Sim<'m> {
-        let mut world = World::new(seed, memories);
+        let (first, spare) = memories.split_at(memories.len() - RESTARTS * SHARDS_OF_RESTART);
+        let mut world = World::new(seed, first);
         world.sent = Some(Vec::new());
         world.commit = plan.commit;
         world.as_announced = plan.as_announced;
         let mut sim = Sim {
             expire_at: world.now,
             world,
-            plan,
             rng: Rng(seed ^ 0x5eed_5eed),
             truth: Truth::default(),
             checks: Checks::default(),
@@ -78,12 +92,20 @@ impl<'m> Sim<'m> {
             lately: VecDeque::new(),
             samples: VecDeque::new(),
             moved: VecDeque::new(),
+            contended: Vec::new(),
+            at_once: Rng(seed ^ 0xa7_0ce),
+            strays: Rng(seed ^ 0x57_2a75),
+            absences: Rng(seed ^ 0xab_5e4c),
+            busy: 0,
             doubled: BTreeMap::new(),
             impaired: false,
             killed: false,
             restarts: 0,
+            spare,
             steps: 0,
+            plan,
         };
+        sim.checks.extras_lack = sim.plan.lacks_extras();
         for n in 0..sim.plan.members.len() {
             sim.start(n as MemberId + 1);
         }
@@ -94,6 +116,9 @@ impl<'m> Sim<'m> {
         let (shards, priority) = self.plan.members[member as usize - 1];
         let shards =
             if self.restarts > 0 && self.rng.chance(30) { 1 + self.rng.below(3) as u8 } else { shards };
+        if self.restarts > 0 {
+            self.world.supply(&self.spare[(self.restarts - 1) * SHARDS_OF_RESTART..]);
+        }
         self.world.note(member, "start", format_args!("{shards} shards, priority {priority}"));
         self.world.start(member, shards, priority);
         let drift = self.rng.below(2001) as i64 - 1000;
@@ -112,6 +137,9 @@ impl<'m> Sim<'m> {
             self.episode()?;
             if !self.plan.tangled {
                 self.peace()?;
+                if self.plan.aged {
+                    self.age();
+                }
             }
         }
         self.world.network = network;
@@ -131,10 +159,16 @@ impl<'m> Sim<'m> {
         self.steps += 1;
         self.move_orphans();
         self.repair();
-        if traffic && self.rng.below(1000) < self.plan.traffic {
+        if traffic && self.rng.below(1000) < self.plan.traffic.max(self.busy) {
             for _ in 0..self.rng.below(self.plan.burst) + 1 {
                 self.some_traffic();
             }
+        }
+        if self.plan.at_once {
+            self.contend(traffic);
+        }
+        if self.plan.strays && traffic && self.strays.below(4000) < self.plan.traffic {
+            self.stray();
         }
         if self.rng.below(1000) < self.plan.forged {
             self.forge()?;
@@ -169,7 +203,7 @@ impl<'m> Sim<'m> {
         for host in self.world.hosts.values_mut().filter(|host| host.running) {
             for shard in &mut host.shards {
                 while let Some((finding, expected)) = shard.poll_finding() {
-                    if !self.killed && !expected {
+                    if !self.killed && !expected && !self.plan.lacks_extras() {
                         return Err(format!(
                             "1 copies never drift: member {} found {finding:?}",
                             host.member
@@ -283,6 +317,95 @@ impl<'m> Sim<'m> {
         }
     }
 
+    /// Traffic of a connection moves to a member that knows nothing of it: there it begins.
+    fn stray(&mut self) {
+        let n = self.strays.below(self.truth.open.len().max(1) as u64) as usize;
+        let Some(tuple) = self.truth.open.keys().nth(n).copied() else { return };
+        let copies = self.copies_of(&tuple);
+        let mut able = self.able();
+        able.retain(|member| copies.iter().all(|copy| copy.0 != *member));
+        if self.truth.open[&tuple].owner.is_none() || able.is_empty() {
+            return;
+        }
+        let to = able[self.strays.below(able.len() as u64) as usize];
+        self.world.note(to, "strays", format_args!("{tuple}"));
+        self.truth.strayed.insert(tuple);
+        self.truth.expiring.insert(tuple);
+        self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
+        let n = (self.strays.next() >> 8) * 12;
+        let event = self.truth.change(tuple, n);
+        self.world.tell(to, &event);
+    }
+
+    /// Traffic of a connection shows up at both of its members within a round trip, here and there in any order.
+    fn contend(&mut self, traffic: bool) {
+        let now = self.world.now;
+        if traffic && self.at_once.below(2000) < self.plan.traffic {
+            let n = self.at_once.below(self.truth.open.len().max(1) as u64) as usize;
+            if let Some((tuple, life)) =
+                self.truth.open.iter().nth(n).map(|(tuple, open)| (*tuple, open.life))
+                && let Some((a, b)) = self.pair_of(&tuple)
+                && self.is_calm(a, b)
+            {
+                let mut at = now;
+                for _ in 0..2 + self.at_once.below(4) {
+                    self.contended.push((at, tuple, life));
+                    at = at.after(STEP * self.at_once.below(4) as u32);
+                }
+            }
+        }
+        let (due, later) =
+            std::mem::take(&mut self.contended).into_iter().partition(|(at, ..)| at.reached(now));
+        self.contended = later;
+        for (_, tuple, life) in due {
+            self.appear(tuple, life);
+        }
+    }
+
+    /// Both members of a connection, if nobody else has a copy and each names the other.
+    fn pair_of(&self, tuple: &Tuple) -> Option<(MemberId, MemberId)> {
+        let life = self.truth.open[tuple].life;
+        let copies: Vec<_> = self.copies_of(tuple).into_iter().filter(|copy| copy.3 == life).collect();
+        let [a, b] = copies[..] else { return None };
+        (a.4 == b.0 && b.4 == a.0).then_some((a.0, b.0))
+    }
+
+    /// A packet of a connection shows up at one of those that have a copy. Of several actives the one with the highest stamp
+    /// stays, of equal ones the higher member's.
+    fn appear(&mut self, tuple: Tuple, life: u32) {
+        if self.truth.open.get(&tuple).is_none_or(|open| open.life != life || open.owner.is_none()) {
+            return;
+        }
+        let able = self.able();
+        let mut copies = self.copies_of(&tuple);
+        copies.retain(|(member, kind, _, of, _)| *of == life && *kind != Kind::Held && able.contains(member));
+        if copies.len() < 2 {
+            return;
+        }
+        if self.pair_of(&tuple).is_none() {
+            // It is changing its backup, or lost its active. Of three that know it two may go on that neither sends to the
+            // other: the kernel of the one that the traffic left forgets it in time.
+            self.truth.expiring.insert(tuple);
+        }
+        let (to, ..) = copies[self.at_once.below(copies.len() as u64) as usize];
+        self.world.note(to, "appears", format_args!("{tuple}"));
+        self.moved.push_back((self.world.now, tuple));
+        self.truth.contended.insert(tuple);
+        // A packet shows all that its kernel knows.
+        let n = (self.at_once.next() >> 8) * 12;
+        let event = self.truth.change(tuple, n);
+        self.world.tell(to, &event);
+        let mut actives = self.world.copies_of(&tuple);
+        actives.retain(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
+        let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else { return };
+        if actives.iter().any(|copy| copy.member != first.member && copy.stamp.epoch == first.stamp.epoch) {
+            // Only where a version wrapped at one of them when the other one claimed. A close of one does not end the other.
+            self.truth.expiring.insert(tuple);
+        }
+        let open = self.truth.open.get_mut(&tuple).expect("it is open");
+        (open.owner, open.connection) = (Some(first.member), first.connection);
+    }
+
     /// Whether two members take each other for alive.
     fn is_calm(&self, a: MemberId, b: MemberId) -> bool {
         let sees = |a: MemberId, b: MemberId| {
@@ -323,18 +446,9 @@ impl<'m> Sim<'m> {
 
     /// Who has a copy: member, kind, stamp, life, and who has the other one.
     fn copies_of(&self, tuple: &Tuple) -> Vec<(MemberId, Kind, Stamp, u32, MemberId)> {
-        let mut copies = Vec::new();
-        for host in self.world.hosts.values().filter(|h| h.running) {
-            let table = host.shards[shard_of(tuple, host.shards.len() as u8) as usize].table();
-            for slot in 0..table.capacity() {
-                let line = table.line(slot);
-                if line.kind().is_connection() && table.tuples(slot).0 == *tuple {
-                    let life = life_of(&table.connection(slot));
-                    copies.push((host.member, line.kind(), line.stamp(), life, line.peer().member()));
-                }
-            }
-        }
-        copies
+        let copies = self.world.copies_of(tuple).into_iter();
+        let peer = |copy: &Copy| Coordinate::from_raw(copy.peer).member();
+        copies.map(|c| (c.member, c.kind, c.stamp, life_of(&c.connection), peer(&c))).collect()
     }
 
     /// The owner's source sees an event, unless it misses it and finds out later.
@@ -477,7 +591,11 @@ impl<'m> Sim<'m> {
         if self.world.hosts[&victim].running {
             self.world.kill(victim);
         }
-        self.run_for(span, true)?;
+        if self.plan.absences && self.absences.chance(70) {
+            self.be_absent(victim)?;
+        } else {
+            self.run_for(span, true)?;
+        }
         self.world.resume(victim);
         self.checks.resumed(victim);
         let owned = self.truth.open.iter().filter(|(_, open)| open.owner == Some(victim));
@@ -493,6 +611,44 @@ impl<'m> Sim<'m> {
         let now = self.world.now;
         self.repairs.extend(tuples.into_iter().map(|tuple| Repair { at: now, member: victim, tuple }));
         self.run_for(ms(50), true)
+    }
+
+    /// The process of this member is gone for several times the time after which its connections have other members, and much
+    /// happens meanwhile. Either its gateway goes on, or the routes lead elsewhere.
+    fn be_absent(&mut self, victim: MemberId) -> Result<(), Broken> {
+        let span = REPROTECT * (3 + self.absences.below(20)) as u32;
+        let routes_move = self.absences.chance(60);
+        self.world.note(victim, "absent", format_args!("for {span:?}, routes move: {routes_move}"));
+        self.busy = 600;
+        if routes_move {
+            let mut moved = Vec::new();
+            for (tuple, open) in self.truth.open.iter_mut().filter(|(_, open)| open.owner == Some(victim)) {
+                open.owner = None;
+                moved.push((*tuple, open.life));
+            }
+            self.truth.left.extend(moved.iter().map(|(_, life)| *life));
+            self.orphans.push((self.world.now.after(MOVES_AFTER), victim));
+            self.run_for(MOVES_AFTER + STEP, true)?;
+            for (tuple, life) in moved {
+                let Some(Open { owner: Some(owner), .. }) =
+                    self.truth.open.get(&tuple).filter(|open| open.life == life).copied()
+                else {
+                    continue;
+                };
+                // A packet there shows all that its kernel knows.
+                let owner = self.find_owner(tuple, owner);
+                let n = (self.absences.next() >> 8) * 12;
+                let event = self.truth.change(tuple, n);
+                if self.able().contains(&owner) {
+                    self.world.tell(owner, &event);
+                } else {
+                    self.repairs.push(Repair { at: self.world.now, member: owner, tuple });
+                }
+            }
+        }
+        self.run_for(span, true)?;
+        self.busy = 0;
+        Ok(())
     }
 
     fn bereave(&mut self, victim: MemberId) {
@@ -660,15 +816,75 @@ impl<'m> Sim<'m> {
         Checks::sums_are_true(&self.world)?;
         self.impaired = false;
         self.moved.clear();
+        self.truth.contended.clear();
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())
     }
 
+    /// Everything is at rest. All processes are restarted over their memory, in which versions of states and numbers of
+    /// streams have come as far as in years.
+    fn age(&mut self) {
+        self.world.note(0, "aged", format_args!(""));
+        let members = self.world.live();
+        for member in &members {
+            self.world.kill(*member);
+        }
+        for (tuple, open) in &self.truth.open {
+            // As many changes of a connection at both of its copies, and as many claims (a history keeps ten bits of them).
+            let version = u32::MAX - open.life % 5;
+            for member in &members {
+                let host = &self.world.hosts[member];
+                let shard = shard_of(tuple, host.shards.len() as u8) as usize;
+                for slot in host.memory[shard].slots {
+                    if slot.line().kind().is_connection() && slot.tuples().0 == *tuple {
+                        slot.update(|line| {
+                            line.set_stamp(Stamp { epoch: line.stamp().epoch + 1020, version })
+                        });
+                    }
+                }
+            }
+        }
+        for from in &members {
+            for to in members.iter().filter(|to| *to != from) {
+                let (sender, receiver) = (&self.world.hosts[from], &self.world.hosts[to]);
+                for (i, a) in sender.memory.iter().enumerate() {
+                    for (j, b) in receiver.memory.iter().enumerate() {
+                        let sending = Durable(&a.streams[stream_index(*to, j as u8)]);
+                        let words = &b.streams[stream_index(*from, i as u8)];
+                        let receiving = Durable(words);
+                        let agree = sending.life() != 0
+                            && sending.life() == receiving.peer_life()
+                            && sending.sent() == sending.floor()
+                            && sending.sent() == receiving.receive_floor();
+                        let seq = Seq::from_raw(AGED_SEQ[(i + j) % 2]).expect("48 bits");
+                        if agree && seq.is_after(sending.sent()) {
+                            sending.set_sent(seq);
+                            sending.set_floor(seq);
+                            words.0[WORD_RECEIVE_FLOOR].store(seq.raw(), Ordering::Relaxed);
+                        }
+                    }
+                }
+            }
+        }
+        for member in members {
+            self.world.resume(member);
+            self.checks.resumed(member);
+        }
+    }
+
     /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
-    /// found by a dump.
+    /// found by a dump. Where the older state of a pair was taken for that of a connection that strayed, its next packet tells.
     fn dump(&mut self) {
         let copies = self.world.copies();
+        for (tuple, open) in self.truth.open.iter().filter(|(tuple, _)| self.truth.strayed.contains(tuple)) {
+            let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
+            let at_owner = found.iter().find(|copy| Some(copy.member) == open.owner);
+            if let Some(copy) = at_owner.filter(|copy| !self.checks.alike(&copy.connection, &open.connection))
+            {
+                self.repairs.push(Repair { at: self.world.now, member: copy.member, tuple: *tuple });
+            }
+        }
         for (tuple, open) in &self.truth.open {
             let Some(owner) = open.owner.filter(|_| !copies.contains_key(tuple)) else { continue };
             if self.world.counter(owner, Counter::TableFull) > 0 || self.truth.expiring.contains(tuple) {
@@ -715,16 +931,25 @@ impl<'m> Sim<'m> {
             for copy in found.iter().filter(|copy| copy.kind == Kind::Active) {
                 let life = life_of(&copy.connection);
                 let forgotten = self.plan.tangled || self.truth.expiring.contains(&tuple);
+                let left = self.truth.left.contains(&life);
                 let idle = match open {
-                    None => forgotten,
-                    Some(open) if open.life != life => forgotten,
+                    None => forgotten || left,
+                    Some(open) if open.life != life => forgotten || left,
                     Some(open) => {
                         let owner = open.owner;
                         let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
-                        forgotten && owner != Some(copy.member) && another
+                        let strayed = self.truth.strayed.contains(&tuple);
+                        forgotten && owner != Some(copy.member) && (another || strayed)
                     }
                 };
                 if idle {
+                    if let Some(Open { owner: Some(owner), connection, .. }) = open
+                        && self.truth.strayed.contains(&tuple)
+                        && self.world.host(owner).kernel.contains_key(&tuple)
+                    {
+                        // Its packets pass there all the time, and raise no event.
+                        self.world.host(owner).touched.insert(tuple, connection);
+                    }
                     self.world.note(copy.member, "expired", format_args!("{tuple}"));
                     self.world.tell(copy.member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
                     if let Some(owner) = open.and_then(|open| open.owner) {

@@ -42,6 +42,14 @@ pub struct Truth {
     /// Tuples of which somebody may hold what nobody can tell it to let go: a close died with the member that
     /// knew of it, or traffic moved away from a member that could not be told. Its kernel forgets it in time.
     pub expiring: BTreeSet<Tuple>,
+    /// Lives whose traffic left a member while its process was gone. When they end elsewhere nobody remembers that for it: its
+    /// own kernel forgets them in time.
+    pub left: BTreeSet<u32>,
+    /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is lost.
+    pub contended: BTreeSet<Tuple>,
+    /// Tuples whose traffic moved to a member that had no copy. Nobody tells the pair; its kernels, which see no packets any
+    /// more, forget the connection in time.
+    pub strayed: BTreeSet<Tuple>,
     lives: u32,
     serial: u32,
     tuples: u32,
@@ -118,7 +126,9 @@ impl Truth {
                 groups::MARK
             }
         };
-        let known = if n.is_multiple_of(3) { groups::ALL } else { known | groups::TUPLES };
+        // The pair's older state may have been written over what the kernel had. A packet there tells all of it again.
+        let whole = n.is_multiple_of(3) || self.strayed.contains(&tuple);
+        let known = if whole { groups::ALL } else { known | groups::TUPLES };
         SourceEvent::Seen { connection: *connection, known }
     }
 

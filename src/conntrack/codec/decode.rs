@@ -14,7 +14,7 @@
 use super::attribute::{Attributes, Malformed, be16, be32, byte, field};
 use super::extra::{decode_extra, find};
 use super::number::*;
-use super::{HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use super::{GIVEN_MAX_S, HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
 use crate::conn::extra::{Extra, ProtoInfo, parts};
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, SCTP, TCP};
@@ -98,10 +98,7 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
         // It carries the state that the entry was in; whether a timeout, a person or a closing connection ended it follows
         // from that alone.
         let Rest { state, extra, .. } = rest.settled(original.protocol);
-        let end = match (Connection { original, reply: original, state, extra }).phase() {
-            Phase::Open => End::Unseen,
-            Phase::Ending | Phase::Over => End::Seen,
-        };
+        let end = end_of(&Connection { original, reply: original, state, extra });
         return Ok(Decoded { event: SourceEvent::Gone { original, end }, skipped });
     }
     let (mut reply, own_zone) = reply.ok_or(Malformed::NoReply)?;
@@ -112,6 +109,15 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let Rest { state, extra, known, .. } = rest.settled(original.protocol);
     let connection = Connection { original, reply, state, extra };
     Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
+}
+
+/// What it says of a connection that its entry, which was like this, is no more. One that still had the timeout of copies no
+/// packet had passed: whatever its state was, that the connection ended nobody saw here.
+pub fn end_of(entry: &Connection) -> End {
+    match entry.phase() {
+        Phase::Ending | Phase::Over if entry.state.timeout_s <= GIVEN_MAX_S => End::Seen,
+        _ => End::Unseen,
+    }
 }
 
 /// What a message says besides names.

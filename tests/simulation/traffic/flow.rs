@@ -70,6 +70,8 @@ pub struct Flow {
     pub tries: u32,
     /// Since when this packet is tried.
     pub since: Time,
+    /// The gateway that its packets take, and which one the routes named when that was decided.
+    pub way: Option<(MemberId, MemberId)>,
     /// How its packets leave.
     pub leaving: Option<Tuple>,
     /// When both ends had said something.

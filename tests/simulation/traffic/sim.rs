@@ -22,7 +22,7 @@ use super::flow::{End, Flow, GIVES_UP, Manner, Step};
 use super::kernel::{Ends, Kernel};
 use super::model::{By, Nat, Settings, Timeouts, Verdict, tcp};
 use crate::checkers::Broken;
-use crate::world::{Network, Rng, Timing, World};
+use crate::world::{Network, Rng, Timing, World, memories_of};
 
 /// How long a connection is held before it is sent.
 const HOLD: Duration = Duration::from_millis(400);
@@ -32,15 +32,19 @@ const SETTLES: Duration = Duration::from_secs(4);
 const BOUND: Duration = Duration::from_secs(5);
 /// A connection may be sent so long after its end was there to be seen.
 const SEEN_LATE: Duration = Duration::from_millis(20);
-/// Processes that may be started after the first ones.
-const STARTS: usize = 6;
+/// Processes that may be started after the first ones: each fault may cost one.
+const STARTS: usize = FAULTS_MAX as usize;
+/// Faults in a run.
+const FAULTS_MAX: u64 = 5;
 
 /// Drawn from a seed before anything starts.
 #[derive(Debug)]
 pub struct Plan {
     /// Shards of each member.
     pub shards: Vec<u8>,
-    pub size: MemorySize,
+    /// Of each member's shards, and of processes that start later.
+    sizes: Vec<MemorySize>,
+    size: MemorySize,
     /// Whether connections are translated, and by masquerade.
     nat: Option<bool>,
     /// `nf_conntrack_events`.
@@ -71,10 +75,15 @@ impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
         let members = [2, 2, 2, 2, 3, 4][rng.below(6) as usize];
         let nat = [None, Some(false), Some(true)][rng.below(3) as usize];
-        let capacity = [512, 1024][rng.below(2) as usize];
+        let mut size = || {
+            let capacity = [512, 1024, 2048][rng.below(3) as usize];
+            MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) }
+        };
+        let (sizes, size) = ((0..members).map(|_| size()).collect(), size());
         Plan {
             shards: (0..members).map(|_| 1 + rng.below(2) as u8).collect(),
-            size: MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) },
+            sizes,
+            size,
             nat,
             events: 1 + rng.below(2) as u8,
             timeouts: timeouts(),
@@ -90,13 +99,26 @@ impl Plan {
                 late: if rng.chance(30) { rng.below(10) } else { 0 },
                 refusals: 0,
             },
-            faults: 1 + rng.below(5),
+            faults: 1 + rng.below(FAULTS_MAX),
         }
     }
 
-    /// Pieces of memory that this plan can need.
-    pub fn memories(&self) -> usize {
-        self.shards.iter().map(|shards| *shards as usize).sum::<usize>() + STARTS * 2
+    /// How long an entry of this flow lives without packets.
+    fn idle(&self, flow: &Flow) -> Duration {
+        let established = self.timeouts.tcp[tcp::ESTABLISHED as usize];
+        let seconds = match (flow.is_tcp(), flow.is_talking()) {
+            (true, true) => established,
+            (true, false) => self.timeouts.tcp[tcp::LAST_ACK as usize],
+            (false, _) => self.timeouts.udp_stream,
+        };
+        Duration::from_secs(seconds as u64)
+    }
+
+    /// The memory that this plan can need, in the order in which it is taken.
+    pub fn memories(&self) -> Vec<OwnedMemory> {
+        let firsts = self.shards.iter().zip(&self.sizes);
+        let all = firsts.map(|(shards, size)| (*shards as usize, size)).chain([(STARTS * 2, &self.size)]);
+        all.flat_map(|(pieces, size)| memories_of(pieces, *size)).collect()
     }
 }
 
@@ -113,8 +135,13 @@ pub struct Sim<'m> {
     free: Vec<Tuple>,
     /// Who carries each group of clients.
     routes: Vec<MemberId>,
-    /// What every original tuple stands for at the moment, and whether it was sent.
-    sent: BTreeSet<(Tuple, u32)>,
+    /// When a packet of a tuple last passed a gateway.
+    passed_at: BTreeMap<(Tuple, MemberId), Time>,
+    /// The slots whose connection was sent, each with its life.
+    sent: BTreeSet<(MemberId, u8, u32, u32)>,
+    /// Tuples that were brought to somebody.
+    copied: BTreeSet<(Tuple, MemberId)>,
+    /// What every original tuple stands for at the moment.
     lives: BTreeMap<Tuple, Life>,
     numbers: u32,
     fresh: u16,
@@ -122,7 +149,6 @@ pub struct Sim<'m> {
     collect_at: Time,
     /// When something was last not as it should be.
     disturbed_at: Time,
-    starts: usize,
     pub steps: u64,
 }
 
@@ -169,14 +195,15 @@ impl<'m> Sim<'m> {
             flows: Vec::new(),
             free: Vec::new(),
             routes: vec![1; plan.routes],
+            passed_at: BTreeMap::new(),
             sent: BTreeSet::new(),
+            copied: BTreeSet::new(),
             lives: BTreeMap::new(),
             numbers: 0,
             fresh: 0,
             begin_at: now,
             collect_at: now,
             disturbed_at: now,
-            starts: 0,
             steps: 0,
             plan,
         };
@@ -307,10 +334,12 @@ impl<'m> Sim<'m> {
     /// Something is about to happen: what had settled by now has to survive it.
     fn disturb(&mut self) {
         let (now, is_calm) = (self.world.now, self.is_calm());
+        let alone = self.without_two_copies();
         for flow in &mut self.flows {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // One that is cut off already is no concern of what follows.
-            flow.is_safe = is_calm && is_old && flow.tries == 0;
+            // (Nor what counts as exposed: that there is nothing else without two copies is checked when all has settled.)
+            flow.is_safe = is_calm && is_old && flow.tries == 0 && !alone.contains_key(&flow.number);
         }
         self.disturbed_at = now;
     }
@@ -372,6 +401,7 @@ impl<'m> Sim<'m> {
             tries: 0,
             since: now,
             leaving: None,
+            way: None,
             established: None,
             passed: None,
             ended: None,
@@ -407,12 +437,13 @@ impl<'m> Sim<'m> {
         Ok(())
     }
 
-    /// Which gateway the next packet of this flow takes. In a group of more than two it is one that has it, if any has:
-    /// what a third one makes of it is not promised yet.
+    /// Which gateway the next packet of this flow takes. In a group of more than two, when the routes have moved, it is one
+    /// that has it, if any has: what a third one makes of it is not promised yet.
     fn way_of(&self, flow: &Flow) -> MemberId {
         let route = self.routes[flow.route];
-        if self.plan.shards.len() == 2 || flow.passed.is_none() {
-            return route;
+        let Some((way, routed)) = flow.way.filter(|_| self.plan.shards.len() > 2) else { return route };
+        if routed == route && self.kernels.borrow().contains_key(&way) {
+            return way;
         }
         let now = self.world.now;
         let has = |member: &MemberId| {
@@ -423,8 +454,7 @@ impl<'m> Sim<'m> {
                     kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
                 })
         };
-        let before = flow.passed.map(|(_, at)| at);
-        let all = [route].into_iter().chain(before).chain(1..=self.plan.shards.len() as MemberId);
+        let all = [route, way].into_iter().chain(1..=self.plan.shards.len() as MemberId);
         all.into_iter().find(has).unwrap_or(route)
     }
 
@@ -433,7 +463,9 @@ impl<'m> Sim<'m> {
         let way = self.way_of(&self.flows[n]);
         let Some((end, packet)) = self.flows[n].packet() else { return Ok(()) };
         let kernel = self.kernel(way);
+        let route = self.routes[self.flows[n].route];
         let flow = &mut self.flows[n];
+        flow.way = Some((way, route));
         if now.since(flow.since) > GIVES_UP {
             self.world.note(way, "gives up", format_args!("{} {:?}", flow.original, flow.step));
             (flow.step, flow.manner) = (Step::Over, Manner::Silence);
@@ -448,6 +480,7 @@ impl<'m> Sim<'m> {
             flow.is_intact = false;
         }
         let is_first = flow.passed.is_none();
+        let had_entry = kernel.act(now, |table, now| table.get(now, &flow.original)).is_some();
         let verdict = kernel.act(now, |table, now| {
             // Who is outside begins nothing, and inside nothing but TCP's SYN begins a connection.
             // (What comes for the port of a connection that is lost may meet that port's next one: its ends know better.)
@@ -458,6 +491,12 @@ impl<'m> Sim<'m> {
             table.packet(now, &packet)
         });
         let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
+        // Where its packets have not passed for long its entry may have run out, though this member still is its active: only a packet
+        // elsewhere that raised an event would have told.
+        let idle = self.passed_at.get(&(flow.original, way)).map(|at| now.since(*at));
+        if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= self.plan.idle(flow)) {
+            flow.is_safe = false;
+        }
         let has_to_pass = flow.is_intact || flow.is_safe;
         let why =
             if flow.is_intact { "nothing is cut that nothing happened to" } else { "one death cuts nothing" };
@@ -475,6 +514,7 @@ impl<'m> Sim<'m> {
                 }
                 let was_talking = flow.is_talking();
                 flow.arrived(now, way, &mut self.rng);
+                self.passed_at.insert((flow.original, way), now);
                 if is_first {
                     let is_heard = self.world.hosts[&way].running || self.plan.events == 1;
                     self.lives.insert(flow.original, Life { number: flow.number, ended: None, is_heard });
@@ -495,6 +535,12 @@ impl<'m> Sim<'m> {
                 }
                 // Another connection for whoever gets it.
                 (flow.step, flow.manner) = (Step::Over, Manner::Silence);
+                Ok(())
+            }
+            // An entry that stood in the way of the SYN went at this very moment: the client sends it again.
+            Verdict::Invalid | Verdict::Dropped if matches!(flow.step, Step::SynAck) && flow.tries < 3 => {
+                flow.step = Step::Syn;
+                flow.lost(now);
                 Ok(())
             }
             Verdict::Invalid | Verdict::Dropped => {
@@ -520,11 +566,15 @@ impl<'m> Sim<'m> {
                 continue;
             }
             while let Ok(Some(message)) = Message::decode(&mut r) {
-                let Message::New { connection, .. } = message else { continue };
+                let Message::New { connection, own, .. } = message else { continue };
+                self.copied.insert((connection.original, datagram.to));
                 let Some(life) = self.lives.get(&connection.original) else { continue };
-                let is_first = self.sent.insert((connection.original, life.number));
+                // (It may be an earlier one of the tuple that the sender took over.)
+                let is_own = !self.copied.contains(&(connection.original, datagram.from));
+                let is_first =
+                    self.sent.insert((datagram.from, header.to_shard, own.slot, own.generation.raw()));
                 let ended = life.ended.filter(|(at, by)| now.since(*at) > SEEN_LATE && *by == datagram.from);
-                if let Some((ended, _)) = ended.filter(|_| is_first && life.is_heard) {
+                if let Some((ended, _)) = ended.filter(|_| is_first && is_own && life.is_heard) {
                     return Err(format!(
                         "short connections are never sent: {} was over for {:?} when {} sent it to {}",
                         connection.original,
@@ -547,14 +597,19 @@ impl<'m> Sim<'m> {
                 return Err(format!("it settles: still not\n{}", self.world.describe()));
             }
         }
-        // For a moment one may be missing: the entry of an active that is idle, while its traffic is elsewhere, runs out.
+        // For a moment one may be missing: the entry of an active that is idle, while its traffic is elsewhere, runs out. And what
+        // has no copy because another connection's entry is in the way counts as exposed.
+        let exposure = |sim: &Self| {
+            let shards = sim.world.hosts.values().flat_map(|host| &host.shards);
+            shards.map(|shard| shard.exposure()).sum::<u64>() as usize
+        };
         let (alone, unexplained) = (self.without_two_copies(), self.unexplained());
         if alone.is_empty() && unexplained.is_empty() {
             return Ok(());
         }
         self.run_for(ms(1000), true)?;
         if let Some((_, (tuple, having))) =
-            self.without_two_copies().into_iter().find(|(n, _)| alone.contains_key(n))
+            self.without_two_copies().into_iter().filter(|(n, _)| alone.contains_key(n)).nth(exposure(self))
         {
             return Err(format!("two copies: {tuple} is in the kernels of {having:?} only"));
         }
@@ -762,14 +817,10 @@ impl<'m> Sim<'m> {
             kernel.listen(0);
         }
         self.meanwhile(victim, other, span)?;
-        let is_warm = self.rng.chance(60);
-        if is_warm {
+        if self.rng.chance(60) {
             self.world.resume(victim);
-        } else if self.starts < STARTS {
-            self.starts += 1;
-            self.start(victim);
         } else {
-            self.world.resume(victim);
+            self.start(victim);
         }
         Ok(())
     }
@@ -818,9 +869,6 @@ impl<'m> Sim<'m> {
         for member in 1..=self.plan.shards.len() as MemberId {
             if !self.kernels.borrow().contains_key(&member) {
                 self.boot(member);
-                if self.starts < STARTS {
-                    self.starts += 1;
-                }
                 self.start(member);
             }
         }
