@@ -491,3 +491,29 @@ fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
     assert_eq!(world.hosts[&3].kernel[&tuple], living);
     all_is_well(&mut world);
 }
+
+/// Seed 401436: two claimed the same state, neither having heard of the other. The claim of one was refused, and what the
+/// other one sent before arrives late: it is no copy of that one.
+#[test]
+fn who_had_its_claim_refused_is_no_backup_of_the_other() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let (heir, other) = backup_and_other(&world, &tuple);
+    world.kill(1);
+    world.open.get_mut(&tuple).expect("it is open").owner = heir;
+    world.run_for(REPROTECT + ms(300));
+    assert_eq!(kind_at(&world, heir, &tuple), Some(Kind::Active), "presumed");
+    // Packets at both. What the heir says of its own is lost for now.
+    world.cut = vec![(heir, other)];
+    move_to(&mut world, tuple, heir);
+    world.change(tuple);
+    world.run_for(ms(2));
+    world.cut.clear();
+    move_to(&mut world, tuple, other);
+    world.run_until(ms(5), "the claim is refused", |w| w.counter(other, Counter::RefusedByPeer) > 0);
+    move_to(&mut world, tuple, other);
+    world.run_for(ms(30));
+    assert!(world.counter(heir, Counter::Exposure) > 0, "nobody has a copy of what the heir has");
+    all_is_well(&mut world);
+}

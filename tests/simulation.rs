@@ -30,8 +30,7 @@
 //!
 //! In part of the seeds generations of slots, lives of streams and numbers of declines begin shortly before they wrap, and when all
 //! is at rest all processes are restarted over memories in which versions of states (and the ten bits of an epoch that a
-//! history keeps) are about to wrap, and numbers of streams stand short of 32 bits or far up in their 48. A version that wraps
-//! when the other member claims makes two stamps of one epoch: a close of one does not end the other, whose kernel forgets it.
+//! history keeps) are about to wrap, and numbers of streams stand short of 32 bits or far up in their 48.
 //!
 //! What the protocol does not handle yet is not generated. Two members may end up as actives of one connection that neither
 //! sends to the other: when traffic moves to a member whose claim the former one cannot hear, or that nobody told of the

@@ -90,6 +90,9 @@ pub struct Stamp {
     pub version: u32,
 }
 
+/// A copy is behind its active by fewer versions than this.
+const UNHEARD_MAX: u32 = 1 << 16;
+
 impl Stamp {
     /// The stamp of the next change. After 2^32 - 1 versions the epoch moves on instead.
     pub fn changed(self) -> Stamp {
@@ -99,9 +102,14 @@ impl Stamp {
         }
     }
 
-    /// The stamp of a claim over this one.
+    /// The stamp of a claim over this one. Changes that the claimant has not heard of may have moved the epoch on: over
+    /// those as well.
     pub fn claimed(self) -> Stamp {
-        Stamp { epoch: self.epoch.saturating_add(1), version: self.changed().version }
+        let may_have_moved = self.version > u32::MAX - UNHEARD_MAX;
+        Stamp {
+            epoch: self.epoch.saturating_add(1 + u32::from(may_have_moved)),
+            version: self.changed().version,
+        }
     }
 }
 
@@ -526,6 +534,9 @@ mod tests {
         let old = Stamp { epoch: 0, version: u32::MAX };
         assert!(old.claimed() > old);
         assert!(old.changed() > old);
+        // Also one of an earlier state over all that the other member makes of this one until it hears of the claim.
+        assert!(Stamp { epoch: 0, version: u32::MAX - 3 }.claimed().epoch > old.changed().epoch);
+        assert!(old.claimed().epoch > old.changed().epoch);
         assert!(Stamp { epoch: 1, version: 0 } > Stamp { epoch: 0, version: 9 });
         assert_eq!(Stamp { epoch: 2, version: 5 }.claimed(), Stamp { epoch: 3, version: 6 });
     }

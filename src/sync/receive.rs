@@ -499,13 +499,20 @@ impl Replica<'_> {
                 self.commit(Commit::Write { slot: target.slot, generation: target.generation });
                 Applied
             }
-            Kind::Active if stamp < line.stamp() => {
+            Kind::Active if stamp < line.stamp() && self.tells(target.slot, stream) => {
                 // The sender does not know yet that its connection was claimed here.
                 self.counters.count(Counter::DeltasOld);
                 Applied
             }
             _ => Refused(Reason::NotHere),
         }
+    }
+
+    /// Whether the sender of this stream is still to hear that the connection in this slot is active here. If it refused to,
+    /// it must not believe that its copy is here.
+    fn tells(&self, slot: u32, stream: usize) -> bool {
+        let peer = self.table.line(slot).peer();
+        peer.is_somewhere() && self.stream_of(peer) == stream || self.table.former(slot).is_somewhere()
     }
 
     /// The slot that a close or a release is for, if it still is in the life that it names. If not, what

@@ -398,10 +398,6 @@ impl<'m> Sim<'m> {
         let mut actives = self.world.copies_of(&tuple);
         actives.retain(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
         let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else { return };
-        if actives.iter().any(|copy| copy.member != first.member && copy.stamp.epoch == first.stamp.epoch) {
-            // Only where a version wrapped at one of them when the other one claimed. A close of one does not end the other.
-            self.truth.expiring.insert(tuple);
-        }
         let open = self.truth.open.get_mut(&tuple).expect("it is open");
         (open.owner, open.connection) = (Some(first.member), first.connection);
     }
