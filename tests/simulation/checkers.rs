@@ -422,12 +422,15 @@ impl Checks {
         if now.stamp == before.stamp && now.active != before.active {
             return Ok(()); // Two claimed it at once: of equal stamps the higher member's stays.
         }
+        // Claimed elsewhere while this process was gone: what it had told nobody is lost.
+        let was_left = truth.left.contains(&life_of(new)) && now.stamp.epoch > before.stamp.epoch;
         let fault = if (old.original, old.reply) != (new.original, new.reply) {
             "another connection in the same life of a slot"
         } else if now.stamp < before.stamp {
             "an older stamp"
         } else if !truth.contended.contains(&new.original)
             && !truth.strayed.contains(&new.original)
+            && !was_left
             && (0..compared).any(|n| serials(new)[n] < serials(old)[n])
         {
             "an older state"
