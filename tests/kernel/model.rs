@@ -593,6 +593,7 @@ impl Table {
         self.entries.values().map(|entry| entry.connection(now)).collect()
     }
 
+    #[allow(dead_code)] // The simulator dumps in pieces, the comparison does not.
     /// A piece of the table: up to so many entries from the one with this number on, and the number of the next.
     pub fn dump_piece(&mut self, now: Time, from: u64, most: usize) -> (Vec<Connection>, Option<u64>) {
         self.remove_all(now, By::Kernel, |entry| entry.expires.reached(now));
