@@ -236,9 +236,9 @@ impl Repair {
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
                     if !replica.is_unclaimed(slot) {
                         replica.handle_source(now, &event);
-                        if is_resuming {
-                            mark_unheard(unheard, &connection.original, replica);
-                        }
+                    }
+                    if is_resuming {
+                        mark_unheard(unheard, &connection.original, replica);
                     }
                 }
                 // Not ours, and its active may have closed it long ago.
@@ -358,6 +358,7 @@ impl Repair {
                 match line.kind() {
                     Kind::Held | Kind::Active if stands && self.unheard_period < UNHEARD_PERIOD => {}
                     Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
+                    Kind::Backup => {} // Should it become ours, it raises no events either.
                     _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
                 }
             }

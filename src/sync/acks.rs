@@ -199,7 +199,8 @@ impl Replica<'_> {
                     Reason::Superseded if self.is_presumed(place.slot) => self.drop_presumed(place.slot),
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => {
-                        self.contest(now, place.slot);
+                        let stamp = self.table.line(place.slot).stamp();
+                        self.contest(now, place.slot, stamp);
                         self.shelve(now, place.slot);
                     }
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),

@@ -33,6 +33,8 @@ struct Contest {
     /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes on; what the entry itself is to
     /// become if not.
     doubt: Option<Doubt>,
+    /// The highest stamp that was heard of for the other one.
+    rival: Stamp,
     /// When it was last spoken of.
     at: Time,
     /// What the entry had left to live, and when.
@@ -60,14 +62,21 @@ impl Contests {
     }
 
     /// The connection in this slot is contested. `false`: there are too many.
-    fn note(&mut self, now: Time, slot: u32, generation: Generation, doubt: Option<Doubt>) -> bool {
+    fn note(
+        &mut self,
+        now: Time,
+        (slot, generation): (u32, Generation),
+        rival: Stamp,
+        doubt: Option<Doubt>,
+    ) -> bool {
         if let Some(contest) = self.find(slot, generation) {
             contest.at = now;
+            contest.rival = contest.rival.max(rival);
             return true;
         }
         let has_room = self.contests.len() < CONTESTS_MAX;
         if has_room {
-            self.contests.push(Contest { slot, generation, doubt, at: now, timeout: None });
+            self.contests.push(Contest { slot, generation, doubt, rival, at: now, timeout: None });
             self.look_at = self.look_at.min(now);
         }
         has_room
@@ -77,11 +86,11 @@ impl Contests {
         self.contests.iter_mut().find(|contest| (contest.slot, contest.generation) == (slot, generation))
     }
 
-    /// Whether the connection in this slot is contested; it is no more.
-    pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> bool {
-        let before = self.contests.len();
-        self.contests.retain(|contest| (contest.slot, contest.generation) != (slot, generation));
-        self.contests.len() < before
+    /// The contest about the connection in this slot is over; the stamp that it is to outdo, if there was one.
+    pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Stamp> {
+        let is_it = |contest: &Contest| (contest.slot, contest.generation) == (slot, generation);
+        let at = self.contests.iter().position(is_it)?;
+        Some(self.contests.swap_remove(at).rival)
     }
 
     /// When the entries are to be looked at.
@@ -91,9 +100,9 @@ impl Contests {
 }
 
 impl Replica<'_> {
-    /// Somebody else takes the connection in this slot for its own, in the same epoch. Whether traffic is to decide; without a kernel
+    /// Somebody else takes the connection in this slot for its own, with this stamp, and knows as much. Whether traffic is to decide; without a kernel
     /// to ask for any, the stamp does.
-    pub(super) fn contest(&mut self, now: Time, slot: u32) -> bool {
+    pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Stamp) -> bool {
         let line = self.table.line(slot);
         let is_ours = match line.kind() {
             Kind::Held => !line.is_unseen(),
@@ -102,7 +111,7 @@ impl Replica<'_> {
         };
         is_ours
             && self.config.commit == CommitMode::Eager
-            && self.contests.note(now, slot, line.generation(), None)
+            && self.contests.note(now, (slot, line.generation()), rival, None)
     }
 
     /// An active here was told that its connection was claimed elsewhere, with this stamp, and closed or let go there. Packets that pass here
@@ -112,7 +121,7 @@ impl Replica<'_> {
             return false;
         }
         let Some(slot) = self.fill_held(connection, Some(over), true) else { return false };
-        self.contests.note(now, slot, self.table.line(slot).generation(), Some(doubt))
+        self.contests.note(now, (slot, self.table.line(slot).generation()), over, Some(doubt))
     }
 
     /// Doubts that no packet has dispelled.

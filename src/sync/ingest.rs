@@ -35,7 +35,9 @@ impl Replica<'_> {
         }
         let found = self.table.find_original(original);
         match (event, found) {
-            (SourceEvent::Seen { connection, known }, _) if connection.phase() == Phase::Over => {
+            (SourceEvent::Seen { connection, known }, _)
+                if connection.phase() == Phase::Over && !is(Mutation::LingeringSent) =>
+            {
                 self.ended(now, connection, *known, found)
             }
             (SourceEvent::Seen { connection, .. }, None) => self.open(now, connection, None),
@@ -117,9 +119,7 @@ impl Replica<'_> {
         line.set_kind(Kind::Held);
         line.set_unseen(is_unseen);
         let mut stamp = over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed);
-        if !is(Mutation::LivesAlike) {
-            stamp.epoch = stamp.epoch.max(self.birth_epoch).max(self.epoch_seen);
-        }
+        stamp.epoch = stamp.epoch.max(self.birth_epoch).max(self.epoch_seen);
         self.epoch_seen = self.epoch_seen.max(stamp.epoch);
         line.set_stamp(stamp);
         line.set_peer(Coordinate::NOWHERE);
@@ -177,9 +177,9 @@ impl Replica<'_> {
         match line.kind() {
             Kind::Held => {
                 line.set_unseen(false);
-                if self.contests.decide(slot, line.generation()) {
+                if let Some(rival) = self.contests.decide(slot, line.generation()) {
                     self.counters.count(Counter::ClaimsContested);
-                    line.set_stamp(line.stamp().claimed());
+                    line.set_stamp(line.stamp().max(rival).claimed());
                     self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
                 }
                 self.table.store(slot, &line);
@@ -192,8 +192,8 @@ impl Replica<'_> {
             }
             Kind::Active => {
                 let contested = self.contests.decide(slot, line.generation());
-                self.counters.add(Counter::ClaimsContested, contested as u64);
-                let presumed = self.is_presumed(slot) || contested;
+                self.counters.add(Counter::ClaimsContested, contested.is_some() as u64);
+                let presumed = self.is_presumed(slot) || contested.is_some();
                 if presumed {
                     // Traffic: no more a presumption.
                     self.counters.count(Counter::Claims);
@@ -210,7 +210,7 @@ impl Replica<'_> {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
-                        line.set_stamp(line.stamp().claimed());
+                        line.set_stamp(line.stamp().max(contested.unwrap_or_default()).claimed());
                     } else if changed != 0 && !is(Mutation::VersionStands) {
                         line.set_stamp(line.stamp().changed());
                     }

@@ -36,7 +36,7 @@ pub mod lease;
 pub mod mutation;
 #[cfg(not(feature = "mutations"))]
 #[allow(dead_code)]
-mod mutation;
+pub(crate) mod mutation;
 pub mod progress;
 mod receive;
 mod replica;

@@ -45,8 +45,9 @@ mutations! {
     DigestStands, "what is held changes without its digest";
     RepeatsUnannounced, "poll_at forgets when something has to be repeated";
     UpdateIncomplete, "an update does not take over the mark";
-    VersionsCompared, "of two that carry on one tuple, and know as much, the higher version wins";
-    LivesAlike, "what begins while a member is away has the stamp of any other";
+    LingeringSent, "what is left of a connection in its kernel counts as alive";
+    EndsUnasked, "an end that nobody saw is one";
+    KeptForever, "what is taken over, or none any more, keeps the timeout of a copy";
 }
 
 #[cfg(feature = "mutations")]

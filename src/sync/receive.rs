@@ -385,7 +385,9 @@ impl Replica<'_> {
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         let presumed = self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
-        if stamp.epoch == line.stamp().epoch && !is(Mutation::VersionsCompared) && self.contest(now, slot) {
+        // What began here is younger than anything that outlived its hold before it was sent.
+        let knows_as_much = line.kind() == Kind::Held || stamp.epoch == line.stamp().epoch;
+        if knows_as_much && self.contest(now, slot, stamp) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
@@ -545,7 +547,7 @@ impl Replica<'_> {
                 line.set_generation(if is(Mutation::NoTombstone) { target.generation } else { next });
             }),
             Kind::Backup if from_pair => {
-                let rest = match seen && !line.is_claimed() {
+                let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
                     true => Rest::Nothing,
                     false => Rest::Perhaps(stamp, line.is_claimed()),
                 };
