@@ -268,7 +268,7 @@ fn every_deliberate_fault_is_caught() {
         if only.as_ref().is_some_and(|only| *only != format!("{mutation:?}")) {
             continue;
         }
-        let seeds = 1..1 + number("SEEDS").unwrap_or(150);
+        let seeds = 1..1 + number("SEEDS").unwrap_or(300);
         // What the truth would not show: the kernel is in it.
         let run = match mutation {
             LingeringSent | EndsUnasked | KeptForever => run_traffic,

@@ -1,6 +1,6 @@
 //! Listening: the kernel's conntrack events of one shard.
 //!
-//! The kernel drops what is not ours ([`filter`]); what passes is checked again
+//! The kernel drops what is not ours ([`filter`](super::filter)); what passes is checked again
 //! here, so that the caller sees connections of its shard only, whatever the filter let
 //! through. Waking up per event is what costs, so events are drained in batches.
 //!
