@@ -108,47 +108,50 @@ fn print_event(now: Time, member: MemberId, what: &str, detail: Arguments<'_>) {
 fn run(seed: u64, log: bool) -> Result<u64, String> {
     let mut rng = Rng(seed);
     let plan = Plan::draw(&mut rng);
-    if log {
-        eprintln!("{plan:#?}");
-    }
+    tell_plan(&plan, log);
     let memories = plan.memories();
-    let mut steps = 0;
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    survive(log, |steps| {
         let mut sim = Sim::new(rng.next(), plan, &memories);
         sim.world.allocated = Some(|| ALLOCATED.get());
         sim.world.log = log.then_some(print_event);
         let outcome = sim.run();
-        steps = sim.steps;
-        outcome.map_err(|broken| {
-            format!("step {steps}: {broken}\n{}", if log { sim.world.describe() } else { String::new() })
-        })
-    }));
-    match outcome {
-        Ok(outcome) => outcome.map(|()| steps),
-        Err(_) => Err(format!("an assertion: {}", LAST_PANIC.take().unwrap_or_default())),
-    }
+        *steps = sim.steps;
+        outcome.map_err(|broken| (broken, sim.world.describe()))
+    })
 }
 
 /// The same of the simulator with its kernel.
 fn run_traffic(seed: u64, log: bool) -> Result<u64, String> {
     let mut rng = Rng(seed);
     let plan = traffic::Plan::draw(&mut rng);
-    if log {
-        eprintln!("{plan:#?}");
-    }
+    tell_plan(&plan, log);
     let memories = plan.memories();
-    let mut steps = 0;
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
+    survive(log, |steps| {
         let mut sim = traffic::Sim::new(rng.next(), plan, &memories);
         sim.world.log = log.then_some(print_event);
         let outcome = sim.run();
-        steps = sim.steps;
-        outcome.map_err(|broken| {
-            format!("step {steps}: {broken}\n{}", if log { sim.world.describe() } else { String::new() })
-        })
-    }));
-    match outcome {
-        Ok(outcome) => outcome.map(|()| steps),
+        *steps = sim.steps;
+        outcome.map_err(|broken| (broken, sim.world.describe()))
+    })
+}
+
+fn tell_plan(plan: &dyn std::fmt::Debug, log: bool) {
+    if log {
+        eprintln!("{plan:#?}");
+    }
+}
+
+/// Makes of what a run says, its members described, or of its panic, what [`run`] tells.
+fn survive(
+    log: bool,
+    run: impl FnOnce(&mut u64) -> Result<(), (checkers::Broken, String)>,
+) -> Result<u64, String> {
+    let mut steps = 0;
+    match catch_unwind(AssertUnwindSafe(|| run(&mut steps))) {
+        Ok(Ok(())) => Ok(steps),
+        Ok(Err((broken, members))) => {
+            Err(format!("step {steps}: {broken}\n{}", if log { members } else { String::new() }))
+        }
         Err(_) => Err(format!("an assertion: {}", LAST_PANIC.take().unwrap_or_default())),
     }
 }

@@ -33,15 +33,13 @@
 //! replaced, and where there is no such helper the entry is written without, which is counted.
 
 use super::KernelError;
-pub use super::codec::GIVEN_MAX_S;
-use super::codec::status;
+use super::codec::{GIVEN_MAX_S, status};
 use super::entries::{Answers, Entries, NetlinkEntries, Request};
 use super::timeouts::Timeouts;
 use crate::conn::extra::{HELPER_NAME, parts};
 use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Phase, Tuple};
 use crate::limits::COMMIT_PER_PASS;
-use crate::sync::mutation::{Mutation, is};
 
 /// The timeout of an entry whose active lives: it must outlast any silence, because refreshes
 /// raise no events and only the active's close may end it. Longer than the kernel's longest
@@ -210,9 +208,6 @@ impl<E: Entries> Committer<E> {
     /// which cannot be restored, is what it last reported: kernels report the timeout with every change of state, and so
     /// right after the packet that brought it about. One that was read at another time had run down, and is less.
     fn normal_timeout(&self, connection: &Connection) -> u32 {
-        if is(Mutation::KeptForever) {
-            return KEPT_TIMEOUT_S;
-        }
         let own = match connection.original.protocol {
             GRE => GRE_TIMEOUT_S,
             _ => self.kernel.timeouts().of(connection),

@@ -7,7 +7,7 @@ use super::*;
 use crate::conn::{State, Tuple};
 use crate::limits::ARENA_MIN;
 use crate::memory::{MemorySize, OwnedMemory};
-use crate::sync::ReplicaConfig;
+use crate::sync::{ReplicaConfig, test_config};
 
 const NOW: Time = Time(1_000_000_000);
 
@@ -18,20 +18,7 @@ fn connection(n: u16, tcp_state: u8) -> Connection {
 }
 
 fn replica(memory: &OwnedMemory) -> Replica<'_> {
-    let config = ReplicaConfig {
-        group: 1,
-        member: 1,
-        shard: 0,
-        shards: 1,
-        site: 0,
-        table_id: 1,
-        index_key: 1,
-        hold: Duration::from_secs(1),
-        reprotect_after: Duration::from_secs(1),
-        flush: Duration::from_millis(1),
-        compare: Duration::from_secs(1),
-        commit: CommitMode::Eager,
-    };
+    let config = ReplicaConfig { hold: Duration::from_secs(1), commit: CommitMode::Eager, ..test_config() };
     Replica::new(config, memory.parts())
 }
 

@@ -8,7 +8,7 @@ use crate::conn::{State, Tuple};
 use crate::limits::ARENA_MIN;
 use crate::memory::{MemorySize, OwnedMemory};
 use crate::source::CommitMode;
-use crate::sync::ReplicaConfig;
+use crate::sync::{ReplicaConfig, test_config};
 
 const NOW: Time = Time(1_000_000_000);
 const SLOTS: usize = 4096;
@@ -41,20 +41,8 @@ struct World<'m> {
 
 impl<'m> World<'m> {
     fn new(memory: &'m OwnedMemory) -> World<'m> {
-        let config = ReplicaConfig {
-            group: 1,
-            member: 1,
-            shard: 0,
-            shards: 1,
-            site: 0,
-            table_id: 1,
-            index_key: 1,
-            hold: Duration::from_secs(1),
-            reprotect_after: Duration::from_secs(1),
-            flush: Duration::from_millis(1),
-            compare: Duration::from_secs(1),
-            commit: CommitMode::Eager,
-        };
+        let config =
+            ReplicaConfig { hold: Duration::from_secs(1), commit: CommitMode::Eager, ..test_config() };
         let counters = Counters::new(memory.parts().counters);
         World { replica: Replica::new(config, memory.parts()), shifts: Shifts::new(SLOTS as u32), counters }
     }

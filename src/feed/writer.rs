@@ -16,6 +16,7 @@ use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
 use crate::source::{Commit, End};
 use crate::sync::Replica;
+use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
 
 /// Questions in a batch, even if commits could fill it.
@@ -223,6 +224,7 @@ impl<E: Entries> Writer<E> {
                     }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
+                let lifetime = if is(Mutation::KeptForever) { Lifetime::Kept } else { lifetime };
                 let connection = replica.table().connection(*slot);
                 match commit {
                     Commit::Write { .. } => self.committer.write(&connection, lifetime)?,

@@ -47,5 +47,7 @@ mod transmit;
 
 pub use declined::REWRITE_PERIOD;
 pub use digest::Finding;
+#[cfg(test)]
+pub(crate) use replica::test_config;
 pub use replica::{Replica, ReplicaConfig};
 pub use transmit::{Token, Transmit};

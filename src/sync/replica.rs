@@ -87,7 +87,7 @@ pub struct ReplicaConfig {
 
 /// What the unit tests of the parts tell a shard.
 #[cfg(test)]
-pub(super) fn test_config() -> ReplicaConfig {
+pub(crate) fn test_config() -> ReplicaConfig {
     ReplicaConfig {
         group: 7,
         member: 1,

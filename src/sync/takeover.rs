@@ -26,7 +26,7 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
-use crate::conn::{Coordinate, Kind, MemberId, Tuple, shard_of};
+use crate::conn::{Coordinate, Generation, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
 use crate::group::view::{Member, Status, View};
@@ -595,7 +595,9 @@ impl Replica<'_> {
     fn step(&mut self, now: Time, job: Job, slot: u32) -> bool {
         match job {
             Job::Purge { member } => self.purge_slot(now, member, slot),
-            Job::Commit { member } => self.commit_slot(member, slot),
+            Job::Commit { member } => {
+                self.commit_slot(member, slot, |slot, generation| Commit::Write { slot, generation })
+            }
             Job::Rehome { away_from, .. } => self.rehome_slot(now, away_from, slot),
             Job::Abandon { member } => self.abandon_slot(now, member, slot),
             Job::Verify { stream } => self.verify_slot(stream, slot),
@@ -603,7 +605,9 @@ impl Replica<'_> {
             Job::Lose { member } => self.lose_slot(member, slot),
             Job::Compare { stream } => self.compare_slot(stream, slot),
             Job::Unseen { stream } => self.unseen_slot(stream, slot),
-            Job::Rewrite { member } => self.commit_again(member, slot),
+            Job::Rewrite { member } => {
+                self.commit_slot(member, slot, |slot, generation| Commit::Again { slot, generation })
+            }
             Job::Declined { member } => self.ask_declined(now, member, slot),
             Job::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
@@ -680,18 +684,10 @@ impl Replica<'_> {
         true
     }
 
-    fn commit_slot(&mut self, member: MemberId, slot: u32) -> bool {
+    fn commit_slot(&mut self, member: MemberId, slot: u32, commit: fn(u32, Generation) -> Commit) -> bool {
         let line = self.table.line(slot);
         if line.kind() == Kind::Backup && line.peer().member() == member {
-            self.commit(Commit::Write { slot, generation: line.generation() });
-        }
-        true
-    }
-
-    fn commit_again(&mut self, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
-        if line.kind() == Kind::Backup && line.peer().member() == member {
-            self.commit(Commit::Again { slot, generation: line.generation() });
+            self.commit(commit(slot, line.generation()));
         }
         true
     }
@@ -809,7 +805,7 @@ impl Replica<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conn::{Generation, Stamp};
+    use crate::conn::Stamp;
     use crate::group::view::Member;
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::sync::chores::Task;

@@ -12,6 +12,7 @@ use hypersync::conntrack::commit::Committer;
 use hypersync::conntrack::dump::{DumpProgress, DumpState};
 use hypersync::conntrack::entries::{Answers, Entries, Request};
 use hypersync::conntrack::events::Source;
+use hypersync::conntrack::fill::FILL_MAX_PERCENT;
 use hypersync::conntrack::local::LocalAddresses;
 use hypersync::conntrack::queue::{Batch, Heard, Queue};
 use hypersync::conntrack::timeouts::Timeouts;
@@ -31,9 +32,6 @@ static ADDRESSES: LocalAddresses = LocalAddresses::new();
 
 /// Entries in a piece of a dump.
 const PIECE: usize = 6;
-
-/// Inserts by the appliance stop here, per cent of the table (`FILL_MAX_PERCENT`).
-const FILL_MAX: usize = 90;
 
 /// A gateway's kernel.
 pub struct Kernel {
@@ -261,7 +259,7 @@ impl Entries for Pen {
     fn room_and_limit(&self) -> (u64, u64) {
         let (max, now) = (self.kernel.max.get(), self.kernel.now.get());
         let count = self.kernel.table.borrow().entries(now).count();
-        ((max * FILL_MAX / 100).saturating_sub(count) as u64, max as u64)
+        ((max as u64 * FILL_MAX_PERCENT / 100).saturating_sub(count as u64), max as u64)
     }
 
     fn timeouts(&self) -> &Timeouts {

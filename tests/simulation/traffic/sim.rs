@@ -12,7 +12,7 @@ use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::tuple::{TCP, UDP};
 use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
-use hypersync::conntrack::commit::GIVEN_MAX_S;
+use hypersync::conntrack::codec::GIVEN_MAX_S;
 use hypersync::group::readiness::Stage;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
