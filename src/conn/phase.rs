@@ -45,6 +45,18 @@ mod tests {
     use crate::conn::extra::{Extra, ProtoInfo};
 
     #[test]
+    fn a_syn_that_was_answered_over_an_open_entry_begins_another_connection() {
+        let begins = |old: u8, new: u8| {
+            let [old, new] = [old, new].map(|tcp_state| State { tcp_state, ..State::default() });
+            begins_anew(&old, &new)
+        };
+        // SYN_RECV after ESTABLISHED and later; not on the ways to it: SYN_SENT, SYN_RECV, both sides' SYNs.
+        let over: Vec<u8> = (0..10).filter(|old| begins(*old, 2)).collect();
+        assert_eq!(over, [3, 4, 5, 6, 7, 8]);
+        assert!((0..10).all(|old| (0..10).filter(|new| *new != 2).all(|new| !begins(old, new))));
+    }
+
+    #[test]
     fn half_closed_connections_are_open_and_lingering_ones_are_over() {
         let phase = |protocol: u8, tcp_state: u8, state: u8| {
             let original =

@@ -199,6 +199,7 @@ impl Replica<'_> {
                     Reason::Superseded if self.is_presumed(place.slot) => self.drop_presumed(place.slot),
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => {
+                        // What the other one's is was not told.
                         let stamp = self.table.line(place.slot).stamp();
                         self.contest(now, place.slot, stamp);
                         self.shelve(now, place.slot);

@@ -52,6 +52,7 @@ pub(super) enum Doubt {
 
 /// The contests of a shard.
 pub(super) struct Contests {
+    /// By their slots: each event of what is ours asks for its own.
     contests: Vec<Contest>,
     look_at: Time,
 }
@@ -69,28 +70,39 @@ impl Contests {
         rival: Stamp,
         doubt: Option<Doubt>,
     ) -> bool {
-        if let Some(contest) = self.find(slot, generation) {
-            contest.at = now;
-            contest.rival = contest.rival.max(rival);
-            return true;
-        }
+        let at = match self.find(slot) {
+            Ok(at) if self.contests[at].generation == generation => {
+                let contest = &mut self.contests[at];
+                contest.at = now;
+                contest.rival = contest.rival.max(rival);
+                return true;
+            }
+            Ok(at) => {
+                self.contests.remove(at); // Of another connection, which is no more.
+                at
+            }
+            Err(at) => at,
+        };
         let has_room = self.contests.len() < CONTESTS_MAX;
         if has_room {
-            self.contests.push(Contest { slot, generation, doubt, rival, at: now, timeout: None });
+            self.contests.insert(at, Contest { slot, generation, doubt, rival, at: now, timeout: None });
             self.look_at = self.look_at.min(now);
         }
         has_room
     }
 
-    fn find(&mut self, slot: u32, generation: Generation) -> Option<&mut Contest> {
-        self.contests.iter_mut().find(|contest| (contest.slot, contest.generation) == (slot, generation))
+    fn find(&self, slot: u32) -> Result<usize, usize> {
+        self.contests.binary_search_by_key(&slot, |contest| contest.slot)
+    }
+
+    fn place_of(&self, slot: u32, generation: Generation) -> Option<usize> {
+        self.find(slot).ok().filter(|at| self.contests[*at].generation == generation)
     }
 
     /// The contest about the connection in this slot is over; the stamp that it is to outdo, if there was one.
     pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Stamp> {
-        let is_it = |contest: &Contest| (contest.slot, contest.generation) == (slot, generation);
-        let at = self.contests.iter().position(is_it)?;
-        Some(self.contests.swap_remove(at).rival)
+        let at = self.place_of(slot, generation)?;
+        Some(self.contests.remove(at).rival)
     }
 
     /// When the entries are to be looked at.
@@ -115,20 +127,23 @@ impl Replica<'_> {
     }
 
     /// An active here was told that its connection was claimed elsewhere, with this stamp, and closed or let go there. Packets that pass here
-    /// say otherwise: it is held above that until they have had time to. `false`: nobody can be asked.
-    pub(super) fn doubt(&mut self, now: Time, connection: &Connection, over: Stamp, doubt: Doubt) -> bool {
-        if self.config.commit != CommitMode::Eager || self.contests.contests.len() == CONTESTS_MAX {
-            return false;
+    /// say otherwise: it is held above that until they have had time to. Where nobody can be asked it ends here as well.
+    pub(super) fn doubt(&mut self, now: Time, connection: &Connection, over: Stamp, doubt: Doubt) {
+        if self.config.commit == CommitMode::Eager
+            && self.contests.contests.len() < CONTESTS_MAX
+            && let Some(slot) = self.fill_held(connection, Some(over), true)
+        {
+            let generation = self.table.line(slot).generation();
+            let noted = self.contests.note(now, (slot, generation), over, Some(doubt));
+            assert!(noted, "there was room for a contest");
         }
-        let Some(slot) = self.fill_held(connection, Some(over), true) else { return false };
-        self.contests.note(now, (slot, self.table.line(slot).generation()), over, Some(doubt))
     }
 
     /// Doubts that no packet has dispelled.
     fn end_doubts(&mut self, now: Time) {
         let is_over = |contest: &Contest| contest.doubt.is_some() && now.since(contest.at) >= FORGOTTEN_AFTER;
         while let Some(at) = self.contests.contests.iter().position(is_over) {
-            let Contest { slot, generation, doubt, .. } = self.contests.contests.swap_remove(at);
+            let Contest { slot, generation, doubt, .. } = self.contests.contests.remove(at);
             self.drop_doubted(slot, generation, doubt);
         }
     }
@@ -170,7 +185,8 @@ impl Replica<'_> {
     /// The kernel's entry of a contested connection, as it is.
     pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: Option<&Connection>) {
         let tuples = self.table.tuples(slot);
-        let Some(contest) = self.contests.find(slot, generation) else { return };
+        let Some(at) = self.contests.place_of(slot, generation) else { return };
+        let contest = &mut self.contests.contests[at];
         let is_it =
             |there: &&Connection| (there.original, there.reply) == tuples && there.phase() != Phase::Over;
         let Some(there) = there.filter(is_it) else {
@@ -191,5 +207,112 @@ impl Replica<'_> {
             let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
             self.change(now, slot, there, known);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::{State, Tuple};
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::source::SourceEvent;
+    use crate::sync::{ReplicaConfig, test_config};
+
+    fn replica(memory: &OwnedMemory) -> Replica<'_> {
+        let hold = Duration::from_secs(3600);
+        Replica::new(ReplicaConfig { hold, commit: CommitMode::Eager, ..test_config() }, memory.parts())
+    }
+
+    fn connection(timeout_s: u32) -> Connection {
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let state = State { tcp_state: 3, timeout_s, ..State::default() };
+        Connection::new(original, original.mirrored(), state)
+    }
+
+    fn at(seconds: u64) -> Time {
+        Time(1).after(Duration::from_secs(seconds))
+    }
+
+    /// What the kernel tells of the entry at these times, `None`: that it is gone.
+    fn watch(replica: &mut Replica<'_>, slot: u32, told: &[(u64, Option<u32>)]) {
+        let generation = replica.table.line(slot).generation();
+        for (seconds, timeout_s) in told {
+            let there = timeout_s.map(connection);
+            replica.handle_watch(at(*seconds), slot, generation, there.as_ref());
+        }
+    }
+
+    #[test]
+    fn who_has_traffic_goes_above_the_other_one_and_who_has_none_does_not() {
+        for (told, has_traffic) in [
+            (&[(0, Some(300)), (1, Some(299)), (4, Some(296)), (9, Some(290))][..], false),
+            (&[(0, Some(300)), (1, Some(300)), (2, Some(299))], false), // Whole seconds: one more is none.
+            (&[(0, Some(300)), (4, Some(298))], true),
+            (&[(0, Some(200)), (1, Some(300))], true),
+            (&[(0, Some(300)), (4, None), (5, None)], false), // Its end is told by an event.
+        ] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let mut replica = replica(&memory);
+            replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
+            let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+            let rival = Stamp { epoch: 7, version: 9 };
+            assert!(replica.contest(at(0), slot, rival));
+            watch(&mut replica, slot, told);
+            let stamp = replica.table.line(slot).stamp();
+            assert_eq!(stamp > rival, has_traffic, "{told:?}: {stamp:?}");
+        }
+    }
+
+    #[test]
+    fn an_event_decides_a_contest_too() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(&memory);
+        replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
+        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        assert!(replica.contest(at(0), slot, Stamp { epoch: 3, version: 1 }));
+        replica.handle_source(at(1), &SourceEvent::seen(connection(299)));
+        assert_eq!(replica.table.line(slot).stamp().epoch, 4);
+    }
+
+    #[test]
+    fn what_is_doubted_goes_on_with_traffic_and_ends_without() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(&memory);
+        let original = connection(0).original;
+        let over = Stamp { epoch: 2, version: 5 };
+        for (doubt, told, lives, deletes) in [
+            (Doubt::Closed, &[(0, Some(300)), (4, Some(299))][..], true, false),
+            (Doubt::Closed, &[(0, Some(300)), (4, Some(296))], false, true),
+            (Doubt::Taken, &[(0, Some(300)), (4, Some(296))], false, false),
+            (Doubt::Closed, &[(0, Some(300)), (4, None)], false, false),
+        ] {
+            replica.doubt(at(0), &connection(300), over, doubt);
+            let slot = replica.table.find_original(&original).expect("it is held");
+            assert!(replica.is_unclaimed(slot), "its entry is no news");
+            watch(&mut replica, slot, told);
+            replica.tick_contests(at(11));
+            assert_eq!(replica.table.find_original(&original).is_some(), lives, "{doubt:?} {told:?}");
+            let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit()).collect();
+            assert_eq!(asked.contains(&Commit::Delete { original }), deletes, "{doubt:?} {told:?}");
+            if lives {
+                assert!(!replica.is_unclaimed(slot) && replica.table.line(slot).stamp() > over);
+                replica.handle_source(at(12), &SourceEvent::gone(original));
+            }
+        }
+    }
+
+    #[test]
+    fn of_more_contests_than_can_be_the_stamp_decides() {
+        let mut contests = Contests::new();
+        let generation = Generation::default();
+        let rival = Stamp::default();
+        for slot in (0..CONTESTS_MAX as u32).rev() {
+            assert!(contests.note(at(0), (slot, generation), rival, None));
+        }
+        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival, None));
+        assert!(contests.note(at(1), (5, generation.next()), rival, None), "the slot has another connection");
+        assert_eq!(contests.decide(5, generation), None);
+        assert_eq!(contests.decide(5, generation.next()), Some(rival));
+        assert_eq!(contests.decide(6, generation), Some(rival));
     }
 }

@@ -119,8 +119,8 @@ impl Replica<'_> {
         line.set_kind(Kind::Held);
         line.set_unseen(is_unseen);
         let mut stamp = over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed);
-        stamp.epoch = stamp.epoch.max(self.birth_epoch).max(self.epoch_seen);
-        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
+        stamp.epoch = stamp.epoch.max(self.epoch);
+        self.epoch = stamp.epoch;
         line.set_stamp(stamp);
         line.set_peer(Coordinate::NOWHERE);
         line.set_groups(groups::ALL);
@@ -180,7 +180,7 @@ impl Replica<'_> {
                 if let Some(rival) = self.contests.decide(slot, line.generation()) {
                     self.counters.count(Counter::ClaimsContested);
                     line.set_stamp(line.stamp().max(rival).claimed());
-                    self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
+                    self.epoch = self.epoch.max(line.stamp().epoch);
                 }
                 self.table.store(slot, &line);
                 if let Some(extra) = &new_extra {
@@ -278,7 +278,7 @@ impl Replica<'_> {
         line.set_kind(Kind::Active);
         let stamp = line.stamp();
         line.set_stamp(if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() });
-        self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
+        self.epoch = self.epoch.max(line.stamp().epoch);
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);

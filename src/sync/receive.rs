@@ -255,7 +255,7 @@ impl Replica<'_> {
             return Refused(Reason::NotLeased);
         }
         let slot = target.slot;
-        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
+        self.epoch = self.epoch.max(stamp.epoch);
         let here =
             line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
         match line.kind() {
@@ -486,7 +486,7 @@ impl Replica<'_> {
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);
         }
-        self.epoch_seen = self.epoch_seen.max(stamp.epoch);
+        self.epoch = self.epoch.max(stamp.epoch);
         match line.kind() {
             Kind::Backup if self.stream_of(line.peer()) == stream => {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {

@@ -139,12 +139,9 @@ pub struct Replica<'m> {
     pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
-    /// The highest epoch of all that was held here.
-    pub(super) epoch_seen: u32,
-    /// Above what any member that is away can hold of what it had when it fell silent.
-    pub(super) era: u32,
-    /// The epoch of connections that begin now: the era, while a member is away that may come back.
-    pub(super) birth_epoch: u32,
+    /// In which connections begin: the highest epoch of all that was held here, and one more for each member that fell silent since.
+    /// What that one still takes for alive when it is back is older than what began on its port meanwhile.
+    pub(super) epoch: u32,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
     pub(super) shelved: List,
@@ -226,9 +223,7 @@ impl<'m> Replica<'m> {
             again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
             source_is_behind: false,
-            epoch_seen: 0,
-            era: 0,
-            birth_epoch: 0,
+            epoch: 0,
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),

@@ -131,16 +131,11 @@ impl<'m> Replica<'m> {
     }
 
     fn resume_slots(&mut self, now: Time) {
-        self.take_up_slots(now);
-        self.era = self.epoch_seen.saturating_add(1); // Somebody may have fallen silent meanwhile.
-    }
-
-    fn take_up_slots(&mut self, now: Time) {
         let mut closing: Vec<(usize, Seq, u32)> = Vec::new();
         for slot in 0..self.table.capacity() {
             let line = self.table.line(slot);
             if line.kind().is_connection() {
-                self.epoch_seen = self.epoch_seen.max(line.stamp().epoch);
+                self.epoch = self.epoch.max(line.stamp().epoch);
             }
             let peer = line.peer();
             if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member) {

@@ -29,7 +29,7 @@ use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Generation, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
-use crate::group::view::{Member, Status, View};
+use crate::group::view::{Status, View};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -213,7 +213,7 @@ impl Replica<'_> {
                     || self.offered >> member & 1 == 1
                     || self.jobs.contains(&Job::Offer { member });
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
-                self.begin_era();
+                self.epoch = self.epoch.saturating_add(1);
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }
@@ -385,7 +385,6 @@ impl Replica<'_> {
         for member in 1..self.peers.len() as MemberId {
             self.review_down(now, member);
         }
-        self.set_birth_epoch();
         self.abandon_the_deaf(now);
         self.offer_again(now);
         let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
@@ -430,23 +429,6 @@ impl Replica<'_> {
     pub(super) fn ask_soon(&mut self, now: Time, member: MemberId) {
         self.offered |= 1 << member;
         self.offer_at = self.offer_at.min(now);
-    }
-
-    /// A member fell silent. What begins here from now on, it may be with the tuple of something that only that
-    /// member has and that ended meanwhile, is above all that it can have.
-    fn begin_era(&mut self) {
-        self.era = self.epoch_seen.saturating_add(1);
-        self.set_birth_epoch();
-    }
-
-    fn set_birth_epoch(&mut self) {
-        let is_away = |(member, seen): (MemberId, &Member)| {
-            self.tables[member as usize] != 0
-                && seen.status != Status::Left
-                && !(self.is_up(member) && self.is_verified(member))
-        };
-        self.birth_epoch = if self.view.others().any(is_away) { self.era } else { 0 };
-        self.epoch_seen = self.epoch_seen.max(self.birth_epoch);
     }
 
     /// Who does not hear us acknowledges nothing.
