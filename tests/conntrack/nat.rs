@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use hypersync::conn::Family;
 use hypersync::conn::tuple::{TCP, UDP};
+use hypersync::conntrack::commit::is_touched;
 
 use super::*;
 use crate::namespace::{DEADLINE, Host, wait_for};
@@ -109,6 +110,64 @@ fn udp_goes_on(rules: &str) {
     assert_eq!((&got, from.to_string().as_str()), (b"back", "10.0.1.1:8080"));
     near.send_to(b"more", "10.0.1.1:8080").expect("to send");
     assert_eq!(far.recv_from(&mut got).expect("to arrive").1, peer, "the same translation");
+}
+
+#[test]
+fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_connections_copy() {
+    in_namespace("copies over entries with and without packets", || {
+        let (client, server) = gateway();
+        let mut committer = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+        let near = client.inside(|| UdpSocket::bind("10.0.1.2:0").expect("an address"));
+        let far = server.inside(|| UdpSocket::bind("10.0.2.2:80").expect("an address"));
+        for socket in [&near, &far] {
+            socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        }
+        let mut got = [0; 4];
+        let mut exchange = || {
+            near.send_to(b"one.", "10.0.1.1:8080").expect("to send");
+            let (_, peer) = far.recv_from(&mut got).expect("to arrive");
+            far.send_to(b"two.", peer).expect("to send");
+            near.recv_from(&mut got).expect("to arrive");
+            peer
+        };
+        let peer = exchange();
+        let copy = translated(&mut source, Family::V4, UDP);
+        let keep = |committer: &mut Committer, connection: &Connection| {
+            committer.keep(connection, Lifetime::Kept).expect("an empty batch");
+            outcomes(committer)[0]
+        };
+        let look = |committer: &mut Committer| {
+            committer.look(&copy.original).expect("an empty batch");
+            match outcomes(committer)[0] {
+                Outcome::Present(there) => Some(there),
+                _ => None,
+            }
+        };
+        // As it was written it is written again; as packets left it it stays; where it is gone it is made.
+        assert_eq!(write(&mut committer, &copy), Outcome::Written);
+        let marked = Connection { state: State { mark: 5, ..copy.state }, ..copy };
+        assert_eq!(keep(&mut committer, &marked), Outcome::Written);
+        let there = look(&mut committer).expect("it is there");
+        assert_eq!((there.state.mark, is_touched(&there)), (5, false));
+        assert_eq!(exchange(), peer);
+        assert_eq!(keep(&mut committer, &copy), Outcome::Written);
+        let there = look(&mut committer).expect("it is there");
+        assert_eq!((there.state.mark, is_touched(&there)), (5, true));
+
+        // Another connection's copy is kept out, and this one goes on in its translation.
+        let mut other = copy;
+        other.reply.dport += 1000;
+        assert_eq!(write(&mut committer, &other), Outcome::Clash);
+        assert_eq!(exchange(), peer);
+        // One that no packet has passed is dead weight.
+        assert_eq!(write(&mut committer, &copy), Outcome::Written);
+        assert_eq!(write(&mut committer, &other), Outcome::Written);
+        assert_eq!(look(&mut committer).map(|there| there.reply), Some(other.reply));
+        assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+        assert_eq!(keep(&mut committer, &copy), Outcome::Written);
+        assert_eq!(exchange(), peer);
+    });
 }
 
 #[test]

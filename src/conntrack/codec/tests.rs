@@ -376,3 +376,16 @@ fn an_entry_without_a_mark_has_none_and_an_event_without_one_leaves_it() {
     assert_eq!(known(decode(&buffer[..length]).unwrap()) & groups::MARK, 0);
     assert_eq!(known(decode_entry(&buffer[..length]).unwrap()) & groups::MARK, groups::MARK);
 }
+
+#[test]
+fn the_end_of_an_entry_is_seen_in_a_final_state_unless_no_packet_had_passed_it() {
+    let end = |tcp_state: u8, timeout_s: u32| {
+        let original: Tuple = "tcp 10.0.0.1:1 > 10.0.0.2:2".parse().expect("a tuple");
+        let state = State { tcp_state, timeout_s, ..State::default() };
+        end_of(&Connection::new(original, original.mirrored(), state))
+    };
+    assert_eq!([6, 7, 8].map(|state| end(state, 30)), [End::Seen; 3]);
+    assert_eq!([0, 1, 2, 3, 4, 5].map(|state| end(state, 30)), [End::Unseen; 6]);
+    // Somebody deleted a copy, whose active was closing: here it has the timeout that only we give.
+    assert_eq!([6, 7, 8].map(|state| end(state, GIVEN_MAX_S + 1)), [End::Unseen; 3]);
+}
