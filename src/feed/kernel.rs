@@ -206,7 +206,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     pub fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
         let at = if self.writer.has_questions() { at.min(now.after(BATCH_PAUSE)) } else { at };
-        at.min(self.repair.wake_at(now)).min(self.verify.wake_at()).min(self.shifts.wake_at())
+        at.min(self.repair.wake_at(now)).min(self.verify.wake_at(now)).min(self.shifts.wake_at())
     }
 
     /// Writes up to a pass's share of commits, and asks what is to be asked.

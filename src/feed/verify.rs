@@ -121,9 +121,9 @@ impl Verify {
         }
     }
 
-    /// When [`step`](Self::step) has something to do.
-    pub(super) fn wake_at(&self) -> Time {
-        self.at
+    /// When [`step`](Self::step) has something to do, or what was found is to be written.
+    pub(super) fn wake_at(&self, now: Time) -> Time {
+        if self.writes.is_empty() { self.at } else { self.at.min(now.after(BATCH_PAUSE)) }
     }
 
     /// Slots of a step, and the pause behind it.

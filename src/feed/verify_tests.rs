@@ -119,12 +119,18 @@ fn the_pace_fits_the_period_and_never_exceeds_its_limit() {
         assert!(whole <= period * 2, "{capacity} slots take {whole:?} for {period:?}");
         assert!(whole >= period * 9 / 10 || pause == PAUSE_MIN, "{capacity} slots take {whole:?}");
     }
-    assert_eq!(Verify::new(64, Duration::ZERO, false).wake_at(), Time::NEVER);
-    assert_eq!(Verify::new(64, Duration::ZERO, true).wake_at(), Time(0));
+    assert_eq!(Verify::new(64, Duration::ZERO, false).wake_at(NOW), Time::NEVER);
+    assert_eq!(Verify::new(64, Duration::ZERO, true).wake_at(NOW), Time(0));
     // No time for it: a little later.
     let mut verify = Verify::new(64, Duration::from_secs(1), false);
     verify.step(NOW, false);
-    assert_eq!((verify.wake_at(), verify.looks_left), (NOW.after(BATCH_PAUSE), 0));
-    verify.step(verify.wake_at(), true);
+    assert_eq!((verify.wake_at(NOW), verify.looks_left), (NOW.after(BATCH_PAUSE), 0));
+    verify.step(verify.wake_at(NOW), true);
     assert_eq!(verify.looks_left, LOOKS_PER_STEP);
+    // What was found is written as soon, however long it is until the next step.
+    let mut verify = Verify::new(64, Duration::from_secs(6000), false);
+    verify.step(NOW, true);
+    assert!(verify.wake_at(NOW) > NOW.after(Duration::from_secs(1)));
+    verify.writes.push_back((3, Generation::default()));
+    assert_eq!(verify.wake_at(NOW), NOW.after(BATCH_PAUSE));
 }
