@@ -113,4 +113,10 @@ pub enum Commit {
         /// The original tuple.
         original: Tuple,
     },
+    /// Remove the entry with this original tuple, if it is one that was written for a copy, and no packet has passed it. Otherwise it
+    /// is another connection's, which was in the way of the copy.
+    DeleteUntouched {
+        /// The original tuple.
+        original: Tuple,
+    },
 }

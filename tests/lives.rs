@@ -492,6 +492,30 @@ fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
     all_is_well(&mut world);
 }
 
+/// A backup's kernel has another connection under the copy's tuple, with packets, and does not take the copy. When that ends, the
+/// other one goes on.
+#[test]
+fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
+    for end in [End::Seen, End::Unseen] {
+        let memories = memories(2);
+        let mut world = group(&memories, &[100, 100]);
+        let tuple = world.open_at(1);
+        let theirs = Tuple { dport: 10, ..tuple.mirrored() };
+        let other = Connection::new(tuple, theirs, Default::default());
+        let host = world.host(2);
+        host.full = true;
+        host.touched.insert(tuple, other);
+        world.run_until(SECOND, "2 has declined the copy", |w| {
+            kind_at(w, 2, &tuple) == Some(Kind::Backup) && w.counter(1, Counter::DeclinedByPeer) > 0
+        });
+        world.open.remove(&tuple);
+        world.tell(1, &SourceEvent::Gone { original: tuple, end });
+        world.run_until(SECOND, "nobody has it", |w| w.copies_of(&tuple).is_empty());
+        world.run_for(ms(20));
+        assert_eq!(world.hosts[&2].touched.get(&tuple), Some(&other), "{end:?}");
+    }
+}
+
 /// Seed 401436: two claimed the same state, neither having heard of the other. The claim of one was refused, and what the
 /// other one sent before arrives late: it is no copy of that one.
 #[test]

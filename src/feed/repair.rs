@@ -411,9 +411,17 @@ impl Repair {
     }
 
     /// Such an entry is still there: it goes, if no packet has passed it.
-    pub(super) fn found_leftover(&mut self, there: &Connection) {
+    pub(super) fn found_leftover(&mut self, there: &Connection, counters: &Counters<'_>) {
         if is_leftover(&self.timeouts, there) {
-            self.leftovers.push_front((*there, LeftoverStep::Remove));
+            self.remove(there, counters);
+        }
+    }
+
+    /// This entry goes, unless it comes to life before.
+    pub(super) fn remove(&mut self, there: &Connection, counters: &Counters<'_>) {
+        match self.leftovers.len() < LOOKS_MAX {
+            true => self.leftovers.push_front((*there, LeftoverStep::Remove)),
+            false => counters.count(Counter::LeftoversFull),
         }
     }
 

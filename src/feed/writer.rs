@@ -48,7 +48,9 @@ enum For {
     Shift(u32, Generation),
     /// The question whether an entry that an earlier process owed a delete is there.
     Leftover,
-    /// Removing it.
+    /// The question whether packets have passed an entry that goes if not.
+    Untouched,
+    /// Removing one of the two.
     LeftoverGone,
     /// Giving it its normal timeout.
     LeftoverAged,
@@ -251,6 +253,10 @@ impl<E: Entries> Writer<E> {
                 self.committer.delete(original)?;
                 For::Nobody
             }
+            Commit::DeleteUntouched { original } => {
+                self.committer.look(original)?;
+                For::Untouched
+            }
         };
         self.batch.push(entry);
         Ok(())
@@ -310,8 +316,12 @@ impl<E: Entries> Writer<E> {
                 (_, For::Rest(slot, generation)) => {
                     return replica.handle_look(now, slot, generation, None, false);
                 }
-                (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection),
-                (Outcome::Removed, For::Leftover) => return,
+                (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection, counters),
+                (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
+                (Outcome::Present(connection), For::Untouched) => {
+                    return repair.remove(&connection, counters);
+                }
+                (Outcome::Removed, For::Leftover | For::Untouched) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
                 (Outcome::Written, _) => {
                     counters.count(Counter::Commits);

@@ -47,6 +47,15 @@ enum Rest {
     Perhaps(Stamp, bool),
 }
 
+/// Whose the kernel's entry under the tuple of a copy or active that is none any more is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// Its own.
+    Ours,
+    /// Perhaps another connection's: the kernel did not take the copy.
+    Perhaps,
+}
+
 impl Replica<'_> {
     /// A synchronization datagram arrived, from this address if known.
     pub fn handle_datagram(&mut self, now: Time, source: Option<IpAddr>, bytes: &[u8]) {
@@ -570,7 +579,7 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream);
+                self.drop_to_lease(target.slot, stream, Entry::Ours);
             }
             Kind::Backup | Kind::Active => {
                 // Its sender takes the slot's next life for its own when this is acknowledged.
@@ -648,9 +657,9 @@ impl Replica<'_> {
     /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
         // An entry that was not written as that of a copy yet shows the packets of before, when its traffic was here.
-        let has_entry = self.config.commit == CommitMode::Eager
-            && self.table.is_written(slot)
-            && self.table.on(slot) != On::Missing;
+        let is_eager = self.config.commit == CommitMode::Eager;
+        let is_missing = self.table.on(slot) == On::Missing;
+        let has_entry = is_eager && self.table.is_written(slot) && !is_missing;
         self.end_missing(slot);
         self.end_copy(slot);
         if let Rest::Perhaps(stamp, is_witnessed) = rest
@@ -665,7 +674,8 @@ impl Replica<'_> {
                 }
             }
         }
-        self.drop_to_lease(slot, stream);
+        let entry = if is_eager && is_missing { Entry::Perhaps } else { Entry::Ours };
+        self.drop_to_lease(slot, stream, entry);
     }
 
     /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
@@ -675,11 +685,11 @@ impl Replica<'_> {
         if is_ours && !self.lives_besides(slot, &connection.original) {
             self.doubt(now, &connection, stamp, doubt);
         }
-        self.drop_to_lease(slot, stream);
+        self.drop_to_lease(slot, stream, Entry::Ours);
     }
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
-    fn drop_to_lease(&mut self, slot: u32, stream: usize) {
+    fn drop_to_lease(&mut self, slot: u32, stream: usize, entry: Entry) {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         let life = self.durable(stream).peer_life();
@@ -694,7 +704,12 @@ impl Replica<'_> {
         });
         self.table.set_former(slot, Coordinate::NOWHERE);
         self.table.set_extra(slot, &Extra::NONE);
-        self.delete_entry(&original);
+        match entry {
+            Entry::Perhaps if self.table.find_original(&original).is_none() => {
+                self.commit(Commit::DeleteUntouched { original });
+            }
+            _ => self.delete_entry(&original),
+        }
     }
 
     /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.

@@ -606,11 +606,10 @@ impl<'m> Replica<'m> {
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
         let is_due = match (self.config.commit, commit) {
-            (CommitMode::Off, _)
-            | (CommitMode::Takeover, Commit::Look { .. } | Commit::Watch { .. } | Commit::Again { .. }) => {
-                false
-            }
+            (CommitMode::Off, _) => false,
             (CommitMode::Eager, _) => true,
+            (CommitMode::Takeover, Commit::Look { .. } | Commit::Watch { .. }) => false,
+            (CommitMode::Takeover, Commit::Again { .. } | Commit::DeleteUntouched { .. }) => false,
             (CommitMode::Takeover, Commit::Write { slot, .. }) => {
                 !self.is_up(self.table.line(slot).peer().member())
             }

@@ -816,6 +816,9 @@ impl<'m> World<'m> {
                         host.kernel.remove(&original);
                         host.touched.remove(&original);
                     }
+                    Commit::DeleteUntouched { original } => {
+                        host.kernel.remove(&original);
+                    }
                     Commit::Look { slot, generation } => {
                         let original = shard.table().tuples(slot).0;
                         let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
