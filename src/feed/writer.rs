@@ -316,7 +316,9 @@ impl<E: Entries> Writer<E> {
                 (_, For::Rest(slot, generation)) => {
                     return replica.handle_look(now, slot, generation, None, false);
                 }
-                (Outcome::Present(connection), For::Leftover) => return repair.found_leftover(&connection, counters),
+                (Outcome::Present(connection), For::Leftover) => {
+                    return repair.found_leftover(&connection, counters);
+                }
                 (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
                 (Outcome::Present(connection), For::Untouched) => {
                     return repair.remove(&connection, counters);
