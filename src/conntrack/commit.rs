@@ -12,7 +12,7 @@
 //!               + no room: GET; what is not there is refused (NoRoom)
 //!  delete -> DELETE --ok, ENOENT--> Removed
 //!  replace -> DELETE, CREATE, as above
-//!  keep ---> GET --found, packets have passed it--> Written (as it is)
+//!  keep ---> GET --found, packets have passed it--> AsItWas
 //!               | found as it was written: UPDATE or DELETE, CREATE, as above;  ENOENT: CREATE, as above
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
@@ -79,6 +79,8 @@ pub enum Lifetime {
 pub enum Outcome {
     /// It is in the kernel as it should be.
     Written,
+    /// It is in the kernel, and packets may have passed it: it was left as it is.
+    AsItWas,
     /// It was asked for, and is there like this.
     Present(Connection),
     /// It is not in the kernel.
@@ -460,7 +462,7 @@ impl Entry {
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Keep, [libc::ENOENT, _]) => Step::Create,
             (Step::Keep, [0, _]) if answers.found.is_some_and(|there| self.is_known_better(&there)) => {
-                Step::Done(Outcome::Written)
+                Step::Done(Outcome::AsItWas)
             }
             (Step::Look, [0, _]) if answers.found.is_some_and(|there| self.is_anothers(&there)) => {
                 Step::Done(Outcome::Clash)

@@ -234,7 +234,7 @@ impl Repair {
                     set(shown, slot);
                     shifts.note(now, slot, connection);
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
-                    if !replica.is_unclaimed(slot) {
+                    if !replica.is_no_news(slot) {
                         replica.handle_source(now, &event);
                     }
                     if is_resuming {
@@ -441,7 +441,7 @@ impl Repair {
         match there {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
             None => replica.handle_source(now, &SourceEvent::Gone { original, end: End::Unseen }),
-            Some(_) if replica.is_unclaimed(slot) => {}
+            Some(_) if replica.is_no_news(slot) => {}
             Some(connection) => {
                 let known = groups::MARK | told_by_answer(slot, connection, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *connection, known });

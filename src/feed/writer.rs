@@ -14,7 +14,7 @@ use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
-use crate::source::{Commit, End};
+use crate::source::{Commit, End, Taken};
 use crate::sync::Replica;
 use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
@@ -327,8 +327,9 @@ impl<E: Entries> Writer<E> {
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
                 (Outcome::Written, _) => {
                     counters.count(Counter::Commits);
-                    Ok(())
+                    Ok(Taken::Written)
                 }
+                (Outcome::AsItWas, _) => Ok(Taken::AsItWas),
                 (Outcome::Removed, _) => return counters.count(Counter::CommitDeletes),
                 (Outcome::Clash, _) => {
                     counters.count(Counter::CommitClashes);

@@ -99,6 +99,11 @@ impl Contests {
         self.find(slot).ok().filter(|at| self.contests[*at].generation == generation)
     }
 
+    /// Whether the connection in this slot is contested, or doubted.
+    pub(super) fn has(&self, slot: u32, generation: Generation) -> bool {
+        self.place_of(slot, generation).is_some()
+    }
+
     /// The contest about the connection in this slot is over; the stamp that it is to outdo, if there was one.
     pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Stamp> {
         let at = self.place_of(slot, generation)?;

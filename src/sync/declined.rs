@@ -21,7 +21,7 @@ use crate::conn::table::{Heard, On};
 use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
-use crate::source::{Commit, CommitMode};
+use crate::source::{Commit, CommitMode, Taken};
 use crate::time::Time;
 
 /// How long a copy that the kernel refused waits before it is tried again.
@@ -46,7 +46,7 @@ impl Replica<'_> {
         now: Time,
         slot: u32,
         generation: Generation,
-        outcome: Result<(), Fault>,
+        outcome: Result<Taken, Fault>,
     ) {
         let line = self.table.line(slot);
         if line.generation() != generation {
@@ -63,9 +63,11 @@ impl Replica<'_> {
             on => panic!("a copy stands in {on:?}"),
         };
         match outcome {
-            Ok(()) => {
+            Ok(taken) => {
                 // (Written while its active is silent it has the normal timeout, which says nothing.)
-                self.table.set_written(slot, self.is_living_copy(slot));
+                if taken == Taken::Written {
+                    self.table.set_written(slot, self.is_living_copy(slot));
+                }
                 if is_missing {
                     self.table.unlink(&mut self.missing, slot);
                 }

@@ -81,6 +81,11 @@ impl Replica<'_> {
         }
     }
 
+    /// Whether that the kernel has an entry of the connection in this slot is no news: it would be taken for traffic, and says nothing of it.
+    pub fn is_no_news(&self, slot: u32) -> bool {
+        self.is_unclaimed(slot) || self.contests.has(slot, self.table.line(slot).generation())
+    }
+
     /// The kernel's entry of this living copy is gone and must be written again.
     pub fn recommit(&mut self, now: Time, slot: u32) {
         self.miss(now, slot);

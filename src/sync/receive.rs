@@ -43,8 +43,8 @@ enum Rest {
     /// Its active saw it end.
     Nothing,
     /// Its packets may take their way through here, although its active has it no more, or another backup. With the stamp that it
-    /// had there, and whether this member's own source saw it.
-    Perhaps(Stamp, bool),
+    /// had there, whether this member's own source saw it, and what becomes of its entry if no packets show.
+    Perhaps(Stamp, bool, Doubt),
 }
 
 /// Whose the kernel's entry under the tuple of a copy or active that is none any more is.
@@ -558,7 +558,7 @@ impl Replica<'_> {
             Kind::Backup if from_pair => {
                 let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
                     true => Rest::Nothing,
-                    false => Rest::Perhaps(stamp, line.is_claimed()),
+                    false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
@@ -614,7 +614,7 @@ impl Replica<'_> {
                 if (line.peer().member() == member || !self.is_up(line.peer().member()))
                     && stamp >= line.stamp() =>
             {
-                self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false));
+                self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
             }
             Kind::Active
                 if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
@@ -656,22 +656,22 @@ impl Replica<'_> {
 
     /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
-        // An entry that was not written as that of a copy yet shows the packets of before, when its traffic was here.
         let is_eager = self.config.commit == CommitMode::Eager;
         let is_missing = self.table.on(slot) == On::Missing;
-        let has_entry = is_eager && self.table.is_written(slot) && !is_missing;
+        let is_written = self.table.is_written(slot);
         self.end_missing(slot);
         self.end_copy(slot);
-        if let Rest::Perhaps(stamp, is_witnessed) = rest
-            && (has_entry || is_witnessed)
+        let connection = self.table.connection(slot);
+        // (Another slot may have the tuple by now: the entry is that one's.)
+        if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest
+            && !self.lives_besides(slot, &connection.original)
         {
-            let connection = self.table.connection(slot);
-            // (Another slot may have the tuple by now: the entry is that one's.)
-            if !self.lives_besides(slot, &connection.original) {
-                match has_entry {
-                    true => self.ask_for_packets(&connection, stamp),
-                    false => self.open(now, &connection, Some(stamp)),
-                }
+            match is_eager && !is_missing {
+                true if is_written => self.ask_for_packets(&connection, stamp),
+                _ if is_witnessed => self.open(now, &connection, Some(stamp)),
+                // It was not written as that of a copy yet, and has the timeout of before, when its traffic was here.
+                true => self.doubt(now, &connection, stamp, doubt),
+                false => {}
             }
         }
         let entry = if is_eager && is_missing { Entry::Perhaps } else { Entry::Ours };

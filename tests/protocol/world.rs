@@ -17,7 +17,7 @@ use hypersync::group::readiness::{Own, Readiness, Stage};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
-use hypersync::source::{Commit, CommitMode, SourceEvent};
+use hypersync::source::{Commit, CommitMode, SourceEvent, Taken};
 use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
@@ -837,7 +837,7 @@ impl<'m> World<'m> {
                                 host.kernel.insert(connection.original, connection);
                                 host.touched.remove(&connection.original);
                             }
-                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(()) };
+                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(Taken::Written) };
                             shard.handle_commit(now, slot, generation, outcome);
                         }
                     }
