@@ -200,8 +200,7 @@ impl Replica<'_> {
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => {
                         // What the other one's is was not told.
-                        let stamp = self.table.line(place.slot).stamp();
-                        self.contest(now, place.slot, stamp);
+                        self.contest(now, place.slot, None);
                         self.shelve(now, place.slot);
                     }
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),

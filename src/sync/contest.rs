@@ -33,7 +33,8 @@ struct Contest {
     /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes on; what the entry itself is to
     /// become if not.
     doubt: Option<Doubt>,
-    /// The highest stamp that was heard of for the other one.
+    /// The stamp that was heard of first for the other one, and the highest.
+    first: Option<Stamp>,
     rival: Stamp,
     /// When it was last spoken of.
     at: Time,
@@ -62,20 +63,23 @@ impl Contests {
         Contests { contests: Vec::with_capacity(CONTESTS_MAX), look_at: Time::NEVER }
     }
 
-    /// The connection in this slot is contested. `false`: there are too many.
+    /// The connection in this slot is contested. `false`: the other one was claimed meanwhile, above this stamp; or there are too many.
     fn note(
         &mut self,
         now: Time,
         (slot, generation): (u32, Generation),
-        rival: Stamp,
+        own: Stamp,
+        rival: Option<Stamp>,
         doubt: Option<Doubt>,
     ) -> bool {
         let at = match self.find(slot) {
             Ok(at) if self.contests[at].generation == generation => {
                 let contest = &mut self.contests[at];
                 contest.at = now;
+                let Some(rival) = rival else { return true };
                 contest.rival = contest.rival.max(rival);
-                return true;
+                let first = *contest.first.get_or_insert(rival);
+                return rival.epoch <= first.epoch.max(own.epoch);
             }
             Ok(at) => {
                 self.contests.remove(at); // Of another connection, which is no more.
@@ -85,7 +89,10 @@ impl Contests {
         };
         let has_room = self.contests.len() < CONTESTS_MAX;
         if has_room {
-            self.contests.insert(at, Contest { slot, generation, doubt, rival, at: now, timeout: None });
+            let highest = own.max(rival.unwrap_or(own));
+            let contest =
+                Contest { slot, generation, doubt, first: rival, rival: highest, at: now, timeout: None };
+            self.contests.insert(at, contest);
             self.look_at = self.look_at.min(now);
         }
         has_room
@@ -119,7 +126,7 @@ impl Contests {
 impl Replica<'_> {
     /// Somebody else takes the connection in this slot for its own, with this stamp, and knows as much. Whether traffic is to decide; without a kernel
     /// to ask for any, the stamp does.
-    pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Stamp) -> bool {
+    pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Option<Stamp>) -> bool {
         let line = self.table.line(slot);
         let is_ours = match line.kind() {
             Kind::Held => !line.is_unseen(),
@@ -128,7 +135,7 @@ impl Replica<'_> {
         };
         is_ours
             && self.config.commit == CommitMode::Eager
-            && self.contests.note(now, (slot, line.generation()), rival, None)
+            && self.contests.note(now, (slot, line.generation()), line.stamp(), rival, None)
     }
 
     /// An active here was told that its connection was claimed elsewhere, with this stamp, and closed or let go there. Packets that pass here
@@ -139,7 +146,7 @@ impl Replica<'_> {
             && let Some(slot) = self.fill_held(connection, Some(over), true)
         {
             let generation = self.table.line(slot).generation();
-            let noted = self.contests.note(now, (slot, generation), over, Some(doubt));
+            let noted = self.contests.note(now, (slot, generation), over, None, Some(doubt));
             assert!(noted, "there was room for a contest");
         }
     }
@@ -261,7 +268,7 @@ mod tests {
             replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
             let slot = replica.table.find_original(&connection(0).original).expect("it is held");
             let rival = Stamp { epoch: 7, version: 9 };
-            assert!(replica.contest(at(0), slot, rival));
+            assert!(replica.contest(at(0), slot, Some(rival)));
             watch(&mut replica, slot, told);
             let stamp = replica.table.line(slot).stamp();
             assert_eq!(stamp > rival, has_traffic, "{told:?}: {stamp:?}");
@@ -274,7 +281,7 @@ mod tests {
         let mut replica = replica(&memory);
         replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
         let slot = replica.table.find_original(&connection(0).original).expect("it is held");
-        assert!(replica.contest(at(0), slot, Stamp { epoch: 3, version: 1 }));
+        assert!(replica.contest(at(0), slot, Some(Stamp { epoch: 3, version: 1 })));
         replica.handle_source(at(1), &SourceEvent::seen(connection(299)));
         assert_eq!(replica.table.line(slot).stamp().epoch, 4);
     }
@@ -312,10 +319,13 @@ mod tests {
         let generation = Generation::default();
         let rival = Stamp::default();
         for slot in (0..CONTESTS_MAX as u32).rev() {
-            assert!(contests.note(at(0), (slot, generation), rival, None));
+            assert!(contests.note(at(0), (slot, generation), rival, Some(rival), None));
         }
-        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival, None));
-        assert!(contests.note(at(1), (5, generation.next()), rival, None), "the slot has another connection");
+        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival, Some(rival), None));
+        assert!(
+            contests.note(at(1), (5, generation.next()), rival, Some(rival), None),
+            "the slot has another connection"
+        );
         assert_eq!(contests.decide(5, generation), None);
         assert_eq!(contests.decide(5, generation.next()), Some(rival));
         assert_eq!(contests.decide(6, generation), Some(rival));

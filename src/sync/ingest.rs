@@ -211,13 +211,19 @@ impl Replica<'_> {
                 if presumed && self.table.former(slot).member() == self.config.member {
                     self.table.set_former(slot, Coordinate::NOWHERE);
                 }
+                // Who was its backup may have claimed it before it fell silent, unheard: what is seen since is newer.
+                let epoch = self.epoch;
                 self.table.update(slot, |line| {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
                         line.set_stamp(line.stamp().max(contested.unwrap_or_default()).claimed());
                     } else if changed != 0 && !is(Mutation::VersionStands) {
-                        line.set_stamp(line.stamp().changed());
+                        let mut stamp = line.stamp().changed();
+                        if !line.peer().is_somewhere() {
+                            stamp.epoch = stamp.epoch.max(epoch);
+                        }
+                        line.set_stamp(stamp);
                     }
                 });
                 // Behind its stamp: the source tells again what is not here, and that is a further change.

@@ -394,9 +394,9 @@ impl Replica<'_> {
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         let presumed = self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
-        // What began here is younger than anything that outlived its hold before it was sent.
-        let knows_as_much = line.kind() == Kind::Held || stamp.epoch == line.stamp().epoch;
-        if knows_as_much && self.contest(now, slot, stamp) {
+        // What began here is younger than anything that outlived its hold before it was sent; and stamps say nothing of two connections.
+        let knows_as_much = line.kind() == Kind::Held || !is_same || stamp.epoch == line.stamp().epoch;
+        if knows_as_much && self.contest(now, slot, Some(stamp)) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
@@ -544,6 +544,13 @@ impl Replica<'_> {
         self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
+    /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
+    /// after it, or at the same time.
+    fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
+        let own = self.table.line(slot).stamp();
+        stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
+    }
+
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp, seen: bool) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
@@ -562,7 +569,7 @@ impl Replica<'_> {
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
-            Kind::Active if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyCloseIgnored) => {
+            Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
                 // or have found another slot for the copy.
                 if !self.chores.has_room(Rank::Consequence) {
@@ -617,7 +624,7 @@ impl Replica<'_> {
                 self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
             }
             Kind::Active
-                if stamp.epoch > line.stamp().epoch && !is(Mutation::EarlyReleaseIgnored)
+                if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyReleaseIgnored)
                     || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on

@@ -213,7 +213,7 @@ impl Replica<'_> {
                     || self.offered >> member & 1 == 1
                     || self.jobs.contains(&Job::Offer { member });
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
-                self.epoch = self.epoch.saturating_add(1);
+                self.epoch = self.epoch.saturating_add(2);
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }

@@ -889,18 +889,19 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// Two members that took over a connection, of which no packet shows up anywhere, both carry it on, and nobody can tell
-    /// which of them should: the first packet at one of them settles it.
+    /// Two members carry a connection on, and neither knows that the other one has it from itself: the next packet, at one of them, settles it.
     fn speak(&mut self) {
         let mut doubled = Vec::new();
         for (tuple, found) in self.world.copies() {
             let owner = self.truth.open.get(&tuple).and_then(|open| open.owner);
             let actives: Vec<_> = found.iter().filter(|copy| copy.kind == Kind::Active).collect();
-            let at: Vec<MemberId> = actives.iter().map(|copy| copy.member).collect();
-            let alike = actives.windows(2).all(|pair| pair[0].stamp == pair[1].stamp);
-            if at.len() > 1
-                && (alike || self.truth.expiring.contains(&tuple))
-                && owner.is_some_and(|owner| !at.contains(&owner))
+            let is_contested = actives.windows(2).all(|pair| {
+                pair[0].stamp.epoch == pair[1].stamp.epoch
+                    || pair[0].connection.reply != pair[1].connection.reply
+            });
+            if actives.len() > 1
+                && (is_contested || self.truth.expiring.contains(&tuple))
+                && owner.is_some()
                 && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
             {
                 doubled.push(tuple);
