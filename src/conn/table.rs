@@ -84,14 +84,25 @@ impl List {
     }
 }
 
+/// What the kernel's entry of a copy tells of packets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// Nothing: it was not written since it is a copy's.
+    No,
+    /// Perhaps something: it was there, without the timeout of copies, which a packet took from it or a takeover.
+    AsItWas,
+    /// What has passed it since it was written shows in its timeout.
+    Yes,
+}
+
 #[derive(Clone, Copy)]
 struct Side {
     next: u32,
     prev: u32,
     on: On,
     declined: bool,
-    /// Of a copy: whether the kernel has taken its entry since it is one.
-    written: bool,
+    /// Of a copy: how the kernel has taken its entry since it is one.
+    written: Written,
     /// Of a copy: the comparison in which its active named it last.
     seen: u8,
     /// Of a connection: the number of the latest decline by its backup; 0: none.
@@ -187,7 +198,7 @@ impl<'m> Table<'m> {
             prev: NIL,
             on: On::None,
             declined: false,
-            written: false,
+            written: Written::No,
             seen: 0,
             heard: 0,
             unsure: false,
@@ -397,13 +408,13 @@ impl<'m> Table<'m> {
         self.side[slot as usize].declined = declined;
     }
 
-    /// Of a copy: whether the kernel has taken its entry since it is one. What has passed that since shows in its timeout.
-    pub fn is_written(&self, slot: u32) -> bool {
+    /// Of a copy: how the kernel has taken its entry since it is one.
+    pub fn written(&self, slot: u32) -> Written {
         self.side[slot as usize].written
     }
 
-    /// Sets what [`is_written`](Self::is_written) tells.
-    pub fn set_written(&mut self, slot: u32, written: bool) {
+    /// Sets what [`written`](Self::written) tells.
+    pub fn set_written(&mut self, slot: u32, written: Written) {
         self.side[slot as usize].written = written;
     }
 

@@ -17,7 +17,7 @@ use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::slot::groups;
-use crate::conn::table::{Heard, On};
+use crate::conn::table::{Heard, On, Written};
 use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
@@ -65,9 +65,12 @@ impl Replica<'_> {
         match outcome {
             Ok(taken) => {
                 // (Written while its active is silent it has the normal timeout, which says nothing.)
-                if taken == Taken::Written {
-                    self.table.set_written(slot, self.is_living_copy(slot));
-                }
+                let written = match taken {
+                    _ if !self.is_living_copy(slot) => Written::No,
+                    Taken::AsItWas if self.table.written(slot) != Written::Yes => Written::AsItWas,
+                    Taken::AsItWas | Taken::Written => Written::Yes,
+                };
+                self.table.set_written(slot, written);
                 if is_missing {
                     self.table.unlink(&mut self.missing, slot);
                 }

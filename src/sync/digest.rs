@@ -35,6 +35,7 @@ use crate::ccp::message::{Bitmap, Doubt, Message, Place, encode_digest};
 use crate::conn::slot::groups;
 #[cfg(any(test, feature = "mutations"))]
 use crate::conn::table::On;
+use crate::conn::table::Written;
 use crate::conn::tuple::{Family, Tuple, shards_can_meet};
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
 use crate::counters::Counter;
@@ -265,7 +266,7 @@ impl Replica<'_> {
         let stream = self.stream_of(self.table.line(slot).peer());
         let s = &mut self.streams[stream];
         s.copies += 1;
-        self.table.set_written(slot, false);
+        self.table.set_written(slot, Written::No);
         self.table.set_seen(slot, FRESH + s.comparing.asks);
         self.account_held(slot);
     }

@@ -19,7 +19,7 @@ use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{Message, Place, Places, Reason};
 use crate::ccp::sync::SyncHeader;
 use crate::conn::slot::{Line, groups};
-use crate::conn::table::On;
+use crate::conn::table::{On, Written};
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple};
 use crate::counters::Counter;
@@ -665,7 +665,7 @@ impl Replica<'_> {
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
         let is_eager = self.config.commit == CommitMode::Eager;
         let is_missing = self.table.on(slot) == On::Missing;
-        let is_written = self.table.is_written(slot);
+        let written = if is_eager && !is_missing { self.table.written(slot) } else { Written::No };
         self.end_missing(slot);
         self.end_copy(slot);
         let connection = self.table.connection(slot);
@@ -673,12 +673,12 @@ impl Replica<'_> {
         if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest
             && !self.lives_besides(slot, &connection.original)
         {
-            match is_eager && !is_missing {
-                true if is_written => self.ask_for_packets(&connection, stamp),
-                _ if is_witnessed => self.open(now, &connection, Some(stamp)),
-                // It was not written as that of a copy yet, and has the timeout of before, when its traffic was here.
-                true => self.doubt(now, &connection, stamp, doubt),
-                false => {}
+            match (written, doubt) {
+                (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
+                (Written::No, _) => {}
+                // It lives on elsewhere: what may be the packets of before does not outdo that.
+                (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
+                (Written::AsItWas | Written::Yes, _) => self.ask_for_packets(&connection, stamp),
             }
         }
         let entry = if is_eager && is_missing { Entry::Perhaps } else { Entry::Ours };

@@ -22,7 +22,7 @@ use super::lease::LeasePool;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
 use super::takeover::{Job, PeerState};
-use crate::conn::table::{On, Table};
+use crate::conn::table::{On, Table, Written};
 use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
 use crate::memory::Memory;
@@ -166,7 +166,8 @@ impl<'m> Replica<'m> {
                 }
                 Kind::Backup => {
                     // Whether it was is not known any more; what was not can only be asked for too much.
-                    self.table.set_written(slot, self.config.commit == CommitMode::Eager);
+                    let is_eager = self.config.commit == CommitMode::Eager;
+                    self.table.set_written(slot, if is_eager { Written::Yes } else { Written::No });
                     self.streams[stream].copies += 1;
                     // It may have been told before that the kernel does not have it.
                     self.table.set_declined(slot, true);

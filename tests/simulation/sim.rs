@@ -235,6 +235,15 @@ impl<'m> Sim<'m> {
         self.truth.open.keys().nth(at).copied()
     }
 
+    /// The connection ends at its owner. Who saw packets of it at the same time, and does not give way, has it until it is idle there.
+    fn close(&mut self, tuple: Tuple, owner: MemberId) -> SourceEvent {
+        let copies = self.copies_of(&tuple);
+        if copies.iter().any(|(member, kind, ..)| *member != owner && *kind == Kind::Active) {
+            self.truth.expiring.insert(tuple);
+        }
+        self.truth.close(tuple)
+    }
+
     fn some_traffic(&mut self) {
         let able = self.able();
         match self.rng.below(100) {
@@ -264,7 +273,7 @@ impl<'m> Sim<'m> {
                 let Some((tuple, owner)) = self.any_with_owner() else { return };
                 self.lately.push_back(tuple);
                 let is_unseen = self.truth.open[&tuple].life % 10 < 3;
-                let event = self.truth.close(tuple);
+                let event = self.close(tuple, owner);
                 // Whether a kernel saw the end, or just has it no more. Then one that had its packets lately has it until it is
                 // idle there as well.
                 let event = match is_unseen {
@@ -282,7 +291,7 @@ impl<'m> Sim<'m> {
             92..97 => {
                 // The same tuple again, at once, as another connection.
                 let Some((tuple, owner)) = self.any_with_owner() else { return };
-                let event = self.truth.close(tuple);
+                let event = self.close(tuple, owner);
                 self.tell(owner, tuple, event);
                 let event = self.truth.open(tuple, owner);
                 self.tell(owner, tuple, event);
