@@ -24,7 +24,7 @@ use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
-use crate::conn::{Connection, Generation, Kind, Tuple};
+use crate::conn::{Connection, Generation, Kind, Phase, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, TCP_ESTABLISHED};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
@@ -223,7 +223,7 @@ impl Repair {
         counters: &Counters<'_>,
     ) {
         let is_resuming = self.is_resuming();
-        let Repair { shown, unheard, timeouts, complete, leftovers, commit, .. } = self;
+        let Repair { shown, unheard, looks, timeouts, complete, leftovers, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -234,7 +234,14 @@ impl Repair {
                     set(shown, slot);
                     shifts.note(now, slot, connection);
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
-                    if !replica.is_no_news(slot) {
+                    if replica.is_no_news(slot) {
+                    } else if connection.phase() == Phase::Over
+                        && replica.table().tuples(slot).1 != connection.reply
+                        && looks.len() < LOOKS_MAX
+                    {
+                        // Over, and of before what events have told since; or of after it, and they were lost.
+                        looks.push_back((slot, replica.table().line(slot).generation()));
+                    } else {
                         replica.handle_source(now, &event);
                     }
                     if is_resuming {

@@ -52,9 +52,11 @@ impl Replica<'_> {
     /// The connection has ended, though the source may keep its entry for minutes.
     fn ended(&mut self, now: Time, seen: &Connection, known: u8, found: Option<u32>) {
         let is_it = |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
-        match found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)) {
-            Some(slot) => self.gone(now, slot, End::Seen),
-            None => self.counters.count(Counter::SourceUnknownGone),
+        match (found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)), found) {
+            (Some(slot), _) => self.gone(now, slot, End::Seen),
+            // A source has one connection to a tuple: the one that it had before is no more, and nobody saw its end.
+            (None, Some(slot)) if !self.is_unclaimed(slot) => self.gone(now, slot, End::Unseen),
+            (None, _) => self.counters.count(Counter::SourceUnknownGone),
         }
     }
 
