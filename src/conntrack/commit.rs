@@ -12,7 +12,7 @@
 //!               + no room: GET; what is not there is refused (NoRoom)
 //!  delete -> DELETE --ok, ENOENT--> Removed
 //!  replace -> DELETE, CREATE, as above
-//!  keep ---> GET --found, packets have passed it--> AsItWas
+//!  keep ---> GET --found, packets have passed it--> AsItWas, or UPDATE of its timeout if it is to last longer --> Written
 //!               | found as it was written: UPDATE or DELETE, CREATE, as above;  ENOENT: CREATE, as above
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
@@ -407,6 +407,13 @@ impl Entry {
             && (self.timeout_s != KEPT_TIMEOUT_S || there.phase() != Phase::Over)
     }
 
+    /// Whether the entry that is there would go before its time: its active is dead, whose last packet may have been this moment.
+    fn lasts_longer_than(&self, there: &Connection) -> bool {
+        self.timeout_s != KEPT_TIMEOUT_S
+            && self.timeout_s > there.state.timeout_s
+            && self.connection.state.tcp_state == there.state.tcp_state
+    }
+
     /// Whether the entry that is there is another connection's, and packets have passed it: whether that lives nobody knows here.
     fn is_anothers(&self, there: &Connection) -> bool {
         there.reply != self.connection.reply && is_touched(there) && there.phase() != Phase::Over
@@ -462,7 +469,14 @@ impl Entry {
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
             (Step::Keep, [libc::ENOENT, _]) => Step::Create,
             (Step::Keep, [0, _]) if answers.found.is_some_and(|there| self.is_known_better(&there)) => {
-                Step::Done(Outcome::AsItWas)
+                match answers.found {
+                    Some(there) if self.lasts_longer_than(&there) => {
+                        self.connection.state = there.state;
+                        self.connection.extra.parts &= !parts::SEQADJ;
+                        Step::Update { present: there.state.status }
+                    }
+                    _ => Step::Done(Outcome::AsItWas),
+                }
             }
             (Step::Look, [0, _]) if answers.found.is_some_and(|there| self.is_anothers(&there)) => {
                 Step::Done(Outcome::Clash)
