@@ -162,6 +162,24 @@ impl Checks {
             };
             if let Some(before) = seen[slot as usize] {
                 self.newer_stays(truth, member, slot, &before, &now)?;
+                let former = table.former(slot);
+                let is_presumed = line.kind() == Kind::Active
+                    && !line.is_claimed()
+                    && !table.is_moving(slot)
+                    && before.active == former.member()
+                    && before.active != member;
+                if is_presumed
+                    && before.generation == now.generation
+                    && now.stamp.epoch > before.stamp.epoch
+                    && !epoch_was_there(world, former, now.stamp.epoch)
+                {
+                    return broken!(
+                        "4 what is presumed is no claim",
+                        "slot {slot} of {member}: {:?} after {:?}",
+                        now.stamp,
+                        before.stamp
+                    );
+                }
             }
             if line.kind() == Kind::Active && is_acknowledged(world, member, shard, slot, &line) {
                 now.acknowledged = Some(line.peer());
@@ -521,4 +539,13 @@ pub fn rejects(world: &World<'_>, member: MemberId, shard: usize) -> u64 {
     let counters = Counters::new(world.hosts[&member].memory[shard].counters);
     let of_rejects = COUNTERS.iter().filter(|info| info.name.starts_with("reject_"));
     of_rejects.map(|info| counters.get(info.counter)).sum()
+}
+
+/// Whether the slot at this place has, or had last, a state of this epoch.
+fn epoch_was_there(world: &World<'_>, place: Coordinate, epoch: u32) -> bool {
+    let memory = &world.hosts[&place.member()].memory;
+    memory
+        .get(place.shard() as usize)
+        .and_then(|memory| memory.slots.get(place.slot() as usize))
+        .is_some_and(|slot| slot.line().stamp().epoch >= epoch)
 }
