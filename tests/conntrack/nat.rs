@@ -144,14 +144,23 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
                 _ => None,
             }
         };
+        // What packets have passed is brought up to date, and keeps the timeout that tells of them.
+        let marked = Connection { state: State { mark: 4, ..copy.state }, ..copy };
+        assert_eq!(write(&mut committer, &marked), Outcome::AsItWas);
+        let there = look(&mut committer).expect("it is there");
+        assert_eq!((there.state.mark, is_touched(&there)), (4, true));
+        let replace = |committer: &mut Committer, connection: &Connection| {
+            committer.replace(connection, Lifetime::Kept).expect("an empty batch");
+            outcomes(committer)[0]
+        };
         // As it was written it is written again; as packets left it it stays; where it is gone it is made.
-        assert_eq!(write(&mut committer, &copy), Outcome::Written);
+        assert_eq!(replace(&mut committer, &copy), Outcome::Written);
         let marked = Connection { state: State { mark: 5, ..copy.state }, ..copy };
         assert_eq!(keep(&mut committer, &marked), Outcome::Written);
         let there = look(&mut committer).expect("it is there");
         assert_eq!((there.state.mark, is_touched(&there)), (5, false));
         assert_eq!(exchange(), peer);
-        assert_eq!(keep(&mut committer, &copy), Outcome::Written);
+        assert_eq!(keep(&mut committer, &copy), Outcome::AsItWas);
         let there = look(&mut committer).expect("it is there");
         assert_eq!((there.state.mark, is_touched(&there)), (5, true));
 
@@ -160,8 +169,11 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         other.reply.dport += 1000;
         assert_eq!(write(&mut committer, &other), Outcome::Clash);
         assert_eq!(exchange(), peer);
+        // A takeover lets it last as long as a new one.
+        committer.keep(&copy, Lifetime::Normal).expect("an empty batch");
+        assert!(matches!(outcomes(&mut committer)[..], [Outcome::Written | Outcome::AsItWas]));
         // One that no packet has passed is dead weight.
-        assert_eq!(write(&mut committer, &copy), Outcome::Written);
+        assert_eq!(replace(&mut committer, &copy), Outcome::Written);
         assert_eq!(write(&mut committer, &other), Outcome::Written);
         assert_eq!(look(&mut committer).map(|there| there.reply), Some(other.reply));
         assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
