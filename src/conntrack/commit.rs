@@ -152,8 +152,6 @@ struct Entry {
     timeout_s: u32,
     may_create: bool,
     step: Step,
-    /// Its timeout is left as it is.
-    is_left: bool,
 }
 
 /// A shard's pen: one batch, and the kernel's entries behind it.
@@ -264,7 +262,7 @@ impl<E: Entries> Committer<E> {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step, is_left: false })?;
+        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step })?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -281,7 +279,7 @@ impl<E: Entries> Committer<E> {
 
     fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
         let connection = Connection::new(*original, original.mirrored(), Default::default());
-        self.add(Entry { connection, timeout_s: 0, may_create: false, step, is_left: false })
+        self.add(Entry { connection, timeout_s: 0, may_create: false, step })
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
@@ -409,15 +407,6 @@ impl Entry {
             && (self.timeout_s != KEPT_TIMEOUT_S || there.phase() != Phase::Over)
     }
 
-    /// Whether the entry that is there, of this connection in this state, keeps its timeout, since it tells of packets. Without any more it goes by itself,
-    /// and is written anew then.
-    fn leaves_the_timeout_of(&self, there: &Connection) -> bool {
-        self.timeout_s == KEPT_TIMEOUT_S
-            && is_touched(there)
-            && self.connection.state.tcp_state == there.state.tcp_state
-            && there.phase() != Phase::Over
-    }
-
     /// Whether the entry that is there would go before its time: its active is dead, whose last packet may have been this moment.
     fn lasts_longer_than(&self, there: &Connection) -> bool {
         self.timeout_s != KEPT_TIMEOUT_S
@@ -459,7 +448,7 @@ impl Entry {
             (Step::Create, [0, _]) => Step::Done(Outcome::Written),
             (Step::Update { .. }, [0, _]) => {
                 tally.updated += 1;
-                Step::Done(if self.is_left { Outcome::AsItWas } else { Outcome::Written })
+                Step::Done(Outcome::Written)
             }
             (Step::Replace, [0 | libc::ENOENT, 0]) => {
                 tally.replaced += 1;
@@ -504,10 +493,6 @@ impl Entry {
                     if there.extra.is_shifted_beyond(&self.connection.extra) {
                         self.connection.extra.parts &= !parts::SEQADJ;
                     }
-                    self.is_left = self.leaves_the_timeout_of(&there);
-                    if self.is_left {
-                        self.timeout_s = there.state.timeout_s.max(1);
-                    }
                     Step::Update { present: there.state.status }
                 }
                 Some(_) => Step::Replace,
@@ -518,9 +503,6 @@ impl Entry {
             // It went away, or changed its status, between two rounds.
             (Step::Update { .. }, [libc::ENOENT, _]) if self.may_create => {
                 tally.vanished += 1;
-                if std::mem::take(&mut self.is_left) {
-                    self.timeout_s = KEPT_TIMEOUT_S;
-                }
                 Step::Create
             }
             (Step::Update { .. }, [libc::EBUSY, _]) => {

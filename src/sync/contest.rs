@@ -276,6 +276,20 @@ mod tests {
     }
 
     #[test]
+    fn who_was_claimed_since_the_contest_began_has_shown_its_traffic() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(&memory);
+        replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
+        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        let rival = |epoch| Some(Stamp { epoch, version: 1 });
+        assert!(!replica.is_no_news(slot));
+        assert!(replica.contest(at(0), slot, None), "refused, and not told by what");
+        assert!(replica.is_no_news(slot), "that its entry is there is no traffic");
+        assert!(replica.contest(at(1), slot, rival(5)) && replica.contest(at(2), slot, rival(5)));
+        assert!(!replica.contest(at(3), slot, rival(6)));
+    }
+
+    #[test]
     fn an_event_decides_a_contest_too() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let mut replica = replica(&memory);

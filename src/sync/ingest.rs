@@ -445,7 +445,6 @@ impl Replica<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::counters::Counters;
     use crate::memory::{Memory, MemorySize, OwnedMemory};
     use crate::source::CommitMode;
     use crate::sync::replica::{ReplicaConfig, test_config};
@@ -464,6 +463,20 @@ mod tests {
             original.mirrored(),
             State { tcp_state, ..State::default() },
         ))
+    }
+
+    #[test]
+    fn a_connection_that_is_over_under_the_tuple_of_ours_is_another_one_and_ours_is_no_more() {
+        let owned = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = replica(owned.parts());
+        let SourceEvent::Seen { connection, .. } = seen(3) else { panic!("it is seen") };
+        for (reply, lives) in [(connection.reply, false), (Tuple { dport: 99, ..connection.reply }, false)] {
+            replica.handle_source(Time(1), &seen(3));
+            assert!(replica.table.find_original(&connection.original).is_some());
+            let over = Connection { reply, state: State { tcp_state: 7, ..State::default() }, ..connection };
+            replica.handle_source(Time(2), &SourceEvent::seen(over));
+            assert_eq!(replica.table.find_original(&connection.original).is_some(), lives, "{reply}");
+        }
     }
 
     /// What the connection of [`seen`] is after the steps, each with its time in seconds.
@@ -513,18 +526,5 @@ mod tests {
         assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true)]), Some(Kind::Held));
         assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (3, Some(7), false)]), None);
         assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (4, None, true)]), Some(Kind::Active));
-    }
-
-    #[test]
-    fn the_end_of_another_life_of_the_tuple_ends_nothing() {
-        let owned = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-        let mut replica = replica(owned.parts());
-        replica.handle_source(Time(1), &seen(3));
-        let SourceEvent::Seen { mut connection, known } = seen(7) else { unreachable!("it is seen") };
-        connection.reply.dport += 1;
-        replica.handle_source(Time(2), &SourceEvent::Seen { connection, known });
-        assert!(replica.table.find_original(&connection.original).is_some());
-        let counters = Counters::new(replica.memory.counters);
-        assert_eq!(counters.get(Counter::SourceUnknownGone), 1);
     }
 }
