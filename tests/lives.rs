@@ -541,3 +541,26 @@ fn who_had_its_claim_refused_is_no_backup_of_the_other() {
     assert!(world.counter(heir, Counter::Exposure) > 0, "nobody has a copy of what the heir has");
     all_is_well(&mut world);
 }
+
+/// Seed 600001560: while a connection moves from one backup to another, packets show up at both. Its active takes the copy of the one, and then
+/// that of the other, which is newer: the first one still counts on it, and is told.
+#[test]
+fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let (backup, other) = backup_and_other(&world, &tuple);
+    // Its kernel does not take the next state, and 1 turns to the other one.
+    world.host(backup).full = true;
+    world.change(tuple);
+    world.run_until(SECOND * 10, "both have a copy", |w| {
+        [backup, other].iter().all(|m| kind_at(w, *m, &tuple) == Some(Kind::Backup))
+    });
+    world.host(backup).full = false;
+    move_to(&mut world, tuple, backup);
+    world.step();
+    move_to(&mut world, tuple, other);
+    world.change(tuple);
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
+}

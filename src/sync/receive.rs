@@ -304,7 +304,16 @@ impl Replica<'_> {
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             Kind::Backup if here && stamp >= line.stamp() => {
-                // Another member is the active now: the one that took over, or that claimed.
+                // Another member is the active now: the one that took over, or that claimed. Of two that claimed at once the other one counts
+                // on this copy as well, and is told.
+                let former = line.peer();
+                if former.member() != own.member()
+                    && stamp > line.stamp()
+                    && self.is_up(former.member())
+                    && !self.release(Rank::Consequence, former, stamp)
+                {
+                    return Busy;
+                }
                 self.table.set_declined(slot, false); // The new one was not told.
                 self.end_copy(slot);
                 self.table.update(slot, |line| line.set_peer(own));
