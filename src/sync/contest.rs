@@ -245,6 +245,14 @@ mod tests {
         Time(1).after(Duration::from_secs(seconds))
     }
 
+    /// A shard that holds the connection, in this slot.
+    fn held(memory: &OwnedMemory) -> (Replica<'_>, u32) {
+        let mut replica = replica(memory);
+        replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
+        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        (replica, slot)
+    }
+
     /// What the kernel tells of the entry at these times, `None`: that it is gone.
     fn watch(replica: &mut Replica<'_>, slot: u32, told: &[(u64, Option<u32>)]) {
         let generation = replica.table.line(slot).generation();
@@ -264,9 +272,7 @@ mod tests {
             (&[(0, Some(300)), (4, None), (5, None)], false), // Its end is told by an event.
         ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-            let mut replica = replica(&memory);
-            replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
-            let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+            let (mut replica, slot) = held(&memory);
             let rival = Stamp { epoch: 7, version: 9 };
             assert!(replica.contest(at(0), slot, Some(rival)));
             watch(&mut replica, slot, told);
@@ -278,9 +284,7 @@ mod tests {
     #[test]
     fn who_was_claimed_since_the_contest_began_has_shown_its_traffic() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-        let mut replica = replica(&memory);
-        replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
-        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        let (mut replica, slot) = held(&memory);
         let rival = |epoch| Some(Stamp { epoch, version: 1 });
         assert!(!replica.is_no_news(slot));
         assert!(replica.contest(at(0), slot, None), "refused, and not told by what");
@@ -292,9 +296,7 @@ mod tests {
     #[test]
     fn an_event_decides_a_contest_too() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-        let mut replica = replica(&memory);
-        replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
-        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        let (mut replica, slot) = held(&memory);
         assert!(replica.contest(at(0), slot, Some(Stamp { epoch: 3, version: 1 })));
         replica.handle_source(at(1), &SourceEvent::seen(connection(299)));
         assert_eq!(replica.table.line(slot).stamp().epoch, 4);

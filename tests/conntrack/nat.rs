@@ -80,15 +80,21 @@ fn a_masqueraded_exchange_goes_on_through_a_restored_entry() {
     in_namespace("masqueraded UDP through deleted and restored entries", || udp_goes_on(&rules));
 }
 
-fn udp_goes_on(rules: &str) {
-    let (client, server) = gateway_with(rules);
-    let mut committer = Committer::open().expect("conntrack");
-    let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+/// A socket on either side of the gateway.
+fn udp_ends(client: &Host, server: &Host) -> (UdpSocket, UdpSocket) {
     let near = client.inside(|| UdpSocket::bind("10.0.1.2:0").expect("an address"));
     let far = server.inside(|| UdpSocket::bind("10.0.2.2:80").expect("an address"));
     for socket in [&near, &far] {
         socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
     }
+    (near, far)
+}
+
+fn udp_goes_on(rules: &str) {
+    let (client, server) = gateway_with(rules);
+    let mut committer = Committer::open().expect("conntrack");
+    let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
+    let (near, far) = udp_ends(&client, &server);
     let mut got = [0; 4];
     near.send_to(b"one.", "10.0.1.1:8080").expect("to send");
     let (_, peer) = far.recv_from(&mut got).expect("to arrive");
@@ -118,11 +124,7 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         let (client, server) = gateway();
         let mut committer = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[committer.port_id()], BUFFER).expect("conntrack");
-        let near = client.inside(|| UdpSocket::bind("10.0.1.2:0").expect("an address"));
-        let far = server.inside(|| UdpSocket::bind("10.0.2.2:80").expect("an address"));
-        for socket in [&near, &far] {
-            socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-        }
+        let (near, far) = udp_ends(&client, &server);
         let mut got = [0; 4];
         let mut exchange = || {
             near.send_to(b"one.", "10.0.1.1:8080").expect("to send");
@@ -160,9 +162,14 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         other.reply.dport += 1000;
         assert_eq!(write(&mut committer, &other), Outcome::Clash);
         assert_eq!(exchange(), peer);
-        // A takeover lets it last as long as a new one.
-        committer.keep(&copy, Lifetime::Normal).expect("an empty batch");
-        assert!(matches!(outcomes(&mut committer)[..], [Outcome::Written | Outcome::AsItWas]));
+        // A takeover lets it last as long as a new one: here as the dead gateway's kernel had last given it. No less than it has.
+        for (given_s, outcome) in [(5, Outcome::AsItWas), (1000, Outcome::Written), (500, Outcome::AsItWas)] {
+            let given = Connection { state: State { timeout_s: given_s, ..copy.state }, ..copy };
+            committer.keep(&given, Lifetime::Normal).expect("an empty batch");
+            assert_eq!(outcomes(&mut committer), [outcome], "{given_s} s");
+        }
+        let there = look(&mut committer).expect("it is there");
+        assert!((990..=1000).contains(&there.state.timeout_s) && there.state.mark == 5, "{there:?}");
         // One that no packet has passed is dead weight.
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         assert_eq!(write(&mut committer, &other), Outcome::Written);
