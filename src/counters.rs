@@ -164,7 +164,7 @@ counters! {
     CommitPending, "commit_pending", "gauge: commits waiting";
     LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
     LeftoversAged, "leftovers_aged", "entries that an earlier run left with the timeout of copies, and that got the normal one";
-    LeftoversFull, "leftovers_full", "entries that an earlier run had no time to remove, left in the kernel because too many were found at once: the next start finds them";
+    LeftoversFull, "leftovers_full", "entries with the timeout of copies that are none and were to go, left in the kernel because there were too many at once: the next start finds them";
     ShiftLooks, "shift_looks", "connections with a helper that the kernel was asked for, to learn how their sequence numbers are shifted";
     Shifts, "shifts", "shifts of sequence numbers learnt by that, which no event tells";
     VerifyWalks, "verify_walks", "walks over the table that asked the kernel for the entry of every copy, completed";

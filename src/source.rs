@@ -68,15 +68,6 @@ pub enum CommitMode {
     Off,
 }
 
-/// How the kernel has a copy that it took.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Taken {
-    /// As it was written.
-    Written,
-    /// As it was before: packets may have passed it.
-    AsItWas,
-}
-
 /// Something to be written to the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Commit {

@@ -24,7 +24,7 @@ use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
-use crate::conn::{Connection, Generation, Kind, Phase, Tuple};
+use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, TCP_ESTABLISHED};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
@@ -70,6 +70,8 @@ pub(super) enum LeftoverStep {
     Look,
     /// It is removed.
     Remove,
+    /// So is one that was written for a copy which its kernel did not take in the end.
+    RemoveCopys,
     /// It gets the normal timeout.
     Age,
 }
@@ -223,7 +225,7 @@ impl Repair {
         counters: &Counters<'_>,
     ) {
         let is_resuming = self.is_resuming();
-        let Repair { shown, unheard, looks, timeouts, complete, leftovers, commit, .. } = self;
+        let Repair { shown, unheard, timeouts, complete, leftovers, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -234,14 +236,7 @@ impl Repair {
                     set(shown, slot);
                     shifts.note(now, slot, connection);
                     // An entry that we committed is in the dump as well: it says nothing about traffic.
-                    if replica.is_no_news(slot) {
-                    } else if connection.phase() == Phase::Over
-                        && replica.table().tuples(slot).1 != connection.reply
-                        && looks.len() < LOOKS_MAX
-                    {
-                        // Over, and of before what events have told since; or of after it, and they were lost.
-                        looks.push_back((slot, replica.table().line(slot).generation()));
-                    } else {
+                    if !replica.is_no_news(slot) {
                         replica.handle_source(now, &event);
                     }
                     if is_resuming {
@@ -420,14 +415,14 @@ impl Repair {
     /// Such an entry is still there: it goes, if no packet has passed it.
     pub(super) fn found_leftover(&mut self, there: &Connection, counters: &Counters<'_>) {
         if is_leftover(&self.timeouts, there) {
-            self.remove(there, counters);
+            self.remove(there, LeftoverStep::Remove, counters);
         }
     }
 
     /// This entry goes, unless it comes to life before.
-    pub(super) fn remove(&mut self, there: &Connection, counters: &Counters<'_>) {
+    pub(super) fn remove(&mut self, there: &Connection, step: LeftoverStep, counters: &Counters<'_>) {
         match self.leftovers.len() < LOOKS_MAX {
-            true => self.leftovers.push_front((*there, LeftoverStep::Remove)),
+            true => self.leftovers.push_front((*there, step)),
             false => counters.count(Counter::LeftoversFull),
         }
     }

@@ -7,6 +7,7 @@ use super::repair::{LeftoverStep, Repair};
 use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
+use crate::conn::table::Written;
 use crate::conn::{Generation, Kind};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched};
 use crate::conntrack::entries::Entries;
@@ -14,7 +15,7 @@ use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
-use crate::source::{Commit, End, Taken};
+use crate::source::{Commit, End};
 use crate::sync::Replica;
 use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
@@ -48,12 +49,12 @@ enum For {
     Shift(u32, Generation),
     /// The question whether an entry that an earlier process owed a delete is there.
     Leftover,
-    /// The question whether packets have passed an entry that goes if not.
-    Untouched,
-    /// Removing one of the two.
+    /// Removing it.
     LeftoverGone,
     /// Giving it its normal timeout.
     LeftoverAged,
+    /// The question whether packets have passed an entry that goes if not.
+    Untouched,
 }
 
 /// A shard's pen.
@@ -163,6 +164,7 @@ impl<E: Entries> Writer<E> {
         {
             let (added, entry) = match step {
                 LeftoverStep::Remove => (self.committer.delete(&there.original), For::LeftoverGone),
+                LeftoverStep::RemoveCopys => (self.committer.delete(&there.original), For::Nobody),
                 LeftoverStep::Look => (self.committer.look(&there.original), For::Leftover),
                 LeftoverStep::Age => (self.committer.update(&there, Lifetime::Normal), For::LeftoverAged),
             };
@@ -321,15 +323,15 @@ impl<E: Entries> Writer<E> {
                 }
                 (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
                 (Outcome::Present(connection), For::Untouched) => {
-                    return repair.remove(&connection, counters);
+                    return repair.remove(&connection, LeftoverStep::RemoveCopys, counters);
                 }
                 (Outcome::Removed, For::Leftover | For::Untouched) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
                 (Outcome::Written, _) => {
                     counters.count(Counter::Commits);
-                    Ok(Taken::Written)
+                    Ok(Written::Yes)
                 }
-                (Outcome::AsItWas, _) => Ok(Taken::AsItWas),
+                (Outcome::AsItWas, _) => Ok(Written::AsItWas),
                 (Outcome::Removed, _) => return counters.count(Counter::CommitDeletes),
                 (Outcome::Clash, _) => {
                     counters.count(Counter::CommitClashes);

@@ -21,7 +21,7 @@ use crate::conn::table::{Heard, On, Written};
 use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
-use crate::source::{Commit, CommitMode, Taken};
+use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 /// How long a copy that the kernel refused waits before it is tried again.
@@ -46,7 +46,7 @@ impl Replica<'_> {
         now: Time,
         slot: u32,
         generation: Generation,
-        outcome: Result<Taken, Fault>,
+        outcome: Result<Written, Fault>,
     ) {
         let line = self.table.line(slot);
         if line.generation() != generation {
@@ -63,14 +63,14 @@ impl Replica<'_> {
             on => panic!("a copy stands in {on:?}"),
         };
         match outcome {
-            Ok(taken) => {
+            Ok(written) => {
                 // (Written while its active is silent it has the normal timeout, which says nothing.)
-                let written = match taken {
-                    _ if !self.is_living_copy(slot) => Written::No,
-                    Taken::AsItWas if self.table.written(slot) != Written::Yes => Written::AsItWas,
-                    Taken::AsItWas | Taken::Written => Written::Yes,
-                };
-                self.table.set_written(slot, written);
+                match self.is_living_copy(slot) {
+                    false => self.table.set_written(slot, Written::No),
+                    // As it was since it was written.
+                    true if written == Written::AsItWas && self.table.written(slot) == Written::Yes => {}
+                    true => self.table.set_written(slot, written),
+                }
                 if is_missing {
                     self.table.unlink(&mut self.missing, slot);
                 }

@@ -47,15 +47,6 @@ enum Rest {
     Perhaps(Stamp, bool, Doubt),
 }
 
-/// Whose the kernel's entry under the tuple of a copy or active that is none any more is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Entry {
-    /// Its own.
-    Ours,
-    /// Perhaps another connection's: the kernel did not take the copy.
-    Perhaps,
-}
-
 impl Replica<'_> {
     /// A synchronization datagram arrived, from this address if known.
     pub fn handle_datagram(&mut self, now: Time, source: Option<IpAddr>, bytes: &[u8]) {
@@ -595,7 +586,8 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
-                self.drop_to_lease(target.slot, stream, Entry::Ours);
+                let original = self.drop_to_lease(target.slot, stream);
+                self.delete_entry(&original);
             }
             Kind::Backup | Kind::Active => {
                 // Its sender takes the slot's next life for its own when this is acknowledged.
@@ -677,21 +669,35 @@ impl Replica<'_> {
         let written = if is_eager && !is_missing { self.table.written(slot) } else { Written::No };
         self.end_missing(slot);
         self.end_copy(slot);
-        let connection = self.table.connection(slot);
-        // (Another slot may have the tuple by now: the entry is that one's.)
-        if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest
-            && !self.lives_besides(slot, &connection.original)
-        {
-            match (written, doubt) {
-                (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
-                (Written::No, _) => {}
-                // It lives on elsewhere: what may be the packets of before does not outdo that.
-                (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
-                (Written::AsItWas | Written::Yes, _) => self.ask_for_packets(&connection, stamp),
-            }
+        if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest {
+            self.keep_rest(now, slot, written, (stamp, is_witnessed, doubt));
         }
-        let entry = if is_eager && is_missing { Entry::Perhaps } else { Entry::Ours };
-        self.drop_to_lease(slot, stream, entry);
+        let original = self.drop_to_lease(slot, stream);
+        match is_eager && is_missing && self.table.find_original(&original).is_none() {
+            true => self.commit(Commit::DeleteUntouched { original }),
+            false => self.delete_entry(&original),
+        }
+    }
+
+    /// What is left of the copy in this slot, which goes, is held in another one while it is found out whether its packets pass here.
+    fn keep_rest(
+        &mut self,
+        now: Time,
+        slot: u32,
+        written: Written,
+        (stamp, is_witnessed, doubt): (Stamp, bool, Doubt),
+    ) {
+        let connection = self.table.connection(slot);
+        if self.lives_besides(slot, &connection.original) {
+            return; // The entry is that one's by now.
+        }
+        match (written, doubt) {
+            (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
+            (Written::No, _) => {}
+            // It lives on elsewhere: what may be the packets of before does not outdo that.
+            (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
+            (Written::AsItWas | Written::Yes, _) => self.ask_for_packets(&connection, stamp),
+        }
     }
 
     /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
@@ -701,11 +707,13 @@ impl Replica<'_> {
         if is_ours && !self.lives_besides(slot, &connection.original) {
             self.doubt(now, &connection, stamp, doubt);
         }
-        self.drop_to_lease(slot, stream, Entry::Ours);
+        let original = self.drop_to_lease(slot, stream);
+        self.delete_entry(&original);
     }
 
-    /// The connection in this slot is no more; one life later the slot belongs to the sender's lease.
-    fn drop_to_lease(&mut self, slot: u32, stream: usize, entry: Entry) {
+    /// The connection in this slot is no more; one life later the slot belongs to the sender's lease. Tells its original tuple: what becomes of the
+    /// kernel's entry is the caller's.
+    fn drop_to_lease(&mut self, slot: u32, stream: usize) -> Tuple {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         let life = self.durable(stream).peer_life();
@@ -720,12 +728,7 @@ impl Replica<'_> {
         });
         self.table.set_former(slot, Coordinate::NOWHERE);
         self.table.set_extra(slot, &Extra::NONE);
-        match entry {
-            Entry::Perhaps if self.table.find_original(&original).is_none() => {
-                self.commit(Commit::DeleteUntouched { original });
-            }
-            _ => self.delete_entry(&original),
-        }
+        original
     }
 
     /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.

@@ -139,8 +139,9 @@ pub struct Replica<'m> {
     pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
-    /// In which connections begin: the highest epoch of all that was held here, and one more for each member that fell silent since.
-    /// What that one still takes for alive when it is back is older than what began on its port meanwhile.
+    /// In which connections begin: the highest epoch of all that was held here, and two more for each member that fell silent since
+    /// (one for a claim of its that nobody heard of, one to be above that). What that one still takes for alive when it is back is older than what
+    /// began on its port meanwhile.
     pub(super) epoch: u32,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.

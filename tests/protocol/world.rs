@@ -11,13 +11,14 @@ use hypersync::ccp::heartbeat::Heartbeat;
 use hypersync::ccp::message::{Fault, Message};
 use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::extra::{Extra, parts};
+use hypersync::conn::table::Written;
 use hypersync::conn::{Connection, Coordinate, Kind, MemberId, Stamp, State, Tuple, shard_of};
 use hypersync::counters::{Counter, Counters};
 use hypersync::group::readiness::{Own, Readiness, Stage};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
-use hypersync::source::{Commit, CommitMode, SourceEvent, Taken};
+use hypersync::source::{Commit, CommitMode, SourceEvent};
 use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
@@ -103,6 +104,8 @@ pub struct Host<'m> {
     pub kernel: HashMap<Tuple, Connection>,
     /// Entries that packets have passed since they were written, or that never were.
     pub touched: HashMap<Tuple, Connection>,
+    /// Connections whose packets pass here all the time, without an event: their entries' timeouts stay high.
+    pub passing: HashMap<Tuple, Connection>,
     /// This life of its table.
     pub table_id: u32,
     /// Its kernel takes no entries.
@@ -318,6 +321,7 @@ impl<'m> World<'m> {
             feeds,
             kernel: HashMap::with_capacity(8192),
             touched: HashMap::with_capacity(8192),
+            passing: HashMap::with_capacity(64),
             table_id,
             full: false,
             paused: false,
@@ -824,8 +828,11 @@ impl<'m> World<'m> {
                         let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
                         shard.handle_look(now, slot, generation, touched.or(written), touched.is_some());
                     }
-                    // Timeouts do not run down here, and say nothing: events do.
-                    Commit::Watch { slot, generation } => shard.handle_watch(now, slot, generation, None),
+                    // Timeouts do not run down here: but for what passes now, events tell.
+                    Commit::Watch { slot, generation } => {
+                        let there = host.passing.get(&shard.table().tuples(slot).0);
+                        shard.handle_watch(now, slot, generation, there);
+                    }
                     // What is active by now the kernel knows better.
                     Commit::Write { slot, .. } if shard.table().kind(slot) == Kind::Active => {}
                     Commit::Write { slot, generation }
@@ -837,7 +844,7 @@ impl<'m> World<'m> {
                                 host.kernel.insert(connection.original, connection);
                                 host.touched.remove(&connection.original);
                             }
-                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(Taken::Written) };
+                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(Written::Yes) };
                             shard.handle_commit(now, slot, generation, outcome);
                         }
                     }
