@@ -238,7 +238,8 @@ impl<'m> Sim<'m> {
     /// The connection ends at its owner. Who saw packets of it at the same time, and does not give way, has it until it is idle there.
     fn close(&mut self, tuple: Tuple, owner: MemberId) -> SourceEvent {
         let copies = self.copies_of(&tuple);
-        if copies.iter().any(|(member, kind, ..)| *member != owner && *kind == Kind::Active) {
+        let another = copies.iter().any(|(member, kind, ..)| *member != owner && *kind == Kind::Active);
+        if another && self.truth.contended.contains(&tuple) {
             self.truth.expiring.insert(tuple);
         }
         self.truth.close(tuple)
@@ -821,6 +822,7 @@ impl<'m> Sim<'m> {
         Checks::sums_are_true(&self.world)?;
         self.impaired = false;
         self.moved.clear();
+        self.world.hosts.values_mut().for_each(|host| host.passing.clear());
         self.truth.contended.clear();
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
@@ -898,19 +900,22 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// Two members carry a connection on, and neither knows that the other one has it from itself: the next packet, at one of them, settles it.
+    /// Two members that took over a connection, of which no packet shows up anywhere, both carry it on, and nobody can tell
+    /// which of them should: the first packet at one of them settles it. Of two that both saw packets the owner goes on seeing them; they raise
+    /// no event, and show to who watches its entry.
     fn speak(&mut self) {
         let mut doubled = Vec::new();
         for (tuple, found) in self.world.copies() {
-            let owner = self.truth.open.get(&tuple).and_then(|open| open.owner);
+            let open = self.truth.open.get(&tuple).copied();
+            let Some(Open { owner: Some(owner), connection, .. }) = open else { continue };
             let actives: Vec<_> = found.iter().filter(|copy| copy.kind == Kind::Active).collect();
-            let is_contested = actives.windows(2).all(|pair| {
-                pair[0].stamp.epoch == pair[1].stamp.epoch
-                    || pair[0].connection.reply != pair[1].connection.reply
-            });
-            if actives.len() > 1
-                && (is_contested || self.truth.expiring.contains(&tuple))
-                && owner.is_some()
+            if actives.len() < 2 {
+                continue;
+            }
+            let alike = actives.windows(2).all(|pair| pair[0].stamp == pair[1].stamp);
+            if actives.iter().any(|copy| copy.member == owner) {
+                self.world.host(owner).passing.insert(tuple, connection);
+            } else if (alike || self.truth.expiring.contains(&tuple))
                 && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
             {
                 doubled.push(tuple);
