@@ -564,3 +564,59 @@ fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
     all_is_well(&mut world);
     assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
 }
+
+/// A call whose first packets went through 1, before it had a copy, and the other ones, of the next call from that port, through 2. Both members
+/// hold it for their own, and no entry tells that packets pass it.
+fn contested(world: &mut World<'_>, members: [MemberId; 2]) -> (Tuple, Connection) {
+    let [silent, busy] = members;
+    let tuple = world.open_at(silent);
+    let mut connection = world.hosts[&silent].touched[&tuple];
+    connection.state.timeout_s = 0;
+    world.tell(busy, &SourceEvent::seen(connection));
+    for member in members {
+        world.host(member).passing.insert(tuple, connection);
+    }
+    (tuple, connection)
+}
+
+/// Under load, with routes that move: what was left of a call at 1 outlived the next one from its port at 2, and was copied to 2 for good.
+#[test]
+fn a_contest_that_its_last_packets_decide_ends_at_the_other_one_too() {
+    for is_seen_before in [true, false] {
+        let memories = memories(2);
+        let mut world = group(&memories, &[100, 100]);
+        let (tuple, connection) = contested(&mut world, [1, 2]);
+        let is_refused = |w: &World<'_>| [1, 2].iter().all(|m| w.counter(*m, Counter::RefusedByPeer) > 0);
+        world.run_until(HOLD + SECOND * 3, "both are refused", is_refused);
+        let mut last = connection;
+        if is_seen_before {
+            last.state.mark += 1;
+            world.tell(2, &SourceEvent::seen(last));
+        }
+        last.state.tcp_state = 7; // TIME_WAIT
+        world.tell(2, &SourceEvent::seen(last));
+        world.tell(2, &SourceEvent::gone(tuple));
+        world.open.remove(&tuple);
+        world.run_for(SECOND * 12);
+        assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [None, None], "{is_seen_before}");
+        assert!(!world.hosts[&1].touched.contains_key(&tuple), "its entry at 1 is gone: {is_seen_before}");
+        all_is_well(&mut world);
+    }
+}
+
+/// The one with the packets has a copy elsewhere: no delta of its goes to the other one.
+#[test]
+fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 200, 100]);
+    let (tuple, connection) = contested(&mut world, [3, 1]);
+    world.open.get_mut(&tuple).expect("it is open").owner = 1;
+    world.cut = vec![(2, 3), (3, 2)];
+    world.run_until(HOLD + SECOND * 3, "3 is refused", |w| w.counter(3, Counter::RefusedByPeer) > 0);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Backup), "1 has its copy there");
+    let mut next = connection;
+    next.state.mark += 1;
+    world.open.get_mut(&tuple).expect("it is open").mark = next.state.mark;
+    world.tell(1, &SourceEvent::seen(next));
+    world.run_until(ms(50), "3 lets it go", |w| kind_at(w, 3, &tuple) != Some(Kind::Active));
+}

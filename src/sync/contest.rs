@@ -4,14 +4,15 @@
 //! stood still while its connection ended elsewhere, and its port was used again), nor about two members that heard nothing of each
 //! other's claims. There the later traffic decides, and nobody's kernel entry is touched before: with equal epochs whoever is asked to take the
 //! other's copy refuses (*superseded*), and both watch their own entry. Its timeout runs down by itself and goes up
-//! with a packet; so does what an event tells. Who has traffic claims the connection once more, and the other one gives way to the higher
-//! epoch. Where nobody has any, both stay as they are: what has ended goes by its own time.
+//! with a packet; so does what an event tells. Who has traffic claims the connection once more and tells the other one at once, which gives way
+//! to the higher epoch. Where nobody has any, both stay as they are: what has ended goes by its own time.
 
 use std::time::Duration;
 
+use super::chores::Rank;
 use super::replica::Replica;
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Generation, Kind, Phase, Stamp};
+use crate::conn::{Connection, Coordinate, Generation, Kind, Phase, Stamp};
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
@@ -35,11 +36,21 @@ struct Contest {
     doubt: Option<Doubt>,
     /// The stamp that was heard of first for the other one, and the highest.
     first: Option<Stamp>,
-    rival: Stamp,
+    rival: Rival,
     /// When it was last spoken of.
     at: Time,
+    /// When the entry is to be looked at.
+    look_at: Time,
     /// What the entry had left to live, and when.
     timeout: Option<(u32, Time)>,
+}
+
+/// Who else takes a connection for its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Rival {
+    pub stamp: Stamp,
+    /// Where it has it; nowhere: that is not known, or its translation is another one.
+    pub place: Coordinate,
 }
 
 /// What becomes of the kernel's entry of a connection that had an active here, was claimed elsewhere, and shows no packets.
@@ -55,6 +66,7 @@ pub(super) enum Doubt {
 pub(super) struct Contests {
     /// By their slots: each event of what is ours asks for its own.
     contests: Vec<Contest>,
+    /// The earliest of all.
     look_at: Time,
 }
 
@@ -69,7 +81,7 @@ impl Contests {
         now: Time,
         (slot, generation): (u32, Generation),
         own: Stamp,
-        rival: Option<Stamp>,
+        rival: Option<Rival>,
         doubt: Option<Doubt>,
     ) -> bool {
         let at = match self.find(slot) {
@@ -77,9 +89,9 @@ impl Contests {
                 let contest = &mut self.contests[at];
                 contest.at = now;
                 let Some(rival) = rival else { return true };
-                contest.rival = contest.rival.max(rival);
-                let first = *contest.first.get_or_insert(rival);
-                return rival.epoch <= first.epoch.max(own.epoch);
+                contest.rival = Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
+                let first = *contest.first.get_or_insert(rival.stamp);
+                return rival.stamp.epoch <= first.epoch.max(own.epoch);
             }
             Ok(at) => {
                 self.contests.remove(at); // Of another connection, which is no more.
@@ -89,9 +101,11 @@ impl Contests {
         };
         let has_room = self.contests.len() < CONTESTS_MAX;
         if has_room {
-            let highest = own.max(rival.unwrap_or(own));
+            let first = rival.map(|rival| rival.stamp);
+            let place = rival.map_or(Coordinate::NOWHERE, |rival| rival.place);
+            let rival = Rival { stamp: own.max(first.unwrap_or(own)), place };
             let contest =
-                Contest { slot, generation, doubt, first: rival, rival: highest, at: now, timeout: None };
+                Contest { slot, generation, doubt, first, rival, at: now, look_at: now, timeout: None };
             self.contests.insert(at, contest);
             self.look_at = self.look_at.min(now);
         }
@@ -111,8 +125,8 @@ impl Contests {
         self.place_of(slot, generation).is_some()
     }
 
-    /// The contest about the connection in this slot is over; the stamp that it is to outdo, if there was one.
-    pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Stamp> {
+    /// The contest about the connection in this slot is over; whom it is to outdo, if there was one.
+    pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Rival> {
         let at = self.place_of(slot, generation)?;
         Some(self.contests.remove(at).rival)
     }
@@ -124,9 +138,9 @@ impl Contests {
 }
 
 impl Replica<'_> {
-    /// Somebody else takes the connection in this slot for its own, with this stamp, and knows as much. Whether traffic is to decide; without a kernel
+    /// Somebody else takes the connection in this slot for its own, and knows as much. Whether traffic is to decide; without a kernel
     /// to ask for any, the stamp does.
-    pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Option<Stamp>) -> bool {
+    pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Option<Rival>) -> bool {
         let line = self.table.line(slot);
         let is_ours = match line.kind() {
             Kind::Held => !line.is_unseen(),
@@ -178,7 +192,6 @@ impl Replica<'_> {
             return;
         }
         self.end_doubts(now);
-        self.contests.look_at = now.after(PERIOD);
         let table = &self.table;
         self.contests.contests.retain(|contest| {
             let line = table.line(contest.slot);
@@ -186,11 +199,35 @@ impl Replica<'_> {
                 && matches!(line.kind(), Kind::Held | Kind::Active)
                 && now.since(contest.at) < FORGOTTEN_AFTER
         });
+        self.contests.look_at = Time::NEVER;
         for n in 0..self.contests.contests.len() {
-            let Contest { slot, generation, .. } = self.contests.contests[n];
-            if self.can_receive() {
-                self.commit(Commit::Watch { slot, generation });
+            let Contest { slot, generation, look_at, .. } = self.contests.contests[n];
+            let mut next = look_at;
+            if look_at.reached(now) {
+                next = now.after(PERIOD);
+                if self.can_receive() {
+                    self.commit(Commit::Watch { slot, generation });
+                }
             }
+            self.contests.contests[n].look_at = next;
+            self.contests.look_at = self.contests.look_at.min(next);
+        }
+    }
+
+    pub(super) fn can_be_told(&self, rival: &Rival) -> bool {
+        rival.place.is_somewhere() && self.is_up(rival.place.member())
+    }
+
+    /// Packets of the connection in this slot, which is active here, decided its contest. The other one is told at once, before the connection may
+    /// end: by the delta that it now has the copy, or, if somebody else has that, by a release.
+    pub(super) fn tell_rival(&mut self, now: Time, slot: u32, rival: Rival) {
+        let peer = self.table.line(slot).peer();
+        if !peer.is_somewhere() {
+            self.unlist(slot);
+            self.assign(now, slot, rival.place);
+        } else if peer != rival.place {
+            // Without a free chore it hears of it when it asks again.
+            let _ = self.release(Rank::Consequence, rival.place, self.table.line(slot).stamp());
         }
     }
 
@@ -245,6 +282,10 @@ mod tests {
         Time(1).after(Duration::from_secs(seconds))
     }
 
+    fn rival(epoch: u32, version: u32) -> Rival {
+        Rival { stamp: Stamp { epoch, version }, place: Coordinate::NOWHERE }
+    }
+
     /// A shard that holds the connection, in this slot.
     fn held(memory: &OwnedMemory) -> (Replica<'_>, u32) {
         let mut replica = replica(memory);
@@ -273,11 +314,11 @@ mod tests {
         ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, slot) = held(&memory);
-            let rival = Stamp { epoch: 7, version: 9 };
+            let rival = rival(7, 9);
             assert!(replica.contest(at(0), slot, Some(rival)));
             watch(&mut replica, slot, told);
             let stamp = replica.table.line(slot).stamp();
-            assert_eq!(stamp > rival, has_traffic, "{told:?}: {stamp:?}");
+            assert_eq!(stamp > rival.stamp, has_traffic, "{told:?}: {stamp:?}");
         }
     }
 
@@ -285,7 +326,7 @@ mod tests {
     fn who_was_claimed_since_the_contest_began_has_shown_its_traffic() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, slot) = held(&memory);
-        let rival = |epoch| Some(Stamp { epoch, version: 1 });
+        let rival = |epoch| Some(rival(epoch, 1));
         assert!(!replica.is_no_news(slot));
         assert!(replica.contest(at(0), slot, None), "refused, and not told by what");
         assert!(replica.is_no_news(slot), "that its entry is there is no traffic");
@@ -297,7 +338,7 @@ mod tests {
     fn an_event_decides_a_contest_too() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, slot) = held(&memory);
-        assert!(replica.contest(at(0), slot, Some(Stamp { epoch: 3, version: 1 })));
+        assert!(replica.contest(at(0), slot, Some(rival(3, 1))));
         replica.handle_source(at(1), &SourceEvent::seen(connection(299)));
         assert_eq!(replica.table.line(slot).stamp().epoch, 4);
     }
@@ -333,13 +374,13 @@ mod tests {
     fn of_more_contests_than_can_be_the_stamp_decides() {
         let mut contests = Contests::new();
         let generation = Generation::default();
-        let rival = Stamp::default();
+        let rival = rival(0, 0);
         for slot in (0..CONTESTS_MAX as u32).rev() {
-            assert!(contests.note(at(0), (slot, generation), rival, Some(rival), None));
+            assert!(contests.note(at(0), (slot, generation), rival.stamp, Some(rival), None));
         }
-        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival, Some(rival), None));
+        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival.stamp, Some(rival), None));
         assert!(
-            contests.note(at(1), (5, generation.next()), rival, Some(rival), None),
+            contests.note(at(1), (5, generation.next()), rival.stamp, Some(rival), None),
             "the slot has another connection"
         );
         assert_eq!(contests.decide(5, generation), None);

@@ -53,7 +53,13 @@ impl Replica<'_> {
     fn ended(&mut self, now: Time, seen: &Connection, known: u8, found: Option<u32>) {
         let is_it = |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
         match (found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)), found) {
-            (Some(slot), _) => self.gone(now, slot, End::Seen),
+            (Some(slot), _) => {
+                // Its last packets passed here: who contested it is told.
+                if self.contests.has(slot, self.table.line(slot).generation()) {
+                    self.change(now, slot, seen, known);
+                }
+                self.gone(now, slot, End::Seen);
+            }
             // A source has one connection to a tuple: the one that it had before is no more, and nobody saw its end.
             (None, Some(slot)) if !self.is_unclaimed(slot) => self.gone(now, slot, End::Unseen),
             (None, _) => self.counters.count(Counter::SourceUnknownGone),
@@ -184,9 +190,10 @@ impl Replica<'_> {
         match line.kind() {
             Kind::Held => {
                 line.set_unseen(false);
-                if let Some(rival) = self.contests.decide(slot, line.generation()) {
+                let contested = self.contests.decide(slot, line.generation());
+                if let Some(rival) = contested {
                     self.counters.count(Counter::ClaimsContested);
-                    line.set_stamp(line.stamp().max(rival).claimed());
+                    line.set_stamp(line.stamp().max(rival.stamp).claimed());
                     self.epoch = self.epoch.max(line.stamp().epoch);
                 }
                 self.table.store(slot, &line);
@@ -195,6 +202,11 @@ impl Replica<'_> {
                 }
                 if self.table.on(slot) == On::None {
                     self.table.push(&mut self.held, On::Held, slot, now);
+                }
+                if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
+                    self.unlist(slot);
+                    self.table.update(slot, |line| line.set_kind(Kind::Active));
+                    self.tell_rival(now, slot, rival);
                 }
             }
             Kind::Active => {
@@ -219,7 +231,8 @@ impl Replica<'_> {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
-                        line.set_stamp(line.stamp().max(contested.unwrap_or_default()).claimed());
+                        let outdone = contested.map_or(Stamp::default(), |rival| rival.stamp);
+                        line.set_stamp(line.stamp().max(outdone).claimed());
                     } else if changed != 0 && !is(Mutation::VersionStands) {
                         let mut stamp = line.stamp().changed();
                         if !line.peer().is_somewhere() {
@@ -231,6 +244,9 @@ impl Replica<'_> {
                 // Behind its stamp: the source tells again what is not here, and that is a further change.
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
+                }
+                if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
+                    self.tell_rival(now, slot, rival);
                 }
             }
             Kind::Backup => {

@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 
 use super::chores::Rank;
-use super::contest::Doubt;
+use super::contest::{Doubt, Rival};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
@@ -396,7 +396,8 @@ impl Replica<'_> {
         let presumed_from_it = presumed && self.table.former(slot) == own;
         // What began here is younger than anything that outlived its hold before it was sent; and stamps say nothing of two connections.
         let knows_as_much = line.kind() == Kind::Held || !is_same || stamp.epoch == line.stamp().epoch;
-        if knows_as_much && self.contest(now, slot, Some(stamp)) {
+        let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
+        if knows_as_much && self.contest(now, slot, Some(rival)) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
