@@ -186,7 +186,7 @@ fn under_load_with_routes_that_move_every_entry_of_both_kernels_is_explained() {
         };
         let before =
             outcomes.iter().filter(|b| b.port == o.port && b.ended <= o.began).max_by_key(|b| b.ended);
-        let before = before.map_or("nothing".to_string(), |b| of_outcome(b));
+        let before = before.map_or("nothing".to_string(), of_outcome);
         format!("port {} after {}; the one before it after {before}", o.port, of_outcome(o))
     };
     let faults: Vec<String> = broken.iter().take(10).map(tell).collect();
