@@ -620,3 +620,26 @@ fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
     world.tell(1, &SourceEvent::seen(next));
     world.run_until(ms(50), "3 lets it go", |w| kind_at(w, 3, &tuple) != Some(Kind::Active));
 }
+
+/// Seed 800000376: 1 and 3 take one connection for theirs, 2 has both copies, and in its kernel the later state. That one's active dies, the other one's
+/// does not take it for its own: 2 lets it go, and its kernel gets the other one's.
+#[test]
+fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 200, 100]);
+    let tuple = world.open_at(3);
+    let living = world.hosts[&3].touched[&tuple];
+    world.run_for(ms(1));
+    let mut later = living;
+    world.tell(1, &SourceEvent::seen(later));
+    world.run_for(HOLD + ms(20));
+    later.state.mark += 1;
+    world.tell(1, &SourceEvent::seen(later));
+    world.run_until(SECOND, "2 has the later state in its kernel", |w| {
+        w.hosts[&2].kernel.get(&tuple) == Some(&later)
+    });
+    world.kill(1);
+    world.run_until(SECOND * 10, "3 refuses it", |w| w.counter(2, Counter::RefusedByPeer) > 0);
+    all_is_well(&mut world);
+    assert_eq!(world.hosts[&2].kernel.get(&tuple), Some(&living));
+}

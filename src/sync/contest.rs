@@ -265,6 +265,7 @@ mod tests {
     use crate::conn::{State, Tuple};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
+    use crate::sync::stream::stream_index;
     use crate::sync::{ReplicaConfig, test_config};
 
     fn replica(memory: &OwnedMemory) -> Replica<'_> {
@@ -332,6 +333,19 @@ mod tests {
         assert!(replica.is_no_news(slot), "that its entry is there is no traffic");
         assert!(replica.contest(at(1), slot, rival(5)) && replica.contest(at(2), slot, rival(5)));
         assert!(!replica.contest(at(3), slot, rival(6)));
+    }
+
+    /// Seed 800000784: the release of a new that is still on its way was ignored, and the new then taken.
+    #[test]
+    fn of_two_claims_at_once_what_ends_the_higher_members_counts_as_its_new_would() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let (mut replica, slot) = held(&memory);
+        replica.config.member = 2;
+        let stamp = replica.table.line(slot).stamp();
+        for (version, member, is_claimed) in [(0, 1, false), (0, 3, true), (1, 1, true)] {
+            let stamp = Stamp { version: stamp.version + version, ..stamp };
+            assert_eq!(replica.is_claimed_above(slot, stamp, stream_index(member, 0)), is_claimed);
+        }
     }
 
     #[test]

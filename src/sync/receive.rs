@@ -546,10 +546,11 @@ impl Replica<'_> {
     }
 
     /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
-    /// after it, or at the same time.
-    fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
+    /// after it, or at the same time. (Of two at once the higher member, as its new would be taken, which may be behind it.)
+    pub(super) fn is_claimed_above(&self, slot: u32, stamp: Stamp, stream: usize) -> bool {
         let own = self.table.line(slot).stamp();
-        stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
+        let outranks = (stamp, stream_member(stream)) > (own, self.config.member);
+        stamp.epoch > own.epoch || outranks && !self.is_presumed(slot)
     }
 
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp, seen: bool) -> Verdict {
@@ -570,7 +571,9 @@ impl Replica<'_> {
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
-            Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
+            Kind::Active
+                if self.is_claimed_above(target.slot, stamp, stream) && !is(Mutation::EarlyCloseIgnored) =>
+            {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
                 // or have found another slot for the copy.
                 if !self.chores.has_room(Rank::Consequence) {
@@ -626,7 +629,8 @@ impl Replica<'_> {
                 self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
             }
             Kind::Active
-                if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyReleaseIgnored)
+                if self.is_claimed_above(target.slot, stamp, stream)
+                    && !is(Mutation::EarlyReleaseIgnored)
                     || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
@@ -736,11 +740,17 @@ impl Replica<'_> {
     pub(super) fn delete_entry(&mut self, original: &Tuple) {
         match self.table.find_original(original) {
             None => self.commit(Commit::Delete { original: *original }),
-            Some(other) if self.table.kind(other) == Kind::Backup => {
-                let generation = self.table.line(other).generation();
-                self.commit(Commit::Write { slot: other, generation });
-            }
-            Some(_) => {}
+            Some(_) => self.write_besides(original),
+        }
+    }
+
+    /// The entry of a connection that is none here any more is that of another copy with this tuple, if there is one.
+    fn write_besides(&mut self, original: &Tuple) {
+        if let Some(slot) =
+            self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
+        {
+            let generation = self.table.line(slot).generation();
+            self.commit(Commit::Write { slot, generation });
         }
     }
 
@@ -749,8 +759,10 @@ impl Replica<'_> {
     pub(super) fn drop_presumed(&mut self, slot: u32) {
         self.counters.count(Counter::ClaimsLost);
         self.end_move(slot);
+        let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         self.table.recycle(slot);
+        self.write_besides(&original);
     }
 
     fn apply_offer(
