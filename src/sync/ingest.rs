@@ -193,7 +193,7 @@ impl Replica<'_> {
                 let contested = self.contests.decide(slot, line.generation());
                 if let Some(rival) = contested {
                     self.counters.count(Counter::ClaimsContested);
-                    line.set_stamp(line.stamp().max(rival.stamp).claimed());
+                    line.set_stamp(rival.outdone(line.stamp(), self.config.member));
                     self.epoch = self.epoch.max(line.stamp().epoch);
                 }
                 self.table.store(slot, &line);
@@ -226,13 +226,13 @@ impl Replica<'_> {
                     self.table.set_former(slot, Coordinate::NOWHERE);
                 }
                 // Who was its backup may have claimed it before it fell silent, unheard: what is seen since is newer.
-                let epoch = self.epoch;
+                let (epoch, member) = (self.epoch, self.config.member);
                 self.table.update(slot, |line| {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
-                        let outdone = contested.map_or(Stamp::default(), |rival| rival.stamp);
-                        line.set_stamp(line.stamp().max(outdone).claimed());
+                        let own = line.stamp();
+                        line.set_stamp(contested.map_or(own.claimed(), |rival| rival.outdone(own, member)));
                     } else if changed != 0 && !is(Mutation::VersionStands) {
                         let mut stamp = line.stamp().changed();
                         if !line.peer().is_somewhere() {

@@ -546,11 +546,10 @@ impl Replica<'_> {
     }
 
     /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
-    /// after it, or at the same time. (Of two at once the higher member, as its new would be taken, which may be behind it.)
-    pub(super) fn is_claimed_above(&self, slot: u32, stamp: Stamp, stream: usize) -> bool {
+    /// after it, or at the same time. (An equal stamp is one that was heard from here.)
+    fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
         let own = self.table.line(slot).stamp();
-        let outranks = (stamp, stream_member(stream)) > (own, self.config.member);
-        stamp.epoch > own.epoch || outranks && !self.is_presumed(slot)
+        stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
     }
 
     fn apply_close(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp, seen: bool) -> Verdict {
@@ -571,9 +570,7 @@ impl Replica<'_> {
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
-            Kind::Active
-                if self.is_claimed_above(target.slot, stamp, stream) && !is(Mutation::EarlyCloseIgnored) =>
-            {
+            Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
                 // or have found another slot for the copy.
                 if !self.chores.has_room(Rank::Consequence) {
@@ -629,8 +626,7 @@ impl Replica<'_> {
                 self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
             }
             Kind::Active
-                if self.is_claimed_above(target.slot, stamp, stream)
-                    && !is(Mutation::EarlyReleaseIgnored)
+                if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyReleaseIgnored)
                     || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
