@@ -104,6 +104,8 @@ pub struct CommitResult {
     pub original: Tuple,
     /// What became of it.
     pub outcome: Outcome,
+    /// It was there before, and may raise no events.
+    pub was_there: bool,
 }
 
 /// What happened on the way to the results of a batch.
@@ -152,6 +154,7 @@ struct Entry {
     timeout_s: u32,
     may_create: bool,
     step: Step,
+    was_there: bool,
 }
 
 /// A shard's pen: one batch, and the kernel's entries behind it.
@@ -262,7 +265,7 @@ impl<E: Entries> Committer<E> {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step })?;
+        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step, was_there: false })?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -279,7 +282,7 @@ impl<E: Entries> Committer<E> {
 
     fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
         let connection = Connection::new(*original, original.mirrored(), Default::default());
-        self.add(Entry { connection, timeout_s: 0, may_create: false, step })
+        self.add(Entry { connection, timeout_s: 0, may_create: false, step, was_there: false })
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
@@ -309,7 +312,8 @@ impl<E: Entries> Committer<E> {
                 Step::Done(outcome) => outcome,
                 _ => Outcome::Failed(libc::EAGAIN),
             };
-            results(CommitResult { index, original: entry.connection.original, outcome });
+            let (original, was_there) = (entry.connection.original, entry.was_there);
+            results(CommitResult { index, original, outcome, was_there });
         }
         std::mem::take(&mut self.tally)
     }
@@ -347,7 +351,13 @@ impl<E: Entries> Committer<E> {
         match self.kernel.carry_out() {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
-                    entry.step = entry.next_step(answer, &mut self.tally, &mut self.refused);
+                    let next = entry.next_step(answer, &mut self.tally, &mut self.refused);
+                    entry.was_there |= matches!(
+                        (entry.step, next),
+                        (Step::Update { .. }, Step::Done(Outcome::Written))
+                            | (_, Step::Done(Outcome::AsItWas))
+                    );
+                    entry.step = next;
                 }
             }
             Err(errno) => {

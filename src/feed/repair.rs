@@ -4,7 +4,8 @@
 //! any. A **dump** of the kernel's table finds the connections that are missing here; a **sweep** over our
 //! own table finds those that the dump did not show. A dump walks the table while it changes, so what it
 //! did not show may be there all the same: each is **looked up** before anything is believed. The
-//! same look-ups follow, once a minute, connections that raise no events.
+//! same look-ups follow, once a minute, connections that raise no events, or may raise none: a copy whose entry was there before it is written, and
+//! what goes on in another slot because packets were found to pass.
 //!
 //! **After a warm restart** the table is there and nobody listened for a while: connections have changed, closed and
 //! begun. So the first dump is followed by a sweep as well, and the source counts as read to its end when all the
@@ -373,6 +374,13 @@ impl Repair {
             }
         }
         self.unheard_at = now.after(pause);
+    }
+
+    /// The entry of the connection in this slot was there before the connection, or its copy, had this slot: whether it raises events is not known.
+    pub(super) fn may_be_unheard(&mut self, slot: u32) {
+        if !self.unheard.is_empty() {
+            set(&mut self.unheard, slot);
+        }
     }
 
     /// Look-ups waiting.

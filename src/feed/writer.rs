@@ -297,9 +297,13 @@ impl<E: Entries> Writer<E> {
                 (Outcome::Removed, For::Shift(..)) => return, // Events tell.
                 (Outcome::Present(connection), For::Rest(slot, generation)) => {
                     let touched = is_touched(&connection);
+                    if touched {
+                        repair.may_be_unheard(slot);
+                    }
                     return replica.handle_look(now, slot, generation, Some(&connection), touched);
                 }
                 (Outcome::Present(connection), For::Watch(slot, generation)) => {
+                    repair.may_be_unheard(slot);
                     return replica.handle_watch(now, slot, generation, Some(&connection));
                 }
                 (Outcome::Removed, For::Watch(slot, generation)) => {
@@ -362,6 +366,10 @@ impl<E: Entries> Writer<E> {
                 }
             };
             if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
+                let is_first = replica.table().written(slot) == Written::No;
+                if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {
+                    repair.may_be_unheard(slot);
+                }
                 replica.handle_commit(now, slot, generation, outcome);
             }
         });

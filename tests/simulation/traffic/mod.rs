@@ -21,6 +21,7 @@ mod kernel;
 #[path = "../../kernel/model.rs"]
 #[allow(dead_code)]
 pub mod model;
+mod scripts;
 mod sim;
 
 use std::time::Duration;

@@ -1,0 +1,118 @@
+//! What the simulator once found between the feed and its kernel, each as the shortest script that shows it.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use hypersync::conn::tuple::UDP;
+use hypersync::conn::{Kind, MemberId, Tuple};
+use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
+use hypersync::memory::{MemorySize, OwnedMemory};
+
+use super::kernel::{Ends, Kernel};
+use super::model::{Packet, Payload, Settings, Verdict};
+use crate::world::{Timing, World, memories_of};
+
+const SECOND: Duration = Duration::from_secs(1);
+const HOLD: Duration = Duration::from_millis(400);
+
+/// Gateways with a shard each, and their kernels.
+struct Gateways<'m> {
+    world: World<'m>,
+    kernels: BTreeMap<MemberId, Rc<Kernel>>,
+}
+
+fn memories(count: usize) -> Vec<OwnedMemory> {
+    memories_of(count, MemorySize { extras: SLOTS_MIN, ..MemorySize::new(SLOTS_MIN, ARENA_MIN) })
+}
+
+impl<'m> Gateways<'m> {
+    /// Kernels of so many gateways, and no process yet. Who is born while none listens raises no events.
+    fn boot(memories: &'m [OwnedMemory], count: MemberId) -> Gateways<'m> {
+        let mut world = World::new(1, memories);
+        world.as_announced = true;
+        world.highest = count;
+        let second = SECOND;
+        world.timing =
+            Timing { heartbeat: second / 10, hold: HOLD, reprotect_after: second, compare: second };
+        let settings = || Settings { events: 2, ..Settings::default() };
+        let kernels: BTreeMap<_, _> =
+            (1..=count).map(|member| (member, Kernel::new(member, settings(), 4096))).collect();
+        let of_feeds = RefCell::new(kernels.clone());
+        world.make_feed = Some(Box::new(move |member, shard, shards, capacity, resumed| {
+            let kernel = of_feeds.borrow()[&member].clone();
+            kernel.listen(shards);
+            Box::new(Ends::new(kernel, shard, shards, capacity, resumed, true))
+        }));
+        Gateways { world, kernels }
+    }
+
+    /// A word and its answer pass a gateway.
+    fn talk(&mut self, tuple: Tuple, member: MemberId) {
+        let answer = Packet { tuple: tuple.mirrored(), payload: Payload::Other, is_from_inside: false };
+        for packet in [Packet { tuple, is_from_inside: true, ..answer }, answer] {
+            let verdict = self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
+            assert!(matches!(verdict, Verdict::Passed(_)), "{tuple} passes {member}: {verdict:?}");
+        }
+        self.run_for(SECOND);
+    }
+
+    fn run_for(&mut self, span: Duration) {
+        let end = self.world.now.after(span);
+        let mut collect_at = self.world.now;
+        while !end.reached(self.world.now) {
+            let at = self.world.next_at().min(collect_at).min(end).max(self.world.now);
+            self.world.step_to(at);
+            if collect_at.reached(at) {
+                collect_at = at.after(SECOND);
+                self.kernels.values().for_each(|kernel| kernel.act(at, |table, now| table.collect(now)));
+            }
+            for member in self.world.live() {
+                self.world.hear(member);
+            }
+        }
+    }
+
+    fn is_in_kernel(&self, member: MemberId, tuple: Tuple) -> bool {
+        self.kernels[&member].entries(self.world.now).iter().any(|entry| entry.original == tuple)
+    }
+
+    fn kind(&self, member: MemberId, tuple: Tuple) -> Option<Kind> {
+        let table = self.world.hosts[&member].shards[0].table();
+        table.find_original(&tuple).map(|slot| table.kind(slot))
+    }
+}
+
+fn udp() -> Tuple {
+    Tuple::v4(UDP, ([10, 0, 0, 1].into(), 5000), ([192, 0, 2, 1].into(), 53))
+}
+
+/// Traffic seeds 700000026, 600001368, 600001870: an entry that was born before the process of its gateway raises no events. As a copy it
+/// became another slot's when packets were found to pass it, and then nobody asked for it: when it had run out the pair stayed for good.
+#[test]
+fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
+    let memories = memories(2);
+    let mut gateways = Gateways::boot(&memories, 2);
+    gateways.talk(udp(), 2);
+    gateways.world.start(1, 1, 100);
+    (0..4).for_each(|_| gateways.talk(udp(), 1));
+    gateways.world.start(2, 1, 100);
+    // 2 found its entry, and carries it on as well: who has the packets has the connection.
+    (0..12).for_each(|_| gateways.talk(udp(), 1));
+    assert_eq!([1, 2].map(|m| gateways.kind(m, udp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    // It goes where packets pass, of which no event tells.
+    let idle = Settings::default().timeouts.udp_stream;
+    gateways.talk(udp(), 2);
+    (1..idle / 10).for_each(|_| {
+        gateways.run_for(SECOND * 9);
+        gateways.talk(udp(), 2);
+    });
+    gateways.run_for(SECOND * 30);
+    assert_eq!(gateways.kind(2, udp()), Some(Kind::Active), "its last packets passed here");
+    gateways.run_for(SECOND * (idle + 70));
+    for member in [1, 2] {
+        assert_eq!(gateways.kind(member, udp()), None, "at {member}");
+        assert!(!gateways.is_in_kernel(member, udp()), "in the kernel of {member}");
+    }
+}
