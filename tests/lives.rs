@@ -11,7 +11,7 @@ use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
-use hypersync::conn::{Connection, Kind, MemberId, Tuple};
+use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
@@ -642,4 +642,55 @@ fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
     world.run_until(SECOND * 10, "3 refuses it", |w| w.counter(2, Counter::RefusedByPeer) > 0);
     all_is_well(&mut world);
     assert_eq!(world.hosts[&2].kernel.get(&tuple), Some(&living));
+}
+
+/// Seed 800001965: the same with equal stamps: who comes second leaves the copy to the first one, which would not have been told.
+#[test]
+fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_copy() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let (backup, other) = backup_and_other(&world, &tuple);
+    world.host(backup).full = true;
+    world.change(tuple);
+    world.run_until(SECOND * 10, "both have a copy", |w| {
+        [backup, other].iter().all(|m| kind_at(w, *m, &tuple) == Some(Kind::Backup))
+    });
+    world.host(backup).full = false;
+    move_to(&mut world, tuple, other);
+    let same = world.hosts[&other].touched[&tuple];
+    world.tell(backup, &SourceEvent::seen(Connection { original: tuple, ..same }));
+    world.run_for(SECOND * 2);
+    let differed = [1, 2, 3].map(|member| world.counter(member, Counter::DigestsDiffered));
+    assert_eq!(differed, [0; 3], "{}", world.describe());
+    world.change(tuple);
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
+}
+
+/// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
+#[test]
+fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {
+    let memories = memories(4);
+    let mut world = World::new(1, &memories);
+    world.start(1, 1, 100);
+    world.start(2, 2, 100);
+    world.run_for(ms(100));
+    let tuple = loop {
+        let (tuple, _) = contested(&mut world, [2, 1]);
+        if shard_of(&tuple, 2) == 1 {
+            break tuple;
+        }
+        world.tell(1, &SourceEvent::gone(tuple));
+        world.close(tuple);
+    };
+    world.run_until(HOLD + SECOND * 3, "refused", |w| w.counter(1, Counter::RefusedByPeer) > 0);
+    world.kill(2);
+    world.open.get_mut(&tuple).expect("it is open").owner = 1;
+    world.run_until(SECOND, "2 is dead", |w| !w.hosts[&1].group.view().members[2].status.is_alive());
+    world.start(2, 1, 100);
+    world.run_until(SECOND, "2 is back", |w| w.hosts[&1].group.view().members[2].status.is_alive());
+    world.change(tuple);
+    all_is_well(&mut world);
+    assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [Some(Kind::Active), Some(Kind::Backup)]);
 }

@@ -143,6 +143,13 @@ impl Contests {
         Some(self.contests.remove(at).rival)
     }
 
+    /// What this member had is no more: its places are nobody's, or somebody else's.
+    pub(super) fn forget_places(&mut self, member: MemberId) {
+        for contest in self.contests.iter_mut().filter(|contest| contest.rival.place.member() == member) {
+            contest.rival.place = Coordinate::NOWHERE;
+        }
+    }
+
     /// When the entries are to be looked at.
     pub(super) fn look_at(&self) -> Time {
         if self.contests.is_empty() { Time::NEVER } else { self.look_at }

@@ -294,15 +294,14 @@ impl Replica<'_> {
                 }
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
-            Kind::Backup if here && stamp >= line.stamp() => {
-                // Another member is the active now: the one that took over, or that claimed. Of two that claimed at once the other one counts
-                // on this copy as well, and is told.
+            // Another member is the active now: the one that took over, or that claimed. Of two that claimed at once the other one counts
+            // on this copy as well, and is told; with equal stamps it has the copy, for it would not give way.
+            Kind::Backup
+                if here
+                    && (stamp > line.stamp() || stamp == line.stamp() && !self.is_of_another(slot, own)) =>
+            {
                 let former = line.peer();
-                if former.member() != own.member()
-                    && stamp > line.stamp()
-                    && self.is_up(former.member())
-                    && !self.release(Rank::Consequence, former, stamp)
-                {
+                if self.is_of_another(slot, own) && !self.release(Rank::Consequence, former, stamp) {
                     return Busy;
                 }
                 self.table.set_declined(slot, false); // The new one was not told.
@@ -341,6 +340,12 @@ impl Replica<'_> {
         self.counters.count(Counter::DeltasApplied);
         self.commit(Commit::Write { slot, generation: line.generation() });
         Applied
+    }
+
+    /// Whether the active of the copy in this slot lives, and is at another member than this one.
+    fn is_of_another(&self, slot: u32, active: Coordinate) -> bool {
+        let member = self.table.line(slot).peer().member();
+        member != active.member() && self.is_up(member)
     }
 
     /// A copy is about to come in. If this member holds the same connection as its own, the newer

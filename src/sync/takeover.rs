@@ -365,6 +365,7 @@ impl Replica<'_> {
         self.give_up_all(now, member);
         // Before it can be Up again, with another table perhaps.
         self.drop_chores(member);
+        self.contests.forget_places(member);
         self.jobs.retain(|job| *job != Job::Lose { member });
         self.walk_slot = 0;
         self.counters.count(Counter::StreamsLost);
