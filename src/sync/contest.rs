@@ -184,15 +184,6 @@ impl Replica<'_> {
         }
     }
 
-    /// Doubts that no packet has dispelled.
-    fn end_doubts(&mut self, now: Time) {
-        let is_over = |contest: &Contest| contest.doubt.is_some() && now.since(contest.at) >= FORGOTTEN_AFTER;
-        while let Some(at) = self.contests.contests.iter().position(is_over) {
-            let Contest { slot, generation, doubt, .. } = self.contests.contests.remove(at);
-            self.drop_doubted(slot, generation, doubt);
-        }
-    }
-
     fn drop_doubted(&mut self, slot: u32, generation: Generation, doubt: Option<Doubt>) {
         let line = self.table.line(slot);
         if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
@@ -210,13 +201,12 @@ impl Replica<'_> {
         if !self.contests.look_at().reached(now) {
             return;
         }
-        self.end_doubts(now);
         let table = &self.table;
         self.contests.contests.retain(|contest| {
             let line = table.line(contest.slot);
             line.generation() == contest.generation
                 && matches!(line.kind(), Kind::Held | Kind::Active)
-                && now.since(contest.at) < FORGOTTEN_AFTER
+                && (contest.doubt.is_some() || now.since(contest.at) < FORGOTTEN_AFTER)
         });
         self.contests.look_at = Time::NEVER;
         for n in 0..self.contests.contests.len() {
@@ -233,6 +223,7 @@ impl Replica<'_> {
         }
     }
 
+    /// Whether it is known where the other one has it, and somebody hears it there.
     pub(super) fn can_be_told(&self, rival: &Rival) -> bool {
         rival.place.is_somewhere() && self.is_up(rival.place.member())
     }
@@ -274,6 +265,11 @@ impl Replica<'_> {
         if left as u64 >= silent + MARGIN_S {
             let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
             self.change(now, slot, there, known);
+        } else if contest.doubt.is_some() && now.since(contest.at) >= FORGOTTEN_AFTER {
+            // No packet has dispelled it, up to now.
+            let doubt = contest.doubt;
+            self.contests.decide(slot, generation);
+            self.drop_doubted(slot, generation, doubt);
         }
     }
 }
@@ -379,16 +375,17 @@ mod tests {
         let original = connection(0).original;
         let over = Stamp { epoch: 2, version: 5 };
         for (doubt, told, lives, deletes) in [
-            (Doubt::Closed, &[(0, Some(300)), (4, Some(299))][..], true, false),
-            (Doubt::Closed, &[(0, Some(300)), (4, Some(296))], false, true),
-            (Doubt::Taken, &[(0, Some(300)), (4, Some(296))], false, false),
-            (Doubt::Closed, &[(0, Some(300)), (4, None)], false, false),
+            (Doubt::Closed, [(0, Some(300)), (4, Some(299)), (11, None)], true, false),
+            (Doubt::Closed, [(0, Some(300)), (4, Some(296)), (11, Some(289))], false, true),
+            (Doubt::Taken, [(0, Some(300)), (4, Some(296)), (11, Some(289))], false, false),
+            (Doubt::Closed, [(0, Some(300)), (4, None), (11, None)], false, false),
+            // Traffic seed 600000412: a packet passed after the last look but one.
+            (Doubt::Closed, [(0, Some(300)), (9, Some(291)), (11, Some(299))], true, false),
         ] {
             replica.doubt(at(0), &connection(300), over, doubt);
             let slot = replica.table.find_original(&original).expect("it is held");
             assert!(replica.is_unclaimed(slot), "its entry is no news");
-            watch(&mut replica, slot, told);
-            replica.tick_contests(at(11));
+            watch(&mut replica, slot, &told);
             assert_eq!(replica.table.find_original(&original).is_some(), lives, "{doubt:?} {told:?}");
             let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit()).collect();
             assert_eq!(asked.contains(&Commit::Delete { original }), deletes, "{doubt:?} {told:?}");
