@@ -694,3 +694,29 @@ fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {
     all_is_well(&mut world);
     assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [Some(Kind::Active), Some(Kind::Backup)]);
 }
+
+/// Traffic seeds 500000404, 500001446: what is refused because another one began here is refused still when that one's hold is over, whatever
+/// the epochs: they say nothing of two connections.
+#[test]
+fn a_contest_goes_on_when_the_hold_of_the_younger_one_is_over() {
+    let memories = memories(2);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    world.close(tuple);
+    world.reopen_at(1, tuple); // Above the one before.
+    world.run_for(HOLD - ms(10));
+    let mut connection = world.hosts[&1].touched[&tuple];
+    connection.state.timeout_s = 0;
+    world.tell(2, &SourceEvent::seen(connection));
+    for member in [1, 2] {
+        world.host(member).passing.insert(tuple, connection);
+    }
+    world.open.get_mut(&tuple).expect("it is open").owner = 2;
+    world.run_until(SECOND, "it is refused", |w| w.counter(1, Counter::RefusedByPeer) > 0);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Held));
+    world.run_until(SECOND * 3, "it is offered again", |w| w.counter(2, Counter::Refused) > 1);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active));
+    world.change(tuple);
+    all_is_well(&mut world);
+    assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active), "its packets pass here");
+}

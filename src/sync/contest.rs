@@ -137,6 +137,11 @@ impl Contests {
         self.place_of(slot, generation).is_some()
     }
 
+    /// Whether the connection in this slot is contested by somebody whose stamp is known. It goes on when what was held is sent.
+    pub(super) fn has_rival(&self, slot: u32, generation: Generation) -> bool {
+        self.place_of(slot, generation).is_some_and(|at| self.contests[at].first.is_some())
+    }
+
     /// The contest about the connection in this slot is over; whom it is to outdo, if there was one.
     pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Rival> {
         let at = self.place_of(slot, generation)?;

@@ -400,7 +400,10 @@ impl Replica<'_> {
         let presumed = self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
         // What began here is younger than anything that outlived its hold before it was sent; and stamps say nothing of two connections.
-        let knows_as_much = line.kind() == Kind::Held || !is_same || stamp.epoch == line.stamp().epoch;
+        let knows_as_much = line.kind() == Kind::Held
+            || !is_same
+            || stamp.epoch == line.stamp().epoch
+            || self.contests.has_rival(slot, line.generation());
         let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
         if knows_as_much && self.contest(now, slot, Some(rival)) {
             self.counters.count(Counter::Conflicts);
