@@ -171,7 +171,8 @@ counters! {
     VerifyLooks, "verify_looks", "entries of copies that such a walk asked the kernel for";
     VerifyMissing, "verify_missing", "of these, entries that were not there: written again";
     VerifyDiffered, "verify_differed", "entries with another translation, mark, label or state than their copy: written again";
-    VerifyTouched, "verify_touched", "entries with the timeout that a packet gives, though their active lives elsewhere: traffic may have moved here; the timeout was set again";
+    VerifyTouched, "verify_touched", "entries with the timeout that a packet gives, though their active lives elsewhere: traffic may have moved here; left so";
+    VerifyWentOn, "verify_went_on", "entries whose TCP state packets have changed since they were written, and no event told: taken like an event";
     VerifyForeign, "verify_foreign", "entries of another connection with a copy's original tuple, with traffic of their own: left alone";
     VerifyFull, "verify_full", "entries of another connection that were not remembered for the next walk, because too many were found in one";
 

@@ -11,6 +11,9 @@
 //! or its timeout has done nothing but run down since the walk before. If packets pass it, it stays and
 //! is counted; its next event decides, as ever.
 //!
+//! **A TCP state that a packet gave**, to an entry that was written since, is news that no event told: it is taken like one. Such an entry was there
+//! before anybody listened, and may be another connection's by now.
+//!
 //! **A timeout that a packet gave** says, more often than not, that the copy's traffic is here now: an established
 //! connection that moves raises no event. It is counted and no claim. Where the two directions of a connection
 //! take different gateways it is the same at both of them, for ever, and each walk would turn the pair around; an
@@ -28,8 +31,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use super::kernel::BATCH_PAUSE;
+use super::repair::told_by_answer;
 use crate::conn::extra::parts;
-use crate::conn::table::On;
+use crate::conn::slot::groups;
+use crate::conn::table::{On, Written};
 use crate::conn::tuple::GRE;
 use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, status};
@@ -37,6 +42,7 @@ use crate::conntrack::commit::translates;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
+use crate::source::SourceEvent;
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -67,6 +73,8 @@ enum Finding {
     MustGo(&'static str),
     /// Its timeout is a packet's, not ours.
     Touched,
+    /// So is its TCP state.
+    WentOn,
     /// It is another connection's, and not of our making.
     Foreign,
 }
@@ -263,6 +271,17 @@ impl Verify {
             (Some(Finding::Touched), _) => {
                 counters.count(Counter::VerifyTouched);
             }
+            // Since it was written, and no event told: it raises none.
+            (Some(Finding::WentOn), Some(there)) if replica.table().written(slot) != Written::No => {
+                counters.count(Counter::VerifyWentOn);
+                let known = groups::MARK | told_by_answer(slot, there, replica);
+                replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
+            }
+            (Some(Finding::WentOn), _) => {
+                counters.count(Counter::VerifyDiffered);
+                replica.recommit(now, slot);
+                self.tell(now, slot, replica, "had another TCP state", "it is written again");
+            }
             (Some(Finding::Foreign), Some(there)) => {
                 let suspect = Suspect {
                     slot,
@@ -355,6 +374,11 @@ fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
     if wanted.is_translated() && !translates(there) {
         return Finding::MustGo("had no translation");
     }
+    let has_other_state =
+        wanted.state.tcp_state != 0 && !is_offloaded && wanted.state.tcp_state != there.state.tcp_state;
+    if has_other_state && lives && !is_ours {
+        return Finding::WentOn;
+    }
     if is_ours && there.state.status & COPIED & !wanted.state.status != 0 {
         return Finding::MustGo("had a status that claims more than its active had");
     }
@@ -369,7 +393,7 @@ fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
     if a.has(parts::LABELS) && b.has(parts::LABELS) && a.labels != b.labels {
         return Finding::Differs("had other labels");
     }
-    if wanted.state.tcp_state != 0 && !is_offloaded && wanted.state.tcp_state != there.state.tcp_state {
+    if has_other_state {
         return Finding::Differs("had another TCP state");
     }
     if lives && !is_ours && !is_offloaded { Finding::Touched } else { Finding::Same }

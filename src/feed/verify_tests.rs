@@ -62,6 +62,7 @@ fn every_difference_that_matters_is_found_and_no_other() {
     // Packets have passed it: the connection is the copy's, or it is not.
     assert_eq!(of(&with(|e| e.state.timeout_s = NORMAL_S)), Finding::Touched);
     assert_eq!(of(&with(|e| (e.state.timeout_s, e.reply.dport) = (NORMAL_S, 9))), Finding::Foreign);
+    assert_eq!(of(&with(|e| (e.state.timeout_s, e.state.tcp_state) = (60, 1))), Finding::WentOn);
     let dead = compare(&snat(), &with(|e| e.state.timeout_s = NORMAL_S), false);
     assert_eq!(dead, Finding::Same, "once its active is dead that is its timeout");
 

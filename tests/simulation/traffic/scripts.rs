@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use hypersync::conn::tuple::UDP;
+use hypersync::conn::tuple::{TCP, UDP};
 use hypersync::conn::{Kind, MemberId, Tuple};
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
 use super::kernel::{Ends, Kernel};
+use super::model::tcp::{Place, Segment, TIME_WAIT, flag};
 use super::model::{Packet, Payload, Settings, Verdict};
 use crate::world::{Timing, World, memories_of};
 
@@ -48,14 +49,30 @@ impl<'m> Gateways<'m> {
         Gateways { world, kernels }
     }
 
+    fn pass(&mut self, tuple: Tuple, payload: Payload, is_from_inside: bool, member: MemberId) {
+        let tuple = if is_from_inside { tuple } else { tuple.mirrored() };
+        let packet = Packet { tuple, payload, is_from_inside };
+        let verdict = self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
+        assert!(matches!(verdict, Verdict::Passed(_)), "{tuple} passes {member}: {verdict:?}");
+    }
+
     /// A word and its answer pass a gateway.
     fn talk(&mut self, tuple: Tuple, member: MemberId) {
-        let answer = Packet { tuple: tuple.mirrored(), payload: Payload::Other, is_from_inside: false };
-        for packet in [Packet { tuple, is_from_inside: true, ..answer }, answer] {
-            let verdict = self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
-            assert!(matches!(verdict, Verdict::Passed(_)), "{tuple} passes {member}: {verdict:?}");
+        let payload = match tuple.protocol {
+            TCP => segment(flag::ACK, true),
+            _ => Payload::Other,
+        };
+        for is_from_inside in [true, false] {
+            self.pass(tuple, payload, is_from_inside, member);
         }
         self.run_for(SECOND);
+    }
+
+    /// A TCP connection opens, or closes.
+    fn shake(&mut self, tuple: Tuple, flags: u8, member: MemberId) {
+        for (flags, is_from_inside) in [(flags, true), (flags | flag::ACK, false), (flag::ACK, true)] {
+            self.pass(tuple, segment(flags, false), is_from_inside, member);
+        }
     }
 
     fn run_for(&mut self, span: Duration) {
@@ -82,6 +99,14 @@ impl<'m> Gateways<'m> {
         let table = self.world.hosts[&member].shards[0].table();
         table.find_original(&tuple).map(|slot| table.kind(slot))
     }
+}
+
+fn segment(flags: u8, data: bool) -> Payload {
+    Payload::Tcp(Segment { flags, data, place: Place::Right })
+}
+
+fn tcp() -> Tuple {
+    Tuple::v4(TCP, ([10, 0, 0, 1].into(), 5000), ([192, 0, 2, 1].into(), 80))
 }
 
 fn udp() -> Tuple {
@@ -114,5 +139,28 @@ fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
     for member in [1, 2] {
         assert_eq!(gateways.kind(member, udp()), None, "at {member}");
         assert!(!gateways.is_in_kernel(member, udp()), "in the kernel of {member}");
+    }
+}
+
+/// Traffic seed 600001843: the walk over the copies gave such an entry its copy's state again, though packets had changed it since: here a
+/// connection that had closed, there the next one from its port.
+#[test]
+fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
+    let memories = memories(2);
+    let mut gateways = Gateways::boot(&memories, 2);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.world.start(1, 1, 100);
+    gateways.run_for(SECOND);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    gateways.world.start(2, 1, 100);
+    (0..12).for_each(|_| gateways.talk(tcp(), 1));
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    gateways.shake(tcp(), flag::FIN | flag::ACK, 2);
+    let lingers = Settings::default().timeouts.tcp[TIME_WAIT as usize];
+    gateways.run_for(SECOND * (lingers + 30));
+    for member in [1, 2] {
+        assert_eq!(gateways.kind(member, tcp()), None, "at {member}");
+        assert!(!gateways.is_in_kernel(member, tcp()), "in the kernel of {member}");
     }
 }
