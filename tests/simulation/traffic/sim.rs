@@ -334,12 +334,12 @@ impl<'m> Sim<'m> {
     /// Something is about to happen: what had settled by now has to survive it.
     fn disturb(&mut self) {
         let (now, is_calm) = (self.world.now, self.is_calm());
-        let alone = self.without_two_copies();
-        for flow in &mut self.flows {
+        let having: Vec<usize> = self.flows.iter().map(|flow| self.having(flow).len()).collect();
+        for (flow, having) in self.flows.iter_mut().zip(having) {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // One that is cut off already is no concern of what follows.
             // (Nor what counts as exposed: that there is nothing else without two copies is checked when all has settled.)
-            flow.is_safe = is_calm && is_old && flow.tries == 0 && !alone.contains_key(&flow.number);
+            flow.is_safe = is_calm && is_old && flow.tries == 0 && having >= 2;
         }
         self.disturbed_at = now;
     }
@@ -539,7 +539,7 @@ impl<'m> Sim<'m> {
             }
             // An entry that stood in the way of the SYN went at this very moment: the client sends it again.
             Verdict::Invalid | Verdict::Dropped if matches!(flow.step, Step::SynAck) && flow.tries < 3 => {
-                flow.step = Step::Syn;
+                (flow.step, flow.leaving) = (Step::Syn, None);
                 flow.lost(now);
                 Ok(())
             }
@@ -619,6 +619,16 @@ impl<'m> Sim<'m> {
         }
     }
 
+    /// The kernels that have an entry of the flow, in its translation.
+    fn having(&self, flow: &Flow) -> Vec<MemberId> {
+        let kernels = self.kernels.borrow();
+        let having = kernels.iter().filter(|(_, kernel)| {
+            let entry = kernel.act(self.world.now, |table, now| table.get(now, &flow.original));
+            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == flow.leaving)
+        });
+        having.map(|(member, _)| *member).collect()
+    }
+
     /// Flows that are past their hold and have no entry in two kernels.
     fn without_two_copies(&self) -> BTreeMap<u32, (Tuple, Vec<MemberId>)> {
         let now = self.world.now;
@@ -630,12 +640,7 @@ impl<'m> Sim<'m> {
             if !is_old || !is_heard || !flow.is_talking() || flow.tries > 0 {
                 continue;
             }
-            let kernels = self.kernels.borrow();
-            let having = kernels.iter().filter(|(_, kernel)| {
-                let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
-                entry.is_some_and(|entry| Some(entry.reply.mirrored()) == flow.leaving)
-            });
-            let having: Vec<MemberId> = having.map(|(member, _)| *member).collect();
+            let having = self.having(flow);
             if having.len() < 2 {
                 alone.insert(flow.number, (flow.original, having));
             }
