@@ -106,6 +106,8 @@ pub struct CommitResult {
     pub outcome: Outcome,
     /// It was there before, and may raise no events.
     pub was_there: bool,
+    /// The normal timeout, in seconds, that it has now, and no packet has passed it; 0: not so.
+    pub silent_s: u32,
 }
 
 /// What happened on the way to the results of a batch.
@@ -155,6 +157,10 @@ struct Entry {
     may_create: bool,
     step: Step,
     was_there: bool,
+    /// What an entry has left at most that had the normal timeout from us, and no packet since; 0: it had not.
+    silent_s: u32,
+    /// The entry that was there had packets.
+    is_touched: bool,
 }
 
 /// A shard's pen: one batch, and the kernel's entries behind it.
@@ -238,9 +244,19 @@ impl<E: Entries> Committer<E> {
         self.add_written(connection, lifetime, Step::Replace)
     }
 
-    /// Adds an entry to be written unless packets have passed it since it was: then the kernel knows it better.
-    pub fn keep(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
-        self.add_written(connection, lifetime, Step::Keep)
+    /// Adds an entry to be written unless packets have passed it since it was: then the kernel knows it better. One that was given its
+    /// normal timeout has at most `silent_s` left if none has; 0: it was not.
+    pub fn keep(
+        &mut self,
+        connection: &Connection,
+        lifetime: Lifetime,
+        silent_s: u32,
+    ) -> Result<(), FlushFirst> {
+        self.add_written(connection, lifetime, Step::Keep)?;
+        if let Some(entry) = self.entries.last_mut() {
+            entry.silent_s = silent_s;
+        }
+        Ok(())
     }
 
     /// Adds an entry to be brought up to date if it is there.
@@ -265,7 +281,7 @@ impl<E: Entries> Committer<E> {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry { connection, timeout_s, may_create: step != Step::Look, step, was_there: false })?;
+        self.add(Entry::new(connection, timeout_s, step != Step::Look, step))?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -282,7 +298,7 @@ impl<E: Entries> Committer<E> {
 
     fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
         let connection = Connection::new(*original, original.mirrored(), Default::default());
-        self.add(Entry { connection, timeout_s: 0, may_create: false, step, was_there: false })
+        self.add(Entry::new(connection, 0, false, step))
     }
 
     fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
@@ -313,7 +329,9 @@ impl<E: Entries> Committer<E> {
                 _ => Outcome::Failed(libc::EAGAIN),
             };
             let (original, was_there) = (entry.connection.original, entry.was_there);
-            results(CommitResult { index, original, outcome, was_there });
+            let is_silent = outcome == Outcome::Written && !entry.is_touched;
+            let silent_s = if is_silent && entry.timeout_s <= GIVEN_MAX_S { entry.timeout_s } else { 0 };
+            results(CommitResult { index, original, outcome, was_there, silent_s });
         }
         std::mem::take(&mut self.tally)
     }
@@ -351,6 +369,8 @@ impl<E: Entries> Committer<E> {
         match self.kernel.carry_out() {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
+                    let found = answer.found;
+                    entry.is_touched |= found.is_some_and(|there| entry.has_packets(&there));
                     let next = entry.next_step(answer, &mut self.tally, &mut self.refused);
                     entry.was_there |= matches!(
                         (entry.step, next),
@@ -383,6 +403,16 @@ fn is_shift_unknown(connection: &Connection) -> bool {
 }
 
 impl Entry {
+    fn new(connection: Connection, timeout_s: u32, may_create: bool, step: Step) -> Entry {
+        let (was_there, silent_s, is_touched) = (false, 0, false);
+        Entry { connection, timeout_s, may_create, step, was_there, silent_s, is_touched }
+    }
+
+    /// Whether packets have passed the entry that is there.
+    fn has_packets(&self, there: &Connection) -> bool {
+        is_touched(there) && there.state.timeout_s > self.silent_s
+    }
+
     /// Without its helper, if it has one and this is how a kernel refuses a helper.
     fn drop_helper(&mut self, errno: i32, tally: &mut Tally, refused: &mut Vec<[u8; HELPER_NAME]>) -> bool {
         let is_helpers_fault = matches!(errno, libc::EOPNOTSUPP | libc::EAGAIN);
@@ -413,7 +443,7 @@ impl Entry {
     /// Whether the entry that is there is this connection's, and packets have passed it. One that has ended is no living copy's.
     fn is_known_better(&self, there: &Connection) -> bool {
         there.reply == self.connection.reply
-            && is_touched(there)
+            && self.has_packets(there)
             && (self.timeout_s != KEPT_TIMEOUT_S || there.phase() != Phase::Over)
     }
 

@@ -102,7 +102,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             ),
             verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
             shifts: Shifts::new(parts.capacity),
-            writer: Writer::new(parts.committer),
+            writer: Writer::new(parts.committer, parts.capacity),
         }
     }
 

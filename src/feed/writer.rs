@@ -63,16 +63,25 @@ pub(super) struct Writer<E> {
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
+    /// Of each slot: the second in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no packet
+    /// passes; 0: it was not given that.
+    runs_out: Vec<u32>,
     lines: Sparse,
 }
 
+/// The second that a time is in.
+fn second(time: Time) -> u32 {
+    (time.0 / 1_000_000_000) as u32
+}
+
 impl<E: Entries> Writer<E> {
-    pub(super) fn new(committer: Committer<E>) -> Writer<E> {
+    pub(super) fn new(committer: Committer<E>, capacity: u32) -> Writer<E> {
         Writer {
             committer,
             claims: Claims::new(),
             had_room: true,
             batch: Vec::with_capacity(Committer::BATCH),
+            runs_out: vec![0; capacity as usize],
             lines: Sparse::new(TELL_PAUSE),
         }
     }
@@ -232,7 +241,14 @@ impl<E: Entries> Writer<E> {
                 let connection = replica.table().connection(*slot);
                 match commit {
                     Commit::Write { .. } => self.committer.write(&connection, lifetime)?,
-                    _ => self.committer.keep(&connection, lifetime)?,
+                    _ => {
+                        let silent_s = match self.runs_out[*slot as usize] {
+                            0 => 0,
+                            // Timeouts are told in whole seconds.
+                            at => at.saturating_sub(second(now)) + 1,
+                        };
+                        self.committer.keep(&connection, lifetime, silent_s)?;
+                    }
                 }
                 shifts.note(now, *slot, &connection);
                 entry
@@ -273,7 +289,7 @@ impl<E: Entries> Writer<E> {
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let Writer { committer, batch, lines, .. } = self;
+        let Writer { committer, batch, lines, runs_out, .. } = self;
         if batch.is_empty() {
             return;
         }
@@ -366,6 +382,10 @@ impl<E: Entries> Writer<E> {
                 }
             };
             if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
+                runs_out[slot as usize] = match result.silent_s {
+                    0 => 0,
+                    silent_s => second(now) + silent_s,
+                };
                 let is_first = replica.table().written(slot) == Written::No;
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {
                     repair.may_be_unheard(slot);

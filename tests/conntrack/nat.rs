@@ -136,7 +136,7 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         let peer = exchange();
         let copy = translated(&mut source, Family::V4, UDP);
         let keep = |committer: &mut Committer, connection: &Connection| {
-            committer.keep(connection, Lifetime::Kept).expect("an empty batch");
+            committer.keep(connection, Lifetime::Kept, 0).expect("an empty batch");
             outcomes(committer)[0]
         };
         let look = |committer: &mut Committer| {
@@ -165,7 +165,7 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         // A takeover lets it last as long as a new one: here as the dead gateway's kernel had last given it. No less than it has.
         for (given_s, outcome) in [(5, Outcome::AsItWas), (1000, Outcome::Written), (500, Outcome::AsItWas)] {
             let given = Connection { state: State { timeout_s: given_s, ..copy.state }, ..copy };
-            committer.keep(&given, Lifetime::Normal).expect("an empty batch");
+            committer.keep(&given, Lifetime::Normal, 0).expect("an empty batch");
             assert_eq!(outcomes(&mut committer), [outcome], "{given_s} s");
         }
         let there = look(&mut committer).expect("it is there");

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use hypersync::conn::tuple::{TCP, UDP};
 use hypersync::conn::{Kind, MemberId, Tuple};
+use hypersync::conntrack::codec::GIVEN_MAX_S;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
@@ -92,7 +93,13 @@ impl<'m> Gateways<'m> {
     }
 
     fn is_in_kernel(&self, member: MemberId, tuple: Tuple) -> bool {
-        self.kernels[&member].entries(self.world.now).iter().any(|entry| entry.original == tuple)
+        self.left(member, tuple).is_some()
+    }
+
+    /// The seconds that a kernel's entry has left.
+    fn left(&self, member: MemberId, tuple: Tuple) -> Option<u32> {
+        let entries = self.kernels[&member].entries(self.world.now);
+        entries.iter().find(|entry| entry.original == tuple).map(|entry| entry.state.timeout_s)
     }
 
     fn kind(&self, member: MemberId, tuple: Tuple) -> Option<Kind> {
@@ -162,5 +169,30 @@ fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
     for member in [1, 2] {
         assert_eq!(gateways.kind(member, tcp()), None, "at {member}");
         assert!(!gateways.is_in_kernel(member, tcp()), "in the kernel of {member}");
+    }
+}
+
+/// Traffic seeds 600000676, 600001812: a copy that was given its normal timeout while its active was silent was left with it, as if packets had
+/// passed: it ran out, and was not there when the active died.
+#[test]
+fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
+    for has_packets in [false, true] {
+        let memories = memories(2);
+        let mut gateways = Gateways::boot(&memories, 2);
+        gateways.world.start(1, 1, 100);
+        gateways.world.start(2, 1, 100);
+        gateways.run_for(SECOND);
+        (0..3).for_each(|_| gateways.talk(udp(), 1));
+        assert!(gateways.left(2, udp()).is_some_and(|left| left > GIVEN_MAX_S), "it is a copy");
+        gateways.world.pause(1, true);
+        gateways.run_for(SECOND * 4);
+        assert!(gateways.left(2, udp()).is_some_and(|left| left <= GIVEN_MAX_S), "it was taken over");
+        if has_packets {
+            gateways.talk(udp(), 2);
+        }
+        gateways.world.pause(1, false);
+        gateways.run_for(SECOND * 3);
+        let is_copys = gateways.left(2, udp()).is_some_and(|left| left > GIVEN_MAX_S);
+        assert_eq!(is_copys, !has_packets, "its own packets tell that it may be needed: {has_packets}");
     }
 }
