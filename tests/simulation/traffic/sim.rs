@@ -779,6 +779,10 @@ impl<'m> Sim<'m> {
             if flow.passed.is_some_and(|(_, at)| at == victim) {
                 flow.is_intact = false;
             }
+            // Nor does it come back by itself when that gateway is there again.
+            if let Some((_, routed)) = flow.way.as_mut().filter(|(way, _)| *way == victim) {
+                *routed = 0;
+            }
         }
         let detected = ms(self.rng.below(1500));
         self.run_for(detected, true)?;
