@@ -196,7 +196,9 @@ impl Replica<'_> {
                 self.unassign(place.slot);
                 match reason {
                     // Nobody's packets were seen here, and somebody carries it on who knows it better.
-                    Reason::Superseded if self.is_presumed(place.slot) => self.drop_presumed(place.slot),
+                    Reason::Superseded if self.is_presumed(place.slot) => {
+                        self.doubt_presumed(now, place.slot)
+                    }
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => {
                         // What the other one's is was not told.

@@ -25,6 +25,9 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// A contest that nobody spoke of for so long is over: members ask again each second.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
+/// How long a member that took a connection over looks for its packets when another one has it. No copy is taken meanwhile.
+const PRESUMED_FOR: Duration = Duration::from_secs(4);
+
 /// Timeouts are told in whole seconds: one that is higher by so many than it would be without a packet was put back by one.
 const MARGIN_S: u64 = 2;
 
@@ -72,6 +75,18 @@ pub(super) enum Doubt {
     Closed,
     /// Another member has it: it stays for its own time, and may become a copy's.
     Taken,
+    /// It was only taken over, and another member has it, perhaps without packets either: the same, but it becomes a copy's no sooner.
+    Presumed,
+}
+
+impl Doubt {
+    /// How long packets have time to dispel it.
+    fn lasts(self) -> Duration {
+        match self {
+            Doubt::Closed | Doubt::Taken => FORGOTTEN_AFTER,
+            Doubt::Presumed => PRESUMED_FOR,
+        }
+    }
 }
 
 /// The contests of a shard.
@@ -99,7 +114,9 @@ impl Contests {
         let at = match self.find(slot) {
             Ok(at) if self.contests[at].generation == generation => {
                 let contest = &mut self.contests[at];
-                contest.at = now;
+                if contest.doubt.is_none() {
+                    contest.at = now;
+                }
                 let Some(rival) = rival else { return true };
                 contest.rival = Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
                 let first = *contest.first.get_or_insert(rival.stamp);
@@ -189,6 +206,24 @@ impl Replica<'_> {
         }
     }
 
+    /// The connection in this slot was only taken over, and another member refuses it, for it has it itself: packets that pass here, of which no event
+    /// tells, are looked for before that one's copy takes their entry.
+    pub(super) fn doubt_presumed(&mut self, now: Time, slot: u32) {
+        let (connection, stamp) = (self.table.connection(slot), self.table.line(slot).stamp());
+        self.drop_presumed(slot);
+        if self.table.find_original(&connection.original).is_none() {
+            self.doubt(now, &connection, stamp, Doubt::Presumed);
+        }
+    }
+
+    /// Another member brings the connection in this slot, which is looked for packets here. Whether it has to wait.
+    pub(super) fn is_looked_for(&mut self, now: Time, slot: u32, rival: Rival) -> bool {
+        let line = self.table.line(slot);
+        let is_presumed = |at: usize| self.contests.contests[at].doubt == Some(Doubt::Presumed);
+        self.contests.place_of(slot, line.generation()).is_some_and(is_presumed)
+            && self.contests.note(now, (slot, line.generation()), line.stamp(), Some(rival), None)
+    }
+
     fn drop_doubted(&mut self, slot: u32, generation: Generation, doubt: Option<Doubt>) {
         let line = self.table.line(slot);
         if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
@@ -270,9 +305,10 @@ impl Replica<'_> {
         if left as u64 >= silent + MARGIN_S {
             let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
             self.change(now, slot, there, known);
-        } else if contest.doubt.is_some() && now.since(contest.at) >= FORGOTTEN_AFTER {
+        } else if let doubt @ Some(of) = contest.doubt
+            && now.since(contest.at) >= of.lasts()
+        {
             // No packet has dispelled it, up to now.
-            let doubt = contest.doubt;
             self.contests.decide(slot, generation);
             self.drop_doubted(slot, generation, doubt);
         }
@@ -399,6 +435,35 @@ mod tests {
                 replica.handle_source(at(12), &SourceEvent::gone(original));
             }
         }
+    }
+
+    /// Traffic seeds 600001570, 910001754: a member came back without its table, and refused for its idle entry who had taken the connection over and
+    /// had its packets. Its copy took the place of their entry at once.
+    #[test]
+    fn what_was_taken_over_and_is_refused_is_looked_for_packets_before_a_copy_takes_its_entry() {
+        for (told, goes_on) in [
+            ([(0, Some(300)), (3, Some(300)), (5, Some(299))], true),
+            ([(0, Some(300)), (3, Some(297)), (5, Some(295))], false),
+        ] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, slot) = held(&memory);
+            replica.unlist(slot);
+            replica.table.update(slot, |line| line.set_kind(Kind::Active));
+            replica.table.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
+            assert!(replica.is_presumed(slot));
+            replica.doubt_presumed(at(0), slot);
+            let original = connection(0).original;
+            let slot = replica.table.find_original(&original).expect("it is held");
+            assert!(replica.is_looked_for(at(1), slot, rival(5, 1)), "the other one's copy has to wait");
+            watch(&mut replica, slot, &told);
+            let stamp = replica.table.find_original(&original).map(|slot| replica.table.line(slot).stamp());
+            assert_eq!(stamp.is_some_and(|stamp| stamp > rival(5, 1).stamp), goes_on);
+            assert_eq!(stamp.is_some(), goes_on, "its slot is free for a copy");
+            assert!(!std::iter::from_fn(|| replica.poll_commit()).any(|c| c == Commit::Delete { original }));
+        }
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let (mut replica, slot) = held(&memory);
+        assert!(!replica.is_looked_for(at(1), slot, rival(5, 1)), "nobody looks");
     }
 
     #[test]

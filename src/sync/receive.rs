@@ -385,7 +385,12 @@ impl Replica<'_> {
             return Ok(false); // The close of the older one is on its way.
         }
         let is_same = self.table.tuples(slot) == (connection.original, connection.reply);
+        let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
         if line.kind() == Kind::Held && line.is_unseen() && is_same {
+            if self.is_looked_for(now, slot, rival) {
+                self.counters.count(Counter::Conflicts);
+                return Err(Refused(Reason::Superseded));
+            }
             // Whether its packets pass here was just to be found out: now it has an active again.
             self.table.forget(slot);
             self.table.recycle(slot);
@@ -404,7 +409,6 @@ impl Replica<'_> {
             || !is_same
             || stamp.epoch == line.stamp().epoch
             || self.contests.has_rival(slot, line.generation());
-        let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
         if knows_as_much && self.contest(now, slot, Some(rival)) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));

@@ -12,12 +12,14 @@ use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
 use super::kernel::{Ends, Kernel};
-use super::model::tcp::{Place, Segment, TIME_WAIT, flag};
+use super::model::tcp::{ESTABLISHED, Place, Segment, TIME_WAIT, flag};
 use super::model::{Packet, Payload, Settings, Verdict};
 use crate::world::{Timing, World, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
-const HOLD: Duration = Duration::from_millis(400);
+const HOLD: Duration = Duration::from_secs(2);
+/// Short, so that a script sees an idle entry run out.
+const ESTABLISHED_S: u32 = 60;
 
 /// Gateways with a shard each, and their kernels.
 struct Gateways<'m> {
@@ -38,7 +40,11 @@ impl<'m> Gateways<'m> {
         let second = SECOND;
         world.timing =
             Timing { heartbeat: second / 10, hold: HOLD, reprotect_after: second, compare: second };
-        let settings = || Settings { events: 2, ..Settings::default() };
+        let settings = || {
+            let mut settings = Settings { events: 2, ..Settings::default() };
+            settings.timeouts.tcp[ESTABLISHED as usize] = ESTABLISHED_S;
+            settings
+        };
         let kernels: BTreeMap<_, _> =
             (1..=count).map(|member| (member, Kernel::new(member, settings(), 4096))).collect();
         let of_feeds = RefCell::new(kernels.clone());
