@@ -542,14 +542,9 @@ fn who_had_its_claim_refused_is_no_backup_of_the_other() {
     all_is_well(&mut world);
 }
 
-/// Seed 600001560: while a connection moves from one backup to another, packets show up at both. Its active takes the copy of the one, and then
-/// that of the other, which is newer: the first one still counts on it, and is told.
-#[test]
-fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
-    let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
-    let tuple = protected(&mut world);
-    let (backup, other) = backup_and_other(&world, &tuple);
+/// 1's connection moves from its backup to the other one, and both have a copy.
+fn turn_with_both(world: &mut World<'_>, tuple: Tuple) -> (MemberId, MemberId) {
+    let (backup, other) = backup_and_other(world, &tuple);
     // Its kernel does not take the next state, and 1 turns to the other one.
     world.host(backup).full = true;
     world.change(tuple);
@@ -557,6 +552,17 @@ fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
         [backup, other].iter().all(|m| kind_at(w, *m, &tuple) == Some(Kind::Backup))
     });
     world.host(backup).full = false;
+    (backup, other)
+}
+
+/// Seed 600001560: while a connection moves from one backup to another, packets show up at both. Its active takes the copy of the one, and then
+/// that of the other, which is newer: the first one still counts on it, and is told.
+#[test]
+fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let (backup, other) = turn_with_both(&mut world, tuple);
     move_to(&mut world, tuple, backup);
     world.step();
     move_to(&mut world, tuple, other);
@@ -650,16 +656,10 @@ fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_c
     let memories = memories(3);
     let mut world = group(&memories, &[100, 100, 100]);
     let tuple = protected(&mut world);
-    let (backup, other) = backup_and_other(&world, &tuple);
-    world.host(backup).full = true;
-    world.change(tuple);
-    world.run_until(SECOND * 10, "both have a copy", |w| {
-        [backup, other].iter().all(|m| kind_at(w, *m, &tuple) == Some(Kind::Backup))
-    });
-    world.host(backup).full = false;
+    let (backup, other) = turn_with_both(&mut world, tuple);
     move_to(&mut world, tuple, other);
     let same = world.hosts[&other].touched[&tuple];
-    world.tell(backup, &SourceEvent::seen(Connection { original: tuple, ..same }));
+    world.tell(backup, &SourceEvent::seen(same));
     world.run_for(SECOND * 2);
     let differed = [1, 2, 3].map(|member| world.counter(member, Counter::DigestsDiffered));
     assert_eq!(differed, [0; 3], "{}", world.describe());

@@ -12,14 +12,12 @@ use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
 use super::kernel::{Ends, Kernel};
-use super::model::tcp::{ESTABLISHED, Place, Segment, TIME_WAIT, flag};
+use super::model::tcp::{Place, Segment, TIME_WAIT, flag};
 use super::model::{Packet, Payload, Settings, Verdict};
 use crate::world::{Timing, World, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
-const HOLD: Duration = Duration::from_secs(2);
-/// Short, so that a script sees an idle entry run out.
-const ESTABLISHED_S: u32 = 60;
+const HOLD: Duration = Duration::from_millis(400);
 
 /// Gateways with a shard each, and their kernels.
 struct Gateways<'m> {
@@ -37,14 +35,9 @@ impl<'m> Gateways<'m> {
         let mut world = World::new(1, memories);
         world.as_announced = true;
         world.highest = count;
-        let second = SECOND;
         world.timing =
-            Timing { heartbeat: second / 10, hold: HOLD, reprotect_after: second, compare: second };
-        let settings = || {
-            let mut settings = Settings { events: 2, ..Settings::default() };
-            settings.timeouts.tcp[ESTABLISHED as usize] = ESTABLISHED_S;
-            settings
-        };
+            Timing { heartbeat: SECOND / 10, hold: HOLD, reprotect_after: SECOND, compare: SECOND };
+        let settings = || Settings { events: 2, ..Settings::default() };
         let kernels: BTreeMap<_, _> =
             (1..=count).map(|member| (member, Kernel::new(member, settings(), 4096))).collect();
         let of_feeds = RefCell::new(kernels.clone());
@@ -98,14 +91,26 @@ impl<'m> Gateways<'m> {
         }
     }
 
-    fn is_in_kernel(&self, member: MemberId, tuple: Tuple) -> bool {
-        self.left(member, tuple).is_some()
-    }
-
     /// The seconds that a kernel's entry has left.
     fn left(&self, member: MemberId, tuple: Tuple) -> Option<u32> {
         let entries = self.kernels[&member].entries(self.world.now);
         entries.iter().find(|entry| entry.original == tuple).map(|entry| entry.state.timeout_s)
+    }
+
+    /// No table and no kernel has it any more.
+    fn assert_gone(&self, tuple: Tuple) {
+        for member in self.kernels.keys() {
+            assert_eq!(self.kind(*member, tuple), None, "at {member}");
+            assert_eq!(self.left(*member, tuple), None, "in the kernel of {member}");
+        }
+    }
+
+    /// 1 carries the connection on, and has found its copy a place over the entry that 2's kernel has had from before anybody listened.
+    fn settle_over_an_unheard_entry(&mut self, tuple: Tuple) {
+        self.world.start(2, 1, 100);
+        // 2 finds its entry, and carries it on as well: who has the packets has the connection.
+        (0..12).for_each(|_| self.talk(tuple, 1));
+        assert_eq!([1, 2].map(|m| self.kind(m, tuple)), [Some(Kind::Active), Some(Kind::Backup)]);
     }
 
     fn kind(&self, member: MemberId, tuple: Tuple) -> Option<Kind> {
@@ -135,10 +140,7 @@ fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
     gateways.talk(udp(), 2);
     gateways.world.start(1, 1, 100);
     (0..4).for_each(|_| gateways.talk(udp(), 1));
-    gateways.world.start(2, 1, 100);
-    // 2 found its entry, and carries it on as well: who has the packets has the connection.
-    (0..12).for_each(|_| gateways.talk(udp(), 1));
-    assert_eq!([1, 2].map(|m| gateways.kind(m, udp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    gateways.settle_over_an_unheard_entry(udp());
     // It goes where packets pass, of which no event tells.
     let idle = Settings::default().timeouts.udp_stream;
     gateways.talk(udp(), 2);
@@ -149,10 +151,7 @@ fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
     gateways.run_for(SECOND * 30);
     assert_eq!(gateways.kind(2, udp()), Some(Kind::Active), "its last packets passed here");
     gateways.run_for(SECOND * (idle + 70));
-    for member in [1, 2] {
-        assert_eq!(gateways.kind(member, udp()), None, "at {member}");
-        assert!(!gateways.is_in_kernel(member, udp()), "in the kernel of {member}");
-    }
+    gateways.assert_gone(udp());
 }
 
 /// Traffic seed 600001843: the walk over the copies gave such an entry its copy's state again, though packets had changed it since: here a
@@ -166,16 +165,11 @@ fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
     gateways.run_for(SECOND);
     gateways.shake(tcp(), flag::SYN, 1);
     gateways.talk(tcp(), 1);
-    gateways.world.start(2, 1, 100);
-    (0..12).for_each(|_| gateways.talk(tcp(), 1));
-    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    gateways.settle_over_an_unheard_entry(tcp());
     gateways.shake(tcp(), flag::FIN | flag::ACK, 2);
     let lingers = Settings::default().timeouts.tcp[TIME_WAIT as usize];
     gateways.run_for(SECOND * (lingers + 30));
-    for member in [1, 2] {
-        assert_eq!(gateways.kind(member, tcp()), None, "at {member}");
-        assert!(!gateways.is_in_kernel(member, tcp()), "in the kernel of {member}");
-    }
+    gateways.assert_gone(tcp());
 }
 
 /// Traffic seeds 600000676, 600001812: a copy that was given its normal timeout while its active was silent was left with it, as if packets had
