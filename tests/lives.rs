@@ -15,7 +15,7 @@ use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
-use hypersync::source::{End, SourceEvent};
+use hypersync::source::{CommitMode, End, SourceEvent};
 use world::{HOLD, REPROTECT, World, address, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -650,7 +650,8 @@ fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
     assert_eq!(world.hosts[&2].kernel.get(&tuple), Some(&living));
 }
 
-/// Seed 800001965: the same with equal stamps: who comes second leaves the copy to the first one, which would not have been told.
+/// Seeds 800001965, 930001209: the same with equal stamps: who comes second leaves the copy to the first one, which would not have been told, and is
+/// told itself: no packet elsewhere would tell it.
 #[test]
 fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_copy() {
     let memories = memories(3);
@@ -663,6 +664,8 @@ fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_c
     world.run_for(SECOND * 2);
     let differed = [1, 2, 3].map(|member| world.counter(member, Counter::DigestsDiffered));
     assert_eq!(differed, [0; 3], "{}", world.describe());
+    let actives = world.copies()[&tuple].iter().filter(|copy| copy.kind == Kind::Active).count();
+    assert_eq!(actives, 1, "{}", world.describe());
     world.change(tuple);
     all_is_well(&mut world);
     assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
@@ -719,4 +722,22 @@ fn a_contest_goes_on_when_the_hold_of_the_younger_one_is_over() {
     world.change(tuple);
     all_is_well(&mut world);
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active), "its packets pass here");
+}
+
+/// Seed 930001209: two members carry a connection on, with equal stamps, and no kernel can be asked where its packets pass. The one whose new is refused
+/// had no other way to learn of it.
+#[test]
+fn of_two_with_equal_stamps_one_is_told_where_no_kernel_can_be_asked() {
+    let memories = memories(3);
+    let mut world = World::new(1, &memories);
+    world.commit = CommitMode::Off;
+    for (member, priority) in [(1, 100), (2, 200), (3, 150)] {
+        world.start(member, 1, priority);
+    }
+    world.run_for(ms(100));
+    let tuple = world.open_at(2);
+    let same = world.hosts[&2].touched[&tuple];
+    world.tell(1, &SourceEvent::seen(same));
+    all_is_well(&mut world);
+    assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [None, Some(Kind::Active)]);
 }

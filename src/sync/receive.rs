@@ -295,7 +295,7 @@ impl Replica<'_> {
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
             }
             // Another member is the active now: the one that took over, or that claimed. Of two that claimed at once the other one counts
-            // on this copy as well, and is told; with equal stamps it has the copy, for it would not give way.
+            // on this copy as well, and is told; with equal stamps it has the copy.
             Kind::Backup
                 if here
                     && (stamp > line.stamp() || stamp == line.stamp() && !self.is_of_another(slot, own)) =>
@@ -332,6 +332,13 @@ impl Replica<'_> {
                 self.table.set_declined(slot, true);
                 self.begin_copy(slot);
                 self.overwrite(slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
+            }
+            Kind::Backup if here && stamp == line.stamp() => {
+                // Nothing that follows would tell the one that comes second: nobody else knows of both.
+                if !self.release(Rank::Consequence, own, stamp.changed()) {
+                    return Busy;
+                }
+                return Refused(Reason::Superseded);
             }
             Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
             // Another connection's place by now, or nobody's; or closed here while it was claimed there.
@@ -414,6 +421,15 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
+            // Two claims from one state: the other one, if it is not the backup by now, is told whose it is.
+            let is_tie = stamp == line.stamp() && line.kind() == Kind::Active && !presumed;
+            if is_tie
+                && is_same
+                && line.peer() != own
+                && !self.release(Rank::Consequence, own, stamp.changed())
+            {
+                return Err(Busy);
+            }
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
@@ -558,7 +574,7 @@ impl Replica<'_> {
     }
 
     /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
-    /// after it, or at the same time. (An equal stamp is one that was heard from here.)
+    /// after it, or at the same time. (An equal stamp may be one's own that comes back.)
     fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
         let own = self.table.line(slot).stamp();
         stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
