@@ -137,7 +137,10 @@ pub struct FlushFirst;
 enum Step {
     Create,
     /// As it is, if packets have passed it.
-    Keep,
+    Keep {
+        /// What it has left at most if it was given its normal timeout and no packet has passed since; 0: it was not given that.
+        silent_s: u32,
+    },
     Look,
     Ask,
     Update {
@@ -157,8 +160,6 @@ struct Entry {
     may_create: bool,
     step: Step,
     was_there: bool,
-    /// What an entry has left at most that had the normal timeout from us, and no packet since; 0: it had not.
-    silent_s: u32,
     /// The entry that was there had packets.
     is_touched: bool,
 }
@@ -252,11 +253,7 @@ impl<E: Entries> Committer<E> {
         lifetime: Lifetime,
         silent_s: u32,
     ) -> Result<(), FlushFirst> {
-        self.add_written(connection, lifetime, Step::Keep)?;
-        if let Some(entry) = self.entries.last_mut() {
-            entry.silent_s = silent_s;
-        }
-        Ok(())
+        self.add_written(connection, lifetime, Step::Keep { silent_s })
     }
 
     /// Adds an entry to be brought up to date if it is there.
@@ -356,7 +353,7 @@ impl<E: Entries> Committer<E> {
             let mut put = |request| self.kernel.put(index, request);
             match entry.step {
                 Step::Create => put(Request::Create { connection, timeout_s }),
-                Step::Keep | Step::Look | Step::Ask => put(Request::Get { original }),
+                Step::Keep { .. } | Step::Look | Step::Ask => put(Request::Get { original }),
                 Step::Update { present } => put(Request::Update { connection, timeout_s, present }),
                 Step::Replace => {
                     put(Request::Delete { original });
@@ -404,13 +401,16 @@ fn is_shift_unknown(connection: &Connection) -> bool {
 
 impl Entry {
     fn new(connection: Connection, timeout_s: u32, may_create: bool, step: Step) -> Entry {
-        let (was_there, silent_s, is_touched) = (false, 0, false);
-        Entry { connection, timeout_s, may_create, step, was_there, silent_s, is_touched }
+        Entry { connection, timeout_s, may_create, step, was_there: false, is_touched: false }
     }
 
     /// Whether packets have passed the entry that is there.
     fn has_packets(&self, there: &Connection) -> bool {
-        is_touched(there) && there.state.timeout_s > self.silent_s
+        let silent_s = match self.step {
+            Step::Keep { silent_s } => silent_s,
+            _ => 0,
+        };
+        is_touched(there) && there.state.timeout_s > silent_s
     }
 
     /// Without its helper, if it has one and this is how a kernel refuses a helper.
@@ -507,8 +507,10 @@ impl Entry {
             },
             (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Create, [libc::EEXIST, _]) => Step::Look,
-            (Step::Keep, [libc::ENOENT, _]) => Step::Create,
-            (Step::Keep, [0, _]) if answers.found.is_some_and(|there| self.is_known_better(&there)) => {
+            (Step::Keep { .. }, [libc::ENOENT, _]) => Step::Create,
+            (Step::Keep { .. }, [0, _])
+                if answers.found.is_some_and(|there| self.is_known_better(&there)) =>
+            {
                 match answers.found {
                     Some(there) if self.lasts_longer_than(&there) => {
                         self.connection.state = there.state;
@@ -521,7 +523,7 @@ impl Entry {
             (Step::Look, [0, _]) if answers.found.is_some_and(|there| self.is_anothers(&there)) => {
                 Step::Done(Outcome::Clash)
             }
-            (Step::Keep | Step::Look, [0, _]) => match answers.found {
+            (Step::Keep { .. } | Step::Look, [0, _]) => match answers.found {
                 // A translation, a helper, a first shift or a fixed timeout cannot be given to an entry that is there.
                 Some(there)
                     if there.reply == self.connection.reply

@@ -55,7 +55,7 @@ impl Replica<'_> {
         match (found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)), found) {
             (Some(slot), _) => {
                 // Its last packets passed here: who contested it is told.
-                if self.contests.has(slot, self.table.line(slot).generation()) {
+                if self.contests.has_rival(slot, self.table.line(slot).generation()) {
                     self.change(now, slot, seen, known);
                 }
                 self.gone(now, slot, End::Seen);
@@ -200,13 +200,12 @@ impl Replica<'_> {
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
                 }
-                if self.table.on(slot) == On::None {
-                    self.table.push(&mut self.held, On::Held, slot, now);
-                }
                 if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
                     self.unlist(slot);
                     self.table.update(slot, |line| line.set_kind(Kind::Active));
                     self.tell_rival(now, slot, rival);
+                } else if self.table.on(slot) == On::None {
+                    self.table.push(&mut self.held, On::Held, slot, now);
                 }
             }
             Kind::Active => {
