@@ -741,3 +741,27 @@ fn of_two_with_equal_stamps_one_is_told_where_no_kernel_can_be_asked() {
     all_is_well(&mut world);
     assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [None, Some(Kind::Active)]);
 }
+
+/// Seed 800004234: 1's connection moves from its backup to another one, which has the newest state when 1 dies. The one of before takes over first: its
+/// older state does not take the place of that, though it is what the copy moved from.
+#[test]
+fn a_previous_backup_that_takes_over_does_not_outdo_the_newer_copy() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100, 100]);
+    let tuple = protected(&mut world);
+    let (backup, other) = turn_with_both(&mut world, tuple);
+    world.cut = vec![(1, backup)];
+    world.change(tuple);
+    let newest = world.open[&tuple].mark;
+    let has_newest = |w: &World<'_>| {
+        w.copies()[&tuple].iter().any(|copy| copy.member == other && copy.connection.state.mark == newest)
+    };
+    world.run_until(ms(50), "the other one has the newest state", has_newest);
+    let is_dead = |w: &World<'_>| !w.hosts[&backup].group.view().members[1].status.is_alive();
+    world.run_until(SECOND, "it takes 1 for dead", is_dead);
+    world.run_for(REPROTECT / 2);
+    world.kill(1);
+    world.open.get_mut(&tuple).expect("it is open").owner = other;
+    world.run_for(REPROTECT * 2);
+    all_is_well(&mut world);
+}

@@ -409,7 +409,8 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         // Taken over without any traffic seen here since: then this member has not witnessed it.
-        let presumed = self.is_presumed(slot);
+        // (Of a copy what is remembered is its previous backup.)
+        let presumed = line.kind() == Kind::Active && self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
         // What began here is younger than anything that outlived its hold before it was sent; and stamps say nothing of two connections.
         let knows_as_much = line.kind() == Kind::Held
