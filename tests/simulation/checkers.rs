@@ -17,7 +17,7 @@ use hypersync::sync::stream::{Durable, stream_index};
 use hypersync::time::Time;
 
 use crate::truth::{Truth, life_of, serials};
-use crate::world::{Sent, World};
+use crate::world::{Copy, Sent, World};
 
 /// Two members that took each other for dead need this long to agree again on what each of them holds.
 const RECONCILE: Duration = Duration::from_millis(1500);
@@ -362,8 +362,10 @@ impl Checks {
         for (tuple, open) in &truth.open {
             let owner = open.owner.expect("somebody sees its traffic");
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
-            if found.is_empty() && room(world, owner, tuple) == 0 {
-                continue; // A full table: it was never taken.
+            let is_of_another_life =
+                |copy: &Copy| copy.member != owner && life_of(&copy.connection) != life_of(&open.connection);
+            if room(world, owner, tuple) == 0 && found.iter().all(is_of_another_life) {
+                continue; // A full table: it was never taken, and nobody was told that an earlier one of this tuple is over.
             }
             if let [one] = found
                 && (one.kind == Kind::Active || !live.contains(&Coordinate::from_raw(one.peer).member()))

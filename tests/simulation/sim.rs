@@ -606,9 +606,14 @@ impl<'m> Sim<'m> {
         self.checks.resumed(victim);
         let owned = self.truth.open.iter().filter(|(_, open)| open.owner == Some(victim));
         let mut tuples: Vec<Tuple> = owned.map(|(tuple, _)| *tuple).collect();
+        let live = self.world.live();
         for shard in &self.world.hosts[&victim].shards {
             let table = shard.table();
-            let own = |slot: &u32| matches!(table.kind(*slot), Kind::Active | Kind::Held);
+            let own = |slot: &u32| match table.kind(*slot) {
+                Kind::Active | Kind::Held => true,
+                Kind::Backup => !live.contains(&table.line(*slot).peer().member()),
+                _ => false,
+            };
             let gone = (0..table.capacity()).filter(own).map(|slot| table.tuples(slot).0);
             tuples.extend(gone.filter(|tuple| !self.truth.open.contains_key(tuple)));
         }
@@ -937,9 +942,15 @@ impl<'m> Sim<'m> {
         }
         self.expire_at = self.world.now;
         let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
+        let live = self.world.live();
         for (tuple, found) in copies {
             let open = self.truth.open.get(&tuple).copied();
-            for copy in found.iter().filter(|copy| copy.kind == Kind::Active) {
+            // A copy whose active is dead is one as well, if nobody has room for another copy.
+            let is_active = |copy: &Copy| {
+                let of = Coordinate::from_raw(copy.peer).member();
+                copy.kind == Kind::Active || copy.kind == Kind::Backup && !live.contains(&of)
+            };
+            for copy in found.iter().filter(|copy| is_active(copy)) {
                 let life = life_of(&copy.connection);
                 let forgotten = self.plan.tangled || self.truth.expiring.contains(&tuple);
                 let left = self.truth.left.contains(&life);
