@@ -63,15 +63,18 @@ pub(super) struct Writer<E> {
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
-    /// Of each slot: the second in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no packet
-    /// passes; 0: it was not given that.
+    /// Of each slot: the tenth of a second in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no
+    /// packet passes; 0: it was not given that.
     runs_out: Vec<u32>,
     lines: Sparse,
 }
 
-/// The second that a time is in.
-fn second(time: Time) -> u32 {
-    (time.0 / 1_000_000_000) as u32
+/// An entry is written up to so many tenths of a second after the time that its pass is said to have, tenths that were begun counting whole.
+const WRITTEN_LATE: u32 = 3;
+
+/// The tenth of a second that a time is in.
+fn tenth(time: Time) -> u32 {
+    (time.0 / 100_000_000) as u32
 }
 
 impl<E: Entries> Writer<E> {
@@ -244,8 +247,8 @@ impl<E: Entries> Writer<E> {
                     _ => {
                         let silent_s = match self.runs_out[*slot as usize] {
                             0 => 0,
-                            // Timeouts are told in whole seconds.
-                            at => at.saturating_sub(second(now)) + 1,
+                            // The kernel tells what is left in whole seconds, what is begun left out.
+                            at => at.saturating_sub(tenth(now)) / 10,
                         };
                         self.committer.keep(&connection, lifetime, silent_s)?;
                     }
@@ -384,7 +387,7 @@ impl<E: Entries> Writer<E> {
             if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
                 runs_out[slot as usize] = match result.silent_s {
                     0 => 0,
-                    silent_s => second(now) + silent_s,
+                    silent_s => tenth(now) + WRITTEN_LATE + silent_s * 10,
                 };
                 let is_first = replica.table().written(slot) == Written::No;
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {

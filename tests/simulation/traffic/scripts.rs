@@ -196,3 +196,30 @@ fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
         assert_eq!(is_copys, !has_packets, "its own packets tell that it may be needed: {has_packets}");
     }
 }
+
+/// Traffic seeds 920001082, 920002557: packets that had passed in the second or third second after a takeover were not seen when the active was
+/// heard again.
+#[test]
+fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
+    for (offset, after) in (0..10).flat_map(|offset| [14, 18, 22].map(|after| (offset, after))) {
+        let memories = memories(2);
+        let mut gateways = Gateways::boot(&memories, 2);
+        gateways.world.start(1, 1, 100);
+        gateways.world.start(2, 1, 100);
+        gateways.run_for(SECOND);
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.talk(tcp(), 1);
+        gateways.run_for(SECOND * offset / 10);
+        gateways.world.pause(1, true);
+        while gateways.left(2, tcp()).is_none_or(|left| left > GIVEN_MAX_S) {
+            gateways.run_for(SECOND / 10);
+        }
+        gateways.run_for(SECOND * after / 10);
+        for is_from_inside in [true, false] {
+            gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 2);
+        }
+        gateways.world.pause(1, false);
+        gateways.run_for(SECOND / 2);
+        assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "{offset}, {after}");
+    }
+}
