@@ -84,6 +84,9 @@ pub struct Flow {
     pub is_intact: bool,
     /// Whether it had two copies before whatever is going on began.
     pub is_safe: bool,
+    /// Whether a kernel took its packets for another connection's while that was not promised to go well: from then on they confirm that state there,
+    /// and being the latest they win.
+    pub is_mistaken: bool,
 }
 
 impl Flow {

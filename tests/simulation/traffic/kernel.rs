@@ -1,7 +1,7 @@
 //! A kernel that is played, and a shard's ends of it: the model's table behind the appliance's own feed.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Arguments;
 use std::rc::Rc;
 
@@ -42,6 +42,8 @@ pub struct Kernel {
     /// Events that may wait for a shard.
     pub room: Cell<usize>,
     lost: RefCell<Vec<u32>>,
+    /// When an event of a connection was last lost.
+    untold: RefCell<BTreeMap<Tuple, Time>>,
     max: Cell<usize>,
     /// Told of events and requests, a line each.
     log: Cell<Option<Log>>,
@@ -59,6 +61,7 @@ impl Kernel {
             queues: RefCell::new(Vec::new()),
             room: Cell::new(room),
             lost: RefCell::new(Vec::new()),
+            untold: RefCell::default(),
             max: Cell::new(max),
             log: Cell::new(None),
             member,
@@ -102,10 +105,18 @@ impl Kernel {
             );
             match queues[shard].len() < self.room.get() {
                 true => queues[shard].push_back(event),
-                false => lost[shard] += 1,
+                false => {
+                    lost[shard] += 1;
+                    self.untold.borrow_mut().insert(*original, self.now.get());
+                }
             }
         }
         result
+    }
+
+    /// Whether an event of this connection was lost at that time, or later.
+    pub fn was_untold_since(&self, original: &Tuple, at: Time) -> bool {
+        self.untold.borrow().get(original).is_some_and(|lost| *lost >= at)
     }
 
     /// A process with so many shards listens from now on, or none.

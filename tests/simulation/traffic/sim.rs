@@ -156,6 +156,7 @@ pub struct Sim<'m> {
 #[derive(Clone, Copy)]
 struct Life {
     number: u32,
+    began: Time,
     /// When it ended and in whose kernel, if all of it passed there.
     ended: Option<(Time, MemberId)>,
     /// Whether that kernel told its beginning.
@@ -407,6 +408,7 @@ impl<'m> Sim<'m> {
             ended: None,
             is_intact: true,
             is_safe: false,
+            is_mistaken: false,
         });
     }
 
@@ -426,8 +428,12 @@ impl<'m> Sim<'m> {
             if flow.ended.is_some() && !matches!(flow.manner, Manner::Silence) {
                 self.free.push(flow.original);
             }
-            let life =
-                self.lives.entry(flow.original).or_insert(Life { number: 0, ended: None, is_heard: true });
+            let life = self.lives.entry(flow.original).or_insert(Life {
+                number: 0,
+                began: now,
+                ended: None,
+                is_heard: true,
+            });
             if life.number == flow.number {
                 let is_seen = flow.is_intact && !matches!(flow.manner, Manner::Silence);
                 life.ended = flow.passed.filter(|_| is_seen);
@@ -517,15 +523,19 @@ impl<'m> Sim<'m> {
                 self.passed_at.insert((flow.original, way), now);
                 if is_first {
                     let is_heard = self.world.hosts[&way].running || self.plan.events == 1;
-                    self.lives.insert(flow.original, Life { number: flow.number, ended: None, is_heard });
+                    self.lives.insert(
+                        flow.original,
+                        Life { number: flow.number, began: now, ended: None, is_heard },
+                    );
                 }
-                if has_to_pass && was_talking && flow.is_tcp() {
-                    let state = entry.map(|entry| entry.state.tcp_state);
-                    if state != Some(tcp::ESTABLISHED) {
+                let state = entry.map(|entry| entry.state.tcp_state);
+                if was_talking && flow.is_tcp() && state != Some(tcp::ESTABLISHED) && !flow.is_mistaken {
+                    if has_to_pass {
                         return Err(format!(
                             "one life changes no other: {told} passed {way}, whose entry is in {state:?}"
                         ));
                     }
+                    flow.is_mistaken = true;
                 }
                 Ok(())
             }
@@ -574,7 +584,11 @@ impl<'m> Sim<'m> {
                 let is_first =
                     self.sent.insert((datagram.from, header.to_shard, own.slot, own.generation.raw()));
                 let ended = life.ended.filter(|(at, by)| now.since(*at) > SEEN_LATE && *by == datagram.from);
-                if let Some((ended, _)) = ended.filter(|_| is_first && is_own && life.is_heard) {
+                // What events did not tell, the sender has to find out.
+                let is_told = life.is_heard
+                    && !self.kernels.borrow()[&datagram.from]
+                        .was_untold_since(&connection.original, life.began);
+                if let Some((ended, _)) = ended.filter(|_| is_first && is_own && is_told) {
                     return Err(format!(
                         "short connections are never sent: {} was over for {:?} when {} sent it to {}",
                         connection.original,
@@ -611,7 +625,8 @@ impl<'m> Sim<'m> {
         if let Some((_, (tuple, having))) =
             self.without_two_copies().into_iter().filter(|(n, _)| alone.contains_key(n)).nth(exposure(self))
         {
-            return Err(format!("two copies: {tuple} is in the kernels of {having:?} only"));
+            let copies = self.world.copies().remove(&tuple);
+            return Err(format!("two copies: {tuple} is in the kernels of {having:?} only: {copies:?}"));
         }
         match self.unexplained().into_iter().find(|(at, _)| unexplained.contains_key(at)) {
             Some((_, what)) => Err(format!("what has ended goes: {what}")),
