@@ -235,10 +235,10 @@ impl<'m> Sim<'m> {
         self.truth.open.keys().nth(at).copied()
     }
 
-    /// The connection ends at its owner. Who saw packets of it at the same time, and does not give way, has it until it is idle there.
+    /// The connection ends at its owner. Who saw packets of it at the same time has it until it is idle there, even if it gave way.
     fn close(&mut self, tuple: Tuple, owner: MemberId) -> SourceEvent {
         let copies = self.copies_of(&tuple);
-        let another = copies.iter().any(|(member, kind, ..)| *member != owner && *kind == Kind::Active);
+        let another = copies.iter().any(|(member, ..)| *member != owner);
         if another && self.truth.contended.contains(&tuple) {
             self.truth.expiring.insert(tuple);
         }
@@ -913,7 +913,9 @@ impl<'m> Sim<'m> {
         for (tuple, found) in self.world.copies() {
             let open = self.truth.open.get(&tuple).copied();
             let Some(Open { owner: Some(owner), connection, .. }) = open else { continue };
-            let actives: Vec<_> = found.iter().filter(|copy| copy.kind == Kind::Active).collect();
+            // (What was told to give way looks for its packets while it is held.)
+            let actives: Vec<_> =
+                found.iter().filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held)).collect();
             if actives.len() < 2 {
                 continue;
             }
