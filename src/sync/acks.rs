@@ -197,7 +197,7 @@ impl Replica<'_> {
                 match reason {
                     // Nobody's packets were seen here, and somebody carries it on who knows it better.
                     Reason::Superseded if self.is_presumed(place.slot) => {
-                        self.doubt_presumed(now, place.slot)
+                        self.doubt_presumed(now, place.slot, backup.member())
                     }
                     // There it is newer: asking again at once would be refused again.
                     Reason::Superseded => {

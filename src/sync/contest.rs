@@ -13,7 +13,8 @@ use super::chores::Rank;
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Generation, Kind, MemberId, Phase, Stamp};
-use crate::source::{Commit, CommitMode};
+use crate::counters::Counter;
+use crate::source::{Commit, CommitMode, End};
 use crate::time::Time;
 
 /// Contests at once. Of further ones the stamp decides.
@@ -25,7 +26,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// A contest that nobody spoke of for so long is over: members ask again each second.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
-/// How long a member that took a connection over looks for its packets when another one has it. No copy is taken meanwhile.
+/// How long a member that took a connection over looks for its packets when another one has it, before it takes that one's copy.
 const PRESUMED_FOR: Duration = Duration::from_secs(4);
 
 /// Timeouts are told in whole seconds: one that is higher by so many than it would be without a packet was put back by one.
@@ -46,6 +47,10 @@ struct Contest {
     look_at: Time,
     /// What the entry had left to live, and when.
     timeout: Option<(u32, Time)>,
+    /// The last look found no entry.
+    is_missing: bool,
+    /// No packets showed for long enough that another member's copy may have the entry.
+    yields: bool,
 }
 
 /// Who else takes a connection for its own.
@@ -75,18 +80,9 @@ pub(super) enum Doubt {
     Closed,
     /// Another member has it: it stays for its own time, and may become a copy's.
     Taken,
-    /// It was only taken over, and another member has it, perhaps without packets either: the same, but it becomes a copy's no sooner.
-    Presumed,
-}
-
-impl Doubt {
-    /// How long packets have time to dispel it.
-    fn lasts(self) -> Duration {
-        match self {
-            Doubt::Closed | Doubt::Taken => FORGOTTEN_AFTER,
-            Doubt::Presumed => PRESUMED_FOR,
-        }
-    }
+    /// It was only taken over, and this member has it and refused it, perhaps without packets either: the same, but it becomes a copy's not at once. If
+    /// that member dies it is presumed to be ours again.
+    Presumed(MemberId),
 }
 
 /// The contests of a shard.
@@ -133,8 +129,18 @@ impl Contests {
             let first = rival.map(|rival| rival.stamp);
             let place = rival.map_or(Coordinate::NOWHERE, |rival| rival.place);
             let rival = Rival { stamp: own.max(first.unwrap_or(own)), place };
-            let contest =
-                Contest { slot, generation, doubt, first, rival, at: now, look_at: now, timeout: None };
+            let contest = Contest {
+                slot,
+                generation,
+                doubt,
+                first,
+                rival,
+                at: now,
+                look_at: now,
+                timeout: None,
+                is_missing: false,
+                yields: false,
+            };
             self.contests.insert(at, contest);
             self.look_at = self.look_at.min(now);
         }
@@ -208,19 +214,21 @@ impl Replica<'_> {
 
     /// The connection in this slot was only taken over, and another member refuses it, for it has it itself: packets that pass here, of which no event
     /// tells, are looked for before that one's copy takes their entry.
-    pub(super) fn doubt_presumed(&mut self, now: Time, slot: u32) {
+    pub(super) fn doubt_presumed(&mut self, now: Time, slot: u32, refused_by: MemberId) {
         let (connection, stamp) = (self.table.connection(slot), self.table.line(slot).stamp());
         self.drop_presumed(slot);
         if self.table.find_original(&connection.original).is_none() {
-            self.doubt(now, &connection, stamp, Doubt::Presumed);
+            self.doubt(now, &connection, stamp, Doubt::Presumed(refused_by));
         }
     }
 
     /// Another member brings the connection in this slot, which is looked for packets here. Whether it has to wait.
     pub(super) fn is_looked_for(&mut self, now: Time, slot: u32, rival: Rival) -> bool {
         let line = self.table.line(slot);
-        let is_presumed = |at: usize| self.contests.contests[at].doubt == Some(Doubt::Presumed);
-        self.contests.place_of(slot, line.generation()).is_some_and(is_presumed)
+        let contests = &self.contests.contests;
+        let looks =
+            |at: usize| matches!(contests[at].doubt, Some(Doubt::Presumed(_))) && !contests[at].yields;
+        self.contests.place_of(slot, line.generation()).is_some_and(looks)
             && self.contests.note(now, (slot, line.generation()), line.stamp(), Some(rival), None)
     }
 
@@ -281,33 +289,57 @@ impl Replica<'_> {
         }
     }
 
+    /// Who had the connection in this slot is dead, and no packets showed elsewhere: it is presumed to be ours, as when its copy was taken over.
+    fn presume_again(&mut self, now: Time, slot: u32, generation: Generation) {
+        let Some(rival) = self.contests.decide(slot, generation) else { return };
+        self.counters.count(Counter::Promotions);
+        let own = self.coordinate(slot);
+        self.table.set_former(slot, own);
+        self.table.update(slot, |line| {
+            line.set_kind(Kind::Active);
+            line.set_unseen(false);
+            line.set_stamp(rival.stamp);
+        });
+        self.protect(now, slot);
+    }
+
     /// The kernel's entry of a contested connection, as it is.
     pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: Option<&Connection>) {
         let tuples = self.table.tuples(slot);
+        let is_ours = matches!(self.table.kind(slot), Kind::Held | Kind::Active);
         let Some(at) = self.contests.place_of(slot, generation) else { return };
         let contest = &mut self.contests.contests[at];
+        let doubt = contest.doubt;
+        let was_missing = std::mem::replace(&mut contest.is_missing, there.is_none());
         let is_it =
             |there: &&Connection| (there.original, there.reply) == tuples && there.phase() != Phase::Over;
         let Some(there) = there.filter(is_it) else {
-            // Of what is ours an event tells.
-            if contest.doubt.is_some() {
+            // Of what is ours an event tells; but not if this member's own delete, asked for before the connection began, has hit it.
+            if doubt.is_some() {
                 self.contests.decide(slot, generation);
                 self.drop_doubted(slot, generation, None);
+            } else if was_missing && there.is_none() && is_ours {
+                self.contests.decide(slot, generation);
+                self.gone(now, slot, End::Unseen);
             }
             return;
         };
         let left = there.state.timeout_s;
-        let Some((before, at)) = contest.timeout else {
-            contest.timeout = Some((left, now));
-            return;
-        };
-        let silent = (before as u64).saturating_sub(now.since(at).as_secs());
+        let (before, since) = *contest.timeout.get_or_insert((left, now));
+        let silent = (before as u64).saturating_sub(now.since(since).as_secs());
         if left as u64 >= silent + MARGIN_S {
             let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
-            self.change(now, slot, there, known);
-        } else if let doubt @ Some(of) = contest.doubt
-            && now.since(contest.at) >= of.lasts()
+            return self.change(now, slot, there, known);
+        }
+        let Some(of) = doubt else { return };
+        let lasted = now.since(contest.at);
+        contest.yields = lasted >= PRESUMED_FOR;
+        if let Doubt::Presumed(refused_by) = of
+            && is_ours
+            && !self.is_up(refused_by)
         {
+            self.presume_again(now, slot, generation);
+        } else if lasted >= FORGOTTEN_AFTER {
             // No packet has dispelled it, up to now.
             self.contests.decide(slot, generation);
             self.drop_doubted(slot, generation, doubt);
@@ -321,6 +353,7 @@ mod tests {
     use crate::conn::{State, Tuple};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
+    use crate::sync::takeover::PeerState;
     use crate::sync::{ReplicaConfig, test_config};
 
     fn replica(memory: &OwnedMemory) -> Replica<'_> {
@@ -366,7 +399,7 @@ mod tests {
             (&[(0, Some(300)), (1, Some(300)), (2, Some(299))], false), // Whole seconds: one more is none.
             (&[(0, Some(300)), (4, Some(298))], true),
             (&[(0, Some(200)), (1, Some(300))], true),
-            (&[(0, Some(300)), (4, None), (5, None)], false), // Its end is told by an event.
+            (&[(0, Some(300)), (4, None)], false), // Its end is told by an event.
         ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, slot) = held(&memory);
@@ -437,6 +470,20 @@ mod tests {
         }
     }
 
+    /// A shard that has taken the connection over from 2, which is there and has refused it: it is held, in this slot.
+    fn refused(memory: &OwnedMemory) -> (Replica<'_>, u32) {
+        let (mut replica, slot) = held(memory);
+        replica.peers[2] = PeerState::Up;
+        replica.unlist(slot);
+        replica.table.update(slot, |line| line.set_kind(Kind::Active));
+        replica.table.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
+        assert!(replica.is_presumed(slot));
+        replica.doubt_presumed(at(0), slot, 2);
+        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        assert!(replica.is_looked_for(at(1), slot, rival(5, 1)), "the other one's copy has to wait");
+        (replica, slot)
+    }
+
     /// Traffic seeds 600001570, 910001754: a member came back without its table, and refused for its idle entry who had taken the connection over and
     /// had its packets. Its copy took the place of their entry at once.
     #[test]
@@ -446,24 +493,58 @@ mod tests {
             ([(0, Some(300)), (3, Some(297)), (5, Some(295))], false),
         ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-            let (mut replica, slot) = held(&memory);
-            replica.unlist(slot);
-            replica.table.update(slot, |line| line.set_kind(Kind::Active));
-            replica.table.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
-            assert!(replica.is_presumed(slot));
-            replica.doubt_presumed(at(0), slot);
+            let (mut replica, slot) = refused(&memory);
             let original = connection(0).original;
-            let slot = replica.table.find_original(&original).expect("it is held");
-            assert!(replica.is_looked_for(at(1), slot, rival(5, 1)), "the other one's copy has to wait");
             watch(&mut replica, slot, &told);
-            let stamp = replica.table.find_original(&original).map(|slot| replica.table.line(slot).stamp());
-            assert_eq!(stamp.is_some_and(|stamp| stamp > rival(5, 1).stamp), goes_on);
-            assert_eq!(stamp.is_some(), goes_on, "its slot is free for a copy");
+            assert_eq!(replica.table.line(slot).stamp() > rival(5, 1).stamp, goes_on);
+            assert!(!replica.is_looked_for(at(6), slot, rival(5, 1)), "a copy has to wait no more");
+            assert_eq!(replica.is_unclaimed(slot), !goes_on);
+            watch(&mut replica, slot, &[(11, Some(289))]);
+            assert_eq!(replica.table.find_original(&original).is_some(), goes_on);
             assert!(!std::iter::from_fn(|| replica.poll_commit()).any(|c| c == Commit::Delete { original }));
         }
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, slot) = held(&memory);
         assert!(!replica.is_looked_for(at(1), slot, rival(5, 1)), "nobody looks");
+    }
+
+    /// Traffic seeds 920002157, 920002106: who had refused it died before its copy was here. Nobody had the connection any more, and the packets that
+    /// came here passed an entry without a copy.
+    #[test]
+    fn what_was_refused_by_a_member_that_died_is_presumed_to_be_ours_again() {
+        for dies_at in [1, 5, 11] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, slot) = refused(&memory);
+            for seconds in 0..dies_at {
+                watch(&mut replica, slot, &[(seconds, Some(300 - seconds as u32))]);
+            }
+            replica.peers[2] = PeerState::Vacant;
+            watch(&mut replica, slot, &[(dies_at, Some(300 - dies_at as u32))]);
+            let is_ours = dies_at < FORGOTTEN_AFTER.as_secs();
+            assert_eq!(replica.table.find_original(&connection(0).original).is_some(), is_ours);
+            if is_ours {
+                assert!(replica.is_presumed(slot) && replica.table.kind(slot) == Kind::Active);
+                assert_eq!(
+                    replica.table.line(slot).stamp(),
+                    rival(5, 1).stamp,
+                    "only packets outdo the other one"
+                );
+            }
+        }
+    }
+
+    /// Traffic seed 920002725: a delete that was asked for before the connection began hit its entry. No event tells of that, and it stayed for good.
+    #[test]
+    fn what_is_contested_and_has_no_entry_for_two_looks_is_gone() {
+        for (told, stays) in
+            [([(0, Some(300)), (1, None), (2, None)], false), ([(0, None), (1, Some(300)), (2, None)], true)]
+        {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, slot) = held(&memory);
+            assert!(replica.contest(at(0), slot, Some(rival(7, 9))));
+            watch(&mut replica, slot, &told);
+            assert_eq!(replica.table.find_original(&connection(0).original).is_some(), stays, "{told:?}");
+        }
     }
 
     #[test]

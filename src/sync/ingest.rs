@@ -331,7 +331,7 @@ impl Replica<'_> {
         }
     }
 
-    fn gone(&mut self, now: Time, slot: u32, end: End) {
+    pub(super) fn gone(&mut self, now: Time, slot: u32, end: End) {
         let line = self.table.line(slot);
         match line.kind() {
             Kind::Held => {
