@@ -129,7 +129,7 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
         for shard in &mut world.host(2).shards {
             shard.tick(now);
             let mut asked = 0;
-            while let Some(commit) = shard.poll_commit() {
+            while let Some(commit) = shard.poll_commit(true) {
                 assert!(matches!(commit, Commit::Again { .. }));
                 asked += 1;
             }

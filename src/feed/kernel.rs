@@ -71,6 +71,8 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     overruns: u32,
     /// Events were lost behind those that wait: a dump must not show what these would take back. Until then they are read first.
     behind_until: Option<Time>,
+    /// When entries are deleted although there is more to hear; `NEVER` if there is not.
+    deletes_at: Time,
     check_at: Time,
     repair: Repair,
     verify: Verify,
@@ -92,6 +94,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             drain_at: Time(0),
             overruns: 0,
             behind_until: None,
+            deletes_at: Time::NEVER,
             check_at: Time(0),
             repair: Repair::new(
                 parts.capacity,
@@ -215,8 +218,21 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let has_room = replica.commits_waiting() < COMMIT_PER_PASS / 2;
         let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
         self.verify.step(now, has_time);
+        let may_delete = self.may_delete(now, replica, counters);
         let KernelFeed { writer, repair, verify, shifts, .. } = self;
-        writer.write(now, repair, verify, shifts, replica, counters);
+        writer.write(now, may_delete, repair, verify, shifts, replica, counters);
+    }
+
+    /// An entry is deleted by its tuple, and may be another connection's by now: what the source has to tell until now is heard before. A source that
+    /// always has more is not waited for.
+    fn may_delete(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+        let has_more = replica.has_deletes() && self.drain(now, replica, counters);
+        if !has_more {
+            self.deletes_at = Time::NEVER;
+            return true;
+        }
+        self.deletes_at = self.deletes_at.min(now.after(BEHIND_MAX));
+        self.deletes_at.reached(now)
     }
 
     /// Whether the queue was drained, so that the next event is waited for.

@@ -113,10 +113,11 @@ impl<E: Entries> Writer<E> {
         !self.claims.is_empty()
     }
 
-    /// Writes and asks, up to the cap of a pass.
+    /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an entry is deleted was heard.
     pub(super) fn write(
         &mut self,
         now: Time,
+        may_delete: bool,
         repair: &mut Repair,
         verify: &mut Verify,
         shifts: &mut Shifts,
@@ -127,7 +128,7 @@ impl<E: Entries> Writer<E> {
         let claims_due = if self.claims.is_empty() { 0 } else { LOOKS_MIN };
         let looks = (repair.looks_waiting() + shifts_due + claims_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
-            let Some(commit) = replica.poll_commit() else { break };
+            let Some(commit) = replica.poll_commit(may_delete) else { break };
             if self.add(now, replica, shifts, &commit).is_err() {
                 self.flush(now, repair, verify, shifts, replica, counters);
                 let added = self.add(now, replica, shifts, &commit);

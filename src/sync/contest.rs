@@ -461,7 +461,7 @@ mod tests {
             assert!(replica.is_unclaimed(slot), "its entry is no news");
             watch(&mut replica, slot, &told);
             assert_eq!(replica.table.find_original(&original).is_some(), lives, "{doubt:?} {told:?}");
-            let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit()).collect();
+            let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit(true)).collect();
             assert_eq!(asked.contains(&Commit::Delete { original }), deletes, "{doubt:?} {told:?}");
             if lives {
                 assert!(!replica.is_unclaimed(slot) && replica.table.line(slot).stamp() > over);
@@ -501,7 +501,9 @@ mod tests {
             assert_eq!(replica.is_unclaimed(slot), !goes_on);
             watch(&mut replica, slot, &[(11, Some(289))]);
             assert_eq!(replica.table.find_original(&original).is_some(), goes_on);
-            assert!(!std::iter::from_fn(|| replica.poll_commit()).any(|c| c == Commit::Delete { original }));
+            assert!(
+                !std::iter::from_fn(|| replica.poll_commit(true)).any(|c| c == Commit::Delete { original })
+            );
         }
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, slot) = held(&memory);

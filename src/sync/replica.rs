@@ -171,6 +171,8 @@ pub struct Replica<'m> {
     /// Connections in datagrams that are not acknowledged.
     pub(super) unacknowledged: u64,
     pub(super) commits: VecDeque<Commit>,
+    /// How many of them are deletes.
+    deletes: usize,
     /// Commits asked for since the start.
     pub(super) commits_asked: u64,
     /// What that was when the last walk that writes copies of a dead member was done.
@@ -241,6 +243,7 @@ impl<'m> Replica<'m> {
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
+            deletes: 0,
             commits_asked: 0,
             taken_over_at: 0,
             goodbyes: 0,
@@ -300,15 +303,28 @@ impl<'m> Replica<'m> {
         self.source_is_behind = is_behind;
     }
 
-    /// The next commit that the kernel is owed.
-    pub fn poll_commit(&mut self) -> Option<Commit> {
-        loop {
+    /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the source has more to tell, and what they name may be
+    /// another connection's entry by now.
+    pub fn poll_commit(&mut self, may_delete: bool) -> Option<Commit> {
+        for _ in 0..self.commits.len() {
             match self.commits.pop_front()? {
                 // Since this was asked for the tuple came to life again: the entry belongs to that connection.
-                Commit::Delete { original } if self.table.find_original(&original).is_some() => {}
-                commit => return Some(commit),
+                Commit::Delete { original } if self.table.find_original(&original).is_some() => {
+                    self.deletes -= 1;
+                }
+                delete @ Commit::Delete { .. } if !may_delete => self.commits.push_back(delete),
+                commit => {
+                    self.deletes -= matches!(commit, Commit::Delete { .. }) as usize;
+                    return Some(commit);
+                }
             }
         }
+        None
+    }
+
+    /// Whether entries wait to be deleted.
+    pub fn has_deletes(&self) -> bool {
+        self.deletes > 0
     }
 
     /// Commits waiting.
@@ -620,6 +636,7 @@ impl<'m> Replica<'m> {
         };
         if is_due {
             // `can_receive` keeps room for what one datagram can ask for.
+            self.deletes += matches!(commit, Commit::Delete { .. }) as usize;
             self.commits.push_back(commit);
             self.commits_asked += 1;
         }

@@ -812,7 +812,7 @@ impl<'m> World<'m> {
             }
             while !host.stalled
                 && host.feeds.is_empty()
-                && let Some(commit) = shard.poll_commit()
+                && let Some(commit) = shard.poll_commit(true)
             {
                 let refused = host.full || self.commit_rng.chance(self.network.refusals);
                 match commit {
@@ -830,7 +830,10 @@ impl<'m> World<'m> {
                     }
                     // Timeouts do not run down here: but for what passes now, events tell.
                     Commit::Watch { slot, generation } => {
-                        let there = host.passing.get(&shard.table().tuples(slot).0);
+                        let mut own = shard.table().connection(slot);
+                        own.state.timeout_s = 0;
+                        let silent = (!shard.table().line(slot).is_unseen()).then_some(&own);
+                        let there = host.passing.get(&own.original).or(silent);
                         shard.handle_watch(now, slot, generation, there);
                     }
                     // What is active by now the kernel knows better.

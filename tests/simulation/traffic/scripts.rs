@@ -223,3 +223,30 @@ fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
         assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "{offset}, {after}");
     }
 }
+
+/// Traffic seeds 920002725, 960000150: a gateway that had slept read that its connection was closed elsewhere before it read that the next one had begun
+/// from that port. The entry that it deleted was that one's.
+#[test]
+fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_closed_elsewhere() {
+    let memories = memories(2);
+    let mut gateways = Gateways::boot(&memories, 2);
+    gateways.world.start(1, 1, 100);
+    gateways.world.start(2, 1, 100);
+    gateways.run_for(SECOND);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.talk(tcp(), 2);
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
+    gateways.world.pause(2, true);
+    // (The claim is told before the end.)
+    for (flags, is_from_inside) in [(flag::FIN, true), (flag::FIN, false), (0, true)] {
+        gateways.pass(tcp(), segment(flags | flag::ACK, false), is_from_inside, 1);
+        gateways.run_for(SECOND / 20);
+    }
+    gateways.pass(tcp(), segment(flag::RST | flag::ACK, false), true, 2);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.world.pause(2, false);
+    gateways.run_for(SECOND / 10);
+    assert!(gateways.left(2, tcp()).is_some());
+    (0..3).for_each(|_| gateways.talk(tcp(), 2));
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
+}
