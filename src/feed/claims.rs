@@ -11,12 +11,16 @@
 //! | none, and its end was seen | a claim and a close |
 //! | none, and its end was not seen | a copy without its entry: it is written again |
 //! | none, and the event was another | nothing is done: the event of its end comes behind |
+//!
+//! If its active is dead an end is asked about as well: the entry may have been written again since. Where there is none the copy has ended, unless
+//! the entry ran out that was left as it was when its active lived.
 
 use std::collections::VecDeque;
 
 use super::repair::told_by_answer;
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Generation};
+use crate::conn::table::Written;
+use crate::conn::{Connection, Generation, Kind};
 use crate::conntrack::commit::is_touched;
 use crate::counters::{Counter, Counters};
 use crate::limits::INGEST_PER_PASS;
@@ -36,6 +40,18 @@ pub(super) struct Question {
     end: Option<End>,
 }
 
+impl Question {
+    /// Whether its slot still has the copy that it is about.
+    fn is_current(&self, replica: &Replica<'_>) -> bool {
+        let line = replica.table().line(self.slot);
+        line.generation() == self.generation
+            && match self.end {
+                Some(_) => line.kind() == Kind::Backup,
+                None => replica.is_living_copy(self.slot),
+            }
+    }
+}
+
 /// A shard's questions about copies.
 pub(super) struct Claims {
     questions: VecDeque<Question>,
@@ -51,7 +67,7 @@ impl Claims {
         self.questions.is_empty()
     }
 
-    /// An event about the living copy in this slot, its end perhaps. `false`: too many wait.
+    /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`: too many wait.
     pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, end: Option<End>) -> bool {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
@@ -71,9 +87,7 @@ impl Claims {
     /// The next question whose slot still has the same copy.
     pub(super) fn next(&mut self, replica: &Replica<'_>) -> Option<Question> {
         while let Some(question) = self.questions.pop_front() {
-            if replica.table().line(question.slot).generation() == question.generation
-                && replica.is_living_copy(question.slot)
-            {
+            if question.is_current(replica) {
                 return Some(question);
             }
         }
@@ -94,19 +108,23 @@ pub(super) fn found(
     replica: &mut Replica<'_>,
     counters: &Counters<'_>,
 ) {
-    let Question { slot, generation, end } = question;
-    if replica.table().line(slot).generation() != generation || !replica.is_living_copy(slot) {
+    if !question.is_current(replica) {
         return;
     }
+    let Question { slot, end, .. } = question;
+    let lives = replica.is_living_copy(slot);
     let original = replica.table().tuples(slot).0;
     match (there, end) {
-        (Some(there), _) if is_touched(there) => {
+        (Some(there), _) if lives && is_touched(there) => {
             let known = groups::MARK | told_by_answer(slot, there, replica);
             replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Some(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Some(End::Unseen)) => replica.recommit(now, slot),
+        (None, Some(End::Unseen)) if lives || replica.table().written(slot) == Written::AsItWas => {
+            replica.recommit(now, slot)
+        }
+        (None, Some(end @ End::Unseen)) => replica.handle_source(now, &SourceEvent::Gone { original, end }),
         (None, None) => {} // Its end is told by an event behind this one; should that be lost, by the walk.
     }
 }

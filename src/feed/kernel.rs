@@ -139,8 +139,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
         // Of copies that are written to the kernel: the entry as it is now says what an event about it means.
         let mut ask = |original: &Tuple, end: Option<End>, replica: &Replica<'_>| {
-            *commit == CommitMode::Eager
-                && replica.living_copy(original).is_some_and(|slot| writer.ask(slot, replica, end))
+            let copy = if end.is_some() { replica.copy(original) } else { replica.living_copy(original) };
+            *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, end))
         };
         let drained = source.drain(INGEST_PER_PASS, &mut |event| {
             match &event {

@@ -72,6 +72,11 @@ impl Replica<'_> {
         self.table.find_original(original).filter(|slot| self.is_living_copy(*slot))
     }
 
+    /// The slot of a copy with this original tuple.
+    pub fn copy(&self, original: &Tuple) -> Option<u32> {
+        self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
+    }
+
     /// Whether this slot holds a copy whose active lives.
     pub fn is_living_copy(&self, slot: u32) -> bool {
         let line = self.table.line(slot);
@@ -94,9 +99,15 @@ impl Replica<'_> {
         self.is_unclaimed(slot) || self.contests.has(slot, self.table.line(slot).generation())
     }
 
-    /// The kernel's entry of this living copy is gone and must be written again.
+    /// The kernel's entry of this copy is gone and must be written again.
     pub fn recommit(&mut self, now: Time, slot: u32) {
-        self.miss(now, slot);
+        match self.is_living_copy(slot) {
+            true => self.miss(now, slot),
+            false => {
+                let generation = self.table.line(slot).generation();
+                self.commit(Commit::Refresh { slot, generation });
+            }
+        }
     }
 
     /// A connection begins. If it has the tuple of another one that members may still hold (`over` is that one's

@@ -250,3 +250,32 @@ fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_clo
     (0..3).for_each(|_| gateways.talk(tcp(), 2));
     assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
 }
+
+/// Traffic seed 960001948: an entry that packets had passed, and that was left as it was when its active was heard again, ran out within a second after
+/// that active's death. It counted as the end of the connection, whose packets had been at the active.
+#[test]
+fn a_copy_that_was_left_as_it_was_does_not_end_with_its_active() {
+    let memories = memories(2);
+    let mut gateways = Gateways::boot(&memories, 2);
+    gateways.world.start(1, 1, 100);
+    gateways.world.start(2, 1, 100);
+    gateways.run_for(SECOND);
+    (0..5).for_each(|_| gateways.talk(udp(), 2));
+    gateways.world.pause(2, true);
+    gateways.run_for(SECOND * 4);
+    gateways.talk(udp(), 1);
+    gateways.world.pause(2, false);
+    gateways.run_for(SECOND);
+    assert_eq!([1, 2].map(|m| gateways.kind(m, udp())), [Some(Kind::Backup), Some(Kind::Active)]);
+    while gateways.left(1, udp()).is_some_and(|left| left > 0 && left <= GIVEN_MAX_S) {
+        if gateways.left(1, udp()).is_some_and(|left| left.is_multiple_of(5)) {
+            gateways.talk(udp(), 2);
+        }
+        gateways.run_for(SECOND / 10);
+    }
+    gateways.run_for(SECOND * 3 / 10);
+    gateways.world.pause(2, true);
+    gateways.run_for(SECOND * 4);
+    assert!(gateways.left(1, udp()).is_some_and(|left| left > 0));
+    assert!(gateways.kind(1, udp()).is_some());
+}
