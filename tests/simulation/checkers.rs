@@ -192,7 +192,7 @@ impl Checks {
                 // Who takes over as the new backup may let the previous one go.
                 let together = self.are_together(world, member, line.peer().member());
                 if table.is_moving(slot) && is_new && acknowledged == Some(former) && together {
-                    self.previous_is_kept(world, truth, member, slot, former, &connection)?;
+                    self.previous_is_kept(world, truth, (member, shard), slot, former, &connection)?;
                 }
             }
             seen[slot as usize] = Some(now);
@@ -304,13 +304,21 @@ impl Checks {
         &self,
         world: &World<'_>,
         truth: &Truth,
-        member: MemberId,
+        (member, shard): (MemberId, usize),
         slot: u32,
         previous: Coordinate,
         connection: &Connection,
     ) -> Result<(), Broken> {
         if !self.are_together(world, member, previous.member()) || truth.closed.contains(&life_of(connection))
         {
+            return Ok(());
+        }
+        // The new one has it, and told the previous one so itself: that is this one's rival there.
+        let peer = world.hosts[&member].shards[shard].table().line(slot).peer();
+        let has_it = world.copies_of(&connection.original).iter().any(|copy| {
+            copy.place == peer.raw() && copy.kind == Kind::Backup && copy.connection == *connection
+        });
+        if has_it {
             return Ok(());
         }
         let table = world.hosts[&previous.member()].shards[previous.shard() as usize].table();

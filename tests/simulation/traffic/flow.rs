@@ -84,8 +84,8 @@ pub struct Flow {
     pub is_intact: bool,
     /// Whether it had two copies before whatever is going on began.
     pub is_safe: bool,
-    /// Whether a kernel took its packets for another connection's while that was not promised to go well: from then on they confirm that state there,
-    /// and being the latest they win.
+    /// Whether a kernel refused its packets while that was not promised to go well, or took them for another connection's: from then on they confirm that
+    /// state there, and being the latest they win; or it goes on by chance, on an entry that nobody has in a table.
     pub is_mistaken: bool,
 }
 

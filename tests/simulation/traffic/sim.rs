@@ -557,6 +557,7 @@ impl<'m> Sim<'m> {
                 if has_to_pass {
                     return Err(format!("{why}: {told} does not pass {way}: {verdict:?}, entry {entry:?}"));
                 }
+                flow.is_mistaken |= flow.established.is_some();
                 flow.lost(now);
                 Ok(())
             }
@@ -652,7 +653,7 @@ impl<'m> Sim<'m> {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // What its kernel did not tell of is found in a minute.
             let is_heard = self.lives.get(&flow.original).is_some_and(|life| life.is_heard);
-            if !is_old || !is_heard || !flow.is_talking() || flow.tries > 0 {
+            if !is_old || !is_heard || !flow.is_talking() || flow.tries > 0 || flow.is_mistaken {
                 continue;
             }
             let having = self.having(flow);
