@@ -671,6 +671,32 @@ fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_c
     assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
 }
 
+/// Seed 940017302: one that took over and its backup claim at once, with equal stamps, when the first turns to another backup. The other one was refused and not
+/// told, and carried it on as well.
+#[test]
+fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 50, 90, 200]);
+    let tuple = world.open_at(2);
+    let copy_at = |w: &World<'_>, member| kind_at(w, member, &tuple) == Some(Kind::Backup);
+    world.run_until(SECOND, "4 has the copy", |w| copy_at(w, 4));
+    world.kill(2);
+    world.run_until(REPROTECT * 3, "1 has a copy of what 4 took over", |w| copy_at(w, 1));
+    world.run_for(ms(500));
+    world.cut = vec![(1, 4)];
+    let is_dead = |w: &World<'_>| !w.hosts[&4].group.view().members[1].status.is_alive();
+    world.run_until(SECOND, "4 takes 1 for dead", is_dead);
+    world.cut.clear();
+    world.open.get_mut(&tuple).expect("it is open").owner = 4;
+    world.change(tuple);
+    let mut other = world.hosts[&4].touched[&tuple];
+    other.state.mark += 100;
+    world.tell(1, &SourceEvent::seen(other));
+    world.run_for(SECOND * 4);
+    let actives = world.copies()[&tuple].iter().filter(|copy| copy.kind == Kind::Active).count();
+    assert_eq!(actives, 1, "{}", world.describe());
+}
+
 /// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
 #[test]
 fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {

@@ -315,7 +315,7 @@ impl Replica<'_> {
                 let outranks = stamp > line.stamp()
                     || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
                 if !outranks {
-                    return Refused(Reason::Superseded);
+                    return if self.tell_tie(slot, stamp, own) { Refused(Reason::Superseded) } else { Busy };
                 }
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
@@ -422,13 +422,7 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
-            // Two claims from one state: the other one, if it is not the backup by now, is told whose it is.
-            let is_tie = stamp == line.stamp() && line.kind() == Kind::Active && !presumed;
-            if is_tie
-                && is_same
-                && line.peer() != own
-                && !self.release(Rank::Consequence, own, stamp.changed())
-            {
+            if is_same && !presumed && !self.tell_tie(slot, stamp, own) {
                 return Err(Busy);
             }
             self.counters.count(Counter::Conflicts);
@@ -483,6 +477,14 @@ impl Replica<'_> {
             let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of a chore");
         }
+    }
+
+    /// Of two claims from one state the other one is refused by the active in this slot, and told whose it is, if it is not the backup by now: nothing
+    /// else would tell it. `false`: no chore is free.
+    fn tell_tie(&mut self, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
+        let line = self.table.line(slot);
+        let is_tie = stamp == line.stamp() && line.kind() == Kind::Active && line.peer() != own;
+        !is_tie || self.is_presumed(slot) || self.release(Rank::Consequence, own, stamp.changed())
     }
 
     fn overwrite(
