@@ -166,6 +166,9 @@ impl<'m> Sim<'m> {
         }
         if self.plan.at_once {
             self.contend(traffic);
+            if traffic && self.steps.is_multiple_of(32) {
+                self.go_on();
+            }
         }
         if self.plan.strays && traffic && self.strays.below(4000) < self.plan.traffic {
             self.stray();
@@ -369,6 +372,17 @@ impl<'m> Sim<'m> {
         self.contended = later;
         for (_, tuple, life) in due {
             self.appear(tuple, life);
+        }
+    }
+
+    /// Packets of connections that showed up at two members at once go on at the owner: they raise no event, and show to who watches the entry.
+    fn go_on(&mut self) {
+        for host in self.world.hosts.values_mut() {
+            let is_owner = |tuple: &&Tuple| self.truth.open[*tuple].owner == Some(host.member);
+            let open = self.truth.contended.iter().filter(|tuple| self.truth.open.contains_key(tuple));
+            host.passing.clear();
+            host.passing
+                .extend(open.filter(is_owner).map(|tuple| (*tuple, self.truth.open[tuple].connection)));
         }
     }
 
