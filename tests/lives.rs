@@ -697,6 +697,27 @@ fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
     assert_eq!(actives, 1, "{}", world.describe());
 }
 
+/// Seed 940019891: a connection moves to a better backup, which dies before it has it. The previous one, which has its copy still, got a second one, and
+/// only that was named when the two compared.
+#[test]
+fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[100, 100]);
+    let tuple = protected(&mut world);
+    let place = world.copies()[&tuple].iter().find(|copy| copy.member == 2).expect("2 has the copy").place;
+    world.start(3, 1, 200);
+    world.cut = vec![(3, 1)];
+    world.run_for(ms(30));
+    world.cut.clear();
+    let before = world.counter(1, Counter::DeltasNew);
+    world.run_until(SECOND, "it begins to move", |w| w.counter(1, Counter::DeltasNew) > before);
+    world.kill(3);
+    world.run_for(REPROTECT + ms(200));
+    all_is_well(&mut world);
+    let found: Vec<_> = world.copies()[&tuple].iter().filter(|c| c.member == 2).map(|c| c.place).collect();
+    assert_eq!(found, [place]);
+}
+
 /// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
 #[test]
 fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {

@@ -432,11 +432,20 @@ impl<'m> Replica<'m> {
         assert!(
             line.kind() == Kind::Active && !line.peer().is_somewhere() && self.table.on(slot) == On::None
         );
+        if self.is_best_left(slot) && self.go_back(now, slot) {
+            return;
+        }
         match self.lease_for(now, slot, 0) {
             Found::At(backup) => self.assign(now, slot, backup),
             Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
             Found::Soon | Found::Nobody => self.wait(now, slot),
         }
+    }
+
+    /// Whether the connection in this slot changes its backup, and the previous one is the best by now.
+    fn is_best_left(&self, slot: u32) -> bool {
+        let best = self.ranked.iter().find(|member| self.is_up(**member));
+        self.table.is_moving(slot) && best == Some(&self.table.former(slot).member())
     }
 
     /// The connection waits for a backup.
@@ -448,10 +457,10 @@ impl<'m> Replica<'m> {
     pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
         let former = self.table.former(slot);
-        let presumed =
-            former.is_somewhere() && !self.table.is_moving(slot) && !self.table.line(slot).is_claimed();
-        // What is only presumed is offered to its former active, never sent there as if it were ours.
-        let except = if presumed { except | 1 << former.member() } else { except };
+        // What is only presumed is offered to its former active, never sent there as if it were ours; and one that changes its backup goes back to
+        // the copy that its previous one still has, or elsewhere: of two copies at one member only one would be named.
+        let is_left = self.table.is_moving(slot) || !self.table.line(slot).is_claimed();
+        let except = if former.is_somewhere() && is_left { except | 1 << former.member() } else { except };
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
             if except >> member & 1 == 1 || !self.is_up(member) {
@@ -690,6 +699,7 @@ impl<'m> Replica<'m> {
                     s.taken = s.taken.saturating_sub(1);
                     self.assign(now, slot, backup);
                 }
+                Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
                 Found::Soon | Found::Nobody => {
                     self.table.push(&mut self.waiting, On::Waiting, slot, since);
                     failed += 1;
