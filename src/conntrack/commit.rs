@@ -253,7 +253,9 @@ impl<E: Entries> Committer<E> {
         lifetime: Lifetime,
         silent_s: u32,
     ) -> Result<(), FlushFirst> {
-        self.add_written(connection, lifetime, Step::Keep { silent_s })
+        // In the first second after that nothing tells of a packet: there may have been one.
+        let is_told = silent_s + 1 < self.normal_timeout(connection);
+        self.add_written(connection, lifetime, Step::Keep { silent_s: if is_told { silent_s } else { 0 } })
     }
 
     /// Adds an entry to be brought up to date if it is there.
