@@ -900,10 +900,14 @@ impl<'m> Sim<'m> {
     }
 
     /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
-    /// found by a dump. Where the older state of a pair was taken for that of a connection that strayed, its next packet tells.
+    /// found by a dump. Where the older state of a pair was taken for that of a connection that strayed, or a claim was heard of late that was made before
+    /// its traffic left, its next packet tells.
     fn dump(&mut self) {
         let copies = self.world.copies();
-        for (tuple, open) in self.truth.open.iter().filter(|(tuple, _)| self.truth.strayed.contains(tuple)) {
+        let may_be_older = |(tuple, open): &(&Tuple, &Open)| {
+            self.truth.strayed.contains(tuple) || self.truth.left.contains(&open.life)
+        };
+        for (tuple, open) in self.truth.open.iter().filter(may_be_older) {
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
             let at_owner = found.iter().find(|copy| Some(copy.member) == open.owner);
             if let Some(copy) = at_owner.filter(|copy| !self.checks.alike(&copy.connection, &open.connection))
