@@ -220,7 +220,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         self.verify.step(now, has_time);
         let may_delete = self.may_delete(now, replica, counters);
         let KernelFeed { writer, repair, verify, shifts, .. } = self;
-        writer.write(now, may_delete, repair, verify, shifts, replica, counters);
+        writer.write((now, may_delete), repair, verify, shifts, replica, counters);
     }
 
     /// An entry is deleted by its tuple, and may be another connection's by now: what the source has to tell until now is heard before. A source that

@@ -116,8 +116,7 @@ impl<E: Entries> Writer<E> {
     /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an entry is deleted was heard.
     pub(super) fn write(
         &mut self,
-        now: Time,
-        may_delete: bool,
+        (now, may_delete): (Time, bool),
         repair: &mut Repair,
         verify: &mut Verify,
         shifts: &mut Shifts,
