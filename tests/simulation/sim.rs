@@ -166,9 +166,6 @@ impl<'m> Sim<'m> {
         }
         if self.plan.at_once {
             self.contend(traffic);
-            if traffic && self.steps.is_multiple_of(32) {
-                self.go_on();
-            }
         }
         if self.plan.strays && traffic && self.strays.below(4000) < self.plan.traffic {
             self.stray();
@@ -367,11 +364,15 @@ impl<'m> Sim<'m> {
                 }
             }
         }
-        let (due, later) =
+        let (due, later): (Vec<_>, _) =
             std::mem::take(&mut self.contended).into_iter().partition(|(at, ..)| at.reached(now));
         self.contended = later;
+        let has_due = !due.is_empty();
         for (_, tuple, life) in due {
             self.appear(tuple, life);
+        }
+        if has_due || traffic && self.steps.is_multiple_of(32) {
+            self.go_on();
         }
     }
 
