@@ -242,7 +242,9 @@ impl<'m> Sim<'m> {
         if another && self.truth.contended.contains(&tuple) {
             self.truth.expiring.insert(tuple);
         }
-        self.truth.close(tuple)
+        let event = self.truth.close(tuple);
+        self.go_on();
+        event
     }
 
     fn some_traffic(&mut self) {
@@ -318,6 +320,7 @@ impl<'m> Sim<'m> {
                     self.world.note(to, "moved", format_args!("{tuple} from {owner}"));
                     self.moved.push_back((self.world.now, tuple));
                     self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
+                    self.go_on();
                     // A packet there shows all that its kernel knows.
                     let n = (self.rng.next() >> 8) * 12;
                     let event = self.truth.change(tuple, n);
@@ -378,6 +381,9 @@ impl<'m> Sim<'m> {
 
     /// Packets of connections that showed up at two members at once go on at the owner: they raise no event, and show to who watches the entry.
     fn go_on(&mut self) {
+        if self.truth.contended.is_empty() {
+            return;
+        }
         for host in self.world.hosts.values_mut() {
             let is_owner = |tuple: &&Tuple| self.truth.open[*tuple].owner == Some(host.member);
             let open = self.truth.contended.iter().filter(|tuple| self.truth.open.contains_key(tuple));
