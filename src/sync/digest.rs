@@ -617,6 +617,8 @@ impl Replica<'_> {
             _ if self.table.is_moving(slot) && is_on_it(self.table.former(slot)) => {
                 Some((Place::of(self.table.former(slot)), KEPT))
             }
+            // One that went back to it may find its copy still there, and has no digest before its delta is acknowledged.
+            _ if is_on_it(line.peer()) => Some((Place::of(line.peer()), KEPT)),
             _ => None,
         }
     }
