@@ -845,3 +845,32 @@ impl Replica<'_> {
             || self.comparison.resends.iter().any(|(of, ..)| *of as usize == stream)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::{Generation, State};
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::source::SourceEvent;
+    use crate::sync::test_config;
+
+    /// Seed 941004509: a connection that went back to the copy that its previous backup still has was not named before its delta was acknowledged, and
+    /// that copy counted as one too many.
+    #[test]
+    fn what_is_not_acknowledged_is_named_as_kept() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let mut replica = Replica::new(test_config(), memory.parts());
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let connection = Connection::new(original, original.mirrored(), State::default());
+        replica.handle_source(Time(1), &SourceEvent::seen(connection));
+        let slot = replica.table.find_original(&original).expect("it is held");
+        let copy = Coordinate::new(2, 0, 5, Generation::default());
+        let stream = replica.stream_of(copy);
+        assert_eq!(replica.item(stream, slot), None);
+        replica.unlist(slot);
+        replica.table.update(slot, |line| line.set_kind(Kind::Active));
+        assert_eq!(replica.item(stream, slot), None, "it has no backup");
+        replica.table.update(slot, |line| line.set_peer(copy));
+        assert_eq!(replica.item(stream, slot).map(|(place, hash)| (place.slot, hash)), Some((5, KEPT)));
+    }
+}
