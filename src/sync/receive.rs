@@ -422,7 +422,7 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
-            if is_same && !presumed && !self.tell_tie(slot, stamp, own) {
+            if is_same && !self.tell_tie(slot, stamp, own) {
                 return Err(Busy);
             }
             self.counters.count(Counter::Conflicts);

@@ -459,8 +459,9 @@ impl<'m> Replica<'m> {
         let former = self.table.former(slot);
         // What is only presumed is offered to its former active, never sent there as if it were ours; and one that changes its backup goes back to
         // the copy that its previous one still has, or elsewhere: of two copies at one member only one would be named.
-        let is_left = self.table.is_moving(slot) || !self.table.line(slot).is_claimed();
-        let except = if former.is_somewhere() && is_left { except | 1 << former.member() } else { except };
+        let not_there =
+            former.is_somewhere() && (self.table.is_moving(slot) || !self.table.line(slot).is_claimed());
+        let except = if not_there { except | 1 << former.member() } else { except };
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
             if except >> member & 1 == 1 || !self.is_up(member) {
