@@ -303,6 +303,19 @@ fn who_took_over_from_a_table_that_is_no_more_still_only_presumes() {
     all_is_well(&mut world);
 }
 
+/// 1's connections begin to move to a better backup, 3, and it dies before it has them.
+fn lose_the_better_one(world: &mut World<'_>) {
+    world.start(3, 1, 200);
+    world.cut = vec![(3, 1)];
+    world.run_for(ms(30));
+    world.cut.clear();
+    let before = world.counter(1, Counter::DeltasNew);
+    world.run_until(SECOND, "they begin to move", |w| w.counter(1, Counter::DeltasNew) > before);
+    world.kill(3);
+    world.run_for(REPROTECT + ms(200));
+    all_is_well(world);
+}
+
 /// Seeds 50000409 and 50000506: connections move to a better backup, it dies before it has them, and nobody has room for
 /// another copy. The previous backup, which still has one, is the backup again.
 #[test]
@@ -318,15 +331,7 @@ fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
     world.run_for(HOLD + ms(20));
     world.run_until(SECOND, "all are on two members", |w| w.is_quiet());
     assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
-    world.start(3, 1, 200);
-    world.cut = vec![(3, 1)];
-    world.run_for(ms(30));
-    world.cut.clear();
-    let before = world.counter(1, Counter::DeltasNew);
-    world.run_until(SECOND, "they begin to move", |w| w.counter(1, Counter::DeltasNew) > before);
-    world.kill(3);
-    world.run_for(REPROTECT + ms(200));
-    all_is_well(&mut world);
+    lose_the_better_one(&mut world);
     assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
 }
 
@@ -705,15 +710,7 @@ fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
     let mut world = group(&memories, &[100, 100]);
     let tuple = protected(&mut world);
     let place = world.copies()[&tuple].iter().find(|copy| copy.member == 2).expect("2 has the copy").place;
-    world.start(3, 1, 200);
-    world.cut = vec![(3, 1)];
-    world.run_for(ms(30));
-    world.cut.clear();
-    let before = world.counter(1, Counter::DeltasNew);
-    world.run_until(SECOND, "it begins to move", |w| w.counter(1, Counter::DeltasNew) > before);
-    world.kill(3);
-    world.run_for(REPROTECT + ms(200));
-    all_is_well(&mut world);
+    lose_the_better_one(&mut world);
     let found: Vec<_> = world.copies()[&tuple].iter().filter(|c| c.member == 2).map(|c| c.place).collect();
     assert_eq!(found, [place]);
 }

@@ -49,6 +49,15 @@ impl<'m> Gateways<'m> {
         Gateways { world, kernels }
     }
 
+    /// Two, with their processes.
+    fn pair(memories: &'m [OwnedMemory]) -> Gateways<'m> {
+        let mut gateways = Gateways::boot(memories, 2);
+        gateways.world.start(1, 1, 100);
+        gateways.world.start(2, 1, 100);
+        gateways.run_for(SECOND);
+        gateways
+    }
+
     fn pass(&mut self, tuple: Tuple, payload: Payload, is_from_inside: bool, member: MemberId) {
         let tuple = if is_from_inside { tuple } else { tuple.mirrored() };
         let packet = Packet { tuple, payload, is_from_inside };
@@ -178,10 +187,7 @@ fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
 fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
     for has_packets in [false, true] {
         let memories = memories(2);
-        let mut gateways = Gateways::boot(&memories, 2);
-        gateways.world.start(1, 1, 100);
-        gateways.world.start(2, 1, 100);
-        gateways.run_for(SECOND);
+        let mut gateways = Gateways::pair(&memories);
         (0..3).for_each(|_| gateways.talk(udp(), 1));
         assert!(gateways.left(2, udp()).is_some_and(|left| left > GIVEN_MAX_S), "it is a copy");
         gateways.world.pause(1, true);
@@ -203,10 +209,7 @@ fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
 fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
     for (offset, after) in (0..10).flat_map(|offset| [0, 3, 7, 14, 18, 22].map(|after| (offset, after))) {
         let memories = memories(2);
-        let mut gateways = Gateways::boot(&memories, 2);
-        gateways.world.start(1, 1, 100);
-        gateways.world.start(2, 1, 100);
-        gateways.run_for(SECOND);
+        let mut gateways = Gateways::pair(&memories);
         gateways.shake(tcp(), flag::SYN, 1);
         gateways.talk(tcp(), 1);
         gateways.run_for(SECOND * offset / 10);
@@ -229,10 +232,7 @@ fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
 #[test]
 fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_closed_elsewhere() {
     let memories = memories(2);
-    let mut gateways = Gateways::boot(&memories, 2);
-    gateways.world.start(1, 1, 100);
-    gateways.world.start(2, 1, 100);
-    gateways.run_for(SECOND);
+    let mut gateways = Gateways::pair(&memories);
     gateways.shake(tcp(), flag::SYN, 2);
     gateways.talk(tcp(), 2);
     assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
@@ -256,10 +256,7 @@ fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_clo
 #[test]
 fn a_copy_that_was_left_as_it_was_does_not_end_with_its_active() {
     let memories = memories(2);
-    let mut gateways = Gateways::boot(&memories, 2);
-    gateways.world.start(1, 1, 100);
-    gateways.world.start(2, 1, 100);
-    gateways.run_for(SECOND);
+    let mut gateways = Gateways::pair(&memories);
     (0..5).for_each(|_| gateways.talk(udp(), 2));
     gateways.world.pause(2, true);
     gateways.run_for(SECOND * 4);
