@@ -321,7 +321,7 @@ impl<'m> World<'m> {
             feeds,
             kernel: HashMap::with_capacity(8192),
             touched: HashMap::with_capacity(8192),
-            passing: HashMap::with_capacity(1024),
+            passing: HashMap::with_capacity(64),
             table_id,
             full: false,
             paused: false,

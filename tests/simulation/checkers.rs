@@ -313,18 +313,16 @@ impl Checks {
         {
             return Ok(());
         }
-        // The new one has it, and told the previous one so itself: that is this one's rival there.
-        let peer = world.hosts[&member].shards[shard].table().line(slot).peer();
-        let has_it = world
-            .copies_of(&connection.original)
-            .iter()
-            .any(|copy| copy.place == peer.raw() && copy.kind == Kind::Backup);
-        if has_it {
-            return Ok(());
-        }
         let table = world.hosts[&previous.member()].shards[previous.shard() as usize].table();
         let line = table.line(previous.slot());
-        if line.generation() != previous.generation() || !line.kind().is_connection() {
+        // The new one has it, and told the previous one so itself: that is this one's rival there.
+        let is_at_the_new_one = || {
+            let peer = world.hosts[&member].shards[shard].table().line(slot).peer().raw();
+            let copies = world.copies_of(&connection.original);
+            copies.iter().any(|copy| copy.place == peer && copy.kind == Kind::Backup)
+        };
+        let is_kept = line.generation() == previous.generation() && line.kind().is_connection();
+        if !is_kept && !is_at_the_new_one() {
             return broken!(
                 "2 make before break",
                 "{} in slot {slot} of {member} moves, and its copy at {previous:?} is gone",
