@@ -315,7 +315,7 @@ impl Replica<'_> {
                 let outranks = stamp > line.stamp()
                     || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
                 if !outranks {
-                    return if self.tell_tie(slot, stamp, own) { Refused(Reason::Superseded) } else { Busy };
+                    return if self.tell_outranked(slot, own) { Refused(Reason::Superseded) } else { Busy };
                 }
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
@@ -422,7 +422,7 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
-            if is_same && !self.tell_tie(slot, stamp, own) {
+            if is_same && !self.tell_outranked(slot, own) {
                 return Err(Busy);
             }
             self.counters.count(Counter::Conflicts);
@@ -479,12 +479,15 @@ impl Replica<'_> {
         }
     }
 
-    /// Of two claims from one state the other one is refused by the active in this slot, and told whose it is, if it is not the backup by now: nothing
-    /// else would tell it. `false`: no chore is free.
-    fn tell_tie(&mut self, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
+    /// A claim that does not outrank the active in this slot is refused, and who sent it is told whose the connection is, unless it is the backup by now,
+    /// perhaps in another slot, or the previous one: nothing else would tell it. `false`: no chore is free.
+    fn tell_outranked(&mut self, slot: u32, own: Coordinate) -> bool {
         let line = self.table.line(slot);
-        let is_tie = stamp == line.stamp() && line.kind() == Kind::Active && line.peer() != own;
-        !is_tie || self.is_presumed(slot) || self.release(Rank::Consequence, own, stamp.changed())
+        let is_told = line.kind() != Kind::Active
+            || line.peer().member() == own.member()
+            || self.table.former(slot) == own
+            || self.is_presumed(slot);
+        is_told || self.release(Rank::Consequence, own, line.stamp().changed())
     }
 
     fn overwrite(
@@ -862,6 +865,57 @@ impl Replica<'_> {
                 self.table.recycle(place.slot);
                 self.counters.count(Counter::LeasesGivenBack);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::view::{Member, Status, View};
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::source::SourceEvent;
+    use crate::sync::test_config;
+
+    const NOW: Time = Time(1);
+
+    /// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to other epochs, and who had sent it was not told.
+    /// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot.
+    #[test]
+    fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_one() {
+        let backup = Coordinate::new(2, 0, 5, Default::default());
+        let former = Coordinate::new(3, 0, 6, Default::default());
+        let elsewhere = Coordinate::new(4, 0, 7, Default::default());
+        let in_another_slot = Coordinate::new(2, 0, 8, Default::default());
+        for (own, is_told) in [(elsewhere, true), (backup, false), (former, false), (in_another_slot, false)]
+        {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let mut replica = Replica::new(test_config(), memory.parts());
+            let mut view = View::new(1);
+            for member in 2..=4 {
+                let member_there =
+                    Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
+                view.set(member, member_there);
+            }
+            replica.handle_view(NOW, &view);
+            let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+            let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
+            let connection = Connection::new(original, original.mirrored(), state);
+            replica.handle_source(NOW, &SourceEvent::seen(connection));
+            let slot = replica.table.find_original(&original).expect("it is held");
+            replica.table.set_former(slot, former);
+            replica.table.update(slot, |line| {
+                line.set_kind(Kind::Active);
+                line.set_claimed(true);
+                line.set_peer(backup);
+                line.set_stamp(Stamp { epoch: 21, version: 17 });
+            });
+            let target = Place { slot, generation: replica.table.line(slot).generation() };
+            let stream = stream_index(own.member(), 0);
+            let old = Stamp { epoch: 19, version: 12 };
+            let verdict = replica.apply_new(NOW, stream, target, old, own, None, &connection);
+            assert!(matches!(verdict, Refused(Reason::Superseded)));
+            assert_eq!(replica.is_releasing(own), is_told, "{own:?}");
         }
     }
 }

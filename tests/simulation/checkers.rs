@@ -309,8 +309,9 @@ impl Checks {
         previous: Coordinate,
         connection: &Connection,
     ) -> Result<(), Broken> {
-        if !self.are_together(world, member, previous.member()) || truth.closed.contains(&life_of(connection))
-        {
+        let life = life_of(connection);
+        let has_ended = truth.closed.contains(&life) || truth.expired.contains(&(previous.member(), life));
+        if has_ended || !self.are_together(world, member, previous.member()) {
             return Ok(());
         }
         let table = world.hosts[&previous.member()].shards[previous.shard() as usize].table();

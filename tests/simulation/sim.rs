@@ -850,6 +850,7 @@ impl<'m> Sim<'m> {
         self.moved.clear();
         self.world.hosts.values_mut().for_each(|host| host.passing.clear());
         self.truth.contended.clear();
+        self.truth.expired.clear();
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())
@@ -1000,6 +1001,7 @@ impl<'m> Sim<'m> {
                         self.world.host(owner).touched.insert(tuple, connection);
                     }
                     self.world.note(copy.member, "expired", format_args!("{tuple}"));
+                    self.truth.expired.insert((copy.member, life));
                     self.world.tell(copy.member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
                     if let Some(owner) = open.and_then(|open| open.owner) {
                         // What was in its way is gone: the next dump tells of it.
