@@ -315,7 +315,11 @@ impl Replica<'_> {
                 let outranks = stamp > line.stamp()
                     || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
                 if !outranks {
-                    return if self.tell_outranked(slot, own) { Refused(Reason::Superseded) } else { Busy };
+                    return if self.tell_outranked(now, slot, stamp, own) {
+                        Refused(Reason::Superseded)
+                    } else {
+                        Busy
+                    };
                 }
                 if !self.chores.has_room(Rank::Consequence) {
                     return Busy;
@@ -422,7 +426,7 @@ impl Replica<'_> {
             return Err(Refused(Reason::Superseded));
         }
         if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
-            if is_same && !self.tell_outranked(slot, own) {
+            if is_same && !self.tell_outranked(now, slot, stamp, own) {
                 return Err(Busy);
             }
             self.counters.count(Counter::Conflicts);
@@ -479,15 +483,24 @@ impl Replica<'_> {
         }
     }
 
-    /// A claim that does not outrank the active in this slot is refused, and who sent it is told whose the connection is, unless it is the backup by now,
-    /// perhaps in another slot, or the previous one: nothing else would tell it. `false`: no chore is free.
-    fn tell_outranked(&mut self, slot: u32, own: Coordinate) -> bool {
+    /// The active in this slot refuses a claim that does not outrank it. Who sent it is told so, unless it is the backup by now, perhaps in another slot,
+    /// or the previous one: nothing else would tell it. Of an earlier epoch it may be another connection's: traffic here is to decide first, if there is
+    /// a kernel to ask. Of two within one epoch that know a different number of changes the next claims decide. `false`: no chore is free.
+    fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
         let line = self.table.line(slot);
-        let is_told = line.kind() != Kind::Active
+        let hears = line.kind() != Kind::Active
             || line.peer().member() == own.member()
             || self.table.former(slot) == own
             || self.is_presumed(slot);
-        is_told || self.release(Rank::Consequence, own, line.stamp().changed())
+        let told = match line.stamp() {
+            is if is == stamp => is.changed(),
+            is if is.epoch > stamp.epoch => is,
+            _ => return true,
+        };
+        let is_earlier = line.stamp() != stamp;
+        hears
+            || is_earlier && self.contest(now, slot, Some(Rival { stamp, place: own }))
+            || self.release(Rank::Consequence, own, told)
     }
 
     fn overwrite(
@@ -875,23 +888,36 @@ mod tests {
     use crate::group::view::{Member, Status, View};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
-    use crate::sync::test_config;
+    use crate::sync::{ReplicaConfig, test_config};
 
     const NOW: Time = Time(1);
 
     /// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to other epochs, and who had sent it was not told.
-    /// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot.
+    /// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot; 981000656: it had claimed in the same epoch.
     #[test]
     fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_one() {
         let backup = Coordinate::new(2, 0, 5, Default::default());
         let former = Coordinate::new(3, 0, 6, Default::default());
         let elsewhere = Coordinate::new(4, 0, 7, Default::default());
         let in_another_slot = Coordinate::new(2, 0, 8, Default::default());
-        for (own, is_told) in [(elsewhere, true), (backup, false), (former, false), (in_another_slot, false)]
-        {
+        let own = Stamp { epoch: 21, version: 17 };
+        let (older, of_the_epoch) = (Stamp { epoch: 19, version: 12 }, Stamp { epoch: 21, version: 12 });
+        let cases = [
+            (elsewhere, older, true),
+            (elsewhere, own, true),
+            (elsewhere, of_the_epoch, false),
+            (backup, older, false),
+            (former, older, false),
+            (in_another_slot, older, false),
+        ];
+        let all = [CommitMode::Off, CommitMode::Eager]
+            .into_iter()
+            .flat_map(|commit| cases.map(|case| (commit, case)));
+        for (commit, (from, stamp, is_told)) in all {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-            let mut replica = Replica::new(test_config(), memory.parts());
-            let mut view = View::new(1);
+            let config = ReplicaConfig { member: 6, commit, ..test_config() };
+            let mut replica = Replica::new(config, memory.parts());
+            let mut view = View::new(6);
             for member in 2..=4 {
                 let member_there =
                     Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
@@ -908,14 +934,21 @@ mod tests {
                 line.set_kind(Kind::Active);
                 line.set_claimed(true);
                 line.set_peer(backup);
-                line.set_stamp(Stamp { epoch: 21, version: 17 });
+                line.set_stamp(own);
             });
             let target = Place { slot, generation: replica.table.line(slot).generation() };
-            let stream = stream_index(own.member(), 0);
-            let old = Stamp { epoch: 19, version: 12 };
-            let verdict = replica.apply_new(NOW, stream, target, old, own, None, &connection);
+            let stream = stream_index(from.member(), 0);
+            let verdict = replica.apply_new(NOW, stream, target, stamp, from, None, &connection);
             assert!(matches!(verdict, Refused(Reason::Superseded)));
-            assert_eq!(replica.is_releasing(own), is_told, "{own:?}");
+            // With a kernel to ask, traffic decides about what may be another connection.
+            let waits = commit == CommitMode::Eager && stamp != own;
+            let generation = replica.table.line(slot).generation();
+            assert_eq!(replica.is_releasing(from), is_told && !waits, "{commit:?} {from:?} {stamp:?}");
+            assert_eq!(
+                replica.contests.has_rival(slot, generation),
+                is_told && waits,
+                "{commit:?} {from:?} {stamp:?}"
+            );
         }
     }
 }

@@ -429,8 +429,32 @@ impl<'m> Sim<'m> {
         let mut actives = self.world.copies_of(&tuple);
         actives.retain(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
         let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else { return };
+        let rival = |copy: &&Copy| copy.stamp == first.stamp && copy.member != first.member;
+        let has_common_backup = |copy: &Copy| {
+            let peers = [first, copy].map(|copy| Coordinate::from_raw(copy.peer).member());
+            peers[0] == peers[1] && ![first.member, copy.member].contains(&peers[0])
+        };
+        if actives.iter().filter(rival).any(has_common_backup) {
+            self.truth.tied.insert(tuple);
+        }
         let open = self.truth.open.get_mut(&tuple).expect("it is open");
         (open.owner, open.connection) = (Some(first.member), first.connection);
+    }
+
+    /// Of what was tied whoever has it by now is the owner.
+    fn untie(&mut self) {
+        let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
+        self.truth.tied.retain(|tuple| {
+            let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
+            let mut actives = found.iter().filter(|copy| copy.kind == Kind::Active);
+            let (Some(one), None) = (actives.next(), actives.next()) else { return true };
+            if let Some(open) = self.truth.open.get_mut(tuple)
+                && life_of(&one.connection) == open.life
+            {
+                (open.owner, open.connection) = (Some(one.member), one.connection);
+            }
+            false
+        });
     }
 
     /// Whether two members take each other for alive.
@@ -834,6 +858,7 @@ impl<'m> Sim<'m> {
             self.run_for(ms(60), false)?;
             self.expire();
             self.dump();
+            self.untie();
             self.speak();
             let awaited = self.repairs.iter().any(|repair| !repair.at.reached(self.world.now));
             let busy = awaited || !self.orphans.is_empty();
@@ -851,6 +876,7 @@ impl<'m> Sim<'m> {
         self.world.hosts.values_mut().for_each(|host| host.passing.clear());
         self.truth.contended.clear();
         self.truth.expired.clear();
+        self.truth.tied.clear();
         self.doubled.clear();
         self.truth.buried.extend(&self.truth.closed);
         Ok(())

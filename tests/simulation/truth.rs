@@ -47,6 +47,8 @@ pub struct Truth {
     pub left: BTreeSet<u32>,
     /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is lost.
     pub contended: BTreeSet<Tuple>,
+    /// Of them, those that two claimed in the same state who have a backup in common: whose word it heard first has them.
+    pub tied: BTreeSet<Tuple>,
     /// Entries that ran out, each with its kernel, while another member had the connection as well.
     pub expired: BTreeSet<(MemberId, u32)>,
     /// Tuples whose traffic moved to a member that had no copy. Nobody tells the pair; its kernels, which see no packets any
