@@ -57,6 +57,9 @@ pub fn is_touched(there: &Connection) -> bool {
 /// lets nobody set those that GRE entries carry. The packet after that begins a new one.
 pub const GRE_TIMEOUT_S: u32 = 3600;
 
+/// What an entry has left is known to so many seconds: whole ones are told, and some time after the pass began.
+const READ_LATE_S: u32 = 2;
+
 /// Helpers remembered as refused: a kernel has about a dozen.
 const HELPERS_MAX: usize = 16;
 
@@ -253,8 +256,10 @@ impl<E: Entries> Committer<E> {
         lifetime: Lifetime,
         silent_s: u32,
     ) -> Result<(), FlushFirst> {
-        // In the first second after that nothing tells of a packet: there may have been one.
-        let is_told = silent_s + 1 < self.normal_timeout(connection);
+        // What a packet gives may be what is left without one, as in the first second after that: then nothing tells of it.
+        let given_s = self.kernel.timeouts().of(connection);
+        let is_told = silent_s + 1 < self.normal_timeout(connection)
+            && !(silent_s.saturating_sub(READ_LATE_S)..=silent_s + 1).contains(&given_s);
         self.add_written(connection, lifetime, Step::Keep { silent_s: if is_told { silent_s } else { 0 } })
     }
 
@@ -408,11 +413,15 @@ impl Entry {
 
     /// Whether packets have passed the entry that is there.
     fn has_packets(&self, there: &Connection) -> bool {
-        let silent_s = match self.step {
-            Step::Keep { silent_s } => silent_s,
-            _ => 0,
+        let is_silent = match self.step {
+            Step::Keep { silent_s: 0 } => false,
+            // A packet may give it less than the active's kernel had.
+            Step::Keep { silent_s } => {
+                (silent_s.saturating_sub(READ_LATE_S)..=silent_s).contains(&there.state.timeout_s)
+            }
+            _ => false,
         };
-        is_touched(there) && there.state.timeout_s > silent_s
+        is_touched(there) && !is_silent
     }
 
     /// Without its helper, if it has one and this is how a kernel refuses a helper.

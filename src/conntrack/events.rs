@@ -19,7 +19,7 @@ use std::collections::{HashSet, VecDeque};
 use std::os::fd::BorrowedFd;
 
 use super::KernelError;
-use super::codec::status;
+use super::codec::{Origin, status};
 use super::dump::DumpProgress;
 use super::queue::{Heard, NetlinkQueue, Queue};
 use crate::conn::slot::groups;
@@ -121,7 +121,7 @@ impl<Q: Queue> Source<Q> {
 
     /// Takes up to `cap` waiting messages from the kernel. It pauses while [`next_expecting`](Self::next_expecting) has
     /// too many to tell.
-    pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> Drained {
+    pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent, Origin)) -> Drained {
         let mut drained = Drained::default();
         let Source { queue, share, recent, expecting } = self;
         let is_dumping = queue.is_dumping();
@@ -132,14 +132,14 @@ impl<Q: Queue> Source<Q> {
         while left > 0 && expecting.len() < EXPECTING_MAX {
             let wanted = left.min(EXPECTING_MAX - expecting.len());
             let batch = queue.receive(wanted, &mut |heard| match heard {
-                Heard::Event { event, skipped } => {
+                Heard::Event { event, origin, skipped } => {
                     drained.skipped += skipped as usize;
                     if share.wants(&event) {
                         if is_dumping && recent.len() < RECENT_MAX {
                             recent.extend(newer_than_a_dump(&event));
                         }
                         drained.events += 1;
-                        f(event);
+                        f(event, origin);
                     }
                 }
                 Heard::Expects(original) if share.has(&original) => {

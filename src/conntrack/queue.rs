@@ -4,7 +4,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use super::codec::{Decoded, decode, expecting, is_expectation};
+use super::codec::{Decoded, Origin, decode, expecting, is_expectation, origin};
 use super::dump::{Dump, DumpProgress};
 use super::netlink::{Mailbox, Socket};
 use super::{KernelError, filter};
@@ -27,6 +27,8 @@ pub enum Heard {
     Event {
         /// What.
         event: SourceEvent,
+        /// Who did it.
+        origin: Origin,
         /// Attributes that made no sense and were left out.
         skipped: u8,
     },
@@ -104,8 +106,11 @@ impl Queue for NetlinkQueue {
             f(if is_expectation(message) {
                 expecting(message).map_or(Heard::Malformed, Heard::Expects)
             } else {
-                decode(message)
-                    .map_or(Heard::Malformed, |Decoded { event, skipped }| Heard::Event { event, skipped })
+                decode(message).map_or(Heard::Malformed, |Decoded { event, skipped }| Heard::Event {
+                    event,
+                    origin: origin(message),
+                    skipped,
+                })
             });
         }
         let taken = received.as_ref().map_or(0, |taken| *taken);

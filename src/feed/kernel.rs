@@ -11,7 +11,7 @@ use super::shifts::Shifts;
 use super::verify::Verify;
 use super::writer::Writer;
 use crate::conn::Tuple;
-use crate::conntrack::codec::status;
+use crate::conntrack::codec::{Origin, status};
 use crate::conntrack::commit::Committer;
 use crate::conntrack::entries::{Entries, NetlinkEntries};
 use crate::conntrack::events::Source;
@@ -142,7 +142,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             let copy = if end.is_some() { replica.copy(original) } else { replica.living_copy(original) };
             *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, end))
         };
-        let drained = source.drain(INGEST_PER_PASS, &mut |event| {
+        let drained = source.drain(INGEST_PER_PASS, &mut |event, origin| {
             match &event {
                 SourceEvent::Seen { connection, .. } => {
                     if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -150,6 +150,14 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     }
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
+                    }
+                    // What another program writes into a copy's entry is no packet; its active says what belongs there.
+                    if origin == Origin::Program
+                        && *commit == CommitMode::Eager
+                        && let Some(slot) = replica.living_copy(&connection.original)
+                    {
+                        counters.count(Counter::ClaimsUnfounded);
+                        return replica.recommit(now, slot);
                     }
                     if ask(&connection.original, None, replica) {
                         return;

@@ -13,6 +13,7 @@
 mod admission;
 mod claims;
 mod kernel;
+mod leftovers;
 mod repair;
 mod ring;
 mod shifts;

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
+use super::leftovers::{LeftoverStep, Leftovers, is_leftover};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;
@@ -44,7 +45,7 @@ const DUMP_PER_PASS: usize = 256;
 /// Slots that one pass of a sweep looks at.
 const SWEEP_PER_PASS: u32 = 4096;
 /// Look-ups that may wait.
-const LOOKS_MAX: usize = 8192;
+pub(super) const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
 const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIVEN_MAX_S);
@@ -64,19 +65,6 @@ enum Stage {
     Idle,
 }
 
-/// What is to be done about an entry that has the timeout of copies and is none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum LeftoverStep {
-    /// It is looked at once more.
-    Look,
-    /// It is removed.
-    Remove,
-    /// So is one that was written for a copy which its kernel did not take in the end.
-    RemoveCopys,
-    /// It gets the normal timeout.
-    Age,
-}
-
 /// What a shard does about missed events.
 pub(super) struct Repair {
     stage: Stage,
@@ -88,8 +76,9 @@ pub(super) struct Repair {
     resumed: bool,
     /// The sweep after a warm restart has asked for everything.
     swept: bool,
-    /// Entries with the timeout of copies that are none, and what is to be done about each.
-    leftovers: VecDeque<(Connection, LeftoverStep)>,
+    leftovers: Leftovers,
+    /// The dump that is wanted, or under way, is for leftovers that were aged.
+    looks_back: bool,
     /// When a dump may begin.
     dump_at: Time,
     /// It was said that a dump cannot be made.
@@ -122,7 +111,8 @@ impl Repair {
             complete: false,
             resumed,
             swept: false,
-            leftovers: VecDeque::with_capacity(LOOKS_MAX),
+            leftovers: Leftovers::new(),
+            looks_back: false,
             dump_at: Time(0),
             complained: false,
             shown: vec![0; words],
@@ -159,6 +149,7 @@ impl Repair {
     /// Events were lost.
     pub(super) fn want(&mut self) {
         match self.stage {
+            Stage::Wanted if self.looks_back => self.looks_back = false,
             Stage::Idle => self.stage = Stage::Wanted,
             Stage::Wanted => {}
             Stage::Dumping | Stage::Sweeping(_) => self.again = true,
@@ -173,7 +164,7 @@ impl Repair {
             Stage::Idle if !self.looks.is_empty() || !self.leftovers.is_empty() || !self.complete => {
                 now.after(BATCH_PAUSE)
             }
-            Stage::Idle => Time::NEVER,
+            Stage::Idle => self.leftovers.look_back_at(),
         };
         at.min(self.unheard_at)
     }
@@ -194,6 +185,10 @@ impl Repair {
             self.ask_for_the_unheard(now, replica);
         }
         self.complete |= self.swept && self.looks.is_empty();
+        if self.stage == Stage::Idle && self.leftovers.look_back_at().reached(now) {
+            self.leftovers.look_back(now);
+            (self.stage, self.looks_back) = (Stage::Wanted, true);
+        }
         match self.stage {
             Stage::Wanted if may_begin && self.dump_at.reached(now) => match source.start_dump() {
                 Ok(true) => {
@@ -226,7 +221,7 @@ impl Repair {
         counters: &Counters<'_>,
     ) {
         let is_resuming = self.is_resuming();
-        let Repair { shown, unheard, timeouts, complete, leftovers, commit, .. } = self;
+        let Repair { shown, unheard, timeouts, complete, leftovers, looks_back, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -246,26 +241,22 @@ impl Repair {
                 }
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
-                    counters.count(Counter::SourceLeftovers);
                     // What the process before had no time to remove goes; what a run left whose table is no more may have
                     // traffic that is yet to come.
                     let step = match is_resuming && *commit == CommitMode::Eager {
                         true => LeftoverStep::Look,
                         false => LeftoverStep::Age,
                     };
-                    match leftovers.len() < LOOKS_MAX {
-                        true => leftovers.push_back((*connection, step)),
-                        // What does not fit is found by the next dump, or expires.
-                        false => counters.count(Counter::LeftoversFull),
-                    }
+                    leftovers.found(connection, step, counters);
                 }
+                None if *looks_back && leftovers.may_be_silent(now, timeouts, connection) => {}
                 None => {
                     replica.handle_source(now, &event);
                     if let Some(slot) = replica.table().find_original(&connection.original) {
                         set(shown, slot);
                         shifts.note(now, slot, connection);
                     }
-                    if !*complete {
+                    if !*complete || *looks_back {
                         mark_unheard(unheard, &connection.original, replica);
                     }
                 }
@@ -292,12 +283,13 @@ impl Repair {
     fn dumped(&mut self, now: Time) {
         let is_first = !self.complete && !self.resumed;
         self.complete |= is_first;
+        let looked_back = std::mem::take(&mut self.looks_back);
         self.stage = if self.again {
             // What was lost meanwhile this dump may have passed before.
             self.dump_at = now.after(DUMP_PAUSE);
             Stage::Wanted
-        } else if is_first {
-            // It found an empty table: nothing can be in it that is gone.
+        } else if is_first || looked_back {
+            // It found an empty table: nothing can be in it that is gone. Or nothing was lost.
             Stage::Idle
         } else {
             Stage::Sweeping(0)
@@ -404,34 +396,15 @@ impl Repair {
         None
     }
 
-    /// The next entry that an earlier process left, and what is to be done about it.
-    pub(super) fn next_leftover(&mut self, replica: &Replica<'_>) -> Option<(Connection, LeftoverStep)> {
-        while let Some(leftover) = self.leftovers.pop_front() {
-            // Unless it came to life again: then the entry belongs to that connection.
-            if replica.table().find_original(&leftover.0.original).is_none() {
-                return Some(leftover);
-            }
-        }
-        None
-    }
-
-    /// Such an entry cannot be asked for, or removed, just now.
-    pub(super) fn leftover_later(&mut self, leftover: (Connection, LeftoverStep)) {
-        self.leftovers.push_front(leftover);
+    /// Entries that an earlier process left.
+    pub(super) fn leftovers(&mut self) -> &mut Leftovers {
+        &mut self.leftovers
     }
 
     /// Such an entry is still there: it goes, if no packet has passed it.
     pub(super) fn found_leftover(&mut self, there: &Connection, counters: &Counters<'_>) {
         if is_leftover(&self.timeouts, there) {
-            self.remove(there, LeftoverStep::Remove, counters);
-        }
-    }
-
-    /// This entry goes, unless it comes to life before.
-    pub(super) fn remove(&mut self, there: &Connection, step: LeftoverStep, counters: &Counters<'_>) {
-        match self.leftovers.len() < LOOKS_MAX {
-            true => self.leftovers.push_front((*there, step)),
-            false => counters.count(Counter::LeftoversFull),
+            self.leftovers.remove(there, LeftoverStep::Remove, counters);
         }
     }
 
@@ -482,11 +455,6 @@ pub(super) fn told_by_answer(slot: u32, there: &Connection, replica: &Replica<'_
     }
     let is_same = (known.tcp_state, known.status) == (there.state.tcp_state, there.state.status);
     groups::TUPLES | groups::STATE | if is_same { 0 } else { groups::TIMEOUT }
-}
-
-/// Whether only we can have given the entry its timeout, and no packet has passed it since.
-fn is_leftover(timeouts: &Timeouts, there: &Connection) -> bool {
-    there.state.timeout_s > timeouts.of(there).max(GIVEN_MAX_S)
 }
 
 fn set(bits: &mut [u64], slot: u32) {

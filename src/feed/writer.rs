@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::claims::{self, Claims, Question};
-use super::repair::{LeftoverStep, Repair};
+use super::leftovers::{LeftoverStep, Leftovers};
+use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
@@ -163,16 +164,16 @@ impl<E: Entries> Writer<E> {
             }
             self.batch.push(For::Look(slot, generation));
         }
-        self.remove_leftovers(repair, replica);
+        self.remove_leftovers(now, repair.leftovers(), replica);
         self.verify(now, verify, replica, counters);
         self.flush(now, repair, verify, shifts, replica, counters);
     }
 
     /// Entries that an earlier process owed a delete: asked for first, then removed. Those of a run whose table is no more get the
     /// timeout that the kernel gives a connection in their state.
-    fn remove_leftovers(&mut self, repair: &mut Repair, replica: &Replica<'_>) {
+    fn remove_leftovers(&mut self, now: Time, leftovers: &mut Leftovers, replica: &Replica<'_>) {
         while self.batch.len() < COMMIT_PER_PASS
-            && let Some((there, step)) = repair.next_leftover(replica)
+            && let Some((there, step)) = leftovers.next(now, replica)
         {
             let (added, entry) = match step {
                 LeftoverStep::Remove => (self.committer.delete(&there.original), For::LeftoverGone),
@@ -181,7 +182,7 @@ impl<E: Entries> Writer<E> {
                 LeftoverStep::Age => (self.committer.update(&there, Lifetime::Normal), For::LeftoverAged),
             };
             if added.is_err() {
-                return repair.leftover_later((there, step));
+                return leftovers.later((there, step));
             }
             self.batch.push(entry);
         }
@@ -346,7 +347,7 @@ impl<E: Entries> Writer<E> {
                 }
                 (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
                 (Outcome::Present(connection), For::Untouched) => {
-                    return repair.remove(&connection, LeftoverStep::RemoveCopys, counters);
+                    return repair.leftovers().remove(&connection, LeftoverStep::RemoveCopys, counters);
                 }
                 (Outcome::Removed, For::Leftover | For::Untouched) => return,
                 (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),

@@ -94,7 +94,7 @@ fn each_shard_is_told_which_of_its_connections_expects_another() {
         for (shard, source) in (0..).zip(&mut sources) {
             let (mut told, mut counted) = (HashSet::new(), 0);
             loop {
-                let drained = source.drain(usize::MAX, &mut |_| {});
+                let drained = source.drain(usize::MAX, &mut |_, _| {});
                 assert_eq!(drained.malformed, 0);
                 counted += drained.expectations;
                 told.extend(std::iter::from_fn(|| source.next_expecting()));
@@ -142,9 +142,9 @@ fn a_dump_does_not_bring_back_what_closed_meanwhile() {
         // What is remembered for this is bounded: then the events wait for the dump to be read.
         assert_eq!(source.start_dump(), Ok(true));
         write_all(&mut stranger, 0..3000);
-        let mut heard = source.drain(usize::MAX, &mut |_| {});
+        let mut heard = source.drain(usize::MAX, &mut |_, _| {});
         assert!(heard.more && heard.events < 3000, "{heard:?}");
-        assert_eq!(source.drain(usize::MAX, &mut |_| {}).events, 0);
+        assert_eq!(source.drain(usize::MAX, &mut |_, _| {}).events, 0);
         source.drain_dump(1, &mut |_| {});
         heard.events += events(&mut source).len();
         assert_eq!(heard.events, 3000);

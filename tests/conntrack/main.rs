@@ -86,7 +86,7 @@ fn delete_all(committer: &mut Committer, numbers: std::ops::Range<u16>) {
 /// What is waiting now: events come with the request that caused them, so nothing is late.
 fn events(source: &mut Source) -> Vec<SourceEvent> {
     let mut events = Vec::new();
-    let drained = source.drain(100_000, &mut |event| events.push(event));
+    let drained = source.drain(100_000, &mut |event, _| events.push(event));
     assert_eq!((drained.events, drained.malformed, drained.more), (events.len(), 0, false));
     events
 }

@@ -36,7 +36,7 @@ sysctl -qw net.netfilter.nf_conntrack_events=1 net.netfilter.nf_conntrack_checks
 /// What all events together said of each connection, and how many expectations there were.
 fn heard(source: &mut Source) -> (HashMap<Tuple, Connection>, usize) {
     let mut all: HashMap<Tuple, Connection> = HashMap::new();
-    let drained = source.drain(100_000, &mut |event| {
+    let drained = source.drain(100_000, &mut |event, _| {
         let SourceEvent::Seen { connection: new, known } = event else { return };
         let c = all.entry(new.original).or_insert(new);
         c.extra.merge(&new.extra);

@@ -127,7 +127,7 @@ pub fn table(gateway: &Namespace) -> Table {
                 DumpState::Failed(errno) => panic!("reading the kernel's table: errno {errno}"),
             }
             // Events that wait for room to be remembered are of no interest.
-            source.drain(usize::MAX, &mut |_| {});
+            source.drain(usize::MAX, &mut |_, _| {});
         }
     })
 }

@@ -81,7 +81,7 @@ fn read(count: u32) -> Result<(), String> {
     let mut quiet = Instant::now();
     let before = processor_time()?;
     while seen < count && quiet.elapsed() < Duration::from_secs(20) {
-        let drained = source.drain(4096, &mut |event| {
+        let drained = source.drain(4096, &mut |event, _| {
             std::hint::black_box(event);
         });
         seen += drained.events as u32;

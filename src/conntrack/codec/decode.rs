@@ -21,6 +21,15 @@ use crate::conn::tuple::{DCCP, SCTP, TCP};
 use crate::conn::{Connection, Family, Phase, State, Tuple};
 use crate::source::{End, SourceEvent};
 
+/// Who changed an entry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// The kernel itself: a packet, a timeout, an address that went away.
+    Kernel,
+    /// Another program, by netlink. (What this one writes is not heard.)
+    Program,
+}
+
 /// What a message says, and how much of it could not be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Decoded {
@@ -38,6 +47,14 @@ pub fn decode(message: &[u8]) -> Result<Decoded, Malformed> {
 /// Decodes one message that describes a whole entry: out of a dump, or the answer to a GET.
 pub fn decode_entry(message: &[u8]) -> Result<Decoded, Malformed> {
     read(message, groups::MARK)
+}
+
+/// Who caused this event: `nlmsg_pid` is the port id of the program that asked for it, or zero.
+pub fn origin(message: &[u8]) -> Origin {
+    match message.get(12..HEADER) {
+        None | Some([0, 0, 0, 0]) => Origin::Kernel,
+        Some(_) => Origin::Program,
+    }
 }
 
 /// Whether this message is about an expectation, not about a connection.

@@ -28,7 +28,9 @@ mod tests;
 mod writer;
 
 pub use attribute::{Attributes, Malformed};
-pub use decode::{Answer, Decoded, answer, decode, decode_entry, end_of, expecting, is_expectation};
+pub use decode::{
+    Answer, Decoded, Origin, answer, decode, decode_entry, end_of, expecting, is_expectation, origin,
+};
 pub use encode::{
     encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update, request_ack,
 };
