@@ -87,6 +87,8 @@ pub struct Flow {
     /// Whether a kernel refused its packets while that was not promised to go well, or took them for another connection's: from then on they confirm that
     /// state there, and being the latest they win; or it goes on by chance, on an entry that nobody has in a table.
     pub is_mistaken: bool,
+    /// Members that lost its entry since: they may need a moment to have it again.
+    pub lacking: Vec<MemberId>,
 }
 
 impl Flow {

@@ -8,6 +8,7 @@ use std::rc::Rc;
 use hypersync::conn::slot::groups;
 use hypersync::conn::{Connection, MemberId, State, Tuple, shard_of};
 use hypersync::conntrack::KernelError;
+use hypersync::conntrack::codec::Origin;
 use hypersync::conntrack::commit::Committer;
 use hypersync::conntrack::dump::{DumpProgress, DumpState};
 use hypersync::conntrack::entries::{Answers, Entries, Request};
@@ -152,7 +153,8 @@ impl Queue for Events {
         let queue = &mut queues[self.shard as usize];
         let taken = wanted.min(queue.len());
         for event in queue.drain(..taken) {
-            f(Heard::Event { event: event.seen(), skipped: 0 });
+            let origin = if event.by == By::Kernel { Origin::Kernel } else { Origin::Program };
+            f(Heard::Event { event: event.seen(), origin, skipped: 0 });
         }
         Batch { taken, is_last: taken < wanted, failed: false }
     }

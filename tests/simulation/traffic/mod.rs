@@ -3,7 +3,8 @@
 //!
 //! Here nobody tells the protocol the truth. Entries linger when their connection has ended, traffic moves without an
 //! event, idle entries run out while their connection lives elsewhere, ports are used again at once, operators flush
-//! and delete; processes stand still, are killed and come back, kernels die. What is checked is what a user
+//! and delete, and change timeouts; other programs write entries, some with helpers or labels that not every kernel has; tables are full; the address goes with the
+//! routes, and what was masqueraded behind it; processes stand still, are killed and come back, kernels die. What is checked is what a user
 //! would see: packets that pass, in the translation that they had, and entries that are there or gone.
 //!
 //! | promise | how it is checked |
@@ -16,6 +17,7 @@
 //! | short connections are never sent | no datagram brings a connection that was over before |
 //! | two copies | once settled, two kernels have the entry |
 
+mod faults;
 pub mod flow;
 mod kernel;
 #[path = "../../kernel/model.rs"]

@@ -12,8 +12,8 @@ use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
 use super::kernel::{Ends, Kernel};
-use super::model::tcp::{Place, Segment, TIME_WAIT, flag};
-use super::model::{Packet, Payload, Settings, Verdict};
+use super::model::tcp::{ESTABLISHED, Place, Segment, TIME_WAIT, flag};
+use super::model::{By, Packet, Payload, Settings, Verdict};
 use crate::world::{Timing, World, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -136,6 +136,11 @@ fn tcp() -> Tuple {
     Tuple::v4(TCP, ([10, 0, 0, 1].into(), 5000), ([192, 0, 2, 1].into(), 80))
 }
 
+/// Another one.
+fn idle() -> Tuple {
+    Tuple { sport: 6000, ..tcp() }
+}
+
 fn udp() -> Tuple {
     Tuple::v4(UDP, ([10, 0, 0, 1].into(), 5000), ([192, 0, 2, 1].into(), 53))
 }
@@ -225,6 +230,73 @@ fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
         gateways.run_for(SECOND / 2);
         assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "{offset}, {after}");
     }
+}
+
+/// Traffic seed 965000238: packets after a takeover had left the entry less than it was given then, which was its active's, and did not count.
+#[test]
+fn packets_that_left_an_entry_less_than_its_takeover_tell_that_it_may_be_needed() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    let set = |gateways: &Gateways<'_>, seconds| {
+        gateways.kernels[&2].act(gateways.world.now, |table, _| {
+            table.settings().timeouts.tcp[ESTABLISHED as usize] = seconds;
+        });
+    };
+    set(&gateways, 3000);
+    gateways.world.pause(1, true);
+    while gateways.left(2, tcp()).is_none_or(|left| left > GIVEN_MAX_S) {
+        gateways.run_for(SECOND / 10);
+    }
+    assert!(gateways.left(2, tcp()).is_some_and(|left| left > 3000), "what its active's kernel gave it");
+    (0..3).for_each(|_| gateways.talk(tcp(), 2));
+    gateways.world.pause(1, false);
+    gateways.run_for(SECOND / 2);
+    assert!(gateways.left(2, tcp()).is_some_and(|left| left <= 3000), "it may be needed as it is");
+}
+
+/// Traffic seed 965000470: somebody gave the entry of a copy a short timeout, which looked like a packet: the copy was claimed, its entry ran out, and
+/// the connection was deleted where it lived.
+#[test]
+fn what_a_program_writes_into_the_entry_of_a_copy_is_no_packet() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    let written = gateways.kernels[&2]
+        .act(gateways.world.now, |table, now| table.set_timeout(now, By::Tool, &tcp(), 1));
+    assert_eq!(written, Ok(()));
+    gateways.run_for(SECOND * 3);
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    assert!(gateways.left(1, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "its packets pass here");
+    assert!(gateways.left(2, tcp()).is_some_and(|left| left > GIVEN_MAX_S), "it is a copy as before");
+}
+
+/// Traffic seeds 965000262, 960001055: a process began anew over entries that the one before had left, and traffic moved there, whose entry at the other gateway went at
+/// that moment. Nobody knew of the connection any more, and of its packets no event told.
+#[test]
+fn an_entry_that_an_earlier_process_left_is_a_connection_when_packets_pass_it() {
+    let memories = memories(3);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    (0..3).for_each(|_| gateways.talk(tcp(), 1));
+    gateways.shake(idle(), flag::SYN, 1);
+    gateways.run_for(SECOND * 2);
+    assert_eq!([tcp(), idle()].map(|t| gateways.kind(2, t)), [Some(Kind::Backup); 2]);
+    gateways.world.kill(2);
+    gateways.kernels[&2].listen(0);
+    gateways.run_for(SECOND * 2);
+    gateways.world.start(2, 1, 100);
+    for tuple in [tcp(), idle()] {
+        let gone =
+            gateways.kernels[&1].act(gateways.world.now, |table, now| table.delete(now, By::Kernel, &tuple));
+        assert_eq!(gone, Ok(()));
+    }
+    (0..7).for_each(|_| gateways.talk(tcp(), 2));
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
+    assert!(gateways.left(1, tcp()).is_some(), "it is on two again");
+    assert_eq!([1, 2].map(|m| gateways.kind(m, idle())), [None; 2], "nobody spoke there");
 }
 
 /// Traffic seeds 920002725, 960000150: a gateway that had slept read that its connection was closed elsewhere before it read that the next one had begun

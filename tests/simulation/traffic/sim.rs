@@ -10,6 +10,7 @@ use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
+use hypersync::conn::extra::HELPER_NAME;
 use hypersync::conn::tuple::{TCP, UDP};
 use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
 use hypersync::conntrack::codec::GIVEN_MAX_S;
@@ -20,7 +21,7 @@ use hypersync::time::Time;
 
 use super::flow::{End, Flow, GIVES_UP, Manner, Step};
 use super::kernel::{Ends, Kernel};
-use super::model::{By, Nat, Settings, Timeouts, Verdict, tcp};
+use super::model::{Nat, Settings, Timeouts, Verdict, tcp};
 use crate::checkers::Broken;
 use crate::world::{Network, Rng, Timing, World, memories_of};
 
@@ -36,6 +37,10 @@ const SEEN_LATE: Duration = Duration::from_millis(20);
 const STARTS: usize = FAULTS_MAX as usize;
 /// Faults in a run.
 const FAULTS_MAX: u64 = 5;
+/// After a start without a table it takes so long to find which entries of the process before have traffic.
+const LEFTOVERS_FOUND_AFTER: Duration = Duration::from_secs(15);
+/// `nf_conntrack_max` of a kernel that has room for everything.
+const WIDE: usize = 4096;
 
 /// Drawn from a seed before anything starts.
 #[derive(Debug)]
@@ -46,10 +51,15 @@ pub struct Plan {
     sizes: Vec<MemorySize>,
     size: MemorySize,
     /// Whether connections are translated, and by masquerade.
-    nat: Option<bool>,
+    pub(super) nat: Option<bool>,
     /// `nf_conntrack_events`.
     events: u8,
     timeouts: Timeouts,
+    /// `nf_conntrack_max` of each member.
+    pub(super) max: Vec<usize>,
+    /// Whether each member's kernel has the helper of FTP, and room for labels.
+    pub(super) has_helper: Vec<bool>,
+    pub(super) has_labels: Vec<bool>,
     /// Events that wait for a shard at most.
     room: usize,
     /// Groups of clients whose routes move together.
@@ -87,6 +97,11 @@ impl Plan {
             nat,
             events: 1 + rng.below(2) as u8,
             timeouts: timeouts(),
+            max: (0..members)
+                .map(|_| if rng.chance(10) { 8 + rng.below(16) as usize } else { WIDE })
+                .collect(),
+            has_helper: (0..members).map(|_| rng.chance(70)).collect(),
+            has_labels: (0..members).map(|_| rng.chance(50)).collect(),
             room: [4, 64, 4096][rng.below(3) as usize],
             routes: if nat.is_some() || members > 2 { 1 } else { 1 + rng.below(3) as usize },
             flows: [3, 10, 30][rng.below(3) as usize],
@@ -103,15 +118,10 @@ impl Plan {
         }
     }
 
-    /// How long an entry of this flow lives without packets.
-    fn idle(&self, flow: &Flow) -> Duration {
-        let established = self.timeouts.tcp[tcp::ESTABLISHED as usize];
-        let seconds = match (flow.is_tcp(), flow.is_talking()) {
-            (true, true) => established,
-            (true, false) => self.timeouts.tcp[tcp::LAST_ACK as usize],
-            (false, _) => self.timeouts.udp_stream,
-        };
-        Duration::from_secs(seconds as u64)
+    /// Whether a full table may give this flow's entry up: it is not assured.
+    fn may_give_up(&self, flow: &Flow) -> bool {
+        let may_be_full = self.max.iter().any(|max| *max < WIDE);
+        may_be_full && !(flow.is_tcp() && flow.established.is_some())
     }
 
     /// The memory that this plan can need, in the order in which it is taken.
@@ -126,15 +136,15 @@ type Kernels = Rc<RefCell<BTreeMap<MemberId, Rc<Kernel>>>>;
 
 pub struct Sim<'m> {
     pub world: World<'m>,
-    plan: Plan,
-    rng: Rng,
+    pub(super) plan: Plan,
+    pub(super) rng: Rng,
     /// Of gateways that live.
-    kernels: Kernels,
-    flows: Vec<Flow>,
+    pub(super) kernels: Kernels,
+    pub(super) flows: Vec<Flow>,
     /// Tuples of connections that ended for both sides.
     free: Vec<Tuple>,
     /// Who carries each group of clients.
-    routes: Vec<MemberId>,
+    pub(super) routes: Vec<MemberId>,
     /// When a packet of a tuple last passed a gateway.
     passed_at: BTreeMap<(Tuple, MemberId), Time>,
     /// The slots whose connection was sent, each with its life.
@@ -143,13 +153,30 @@ pub struct Sim<'m> {
     copied: BTreeSet<(Tuple, MemberId)>,
     /// What every original tuple stands for at the moment.
     lives: BTreeMap<Tuple, Life>,
-    numbers: u32,
+    pub(super) numbers: u32,
     fresh: u16,
+    /// What operators have set the kernels' timeouts to, one after the other.
+    pub(super) timeouts: Vec<Timeouts>,
+    /// Entries of other programs.
+    pub(super) planted: Vec<Planted>,
+    /// When a process last began without a table over entries of the one before.
+    pub(super) anew_at: BTreeMap<MemberId, Time>,
+    /// Gateways that lose their address, and when.
+    pub(super) leaving: Vec<(Time, MemberId)>,
     begin_at: Time,
     collect_at: Time,
     /// When something was last not as it should be.
     disturbed_at: Time,
     pub steps: u64,
+}
+
+/// An entry that another program created, of a connection without packets.
+pub(super) struct Planted {
+    pub number: u32,
+    pub connection: Connection,
+    pub at: MemberId,
+    pub since: Time,
+    pub until: Time,
 }
 
 /// The latest connection of a tuple.
@@ -163,12 +190,25 @@ struct Life {
     is_heard: bool,
 }
 
-fn ms(n: u64) -> Duration {
+pub(super) fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-const VIP: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
-const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// How long the entry of this flow lives without packets.
+fn idle_of(timeouts: &Timeouts, flow: &Flow) -> Duration {
+    let seconds = match (flow.is_tcp(), flow.is_talking()) {
+        (true, true) => timeouts.tcp[tcp::ESTABLISHED as usize],
+        (true, false) => timeouts.tcp[tcp::LAST_ACK as usize],
+        (false, _) => timeouts.udp_stream,
+    };
+    Duration::from_secs(seconds as u64)
+}
+
+/// The name of a helper, as the kernel has it.
+pub(super) const FTP: [u8; HELPER_NAME] = *b"ftp\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+pub(super) const VIP: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+pub(super) const SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 impl<'m> Sim<'m> {
     pub fn new(seed: u64, plan: Plan, memories: &'m [OwnedMemory]) -> Sim<'m> {
@@ -202,6 +242,10 @@ impl<'m> Sim<'m> {
             lives: BTreeMap::new(),
             numbers: 0,
             fresh: 0,
+            timeouts: vec![plan.timeouts.clone()],
+            planted: Vec::new(),
+            anew_at: BTreeMap::new(),
+            leaving: Vec::new(),
             begin_at: now,
             collect_at: now,
             disturbed_at: now,
@@ -215,26 +259,27 @@ impl<'m> Sim<'m> {
     }
 
     /// A gateway's kernel begins, with nothing in it.
-    fn boot(&mut self, member: MemberId) {
+    pub(super) fn boot(&mut self, member: MemberId) {
+        let of = member as usize - 1;
         let nat = self.plan.nat.map(|is_masquerade| Nat {
             v4: Some(u32::from(VIP) as u128),
             v6: None,
             is_masquerade,
         });
         let settings = Settings {
-            timeouts: self.plan.timeouts.clone(),
-            max: 4096,
+            timeouts: self.timeouts.last().expect("there is one").clone(),
+            max: self.plan.max[of],
             nat,
             events: self.plan.events,
-            helpers: Vec::new(),
-            has_labels: false,
+            helpers: if self.plan.has_helper[of] { vec![(TCP, FTP)] } else { Vec::new() },
+            has_labels: self.plan.has_labels[of],
         };
         let kernel = Kernel::new(member, settings, self.plan.room);
         kernel.log_to(self.world.log);
         self.kernels.borrow_mut().insert(member, kernel);
     }
 
-    fn start(&mut self, member: MemberId) {
+    pub(super) fn start(&mut self, member: MemberId) {
         let shards = self.plan.shards[member as usize - 1];
         self.world.note(member, "start", format_args!("{shards} shards"));
         self.world.start(member, shards, 100);
@@ -263,7 +308,7 @@ impl<'m> Sim<'m> {
         self.run_out()
     }
 
-    fn run_for(&mut self, span: Duration, traffic: bool) -> Result<(), Broken> {
+    pub(super) fn run_for(&mut self, span: Duration, traffic: bool) -> Result<(), Broken> {
         let end = self.world.now.after(span);
         while !end.reached(self.world.now) {
             self.step(end, traffic)?;
@@ -275,7 +320,8 @@ impl<'m> Sim<'m> {
         self.steps += 1;
         let flows = self.flows.iter().map(|flow| flow.at).min().unwrap_or(Time::NEVER);
         let begin = if traffic { self.begin_at } else { Time::NEVER };
-        let at = self.world.next_at().min(flows).min(begin).min(self.collect_at).min(end);
+        let leaving = self.leaving.iter().map(|(at, _)| *at).min().unwrap_or(Time::NEVER);
+        let at = self.world.next_at().min(flows).min(begin).min(leaving).min(self.collect_at).min(end);
         self.world.step_to(at.max(self.world.now));
         let now = self.world.now;
         if self.is_disturbed() {
@@ -283,6 +329,9 @@ impl<'m> Sim<'m> {
         }
         if begin.reached(now) {
             self.begin();
+        }
+        if leaving.reached(now) {
+            self.addresses_leave();
         }
         self.speak()?;
         if self.collect_at.reached(now) {
@@ -306,7 +355,7 @@ impl<'m> Sim<'m> {
         }
     }
 
-    fn kernel(&self, member: MemberId) -> Option<Rc<Kernel>> {
+    pub(super) fn kernel(&self, member: MemberId) -> Option<Rc<Kernel>> {
         self.kernels.borrow().get(&member).cloned()
     }
 
@@ -328,19 +377,21 @@ impl<'m> Sim<'m> {
             || !(1..=members as MemberId).all(view)
     }
 
-    fn is_calm(&self) -> bool {
+    pub(super) fn is_calm(&self) -> bool {
         self.world.now.since(self.disturbed_at) >= SETTLES
     }
 
     /// Something is about to happen: what had settled by now has to survive it.
-    fn disturb(&mut self) {
+    pub(super) fn disturb(&mut self) {
         let (now, is_calm) = (self.world.now, self.is_calm());
-        let having: Vec<usize> = self.flows.iter().map(|flow| self.having(flow).len()).collect();
+        let having: Vec<usize> =
+            self.flows.iter().map(|flow| self.having(&flow.original, flow.leaving).len()).collect();
         for (flow, having) in self.flows.iter_mut().zip(having) {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // One that is cut off already is no concern of what follows.
             // (Nor what counts as exposed: that there is nothing else without two copies is checked when all has settled.)
             flow.is_safe = is_calm && is_old && flow.tries == 0 && having >= 2;
+            flow.lacking.clear();
         }
         self.disturbed_at = now;
     }
@@ -409,6 +460,7 @@ impl<'m> Sim<'m> {
             is_intact: true,
             is_safe: false,
             is_mistaken: false,
+            lacking: Vec::new(),
         });
     }
 
@@ -500,8 +552,13 @@ impl<'m> Sim<'m> {
         // Where its packets have not passed for long its entry may have run out, though this member still is its active: only a packet
         // elsewhere that raised an event would have told.
         let idle = self.passed_at.get(&(flow.original, way)).map(|at| now.since(*at));
-        if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= self.plan.idle(flow)) {
+        let lives = self.timeouts.iter().map(|of| idle_of(of, flow)).min().unwrap_or_default();
+        if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= lives) {
             flow.is_safe = false;
+        }
+        let is_lacking = !had_entry && flow.lacking.contains(&way);
+        if is_lacking || self.plan.may_give_up(flow) {
+            (flow.is_intact, flow.is_safe) = (false, false);
         }
         let has_to_pass = flow.is_intact || flow.is_safe;
         let why =
@@ -635,12 +692,12 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// The kernels that have an entry of the flow, in its translation.
-    fn having(&self, flow: &Flow) -> Vec<MemberId> {
+    /// The kernels that have an entry of this connection, in this translation.
+    fn having(&self, original: &Tuple, leaving: Option<Tuple>) -> Vec<MemberId> {
         let kernels = self.kernels.borrow();
         let having = kernels.iter().filter(|(_, kernel)| {
-            let entry = kernel.act(self.world.now, |table, now| table.get(now, &flow.original));
-            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == flow.leaving)
+            let entry = kernel.act(self.world.now, |table, now| table.get(now, original));
+            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == leaving)
         });
         having.map(|(member, _)| *member).collect()
     }
@@ -653,12 +710,31 @@ impl<'m> Sim<'m> {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // What its kernel did not tell of is found in a minute.
             let is_heard = self.lives.get(&flow.original).is_some_and(|life| life.is_heard);
-            if !is_old || !is_heard || !flow.is_talking() || flow.tries > 0 || flow.is_mistaken {
+            // What passes an entry that was left there is found then.
+            let is_found = flow.passed.is_none_or(|(_, at)| {
+                self.anew_at.get(&at).is_none_or(|anew| now.since(*anew) > LEFTOVERS_FOUND_AFTER)
+            });
+            if !is_found
+                || self.plan.may_give_up(flow)
+                || !is_old
+                || !is_heard
+                || !flow.is_talking()
+                || flow.tries > 0
+                || flow.is_mistaken
+            {
                 continue;
             }
-            let having = self.having(flow);
+            let having = self.having(&flow.original, flow.leaving);
             if having.len() < 2 {
                 alone.insert(flow.number, (flow.original, having));
+            }
+        }
+        for planted in &self.planted {
+            let Connection { original, reply, .. } = &planted.connection;
+            let is_there = now.since(planted.since) >= HOLD + SETTLES && planted.until.since(now) > ms(2000);
+            let having = self.having(original, Some(reply.mirrored()));
+            if is_there && having == [planted.at] {
+                alone.insert(planted.number, (*original, having));
             }
         }
         alone
@@ -704,8 +780,8 @@ impl<'m> Sim<'m> {
         if let Some(flow) = self.flows.first() {
             return Err(format!("flows end: {flow:?}"));
         }
-        let of = &self.plan.timeouts;
-        let longest = of.tcp.iter().chain([&of.udp, &of.udp_stream]).max().copied().unwrap_or_default();
+        let all = self.timeouts.iter().flat_map(|of| of.tcp.iter().chain([&of.udp, &of.udp_stream]));
+        let longest = all.max().copied().unwrap_or_default();
         let unheard = if self.plan.events == 2 { 62 } else { 0 };
         self.run_for(Duration::from_secs((longest + unheard) as u64) + BOUND, false)?;
         self.each_kernel(|table, now| table.collect(now));
@@ -726,178 +802,5 @@ impl<'m> Sim<'m> {
             Some((tuple, found)) => Err(format!("what has ended goes: {tuple} is still at {found:?}")),
             None => Ok(()),
         }
-    }
-
-    // Faults.
-
-    fn other_than(&mut self, member: MemberId) -> MemberId {
-        let others: Vec<MemberId> =
-            (1..=self.plan.shards.len() as MemberId).filter(|other| *other != member).collect();
-        others[self.rng.below(others.len() as u64) as usize]
-    }
-
-    /// The routes of a group of clients move.
-    fn reroute(&mut self, route: usize, to: MemberId) {
-        self.world.note(to, "route", format_args!("{route} from {}", self.routes[route]));
-        self.routes[route] = to;
-    }
-
-    fn reroute_all(&mut self, from: MemberId, to: MemberId) {
-        for route in 0..self.routes.len() {
-            if self.routes[route] == from {
-                self.reroute(route, to);
-            }
-        }
-    }
-
-    fn fault(&mut self) -> Result<(), Broken> {
-        let victim = 1 + self.rng.below(self.plan.shards.len() as u64) as MemberId;
-        let other = self.other_than(victim);
-        let is_there = self.kernels.borrow().contains_key(&victim) && self.world.hosts[&victim].running;
-        if !is_there {
-            return Ok(());
-        }
-        let span = ms([50, 500, 3000][self.rng.below(3) as usize] + self.rng.below(1000));
-        match self.rng.below(10) {
-            0 | 1 => self.planned(victim, other),
-            2 => self.power_off(victim, other),
-            3 | 4 => self.sleeps(victim, other, span),
-            5 => self.restarts(victim, other, span),
-            6 => self.is_cut_off(victim, other, span),
-            _ => self.operator(victim),
-        }
-    }
-
-    /// Routes move while both gateways live, perhaps back and forth.
-    fn planned(&mut self, from: MemberId, to: MemberId) -> Result<(), Broken> {
-        if !self.is_calm() {
-            return Ok(());
-        }
-        for turn in 0..1 + self.rng.below(4) {
-            if turn == 0 || self.is_calm() {
-                self.disturb();
-            }
-            let (from, to) = if turn % 2 == 0 { (from, to) } else { (to, from) };
-            self.reroute_all(from, to);
-            let span = ms([0, 5, 100, 2000, 12_000][self.rng.below(5) as usize] + self.rng.below(10));
-            self.run_for(span, true)?;
-        }
-        Ok(())
-    }
-
-    /// A gateway dies, kernel and all.
-    fn power_off(&mut self, victim: MemberId, other: MemberId) -> Result<(), Broken> {
-        self.disturb();
-        self.world.note(victim, "power off", format_args!(""));
-        self.world.kill(victim);
-        self.kernels.borrow_mut().remove(&victim);
-        for flow in &mut self.flows {
-            if flow.passed.is_some_and(|(_, at)| at == victim) {
-                flow.is_intact = false;
-            }
-            // Nor does it come back by itself when that gateway is there again.
-            if let Some((_, routed)) = flow.way.as_mut().filter(|(way, _)| *way == victim) {
-                *routed = 0;
-            }
-        }
-        let detected = ms(self.rng.below(1500));
-        self.run_for(detected, true)?;
-        self.reroute_all(victim, other);
-        let away = ms(self.rng.below(6000));
-        self.run_for(away, true)
-    }
-
-    /// A process stands still while its kernel goes on; the routes may move meanwhile.
-    fn sleeps(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
-        self.disturb();
-        self.world.note(victim, "stop", format_args!("{span:?}"));
-        self.world.pause(victim, true);
-        self.meanwhile(victim, other, span)?;
-        self.world.note(victim, "continue", format_args!(""));
-        self.world.pause(victim, false);
-        Ok(())
-    }
-
-    /// Routes stay, move, or move and come back.
-    fn meanwhile(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
-        let moves = self.rng.below(3);
-        let early = span.mul_f64(self.rng.below(1000) as f64 / 1000.0);
-        self.run_for(early, true)?;
-        if moves > 0 {
-            self.reroute_all(victim, other);
-        }
-        self.run_for(span - early, true)?;
-        if moves > 1 {
-            self.reroute_all(other, victim);
-        }
-        Ok(())
-    }
-
-    /// A process is killed, and comes back over its memory or with a new one.
-    fn restarts(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
-        self.disturb();
-        self.world.note(victim, "killed", format_args!("{span:?}"));
-        self.world.kill(victim);
-        if let Some(kernel) = self.kernel(victim) {
-            kernel.listen(0);
-        }
-        self.meanwhile(victim, other, span)?;
-        if self.rng.chance(60) {
-            self.world.resume(victim);
-        } else {
-            self.start(victim);
-        }
-        Ok(())
-    }
-
-    /// Two members do not hear each other.
-    fn is_cut_off(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
-        self.disturb();
-        self.world.note(victim, "cut", format_args!("off from all others, {span:?}"));
-        for a in 1..=self.plan.shards.len() as MemberId {
-            if a != victim {
-                self.world.cut.extend([(a, victim), (victim, a)]);
-            }
-        }
-        self.meanwhile(victim, other, span)?;
-        self.world.cut.clear();
-        Ok(())
-    }
-
-    /// An operator flushes or deletes entries.
-    fn operator(&mut self, member: MemberId) -> Result<(), Broken> {
-        let Some(kernel) = self.kernel(member) else { return Ok(()) };
-        self.disturb();
-        let is_flush = self.rng.chance(50);
-        let share = self.rng.below(100);
-        self.world.note(member, "operator", format_args!("flush {is_flush}, {share} percent"));
-        let now = self.world.now;
-        let mut gone = BTreeSet::new();
-        for entry in kernel.entries(now) {
-            if is_flush || self.rng.chance(share) {
-                let _ = kernel.act(now, |table, now| table.delete(now, By::Tool, &entry.original));
-                gone.insert(entry.original);
-            }
-        }
-        // What passes here is cut, as is meant; what passes elsewhere goes on.
-        for flow in self.flows.iter_mut().filter(|flow| gone.contains(&flow.original)) {
-            if flow.passed.is_none_or(|(_, at)| at == member) {
-                (flow.is_intact, flow.is_safe) = (false, false);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whatever was done is undone.
-    fn heal(&mut self) -> Result<(), Broken> {
-        self.world.cut.clear();
-        for member in 1..=self.plan.shards.len() as MemberId {
-            if !self.kernels.borrow().contains_key(&member) {
-                self.boot(member);
-                self.start(member);
-            }
-        }
-        self.world.note(0, "heal", format_args!(""));
-        Ok(())
     }
 }
