@@ -18,7 +18,7 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
 use crate::conn::tuple::shards_met;
-use crate::conn::{Coordinate, Generation, Kind, MemberId, shard_of};
+use crate::conn::{Coordinate, Generation, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::few::Few;
 use crate::group::view::View;
@@ -693,6 +693,12 @@ impl<'m> Replica<'m> {
         for _ in 0..budget {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
+            if !self.table.former(slot).is_somewhere() && self.table.connection(slot).phase() == Phase::Ending
+            {
+                // Nobody has heard of it, or lives who has, and need not any more: it stays here until its end is told.
+                self.table.update(slot, |line| line.set_kind(Kind::Held));
+                continue;
+            }
             match self.lease_for(now, slot, 0) {
                 Found::At(backup) => {
                     // What waits is asked for by its number; only what comes anew makes a rate.

@@ -299,6 +299,28 @@ fn an_entry_that_an_earlier_process_left_is_a_connection_when_packets_pass_it() 
     assert_eq!([1, 2].map(|m| gateways.kind(m, idle())), [None; 2], "nobody spoke there");
 }
 
+/// Traffic seed 966000034: a connection that outlived its hold while nobody could be its backup, and had one last word to say when somebody could, was sent.
+/// There it overwrote the next one from its port.
+#[test]
+fn what_has_one_last_word_to_say_is_not_sent_to_who_comes_then() {
+    let memories = memories(2);
+    let mut gateways = Gateways::boot(&memories, 2);
+    gateways.world.start(1, 1, 100);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    for (flags, is_from_inside) in [(flag::FIN, true), (0, false), (flag::FIN, false)] {
+        gateways.pass(tcp(), segment(flags | flag::ACK, false), is_from_inside, 1);
+    }
+    gateways.run_for(SECOND / 10);
+    gateways.world.start(2, 1, 100);
+    gateways.run_for(SECOND * 3);
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Held), None]);
+    assert_eq!(gateways.left(2, tcp()), None);
+    gateways.pass(tcp(), segment(flag::ACK, false), true, 1);
+    gateways.run_for(SECOND);
+    assert_eq!(gateways.kind(1, tcp()), None, "its end was told");
+}
+
 /// Traffic seeds 920002725, 960000150: a gateway that had slept read that its connection was closed elsewhere before it read that the next one had begun
 /// from that port. The entry that it deleted was that one's.
 #[test]
