@@ -715,6 +715,32 @@ fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
     assert_eq!(found, [place]);
 }
 
+/// Seed 983001232: a backup had the copies of two members that carried one connection on. One of them died, its entry ran out, and that of the other one, which
+/// lay in the same place, was not written again.
+#[test]
+fn when_one_of_two_copies_of_a_tuple_ends_the_other_ones_entry_is_written_again() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[200, 100, 100]);
+    let tuple = world.open_at(2);
+    let copies_at_1 = |w: &World<'_>| {
+        w.copies().get(&tuple).map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
+    };
+    world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
+    let mut seen = world.copies()[&tuple][0].connection;
+    seen.state.mark += 100;
+    world.tell(3, &SourceEvent::seen(seen));
+    world.run_until(SECOND, "and that of 3", |w| copies_at_1(w) == 2);
+    world.run_for(ms(10));
+    world.kill(3);
+    world.run_until(SECOND, "3 is dead", |w| !w.hosts[&1].group.view().members[3].status.is_alive());
+    world.host(1).kernel.remove(&tuple);
+    world.tell(1, &SourceEvent::Gone { original: tuple, end: End::Unseen });
+    world.run_for(ms(10));
+    assert_eq!(copies_at_1(&world), 1, "that of 2 is left");
+    let there = world.hosts[&1].kernel.get(&tuple).map(|there| there.state.mark);
+    assert_eq!(there, Some(seen.state.mark - 100), "and in the kernel");
+}
+
 /// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
 #[test]
 fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {

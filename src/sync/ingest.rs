@@ -366,8 +366,13 @@ impl Replica<'_> {
                     // Without a free chore it presumes by itself, until its own source sees the end.
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
+                let original = self.table.tuples(slot).0;
                 self.table.forget(slot);
                 self.table.recycle(slot);
+                // The entry that is gone was another copy's as well, if there is one.
+                if let Some(other) = self.living_copy(&original) {
+                    self.recommit(now, other);
+                }
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }

@@ -325,6 +325,8 @@ impl Replica<'_> {
                     return Busy;
                 }
                 self.step_down(slot, own, stamp);
+                // Who has it is settled: its next packet here is a claim like any other.
+                self.contests.decide(slot, line.generation());
                 self.table.update(slot, |line| {
                     line.set_kind(Kind::Backup);
                     line.set_peer(own);
@@ -892,6 +894,51 @@ mod tests {
 
     const NOW: Time = Time(1);
 
+    /// A shard that has a connection with traffic, whose backup is member 2; others are up to 4.
+    fn with_an_active(memory: &OwnedMemory, config: ReplicaConfig) -> (Replica<'_>, Connection, u32) {
+        let mut view = View::new(config.member);
+        let mut replica = Replica::new(config, memory.parts());
+        for member in 2..=4 {
+            let there =
+                Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
+            view.set(member, there);
+        }
+        replica.handle_view(NOW, &view);
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
+        let connection = Connection::new(original, original.mirrored(), state);
+        replica.handle_source(NOW, &SourceEvent::seen(connection));
+        let slot = replica.table.find_original(&original).expect("it is held");
+        replica.table.unlink(&mut replica.held, slot);
+        replica.table.update(slot, |line| {
+            line.set_kind(Kind::Active);
+            line.set_claimed(true);
+        });
+        replica.assign(NOW, slot, Coordinate::new(2, 0, 5, Default::default()));
+        (replica, connection, slot)
+    }
+
+    /// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a connection that both agreed on; a claim at the backup at the
+    /// same moment had the same stamp, and was not told.
+    #[test]
+    fn a_contest_is_over_when_the_other_one_is_given_way_to() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let config = ReplicaConfig { member: 6, commit: CommitMode::Eager, ..test_config() };
+        let (mut replica, connection, slot) = with_an_active(&memory, config);
+        let generation = replica.table.line(slot).generation();
+        let backup = replica.table.line(slot).peer();
+        let epoch = replica.table.line(slot).stamp().epoch;
+        let rival = Rival { stamp: Stamp { epoch, version: 1 }, place: backup };
+        assert!(replica.contest(NOW, slot, Some(rival)));
+        let target = Place { slot, generation };
+        let above = Stamp { epoch: epoch + 1, version: 1 };
+        let stream = stream_index(backup.member(), 0);
+        let verdict = replica.apply_new(NOW, stream, target, above, backup, None, &connection);
+        assert!(matches!(verdict, Applied));
+        assert_eq!(replica.table.kind(slot), Kind::Backup);
+        assert!(!replica.contests.has(slot, generation));
+    }
+
     /// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to other epochs, and who had sent it was not told.
     /// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot; 981000656: it had claimed in the same epoch.
     #[test]
@@ -916,23 +963,9 @@ mod tests {
         for (commit, (from, stamp, is_told)) in all {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let config = ReplicaConfig { member: 6, commit, ..test_config() };
-            let mut replica = Replica::new(config, memory.parts());
-            let mut view = View::new(6);
-            for member in 2..=4 {
-                let member_there =
-                    Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
-                view.set(member, member_there);
-            }
-            replica.handle_view(NOW, &view);
-            let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
-            let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
-            let connection = Connection::new(original, original.mirrored(), state);
-            replica.handle_source(NOW, &SourceEvent::seen(connection));
-            let slot = replica.table.find_original(&original).expect("it is held");
+            let (mut replica, connection, slot) = with_an_active(&memory, config);
             replica.table.set_former(slot, former);
             replica.table.update(slot, |line| {
-                line.set_kind(Kind::Active);
-                line.set_claimed(true);
                 line.set_peer(backup);
                 line.set_stamp(own);
             });
