@@ -17,6 +17,7 @@ mod writing;
 use std::net::Ipv4Addr;
 
 use hypersync::conn::{Connection, State, Tuple};
+use hypersync::conntrack::codec::Origin;
 use hypersync::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome};
 use hypersync::conntrack::dump::{DumpProgress, DumpState};
 use hypersync::conntrack::events::Source;
@@ -83,12 +84,16 @@ fn delete_all(committer: &mut Committer, numbers: std::ops::Range<u16>) {
     }
 }
 
-/// What is waiting now: events come with the request that caused them, so nothing is late.
+/// What is waiting now, and who caused it: events come with the request that caused them, so nothing is late.
+fn heard(source: &mut Source) -> Vec<(SourceEvent, Origin)> {
+    let mut heard = Vec::new();
+    let drained = source.drain(100_000, &mut |event, origin| heard.push((event, origin)));
+    assert_eq!((drained.events, drained.malformed, drained.more), (heard.len(), 0, false));
+    heard
+}
+
 fn events(source: &mut Source) -> Vec<SourceEvent> {
-    let mut events = Vec::new();
-    let drained = source.drain(100_000, &mut |event, _| events.push(event));
-    assert_eq!((drained.events, drained.malformed, drained.more), (events.len(), 0, false));
-    events
+    heard(source).into_iter().map(|(event, _)| event).collect()
 }
 
 fn dump(source: &mut Source) -> Vec<Connection> {

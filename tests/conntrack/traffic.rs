@@ -76,8 +76,9 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
             // The active's side: what the events say.
             let mut copy = None;
             let copy = wait_for("the connection is assured", || {
-                for event in events(&mut source) {
+                for (event, origin) in heard(&mut source) {
                     let SourceEvent::Seen { connection, .. } = event else { panic!("{event:?}") };
+                    assert_eq!(origin, Origin::Kernel, "packets: {event:?}");
                     copy = Some(connection);
                 }
                 copy.filter(|c| c.state.status & 4 != 0)

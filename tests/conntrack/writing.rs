@@ -46,6 +46,35 @@ fn a_restored_entry_is_what_the_active_had() {
 }
 
 #[test]
+fn what_another_program_does_says_that_a_program_did_it() {
+    in_namespace("who caused a conntrack event", || {
+        let mut other = Committer::open().expect("conntrack");
+        let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
+        assert_eq!(write(&mut other, &numbered(0)), Outcome::Written);
+        run(&format!("conntrack -U -s {} -t 60", std::net::Ipv4Addr::from(numbered(0).original.src as u32)));
+        assert_eq!(delete(&mut other, &numbered(0).original), Outcome::Removed);
+        let heard = heard(&mut source);
+        assert!(
+            matches!(
+                heard[..],
+                [
+                    (SourceEvent::Seen { .. }, Origin::Program),
+                    (
+                        SourceEvent::Seen {
+                            connection: Connection { state: State { timeout_s: 59..=60, .. }, .. },
+                            ..
+                        },
+                        Origin::Program
+                    ),
+                    (SourceEvent::Gone { .. }, Origin::Program)
+                ]
+            ),
+            "{heard:?}"
+        );
+    });
+}
+
+#[test]
 fn a_helper_or_labels_that_this_host_cannot_give_cost_nothing_else() {
     in_namespace("helpers and labels that conntrack refuses", || {
         let mut committer = Committer::open().expect("conntrack");
