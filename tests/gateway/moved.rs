@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use hypersync::conntrack::codec::GIVEN_MAX_S;
 use hypersync::counters::Counter;
 
 use crate::appliance::{Appliances, Discovery};
@@ -75,6 +76,43 @@ fn traffic_that_moved_is_not_cut_by_single_deletes_at_the_old_gateway() {
             ]));
         }
     });
+}
+
+/// Somebody gives the entries of copies a short timeout. It looks like that of a packet: believed, it would be the claim of a gateway that has no traffic, whose
+/// entries are about to run out.
+#[test]
+fn a_short_timeout_that_somebody_gives_the_entries_of_copies_claims_nothing() {
+    if !may_make_namespaces("timeouts that somebody writes at the backup") {
+        return;
+    }
+    let _turn = one_at_a_time();
+    let topology = Topology::build(2);
+    let mix;
+    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
+    appliances.wait_until_ready();
+    mix = Mix::start(&topology, FLOWS, FLOWS);
+    let at = |member| entries::read(topology.gateway(member));
+    appliances.wait_for("both gateways' kernels have every flow", SOON, || {
+        [1, 2].iter().all(|member| mix.are_established(&at(*member)))
+    });
+    let before = at(2);
+    for (family, protocol) in [("ipv4", "tcp"), ("ipv4", "udp"), ("ipv6", "tcp"), ("ipv6", "udp")] {
+        run(topology.gateway(2).command("conntrack").args(["-U", "-f", family, "-p", protocol, "-t", "2"]));
+    }
+    let lasting = |entries: &entries::Entries| {
+        mix.entries(entries).iter().filter(|entry| entry.timeout_s > GIVEN_MAX_S).count()
+    };
+    assert_eq!(lasting(&before), mix.count(), "they were copies");
+    wait_for("they last as copies again", SOON, || lasting(&at(2)) == mix.count());
+    mix.wait_for_more(20, SOON, "every flow goes on");
+    assert_eq!(appliances.counter(2, Counter::Claims), 0);
+    assert_eq!(appliances.counter(1, Counter::ConnectionsActive), mix.count() as u64);
+    appliances.power_off(1);
+    appliances.wait_until_told_dead(2, 1);
+    topology.route_through(2);
+    mix.wait_for_more_at_clients(20, SOON, "every flow goes on through gateway 2");
+    mix.finish(Duration::from_secs(10));
+    appliances.assert_running("the survivor survives");
 }
 
 /// Flows of every kind move from gateway 1 to gateway 2, both alive; then `end_at_the_old_one` happens there.
