@@ -23,6 +23,7 @@ use crate::net::Port;
 use crate::rules::Rules;
 use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
+use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
@@ -153,6 +154,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     }
                     // What another program writes into a copy's entry is no packet; its active says what belongs there.
                     if origin == Origin::Program
+                        && !is(Mutation::ProgramsBelieved)
                         && *commit == CommitMode::Eager
                         && let Some(slot) = replica.living_copy(&connection.original)
                     {

@@ -64,18 +64,19 @@ pub(super) struct Writer<E> {
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
-    /// Of each slot: the tenth of a second in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no
+    /// Of each slot: the millisecond in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no
     /// packet passes; 0: it was not given that.
     runs_out: Vec<u32>,
     lines: Sparse,
 }
 
-/// An entry is written up to so many tenths of a second after the time that its pass is said to have, tenths that were begun counting whole.
-const WRITTEN_LATE: u32 = 3;
+/// An entry is written up to so many milliseconds after the time that its pass is said to have. (If it took longer, packets are believed that there were
+/// not.)
+const WRITTEN_LATE: u32 = 20;
 
-/// The tenth of a second that a time is in.
-fn tenth(time: Time) -> u32 {
-    (time.0 / 100_000_000) as u32
+/// The millisecond that a time is in; they wrap after 49 days.
+fn millisecond(time: Time) -> u32 {
+    (time.0 / 1_000_000) as u32
 }
 
 impl<E: Entries> Writer<E> {
@@ -245,11 +246,12 @@ impl<E: Entries> Writer<E> {
                 let connection = replica.table().connection(*slot);
                 match commit {
                     Commit::Write { .. } => self.committer.write(&connection, lifetime)?,
+                    _ if is(Mutation::KeepOverwrites) => self.committer.write(&connection, lifetime)?,
                     _ => {
                         let silent_s = match self.runs_out[*slot as usize] {
                             0 => 0,
                             // The kernel tells what is left in whole seconds, what is begun left out.
-                            at => at.saturating_sub(tenth(now)) / 10,
+                            at => (at.wrapping_sub(millisecond(now)) as i32).max(0) as u32 / 1000,
                         };
                         self.committer.keep(&connection, lifetime, silent_s)?;
                     }
@@ -388,7 +390,7 @@ impl<E: Entries> Writer<E> {
             if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
                 runs_out[slot as usize] = match result.silent_s {
                     0 => 0,
-                    silent_s => tenth(now) + WRITTEN_LATE + silent_s * 10,
+                    silent_s => (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1),
                 };
                 let is_first = replica.table().written(slot) == Written::No;
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {

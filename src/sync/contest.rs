@@ -10,6 +10,7 @@
 use std::time::Duration;
 
 use super::chores::Rank;
+use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Generation, Kind, MemberId, Phase, Stamp};
@@ -197,6 +198,7 @@ impl Replica<'_> {
         };
         is_ours
             && self.config.commit == CommitMode::Eager
+            && !is(Mutation::StampsDecide)
             && self.contests.note(now, (slot, line.generation()), line.stamp(), rival, None)
     }
 
