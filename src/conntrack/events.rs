@@ -24,13 +24,14 @@ use super::dump::DumpProgress;
 use super::queue::{Heard, NetlinkQueue, Queue};
 use crate::conn::slot::groups;
 use crate::conn::{Tuple, shard_of};
+use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::source::SourceEvent;
 
 /// Tuples remembered while a dump is under way: several passes' worth of events.
-const RECENT_MAX: usize = 4 * crate::limits::INGEST_PER_PASS;
+const RECENT_MAX: usize = 4 * INGEST_PER_PASS;
 
 /// Connections that expect another one and were not asked for yet.
-const EXPECTING_MAX: usize = crate::limits::INGEST_PER_PASS;
+const EXPECTING_MAX: usize = INGEST_PER_PASS;
 
 /// What a drain did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -114,7 +115,7 @@ impl<Q: Queue> Source<Q> {
         Source {
             queue,
             share: Share { shard, shards },
-            recent: HashSet::with_capacity(RECENT_MAX),
+            recent: HashSet::with_capacity(RECENT_MAX + COMMIT_PER_PASS),
             expecting: VecDeque::with_capacity(EXPECTING_MAX),
         }
     }
@@ -182,6 +183,14 @@ impl<Q: Queue> Source<Q> {
         self.queue.start_dump().map(|()| true)
     }
 
+    /// An entry was deleted by this program, of which no event is heard: a piece of a dump that the kernel has prepared may still
+    /// show it. At most a pass's share of them between two calls of [`drain_dump`](Self::drain_dump).
+    pub fn deleted(&mut self, original: &Tuple) {
+        if self.queue.is_dumping() {
+            self.recent.insert(*original);
+        }
+    }
+
     /// Takes the next pieces of the dump, until at least `cap` entries have been looked at or the dump
     /// is done; a piece has up to 200. While a dump runs, call this in every pass.
     pub fn drain_dump(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> DumpProgress {
@@ -207,5 +216,56 @@ fn newer_than_a_dump(event: &SourceEvent) -> Option<Tuple> {
         SourceEvent::Seen { connection, known } => {
             (known & groups::STATE != 0).then_some(connection.original)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::{Connection, State};
+    use crate::conntrack::dump::DumpState;
+    use crate::conntrack::queue::Batch;
+
+    /// A kernel that has prepared a piece of a dump with these entries.
+    struct Prepared(Vec<Connection>);
+
+    impl Queue for Prepared {
+        fn receive(&mut self, _: usize, _: &mut dyn FnMut(Heard)) -> Batch {
+            Batch { taken: 0, is_last: true, failed: false }
+        }
+
+        fn overruns(&self) -> u32 {
+            0
+        }
+
+        fn is_dumping(&self) -> bool {
+            !self.0.is_empty()
+        }
+
+        fn start_dump(&mut self) -> Result<(), KernelError> {
+            Ok(())
+        }
+
+        fn drain_dump(&mut self, _: usize, f: &mut dyn FnMut(SourceEvent) -> bool) -> DumpProgress {
+            let entries = self.0.len();
+            let events = self.0.drain(..).filter(|entry| f(SourceEvent::seen(*entry))).count();
+            DumpProgress { events, entries, malformed: 0, skipped: 0, state: DumpState::Done }
+        }
+    }
+
+    /// Traffic seed 966001785: what was closed elsewhere while a dump ran was deleted here, read out of that dump, and taken for a connection that had
+    /// begun. It had no entry, and so no end.
+    #[test]
+    fn what_was_deleted_here_is_not_read_out_of_an_older_dump() {
+        let entry = |port| {
+            let original = Tuple::v4(17, ([10, 0, 0, 1].into(), port), ([10, 0, 0, 2].into(), 53));
+            let state = State { status: status::CONFIRMED, ..State::default() };
+            Connection::new(original, original.mirrored(), state)
+        };
+        let mut source = Source::over(Prepared(vec![entry(1), entry(2)]), 0, 1);
+        source.deleted(&entry(1).original);
+        let mut read = Vec::new();
+        source.drain_dump(10, &mut |event| read.push(*event.original()));
+        assert_eq!(read, [entry(2).original]);
     }
 }

@@ -229,8 +229,9 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
         self.verify.step(now, has_time);
         let may_delete = self.may_delete(now, replica, counters);
-        let KernelFeed { writer, repair, verify, shifts, .. } = self;
+        let KernelFeed { source, writer, repair, verify, shifts, .. } = self;
         writer.write((now, may_delete), repair, verify, shifts, replica, counters);
+        writer.deleted().iter().for_each(|original| source.deleted(original));
     }
 
     /// An entry is deleted by its tuple, and may be another connection's by now: what the source has to tell until now is heard before. A source that

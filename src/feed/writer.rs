@@ -9,7 +9,7 @@ use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::table::Written;
-use crate::conn::{Generation, Kind};
+use crate::conn::{Generation, Kind, Tuple};
 use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched};
 use crate::conntrack::entries::Entries;
 use crate::conntrack::timeouts::Timeouts;
@@ -67,6 +67,8 @@ pub(super) struct Writer<E> {
     /// Of each slot: the millisecond in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no
     /// packet passes; 0: it was not given that.
     runs_out: Vec<u32>,
+    /// Entries that the last [`write`](Self::write) deleted.
+    deleted: Vec<Tuple>,
     lines: Sparse,
 }
 
@@ -87,6 +89,7 @@ impl<E: Entries> Writer<E> {
             had_room: true,
             batch: Vec::with_capacity(Committer::BATCH),
             runs_out: vec![0; capacity as usize],
+            deleted: Vec::with_capacity(COMMIT_PER_PASS),
             lines: Sparse::new(TELL_PAUSE),
         }
     }
@@ -115,6 +118,11 @@ impl<E: Entries> Writer<E> {
         !self.claims.is_empty()
     }
 
+    /// Entries that were deleted the last time, by their original tuples.
+    pub(super) fn deleted(&self) -> &[Tuple] {
+        &self.deleted
+    }
+
     /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an entry is deleted was heard.
     pub(super) fn write(
         &mut self,
@@ -125,6 +133,7 @@ impl<E: Entries> Writer<E> {
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
+        self.deleted.clear();
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
         let claims_due = if self.claims.is_empty() { 0 } else { LOOKS_MIN };
         let looks = (repair.looks_waiting() + shifts_due + claims_due).min(LOOKS_MIN);
@@ -275,6 +284,7 @@ impl<E: Entries> Writer<E> {
             }
             Commit::Delete { original } => {
                 self.committer.delete(original)?;
+                self.deleted.push(*original);
                 For::Nobody
             }
             Commit::DeleteUntouched { original } => {

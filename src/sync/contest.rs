@@ -330,7 +330,8 @@ impl Replica<'_> {
         let left = there.state.timeout_s;
         let (before, since) = *contest.timeout.get_or_insert((left, now));
         let silent = (before as u64).saturating_sub(now.since(since).as_secs());
-        if (left as u64).abs_diff(silent) >= MARGIN_S {
+        // (One that is about to run out was not put there by a packet.)
+        if left > 0 && (left as u64).abs_diff(silent) >= MARGIN_S {
             let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
             return self.change(now, slot, there, known);
         }

@@ -452,6 +452,10 @@ impl<'m> Sim<'m> {
                 && life_of(&one.connection) == open.life
             {
                 (open.owner, open.connection) = (Some(one.member), one.connection);
+                // (Its packets were to pass at the other one.)
+                for host in self.world.hosts.values_mut() {
+                    host.passing.remove(tuple);
+                }
             }
             false
         });
