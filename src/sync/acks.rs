@@ -188,8 +188,13 @@ impl Replica<'_> {
                 line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active;
             if is_ours && is_current {
                 // Another delta of it may be on its way and find that slot as it should be: whatever it
-                // leaves there must go. (A slot that is not leased any more takes nothing.)
-                if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, line.stamp()) {
+                // leaves there must go. (A slot that is not leased any more takes nothing.) It may have been claimed there with
+                // an equal stamp, and the release come first: the higher member's counts.
+                let told = match self.config.member > member {
+                    true => line.stamp().changed(),
+                    false => line.stamp(),
+                };
+                if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, told) {
                     continue; // No chore is free: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);

@@ -12,7 +12,7 @@ use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::extra::HELPER_NAME;
 use hypersync::conn::tuple::{TCP, UDP};
-use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
+use hypersync::conn::{Connection, Kind, MemberId, Phase, Tuple, shard_of};
 use hypersync::conntrack::codec::GIVEN_MAX_S;
 use hypersync::group::readiness::Stage;
 use hypersync::limits::ARENA_MIN;
@@ -697,7 +697,8 @@ impl<'m> Sim<'m> {
         let kernels = self.kernels.borrow();
         let having = kernels.iter().filter(|(_, kernel)| {
             let entry = kernel.act(self.world.now, |table, now| table.get(now, original));
-            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == leaving)
+            // (What has ended there is an earlier one's.)
+            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == leaving && entry.phase() != Phase::Over)
         });
         having.map(|(member, _)| *member).collect()
     }
