@@ -164,7 +164,7 @@ impl Replica<'_> {
     }
 
     /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
-    fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
+    pub(super) fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
         let Refusal { seq, target, reason, own } = refusal;
         let mut next = self.streams[stream].oldest;
         let entry = loop {

@@ -130,6 +130,16 @@ impl Replica<'_> {
         self.add_chore(rank, Task::Release { of: None, stamp }, target)
     }
 
+    /// The stamp of the release that is to be sent to this place.
+    #[cfg(test)]
+    pub(super) fn released(&self, target: Coordinate) -> Option<Stamp> {
+        let mut chores = self.chores.ids().filter_map(|id| self.chores.chores[id as usize]);
+        chores.find_map(|chore| match chore.task {
+            Task::Release { stamp, .. } if chore.target == target => Some(stamp),
+            _ => None,
+        })
+    }
+
     /// Whether a member is still to be told that this place of its is no longer needed.
     pub(super) fn is_releasing(&self, target: Coordinate) -> bool {
         self.chores

@@ -886,6 +886,8 @@ impl Replica<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::group::view::{Member, Status, View};
     use crate::memory::{MemorySize, OwnedMemory};
@@ -916,6 +918,33 @@ mod tests {
         });
         replica.assign(NOW, slot, Coordinate::new(2, 0, 5, Default::default()));
         (replica, connection, slot)
+    }
+
+    /// Seed 984000798: a refused claim was followed by another one and by a release, which came first. There the connection was claimed with the same stamp: the
+    /// release was taken for an echo, and the claim of the higher member for a copy that nobody sent.
+    #[test]
+    fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
+        for (member, is_above) in [(6, true), (1, false)] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let config = ReplicaConfig { member, ..test_config() };
+            let (mut replica, _, slot) = with_an_active(&memory, config);
+            let line = replica.table.line(slot);
+            let (backup, stamp) = (line.peer(), line.stamp());
+            let stream = stream_index(backup.member(), 0);
+            replica.transmit(NOW.after(Duration::from_millis(10)), &mut |_| true);
+            let refusal = Refusal {
+                seq: replica.durable(stream).sent(),
+                target: Place { slot: backup.slot(), generation: backup.generation() },
+                reason: Reason::Superseded,
+                own: Some(Place { slot, generation: line.generation() }),
+            };
+            replica.handle_refusal(NOW.after(Duration::from_millis(20)), stream, refusal);
+            assert_eq!(
+                replica.released(backup),
+                Some(if is_above { stamp.changed() } else { stamp }),
+                "{member}"
+            );
+        }
     }
 
     /// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a connection that both agreed on; a claim at the backup at the
