@@ -14,7 +14,7 @@
 //! is no business of that sweep: `verify` walks over all of those then, at once.
 //!
 //! Dumps are a repair: after the one at the start, which finds what was there before, there is none
-//! unless events were lost. They are counted (`source_dumps`).
+//! unless events were lost, or that one found [leftovers](super::leftovers). They are counted (`source_dumps`).
 
 use std::collections::VecDeque;
 use std::fmt::Display;
