@@ -7,6 +7,7 @@
 //! | there is | the event is |
 //! |---|---|
 //! | an entry that a packet has passed since it was written | a claim, with the state that the entry has now |
+//! | an entry that another program wrote, and no packet told since | nobody's traffic, whatever timeout it has: it is written again |
 //! | an entry as it was written | of before, or nobody's traffic: nothing is done |
 //! | none, and its end was seen | a claim and a close |
 //! | none, and its end was not seen | a copy without its entry: it is written again |
@@ -38,6 +39,8 @@ pub(super) struct Question {
     pub(super) generation: Generation,
     /// The event was its end.
     end: Option<End>,
+    /// Another program wrote it, and no packet told since.
+    is_written: bool,
 }
 
 impl Question {
@@ -68,18 +71,25 @@ impl Claims {
     }
 
     /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`: too many wait.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, end: Option<End>) -> bool {
+    pub(super) fn ask(
+        &mut self,
+        slot: u32,
+        replica: &Replica<'_>,
+        end: Option<End>,
+        is_written: bool,
+    ) -> bool {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
         if let Some(last) = self.questions.back_mut()
             && (last.slot, last.generation) == (slot, generation)
         {
             last.end = end;
+            last.is_written &= is_written;
             return true;
         }
         let has_room = self.questions.len() < QUESTIONS_MAX;
         if has_room {
-            self.questions.push_back(Question { slot, generation, end });
+            self.questions.push_back(Question { slot, generation, end, is_written });
         }
         has_room
     }
@@ -111,10 +121,15 @@ pub(super) fn found(
     if !question.is_current(replica) {
         return;
     }
-    let Question { slot, end, .. } = question;
+    let Question { slot, end, is_written, .. } = question;
     let lives = replica.is_living_copy(slot);
     let original = replica.table().tuples(slot).0;
     match (there, end) {
+        // What another program writes is no packet; its active says what belongs there.
+        (Some(_), None) if lives && is_written => {
+            counters.count(Counter::ClaimsUnfounded);
+            replica.recommit(now, slot);
+        }
         (Some(there), _) if lives && is_touched(there) => {
             let known = groups::MARK | told_by_answer(slot, there, replica);
             replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });

@@ -23,7 +23,6 @@ use crate::net::Port;
 use crate::rules::Rules;
 use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
-use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
 
 /// Pause between two batches of kernel events under load.
@@ -139,9 +138,10 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
         // Of copies that are written to the kernel: the entry as it is now says what an event about it means.
-        let mut ask = |original: &Tuple, end: Option<End>, replica: &Replica<'_>| {
+        let mut ask = |original: &Tuple, end: Option<End>, origin: Origin, replica: &Replica<'_>| {
             let copy = if end.is_some() { replica.copy(original) } else { replica.living_copy(original) };
-            *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, end))
+            *commit == CommitMode::Eager
+                && copy.is_some_and(|slot| writer.ask(slot, replica, end, origin == Origin::Program))
         };
         let drained = source.drain(INGEST_PER_PASS, &mut |event, origin| {
             match &event {
@@ -152,21 +152,12 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
                     }
-                    // What another program writes into a copy's entry is no packet; its active says what belongs there.
-                    if origin == Origin::Program
-                        && !is(Mutation::ProgramsBelieved)
-                        && *commit == CommitMode::Eager
-                        && let Some(slot) = replica.living_copy(&connection.original)
-                    {
-                        counters.count(Counter::ClaimsUnfounded);
-                        return replica.recommit(now, slot);
-                    }
-                    if ask(&connection.original, None, replica) {
+                    if ask(&connection.original, None, origin, replica) {
                         return;
                     }
                 }
                 SourceEvent::Gone { original, end } => {
-                    if ask(original, Some(*end), replica) {
+                    if ask(original, Some(*end), origin, replica) {
                         return;
                     }
                     // Somebody removed an entry that we keep for its active: it is written again.

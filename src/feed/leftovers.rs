@@ -15,7 +15,6 @@ use crate::conntrack::codec::GIVEN_MAX_S;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::sync::Replica;
-use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
 
 /// Pauses between the ageing and the first look back, and between one and the next. What has its first packet later is told by its
@@ -102,11 +101,7 @@ impl Leftovers {
 
     /// When the kernel's table is to be read for aged entries that packets have passed; `NEVER` while some wait.
     pub(super) fn look_back_at(&self) -> Time {
-        if self.waiting.is_empty() && !is(Mutation::LeftoversForgotten) {
-            self.look_back_at
-        } else {
-            Time::NEVER
-        }
+        if self.waiting.is_empty() { self.look_back_at } else { Time::NEVER }
     }
 
     /// It begins to be read.

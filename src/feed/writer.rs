@@ -109,8 +109,14 @@ impl<E: Entries> Writer<E> {
     }
 
     /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too many questions wait.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, end: Option<End>) -> bool {
-        self.claims.ask(slot, replica, end)
+    pub(super) fn ask(
+        &mut self,
+        slot: u32,
+        replica: &Replica<'_>,
+        end: Option<End>,
+        is_written: bool,
+    ) -> bool {
+        self.claims.ask(slot, replica, end, is_written)
     }
 
     /// Whether such questions wait.

@@ -50,8 +50,6 @@ mutations! {
     KeptForever, "what is taken over, or none any more, keeps the timeout of a copy";
     StampsDecide, "of two connections with one tuple, and two members that both carry one, the stamp decides";
     KeepOverwrites, "a copy's entry is written again although packets have passed it";
-    ProgramsBelieved, "what a program writes into the entry of a copy is a packet";
-    LeftoversForgotten, "entries of a process before are not looked at again";
 }
 
 #[cfg(feature = "mutations")]

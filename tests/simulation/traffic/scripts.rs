@@ -100,6 +100,14 @@ impl<'m> Gateways<'m> {
         }
     }
 
+    /// The process of 1 stands still until 2 has given its copy the normal timeout.
+    fn sleep_until_taken_over(&mut self, tuple: Tuple) {
+        self.world.pause(1, true);
+        while self.left(2, tuple).is_none_or(|left| left > GIVEN_MAX_S) {
+            self.run_for(SECOND / 10);
+        }
+    }
+
     /// The seconds that a kernel's entry has left.
     fn left(&self, member: MemberId, tuple: Tuple) -> Option<u32> {
         let entries = self.kernels[&member].entries(self.world.now);
@@ -218,10 +226,7 @@ fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
         gateways.shake(tcp(), flag::SYN, 1);
         gateways.talk(tcp(), 1);
         gateways.run_for(SECOND * offset / 10);
-        gateways.world.pause(1, true);
-        while gateways.left(2, tcp()).is_none_or(|left| left > GIVEN_MAX_S) {
-            gateways.run_for(SECOND / 10);
-        }
+        gateways.sleep_until_taken_over(tcp());
         gateways.run_for(SECOND * after / 10);
         for is_from_inside in [true, false] {
             gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 2);
@@ -245,10 +250,7 @@ fn packets_that_left_an_entry_less_than_its_takeover_tell_that_it_may_be_needed(
         });
     };
     set(&gateways, 3000);
-    gateways.world.pause(1, true);
-    while gateways.left(2, tcp()).is_none_or(|left| left > GIVEN_MAX_S) {
-        gateways.run_for(SECOND / 10);
-    }
+    gateways.sleep_until_taken_over(tcp());
     assert!(gateways.left(2, tcp()).is_some_and(|left| left > 3000), "what its active's kernel gave it");
     (0..3).for_each(|_| gateways.talk(tcp(), 2));
     gateways.world.pause(1, false);
