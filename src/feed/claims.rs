@@ -7,7 +7,7 @@
 //! | there is | the event is |
 //! |---|---|
 //! | an entry that a packet has passed since it was written | a claim, with the state that the entry has now |
-//! | an entry that another program wrote, and no packet told since | nobody's traffic, whatever timeout it has: it is written again |
+//! | an entry whose timeout or mark another program wrote, and no packet told since | nobody's traffic, whatever timeout it has: it is written again |
 //! | an entry as it was written | of before, or nobody's traffic: nothing is done |
 //! | none, and its end was seen | a claim and a close |
 //! | none, and its end was not seen | a copy without its entry: it is written again |
@@ -123,10 +123,10 @@ pub(super) fn found(
     }
     let Question { slot, end, is_written, .. } = question;
     let lives = replica.is_living_copy(slot);
-    let original = replica.table().tuples(slot).0;
+    let (original, state) = (replica.table().tuples(slot).0, replica.table().line(slot).state());
     match (there, end) {
-        // What another program writes is no packet; its active says what belongs there.
-        (Some(_), None) if lives && is_written => {
+        // A timeout or a mark that another program writes is no packet; its active says what belongs there.
+        (Some(there), None) if lives && is_written && there.state.tcp_state == state.tcp_state => {
             counters.count(Counter::ClaimsUnfounded);
             replica.recommit(now, slot);
         }
