@@ -130,22 +130,13 @@ impl Replica<'_> {
         self.add_chore(rank, Task::Release { of: None, stamp }, target)
     }
 
-    /// The stamp of the release that is to be sent to this place.
-    #[cfg(test)]
+    /// The stamp of the release that a member is still to be told for this place of its, which is no longer needed.
     pub(super) fn released(&self, target: Coordinate) -> Option<Stamp> {
         let mut chores = self.chores.ids().filter_map(|id| self.chores.chores[id as usize]);
         chores.find_map(|chore| match chore.task {
             Task::Release { stamp, .. } if chore.target == target => Some(stamp),
             _ => None,
         })
-    }
-
-    /// Whether a member is still to be told that this place of its is no longer needed.
-    pub(super) fn is_releasing(&self, target: Coordinate) -> bool {
-        self.chores
-            .ids()
-            .filter_map(|id| self.chores.chores[id as usize])
-            .any(|chore| chore.target == target && matches!(chore.task, Task::Release { .. }))
     }
 
     /// Asks a former active whether our copy still stands. `false` if there is no room.

@@ -668,7 +668,7 @@ impl Replica<'_> {
             }
             _ => {}
         }
-        if hash == KEPT || self.is_releasing(own) {
+        if hash == KEPT || self.released(own).is_some() {
             return;
         }
         let s = &self.streams[stream].comparing;

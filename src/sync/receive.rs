@@ -490,19 +490,19 @@ impl Replica<'_> {
     /// a kernel to ask. Of two within one epoch that know a different number of changes the next claims decide. `false`: no chore is free.
     fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
         let line = self.table.line(slot);
-        let hears = line.kind() != Kind::Active
+        let hears_otherwise = line.kind() != Kind::Active
             || line.peer().member() == own.member()
             || self.table.former(slot) == own
             || self.is_presumed(slot);
-        let told = match line.stamp() {
-            is if is == stamp => is.changed(),
-            is if is.epoch > stamp.epoch => is,
-            _ => return true,
-        };
-        let is_earlier = line.stamp() != stamp;
-        hears
-            || is_earlier && self.contest(now, slot, Some(Rival { stamp, place: own }))
-            || self.release(Rank::Consequence, own, told)
+        let is_tie = stamp == line.stamp();
+        if hears_otherwise || !is_tie && stamp.epoch == line.stamp().epoch {
+            return true;
+        }
+        if is_tie {
+            return self.release(Rank::Consequence, own, stamp.changed());
+        }
+        self.contest(now, slot, Some(Rival { stamp, place: own }))
+            || self.release(Rank::Consequence, own, line.stamp())
     }
 
     fn overwrite(
@@ -885,132 +885,5 @@ impl Replica<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-    use crate::group::view::{Member, Status, View};
-    use crate::memory::{MemorySize, OwnedMemory};
-    use crate::source::SourceEvent;
-    use crate::sync::{ReplicaConfig, test_config};
-
-    const NOW: Time = Time(1);
-
-    /// A shard that has a connection with traffic, whose backup is member 2; others are up to 4.
-    fn with_an_active(memory: &OwnedMemory, config: ReplicaConfig) -> (Replica<'_>, Connection, u32) {
-        let mut view = View::new(config.member);
-        let mut replica = Replica::new(config, memory.parts());
-        for member in 2..=4 {
-            let there =
-                Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
-            view.set(member, there);
-        }
-        replica.handle_view(NOW, &view);
-        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
-        let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
-        let connection = Connection::new(original, original.mirrored(), state);
-        replica.handle_source(NOW, &SourceEvent::seen(connection));
-        let slot = replica.table.find_original(&original).expect("it is held");
-        replica.table.unlink(&mut replica.held, slot);
-        replica.table.update(slot, |line| {
-            line.set_kind(Kind::Active);
-            line.set_claimed(true);
-        });
-        replica.assign(NOW, slot, Coordinate::new(2, 0, 5, Default::default()));
-        (replica, connection, slot)
-    }
-
-    /// Seed 984000798: a refused claim was followed by another one and by a release, which came first. There the connection was claimed with the same stamp: the
-    /// release was taken for an echo, and the claim of the higher member for a copy that nobody sent.
-    #[test]
-    fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
-        for (member, is_above) in [(6, true), (1, false)] {
-            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-            let config = ReplicaConfig { member, ..test_config() };
-            let (mut replica, _, slot) = with_an_active(&memory, config);
-            let line = replica.table.line(slot);
-            let (backup, stamp) = (line.peer(), line.stamp());
-            let stream = stream_index(backup.member(), 0);
-            replica.transmit(NOW.after(Duration::from_millis(10)), &mut |_| true);
-            let refusal = Refusal {
-                seq: replica.durable(stream).sent(),
-                target: Place { slot: backup.slot(), generation: backup.generation() },
-                reason: Reason::Superseded,
-                own: Some(Place { slot, generation: line.generation() }),
-            };
-            replica.handle_refusal(NOW.after(Duration::from_millis(20)), stream, refusal);
-            assert_eq!(
-                replica.released(backup),
-                Some(if is_above { stamp.changed() } else { stamp }),
-                "{member}"
-            );
-        }
-    }
-
-    /// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a connection that both agreed on; a claim at the backup at the
-    /// same moment had the same stamp, and was not told.
-    #[test]
-    fn a_contest_is_over_when_the_other_one_is_given_way_to() {
-        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-        let config = ReplicaConfig { member: 6, commit: CommitMode::Eager, ..test_config() };
-        let (mut replica, connection, slot) = with_an_active(&memory, config);
-        let generation = replica.table.line(slot).generation();
-        let backup = replica.table.line(slot).peer();
-        let epoch = replica.table.line(slot).stamp().epoch;
-        let rival = Rival { stamp: Stamp { epoch, version: 1 }, place: backup };
-        assert!(replica.contest(NOW, slot, Some(rival)));
-        let target = Place { slot, generation };
-        let above = Stamp { epoch: epoch + 1, version: 1 };
-        let stream = stream_index(backup.member(), 0);
-        let verdict = replica.apply_new(NOW, stream, target, above, backup, None, &connection);
-        assert!(matches!(verdict, Applied));
-        assert_eq!(replica.table.kind(slot), Kind::Backup);
-        assert!(!replica.contests.has(slot, generation));
-    }
-
-    /// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to other epochs, and who had sent it was not told.
-    /// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot; 981000656: it had claimed in the same epoch.
-    #[test]
-    fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_one() {
-        let backup = Coordinate::new(2, 0, 5, Default::default());
-        let former = Coordinate::new(3, 0, 6, Default::default());
-        let elsewhere = Coordinate::new(4, 0, 7, Default::default());
-        let in_another_slot = Coordinate::new(2, 0, 8, Default::default());
-        let own = Stamp { epoch: 21, version: 17 };
-        let (older, of_the_epoch) = (Stamp { epoch: 19, version: 12 }, Stamp { epoch: 21, version: 12 });
-        let cases = [
-            (elsewhere, older, true),
-            (elsewhere, own, true),
-            (elsewhere, of_the_epoch, false),
-            (backup, older, false),
-            (former, older, false),
-            (in_another_slot, older, false),
-        ];
-        let all = [CommitMode::Off, CommitMode::Eager]
-            .into_iter()
-            .flat_map(|commit| cases.map(|case| (commit, case)));
-        for (commit, (from, stamp, is_told)) in all {
-            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
-            let config = ReplicaConfig { member: 6, commit, ..test_config() };
-            let (mut replica, connection, slot) = with_an_active(&memory, config);
-            replica.table.set_former(slot, former);
-            replica.table.update(slot, |line| {
-                line.set_peer(backup);
-                line.set_stamp(own);
-            });
-            let target = Place { slot, generation: replica.table.line(slot).generation() };
-            let stream = stream_index(from.member(), 0);
-            let verdict = replica.apply_new(NOW, stream, target, stamp, from, None, &connection);
-            assert!(matches!(verdict, Refused(Reason::Superseded)));
-            // With a kernel to ask, traffic decides about what may be another connection.
-            let waits = commit == CommitMode::Eager && stamp != own;
-            let generation = replica.table.line(slot).generation();
-            assert_eq!(replica.is_releasing(from), is_told && !waits, "{commit:?} {from:?} {stamp:?}");
-            assert_eq!(
-                replica.contests.has_rival(slot, generation),
-                is_told && waits,
-                "{commit:?} {from:?} {stamp:?}"
-            );
-        }
-    }
-}
+#[path = "receive_tests.rs"]
+mod tests;
