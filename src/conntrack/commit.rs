@@ -413,15 +413,11 @@ impl Entry {
 
     /// Whether packets have passed the entry that is there.
     fn has_packets(&self, there: &Connection) -> bool {
-        let is_silent = match self.step {
-            Step::Keep { silent_s: 0 } => false,
-            // A packet may give it less than the active's kernel had.
-            Step::Keep { silent_s } => {
-                (silent_s.saturating_sub(READ_LATE_S)..=silent_s).contains(&there.state.timeout_s)
-            }
-            _ => false,
+        // A packet may give it less than the active's kernel had.
+        let is_silent = |silent_s: u32| {
+            silent_s > 0 && (silent_s.saturating_sub(READ_LATE_S)..=silent_s).contains(&there.state.timeout_s)
         };
-        is_touched(there) && !is_silent
+        is_touched(there) && !matches!(self.step, Step::Keep { silent_s } if is_silent(silent_s))
     }
 
     /// Without its helper, if it has one and this is how a kernel refuses a helper.
