@@ -37,10 +37,16 @@ const QUESTIONS_MAX: usize = INGEST_PER_PASS;
 pub(super) struct Question {
     pub(super) slot: u32,
     pub(super) generation: Generation,
-    /// The event was its end.
-    end: Option<End>,
-    /// Another program wrote it, and no packet told since.
-    is_written: bool,
+    told: Told,
+}
+
+/// What an event said of a copy's entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    Changed,
+    /// By another program: no packet.
+    Written,
+    Ended(End),
 }
 
 impl Question {
@@ -48,9 +54,9 @@ impl Question {
     fn is_current(&self, replica: &Replica<'_>) -> bool {
         let line = replica.table().line(self.slot);
         line.generation() == self.generation
-            && match self.end {
-                Some(_) => line.kind() == Kind::Backup,
-                None => replica.is_living_copy(self.slot),
+            && match self.told {
+                Told::Ended(_) => line.kind() == Kind::Backup,
+                Told::Changed | Told::Written => replica.is_living_copy(self.slot),
             }
     }
 }
@@ -71,25 +77,20 @@ impl Claims {
     }
 
     /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`: too many wait.
-    pub(super) fn ask(
-        &mut self,
-        slot: u32,
-        replica: &Replica<'_>,
-        end: Option<End>,
-        is_written: bool,
-    ) -> bool {
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
         if let Some(last) = self.questions.back_mut()
             && (last.slot, last.generation) == (slot, generation)
         {
-            last.end = end;
-            last.is_written &= is_written;
+            if (last.told, told) != (Told::Changed, Told::Written) {
+                last.told = told;
+            }
             return true;
         }
         let has_room = self.questions.len() < QUESTIONS_MAX;
         if has_room {
-            self.questions.push_back(Question { slot, generation, end, is_written });
+            self.questions.push_back(Question { slot, generation, told });
         }
         has_room
     }
@@ -121,12 +122,12 @@ pub(super) fn found(
     if !question.is_current(replica) {
         return;
     }
-    let Question { slot, end, is_written, .. } = question;
+    let Question { slot, told, .. } = question;
     let lives = replica.is_living_copy(slot);
     let (original, state) = (replica.table().tuples(slot).0, replica.table().line(slot).state());
-    match (there, end) {
+    match (there, told) {
         // A timeout or a mark that another program writes is no packet; its active says what belongs there.
-        (Some(there), None) if lives && is_written && there.state.tcp_state == state.tcp_state => {
+        (Some(there), Told::Written) if lives && there.state.tcp_state == state.tcp_state => {
             counters.count(Counter::ClaimsUnfounded);
             replica.recommit(now, slot);
         }
@@ -135,11 +136,13 @@ pub(super) fn found(
             replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
-        (None, Some(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Some(End::Unseen)) if lives || replica.table().written(slot) == Written::AsItWas => {
+        (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
+        (None, Told::Ended(End::Unseen)) if lives || replica.table().written(slot) == Written::AsItWas => {
             replica.recommit(now, slot)
         }
-        (None, Some(end @ End::Unseen)) => replica.handle_source(now, &SourceEvent::Gone { original, end }),
-        (None, None) => {} // Its end is told by an event behind this one; should that be lost, by the walk.
+        (None, Told::Ended(end @ End::Unseen)) => {
+            replica.handle_source(now, &SourceEvent::Gone { original, end })
+        }
+        (None, Told::Changed | Told::Written) => {} // Its end is told by an event behind this one; should that be lost, by the walk.
     }
 }

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::admission::admits;
+use super::claims::Told;
 use super::repair::Repair;
 use super::shifts::Shifts;
 use super::verify::Verify;
@@ -21,7 +22,7 @@ use crate::counters::{Counter, Counters};
 use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
 use crate::rules::Rules;
-use crate::source::{CommitMode, End, SourceEvent};
+use crate::source::{CommitMode, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -138,10 +139,12 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
         // Of copies that are written to the kernel: the entry as it is now says what an event about it means.
-        let mut ask = |original: &Tuple, end: Option<End>, origin: Origin, replica: &Replica<'_>| {
-            let copy = if end.is_some() { replica.copy(original) } else { replica.living_copy(original) };
-            *commit == CommitMode::Eager
-                && copy.is_some_and(|slot| writer.ask(slot, replica, end, origin == Origin::Program))
+        let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
+            let copy = match told {
+                Told::Ended(_) => replica.copy(original),
+                Told::Changed | Told::Written => replica.living_copy(original),
+            };
+            *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, told))
         };
         let drained = source.drain(INGEST_PER_PASS, &mut |event, origin| {
             match &event {
@@ -152,12 +155,13 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
                     }
-                    if ask(&connection.original, None, origin, replica) {
+                    let told = if origin == Origin::Program { Told::Written } else { Told::Changed };
+                    if ask(&connection.original, told, replica) {
                         return;
                     }
                 }
                 SourceEvent::Gone { original, end } => {
-                    if ask(original, Some(*end), origin, replica) {
+                    if ask(original, Told::Ended(*end), replica) {
                         return;
                     }
                     // Somebody removed an entry that we keep for its active: it is written again.

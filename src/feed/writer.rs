@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::claims::{self, Claims, Question};
+use super::claims::{self, Claims, Question, Told};
 use super::leftovers::{LeftoverStep, Leftovers};
 use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
@@ -16,7 +16,7 @@ use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
-use crate::source::{Commit, End};
+use crate::source::Commit;
 use crate::sync::Replica;
 use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
@@ -109,14 +109,8 @@ impl<E: Entries> Writer<E> {
     }
 
     /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too many questions wait.
-    pub(super) fn ask(
-        &mut self,
-        slot: u32,
-        replica: &Replica<'_>,
-        end: Option<End>,
-        is_written: bool,
-    ) -> bool {
-        self.claims.ask(slot, replica, end, is_written)
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
+        self.claims.ask(slot, replica, told)
     }
 
     /// Whether such questions wait.
