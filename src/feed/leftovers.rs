@@ -45,7 +45,8 @@ pub(super) struct Leftovers {
     aged_at: Time,
     /// When to look back at those that were; `NEVER` if there are none.
     look_back_at: Time,
-    looks_back: usize,
+    /// How often that was done.
+    looked_back: usize,
 }
 
 impl Leftovers {
@@ -54,7 +55,7 @@ impl Leftovers {
             waiting: VecDeque::with_capacity(LOOKS_MAX),
             aged_at: Time(0),
             look_back_at: Time::NEVER,
-            looks_back: 0,
+            looked_back: 0,
         }
     }
 
@@ -85,7 +86,7 @@ impl Leftovers {
             // Unless it came to life again: then the entry belongs to that connection.
             if replica.table().find_original(&there.original).is_none() {
                 if step == LeftoverStep::Age {
-                    (self.aged_at, self.looks_back) = (now, 0);
+                    (self.aged_at, self.looked_back) = (now, 0);
                     self.look_back_at = now.after(LOOK_BACK_AFTER[0]);
                 }
                 return Some((there, step));
@@ -106,9 +107,9 @@ impl Leftovers {
 
     /// It begins to be read.
     pub(super) fn look_back(&mut self, now: Time) {
-        self.looks_back += 1;
+        self.looked_back += 1;
         self.look_back_at =
-            LOOK_BACK_AFTER.get(self.looks_back).map_or(Time::NEVER, |pause| now.after(*pause));
+            LOOK_BACK_AFTER.get(self.looked_back).map_or(Time::NEVER, |pause| now.after(*pause));
     }
 
     /// Whether this entry, which is in no table, may be one that was aged, and that no packet has passed since.
