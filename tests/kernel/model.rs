@@ -574,15 +574,6 @@ impl Table {
         Ok(())
     }
 
-    #[allow(dead_code)] // The comparison sets marks with all else.
-    /// An entry's mark is set, and nothing else.
-    pub fn set_mark(&mut self, now: Time, by: By, name: &Tuple, mark: u32) -> Result<(), i32> {
-        let (id, _) = self.find(now, name).ok_or(libc::ENOENT)?;
-        self.entries.get_mut(&id).expect("a name has an entry").mark = mark;
-        self.tell(now, id, What::Update, by, about::WRITTEN);
-        Ok(())
-    }
-
     /// An entry is removed, named by one of its tuples (`ctnetlink_del_conntrack`).
     pub fn delete(&mut self, now: Time, by: By, name: &Tuple) -> Result<(), i32> {
         let (id, _) = self.find(now, name).ok_or(libc::ENOENT)?;

@@ -239,9 +239,11 @@ impl Sim<'_> {
                 continue;
             }
             let given_s = 1 + self.rng.below(GIVEN_S) as u32;
-            let mark = self.rng.below(4) as u32;
+            let mut marked = entry;
+            marked.state.mark = self.rng.below(4) as u32;
+            let State { timeout_s, status, .. } = entry.state;
             let _ = kernel.act(now, |table, now| match is_mark {
-                true => table.set_mark(now, By::Tool, &entry.original, mark),
+                true => table.update(now, By::Tool, &marked, timeout_s, status),
                 false => table.set_timeout(now, By::Tool, &entry.original, given_s),
             });
             if !is_mark {
