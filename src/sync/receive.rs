@@ -753,7 +753,10 @@ impl Replica<'_> {
     /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
     fn drop_active(&mut self, now: Time, slot: u32, stream: usize, stamp: Stamp, doubt: Doubt) {
         let (is_ours, connection) = (!self.is_presumed(slot), self.table.connection(slot));
-        self.step_down(slot, Coordinate::NOWHERE, stamp);
+        let line = self.table.line(slot);
+        // The backup's place may be the very claim that this gives way to: what outranks this active must not come back there and outrank that.
+        let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        self.step_down(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
         if is_ours && !self.lives_besides(slot, &connection.original) {
             self.doubt(now, &connection, stamp, doubt);
         }

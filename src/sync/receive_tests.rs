@@ -60,6 +60,24 @@ fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
     }
 }
 
+/// Seeds 990000121 and 990000647: both members of a pair had claimed. The release of the higher one, above both claims, came back to it with that stamp,
+/// for the copy of the one that had given way, and ended its claim as well: nobody had the connection.
+#[test]
+fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
+    let (backup, elsewhere) =
+        (Coordinate::new(2, 0, 5, Default::default()), Coordinate::new(3, 0, 6, Default::default()));
+    for (from, is_back) in [(backup, true), (elsewhere, false)] {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let (mut replica, _, slot) = with_an_active(&memory, test_config());
+        let line = replica.table.line(slot);
+        let above = line.stamp().changed();
+        let target = Place { slot, generation: line.generation() };
+        let verdict = replica.apply_release(NOW, stream_index(from.member(), 0), target, above);
+        assert!(matches!(verdict, Applied));
+        assert_eq!(replica.released(backup), Some(if is_back { line.stamp() } else { above }), "{from:?}");
+    }
+}
+
 /// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a connection that both agreed on; a claim at the backup at the
 /// same moment had the same stamp, and was not told.
 #[test]
