@@ -1,6 +1,6 @@
 //! One run: traffic and faults drawn from a seed, then peace, and everything must agree.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -446,7 +446,8 @@ impl<'m> Sim<'m> {
         let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
         self.truth.tied.retain(|tuple| {
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
-            let mut actives = found.iter().filter(|copy| copy.kind == Kind::Active);
+            // (One that looks for its packets may have it yet.)
+            let mut actives = found.iter().filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held));
             let (Some(one), None) = (actives.next(), actives.next()) else { return true };
             if let Some(open) = self.truth.open.get_mut(tuple)
                 && life_of(&one.connection) == open.life
@@ -882,7 +883,10 @@ impl<'m> Sim<'m> {
         self.truth.expired.clear();
         self.truth.tied.clear();
         self.doubled.clear();
-        self.truth.buried.extend(&self.truth.closed);
+        // (Where the next one of a tuple found a full table, nobody was told that the one before is over.)
+        let held: BTreeSet<u32> =
+            self.world.copies().values().flatten().map(|copy| life_of(&copy.connection)).collect();
+        self.truth.buried.extend(self.truth.closed.difference(&held));
         Ok(())
     }
 
