@@ -343,7 +343,7 @@ impl Replica<'_> {
     }
 
     pub(super) fn gone(&mut self, now: Time, slot: u32, end: End) {
-        let line = self.table.line(slot);
+        let (line, original) = (self.table.line(slot), self.table.tuples(slot).0);
         match line.kind() {
             Kind::Held => {
                 self.counters.count(Counter::SourceShort);
@@ -366,15 +366,15 @@ impl Replica<'_> {
                     // Without a free chore it presumes by itself, until its own source sees the end.
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
-                let original = self.table.tuples(slot).0;
                 self.table.forget(slot);
                 self.table.recycle(slot);
-                // The entry that is gone was another copy's as well, if there is one.
-                if let Some(other) = self.living_copy(&original) {
-                    self.recommit(now, other);
-                }
             }
             kind => panic!("a {kind:?} slot is not in the index"),
+        }
+        // The entry that is gone was another copy's as well, if there is one.
+        let is_such = |other| self.is_living_copy(other) && self.table.tuples(other).0 == original;
+        if let Some(other) = self.table.index.find(&original, is_such) {
+            self.recommit(now, other);
         }
     }
 
