@@ -1,6 +1,6 @@
 //! Sequence numbers of a stream.
 //!
-//! A sequence number counts the datagrams of one life of a stream, from 1. It has 48 bits on
+//! A sequence number counts the datagrams of one session of a stream, from 1. It has 48 bits on
 //! the wire: at a million datagrams a second it lasts nine years, so it never wraps (at the end an
 //! assertion fails). `Seq::NONE` (0) means "in no datagram". Comparisons go through the methods
 //! here, so that what a comparison means has a name.
@@ -12,7 +12,7 @@ pub struct Seq(u64);
 impl Seq {
     /// In no datagram; also the floor of a stream on which nothing was acknowledged.
     pub const NONE: Seq = Seq(0);
-    /// The last number of a life.
+    /// The last number of a session.
     pub const LAST: Seq = Seq((1 << 48) - 1);
 
     /// A number read from the wire or from shared memory; `None` past 48 bits.

@@ -59,7 +59,7 @@ fn inject(world: &mut World<'_>, from: MemberId, to: MemberId, seq: Seq, message
         from_shard: 0,
         from_table: world.hosts[&from].table_id,
         to_table: world.hosts[&to].table_id,
-        life: durable(world, from, to).life(),
+        session: durable(world, from, to).session(),
         seq,
     };
     sync.encode(&header, &mut w);
@@ -167,9 +167,9 @@ fn an_answer_to_a_digest_of_before_verifies_nothing() {
     let silent = |w: &World<'_>| !w.hosts[&1].group.view().members[2].status.is_alive();
     world.run_until(ms(100), "it is heard", |w| !silent(w));
     assert!(exposure(&world, 1) >= 20);
-    let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
+    let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
     let sent = world.counter(1, Counter::DigestsSent);
-    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [0; 4] }]);
+    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { session, seq, mask: [0; 4] }]);
     assert_eq!(sent, world.counter(1, Counter::DigestsSent));
     assert!(exposure(&world, 1) >= 20, "verified by an answer to nothing");
 }
@@ -180,8 +180,8 @@ fn a_member_that_says_differ_all_the_time_makes_nobody_walk_all_the_time() {
     let mut world = filled(5, &memories, 20);
     let walked = world.counter(1, Counter::SlotsWalked);
     for _ in 0..400 {
-        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
-        inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [u64::MAX; 4] }]);
+        let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
+        inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { session, seq, mask: [u64::MAX; 4] }]);
         world.run_for(ms(1));
     }
     let walked = (world.counter(1, Counter::SlotsWalked) - walked) / 2048;
@@ -194,8 +194,8 @@ fn a_new_difference_does_not_wait_behind_one_that_stays() {
     let mut world = filled(6, &memories, 20);
     // A difference that nothing repairs.
     for _ in 0..100 {
-        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
-        forged_digest(&mut world, life, seq);
+        let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
+        forged_digest(&mut world, session, seq);
         world.step();
     }
     swallow_next(&mut world);
@@ -206,7 +206,7 @@ fn a_new_difference_does_not_wait_behind_one_that_stays() {
 }
 
 /// 2 is told of a connection in one bucket that nobody has; all others are right.
-fn forged_digest(world: &mut World<'_>, life: u16, seq: Seq) {
+fn forged_digest(world: &mut World<'_>, session: u16, seq: Seq) {
     let mut bytes = vec![0; 1448];
     let mut w = Writer::new(&mut bytes);
     let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: 0 };
@@ -214,7 +214,7 @@ fn forged_digest(world: &mut World<'_>, life: u16, seq: Seq) {
         from_shard: 0,
         from_table: world.hosts[&1].table_id,
         to_table: world.hosts[&2].table_id,
-        life,
+        session,
         seq: Seq::NONE,
     };
     sync.encode(&header, &mut w);
@@ -224,7 +224,7 @@ fn forged_digest(world: &mut World<'_>, life: u16, seq: Seq) {
     }
     assert_eq!(sums[200], 0, "no copy lies there");
     sums[200] = 7;
-    hypersync::ccp::message::encode_digest(life, seq, false, &sums, &mut w);
+    hypersync::ccp::message::encode_digest(session, seq, false, &sums, &mut w);
     let len = w.len();
     bytes.truncate(len);
     world.inject(2, address(1), 0, &bytes);
@@ -251,8 +251,8 @@ fn a_copy_that_came_during_a_comparison_is_no_orphan() {
     // 2 asks for a comparison, which 1 does not hear of.
     world.cut = vec![(2, 1)];
     for _ in 0..2 {
-        let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
-        forged_digest(&mut world, life, seq);
+        let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
+        forged_digest(&mut world, session, seq);
         world.step();
     }
     assert_eq!(world.counter(2, Counter::DigestsDiffered), 1);
@@ -342,8 +342,8 @@ fn a_deaf_member_keeps_nobody_elses_walks_waiting() {
         world.change(*tuple);
         world.step();
     }
-    let (life, seq) = (durable(&world, 1, 2).life(), durable(&world, 1, 2).sent());
-    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { life, seq, mask: [u64::MAX; 4] }]);
+    let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
+    inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { session, seq, mask: [u64::MAX; 4] }]);
     let there = |w: &World<'_>| {
         let table = w.hosts[&1].shards[0].table();
         let lines = (0..table.capacity()).map(|slot| table.line(slot));

@@ -339,7 +339,7 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     let mut w = Writer::new(&mut bytes);
     let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: copy.shard() };
     let seq = hypersync::seq::Seq::NONE.plus(2);
-    SyncHeader { from_shard, from_table: own_table, to_table, life: 1, seq }.encode(&header, &mut w);
+    SyncHeader { from_shard, from_table: own_table, to_table, session: 1, seq }.encode(&header, &mut w);
     let stamp = hypersync::conn::Stamp { epoch: 0, version: 900 };
     Message::Update {
         target: Place::of(copy),
@@ -441,7 +441,7 @@ fn an_oversized_datagram_is_refused() {
         let mut w = Writer::new(&mut bytes);
         let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: 0 };
         let seq = hypersync::seq::Seq::NONE.plus(10 + n as u64);
-        SyncHeader { from_shard: 0, from_table, to_table, life: 1, seq }.encode(&header, &mut w);
+        SyncHeader { from_shard: 0, from_table, to_table, session: 1, seq }.encode(&header, &mut w);
         for i in 0..4000 {
             let stamp = Stamp { epoch: 0, version: 900 + n * 4000 + i };
             Message::Update {

@@ -495,7 +495,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
         line.set_unseen(unseen);
         line.set_spent(unseen);
         line.set_last(Seq::from_raw(0xabcd_ef01_2345).expect("48 bits"));
-        line.set_life(0x6789);
+        line.set_session(0x6789);
         line.set_state(&c.state);
         let addresses = line.set_tuples(&c.original, &c.reply);
         m.slots[slot].store_with(&line, &addresses);
@@ -529,7 +529,7 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
             ("claimed", claimed),
             ("unseen", unseen),
             ("spent", unseen),
-            ("life", 0x6789),
+            ("session", 0x6789),
             ("last", 0xabcd_ef01_2345),
         ]);
         bytes.assert_fields("slot", lab.part("slots") + slot * 128, &documented);
@@ -580,8 +580,8 @@ fn streams_leases_and_history_read_as_documented() {
     assert_eq!(hypersync::sync::stream::stream_index(52, 63), number);
     let d = Durable(&m.streams[number]);
     let seq = |n| Seq::from_raw(n).expect("48 bits");
-    d.begin_life(0x7ab1e);
-    d.begin_peer_life(0x8001);
+    d.begin_session(0x7ab1e);
+    d.begin_peer_session(0x8001);
     d.set_sent(seq(30));
     d.set_floor(seq(20));
     d.set_given_up(seq(10));
@@ -608,7 +608,8 @@ fn streams_leases_and_history_read_as_documented() {
         history.note(Content::Release(0x89ab_cdef));
         history.note(Content::GivenBack(place(3, 4)));
         let first_sent = Time(70 + n);
-        let entry = Entry { stream: number, life: 0x6789, seq: seq(1 << 47 | n), offset, len: 9, first_sent };
+        let entry =
+            Entry { stream: number, session: 0x6789, seq: seq(1 << 47 | n), offset, len: 9, first_sent };
         history.append(&entry, b"datagrams", 9, Time(1), 1);
     }
     m.journal[memory::JOURNAL_TAIL].store(81, Ordering::Relaxed);
@@ -621,8 +622,8 @@ fn streams_leases_and_history_read_as_documented() {
         "stream",
         stream,
         &[
-            ("life of the receiving half", 0x8001),
-            ("life of the sending half", 1),
+            ("session of the receiving half", 0x8001),
+            ("session of the sending half", 1),
             ("number sent last", 30),
             ("send floor", 20),
             ("given up to here", 10),
@@ -656,7 +657,7 @@ fn streams_leases_and_history_read_as_documented() {
             ("stream", number as u64),
             ("length", 9),
             ("offset in the arena", u64::from(offset)),
-            ("life", 0x6789),
+            ("session", 0x6789),
             ("number", 1 << 47 | 2),
             ("first sent", 72),
             ("manifest words", 8),

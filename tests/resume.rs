@@ -111,9 +111,9 @@ fn back_within_the_dead_time_everything_stands_where_it_stood() {
 }
 
 /// Seed 40000226: the other member came back with fewer shards, and again with more. What the history holds of the stream that
-/// did not exist in between is not of its present life.
+/// did not exist in between is not of its present session.
 #[test]
-fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_life() {
+fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_session() {
     let memories = memories(7);
     let mut world = World::new(1, &memories);
     world.start(1, 2, 100);
@@ -421,10 +421,10 @@ fn killed_while_it_takes_over_its_kernel_gets_every_entry() {
 }
 
 /// Every slot that is lent is one that its lessee can still fill, and the streams go on, whenever this process ends
-/// while the other begins a new life.
+/// while the other begins a new session.
 #[cfg(feature = "mutations")]
 #[test]
-fn killed_while_the_other_begins_a_new_life_nothing_lent_is_lost() {
+fn killed_while_the_other_begins_a_new_session_nothing_lent_is_lost() {
     for n in 0..140u64 {
         let memories = memories(4);
         let mut world = pair(6, &memories, 1);
@@ -433,12 +433,13 @@ fn killed_while_the_other_begins_a_new_life_nothing_lent_is_lost() {
         world.cut.push((2, 1));
         world.run_for(ms(600));
         world.cut.clear();
-        let peer_life =
-            |world: &World<'_>| Durable(&world.hosts[&1].memory[0].streams[stream_index(2, 0)]).peer_life();
-        let life = peer_life(&world);
+        let peer_session = |world: &World<'_>| {
+            Durable(&world.hosts[&1].memory[0].streams[stream_index(2, 0)]).peer_session()
+        };
+        let session = peer_session(&world);
         match n {
             0..40 => {
-                world.run_until(ms(500), "a new life", |w| peer_life(w) != life);
+                world.run_until(ms(500), "a new session", |w| peer_session(w) != session);
                 (0..n).for_each(|_| world.step());
                 world.kill(1);
             }
@@ -455,14 +456,14 @@ fn killed_while_the_other_begins_a_new_life_nothing_lent_is_lost() {
         world.resume(1);
         world.read_kernel(1);
         settle(&mut world);
-        let life = peer_life(&world);
+        let session = peer_session(&world);
         let table = world.hosts[&1].shards[0].table();
         for slot in 0..table.capacity() {
             let line = table.line(slot);
             assert!(
-                line.kind() != Kind::Leased || line.life() == life,
-                "{n}: slot {slot} was lent in life {}, now is {life}",
-                line.life()
+                line.kind() != Kind::Leased || line.session() == session,
+                "{n}: slot {slot} was lent in session {}, now is {session}",
+                line.session()
             );
         }
     }

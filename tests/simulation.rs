@@ -30,7 +30,7 @@
 //! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again. What
 //! ended elsewhere meanwhile nobody can tell it: its kernel forgets that.
 //!
-//! In part of the seeds generations of slots, lives of streams and numbers of declines begin shortly before they wrap, and when all
+//! In part of the seeds generations of slots, sessions of streams and numbers of declines begin shortly before they wrap, and when all
 //! is at rest all processes are restarted over memories in which versions of states (and the ten bits of an epoch that a
 //! history keeps) are about to wrap, and numbers of streams stand short of 32 bits or far up in their 48.
 //!

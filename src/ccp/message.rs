@@ -70,7 +70,7 @@ impl Place {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Reason {
-    /// The slot is not leased to this stream, or not in this life.
+    /// The slot is not leased to this stream, or not in this session.
     NotLeased = 1,
     /// An update for a copy that is not there.
     NotHere = 2,
@@ -165,22 +165,22 @@ pub enum Message<'b> {
     GiveBack(Places<'b>),
     /// What the sender has received and applied of the stream in the other direction.
     Ack {
-        /// The life of that stream.
-        life: u16,
+        /// The session of that stream.
+        session: u16,
         /// Everything up to here.
         floor: Seq,
         /// Beyond the floor, 64 numbers a word from floor + 1 on, lowest bit first.
         beyond: Bitmap<'b>,
     },
-    /// How many slots the sender wants to have been granted in this life of its stream.
+    /// How many slots the sender wants to have been granted in this session of its stream.
     Want {
-        /// Slots, counted from the life's begin.
+        /// Slots, counted from the session's begin.
         total: u64,
     },
     /// A delta was not applied; its datagram is not acknowledged either.
     Refuse {
-        /// The life of the stream that brought it.
-        life: u16,
+        /// The session of the stream that brought it.
+        session: u16,
         /// The datagram.
         seq: Seq,
         /// The target that it named.
@@ -197,8 +197,8 @@ pub enum Message<'b> {
     },
     /// What the sender's copies at the receiver add up to.
     Digest {
-        /// The life of the sender's stream.
-        life: u16,
+        /// The session of the sender's stream.
+        session: u16,
         /// After which datagram that is so.
         seq: Seq,
         /// Whether the pair was apart: an answer is wanted in any case.
@@ -208,8 +208,8 @@ pub enum Message<'b> {
     },
     /// The answer: in which buckets the receiver holds something else; in none: they agree.
     Differ {
-        /// The life of the stream whose digest it was.
-        life: u16,
+        /// The session of the stream whose digest it was.
+        session: u16,
         /// The digest's number.
         seq: Seq,
         /// A bit for each bucket.
@@ -375,15 +375,15 @@ impl<'b> Message<'b> {
                 w.u64(head(WANT, 0, 0));
                 w.u64(*total);
             }
-            Message::Refuse { life, seq, target, reason, own } => {
+            Message::Refuse { session, seq, target, reason, own } => {
                 w.u64(head(REFUSE, *reason as u8, target.raw()));
-                w.u64((*life as u64) << 48 | seq.raw());
+                w.u64((*session as u64) << 48 | seq.raw());
                 w.u64(own.map_or(0, |own| OWN | own.raw()));
             }
             Message::Skip { to } => w.u64(head(SKIP, 0, to.raw())),
             Message::Digest { .. } => unreachable!("digests are written from the sums, see `encode_digest`"),
-            Message::Differ { life, seq, mask } => {
-                w.u64(head(DIFFER, 0, *life as u64));
+            Message::Differ { session, seq, mask } => {
+                w.u64(head(DIFFER, 0, *session as u64));
                 w.u64(seq.raw());
                 mask.iter().for_each(|word| w.u64(*word));
             }
@@ -471,7 +471,7 @@ impl<'b> Message<'b> {
                     return Err(Reject::Message);
                 }
                 let floor = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
-                Message::Ack { life: low as u16, floor, beyond: Bitmap(r.bytes(count * 8)?) }
+                Message::Ack { session: low as u16, floor, beyond: Bitmap(r.bytes(count * 8)?) }
             }
             WANT => Message::Want { total: r.u64()? },
             REFUSE => {
@@ -484,7 +484,7 @@ impl<'b> Message<'b> {
                     _ => return Err(Reject::Message),
                 };
                 Message::Refuse {
-                    life: (place >> 48) as u16,
+                    session: (place >> 48) as u16,
                     seq: Seq::from_low_bits(place),
                     target,
                     reason,
@@ -499,11 +499,11 @@ impl<'b> Message<'b> {
                 }
                 let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
                 let sums = Bitmap(r.bytes(count * 8)?);
-                Message::Digest { life: low as u16, seq, unverified: bits & 1 == 1, sums }
+                Message::Digest { session: low as u16, seq, unverified: bits & 1 == 1, sums }
             }
             DIFFER => {
                 let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
-                Message::Differ { life: low as u16, seq, mask: mask(r)? }
+                Message::Differ { session: low as u16, seq, mask: mask(r)? }
             }
             ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, session: bits },
             END => Message::End { session: bits, mask: mask(r)? },
@@ -520,9 +520,15 @@ fn mask(r: &mut Reader<'_>) -> Result<[u64; 4], Reject> {
 }
 
 /// Writes a digest: 16 bytes, and 1024 more unless all sums are zero.
-pub fn encode_digest(life: u16, seq: Seq, unverified: bool, sums: &[u32; DIGEST_SUMS], w: &mut Writer<'_>) {
+pub fn encode_digest(
+    session: u16,
+    seq: Seq,
+    unverified: bool,
+    sums: &[u32; DIGEST_SUMS],
+    w: &mut Writer<'_>,
+) {
     let words = if sums.iter().all(|sum| *sum == 0) { 0 } else { DIGEST_SUMS / 2 };
-    w.u64(head(DIGEST, unverified as u8, (words as u64) << 16 | life as u64));
+    w.u64(head(DIGEST, unverified as u8, (words as u64) << 16 | session as u64));
     w.u64(seq.raw());
     for pair in sums.chunks_exact(2).take(words) {
         w.u64((pair[0] as u64) << 32 | pair[1] as u64);
@@ -546,9 +552,9 @@ fn encode_places(kind: u64, places: &[Place], w: &mut Writer<'_>) {
 }
 
 /// Writes an ack: 16 bytes and 8 more a word of the bitmap, at most `WINDOW / 64` words.
-pub fn encode_ack(life: u16, floor: Seq, beyond: &[u64], w: &mut Writer<'_>) {
+pub fn encode_ack(session: u16, floor: Seq, beyond: &[u64], w: &mut Writer<'_>) {
     assert!(beyond.len() as u64 <= WINDOW / 64);
-    w.u64(head(ACK, 0, (beyond.len() as u64) << 16 | life as u64));
+    w.u64(head(ACK, 0, (beyond.len() as u64) << 16 | session as u64));
     w.u64(floor.raw());
     beyond.iter().for_each(|word| w.u64(*word));
 }
@@ -615,8 +621,14 @@ mod tests {
             Message::Decline { target, own, number: u32::MAX, fault: None },
             Message::Decline { target, own, number: 1, fault: Some(Fault::NoRoom) },
             Message::Want { total: 64 },
-            Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::Superseded, own: Some(own) },
-            Message::Refuse { life: 9, seq: Seq::LAST, target, reason: Reason::NotHere, own: None },
+            Message::Refuse {
+                session: 9,
+                seq: Seq::LAST,
+                target,
+                reason: Reason::Superseded,
+                own: Some(own),
+            },
+            Message::Refuse { session: 9, seq: Seq::LAST, target, reason: Reason::NotHere, own: None },
             Message::Skip { to: Seq::LAST },
             Message::Goodbye,
         ]
@@ -674,8 +686,8 @@ mod tests {
         assert!(got.iter().eq(places.iter().copied()));
         let Ok(Some(Message::GiveBack(got))) = Message::decode(&mut r) else { panic!() };
         assert!(got.iter().eq(places[1..].iter().copied()));
-        let Ok(Some(Message::Ack { life, floor, beyond })) = Message::decode(&mut r) else { panic!() };
-        assert_eq!((life, floor.raw()), (4, 77));
+        let Ok(Some(Message::Ack { session, floor, beyond })) = Message::decode(&mut r) else { panic!() };
+        assert_eq!((session, floor.raw()), (4, 77));
         assert!(beyond.words().eq([1, u64::MAX]));
         assert_eq!(Message::decode(&mut r), Ok(None));
     }

@@ -38,7 +38,7 @@ pub enum Reject {
     Shard,
     /// From an address that is not the sender's.
     Source,
-    /// For or from a table that is no more, or from an earlier life of the stream.
+    /// For or from a table that is no more, or from an earlier session of the stream.
     Table,
     /// Received before.
     Repeated,

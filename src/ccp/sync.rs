@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  20  protocol version   u8       28  table id of the destination  u32
-//!  21  source shard       u8       32  life u16, sequence number 48 bits
+//!  21  source shard       u8       32  session u16, sequence number 48 bits
 //!  22  key id             u8       40  authentication tag, 16 bytes, zero without a key
 //!  23  flags              u8       56  messages
 //!  24  table id of source u32
@@ -31,8 +31,8 @@ pub struct SyncHeader {
     pub from_table: u32,
     /// The receiver's table as the sender knows it.
     pub to_table: u32,
-    /// This life of the stream from sender to receiver.
-    pub life: u16,
+    /// This session of the stream from sender to receiver.
+    pub session: u16,
     /// The datagram's place in the stream; `Seq::NONE` if it is not sequenced.
     pub seq: Seq,
 }
@@ -48,7 +48,7 @@ impl SyncHeader {
         w.u8(if self.seq == Seq::NONE { 0 } else { SEQUENCED });
         w.u32(self.from_table);
         w.u32(self.to_table);
-        w.u64((self.life as u64) << 48 | self.seq.raw());
+        w.u64((self.session as u64) << 48 | self.seq.raw());
         w.put(&[0; 16]);
     }
 
@@ -72,6 +72,6 @@ impl SyncHeader {
         if (flags & SEQUENCED != 0) != (seq != Seq::NONE) {
             return Err(Reject::Message);
         }
-        Ok(SyncHeader { from_shard, from_table, to_table, life: (word >> 48) as u16, seq })
+        Ok(SyncHeader { from_shard, from_table, to_table, session: (word >> 48) as u16, seq })
     }
 }

@@ -12,7 +12,7 @@
 //!   4   |             mark                |      timeout, seconds           |
 //!   5   |    conntrack status             | tcp: state | scale | fl.o | fl.r|
 //!   6   | orig. zone   | reply zone       | protocol | family | groups | flags |   claimed 1, moving 2, unseen 4, spent 8
-//!   7   | life of the stream 16 |  last: sequence number of the last delta  |
+//!   7   | session of stream 16 |  last: sequence number of the last delta  |
 //!   8,9   original source          10,11  original destination
 //!  12,13  reply source             14,15  reply destination                    (low word first)
 //! ```
@@ -309,14 +309,14 @@ impl Line {
         self.0[7] = self.0[7] & !Seq::LAST.raw() | last.raw();
     }
 
-    /// In a leased slot: the life of the lessee's stream (see `sync::stream`).
-    pub fn life(&self) -> u16 {
+    /// In a leased slot: the session of the lessee's stream (see `sync::stream`).
+    pub fn session(&self) -> u16 {
         (self.0[7] >> 48) as u16
     }
 
-    /// Sets the life of the lessee's stream.
-    pub fn set_life(&mut self, life: u16) {
-        self.0[7] = self.0[7] & Seq::LAST.raw() | (life as u64) << 48;
+    /// Sets the session of the lessee's stream.
+    pub fn set_session(&mut self, session: u16) {
+        self.0[7] = self.0[7] & Seq::LAST.raw() | (session as u64) << 48;
     }
 
     /// Both tuples, with the addresses of the second line.
@@ -490,7 +490,7 @@ mod tests {
         line.set_peer(Coordinate::new(52, 63, 9, Generation::default()));
         line.set_groups(groups::ALL);
         line.set_last(Seq::LAST);
-        line.set_life(0xabcd);
+        line.set_session(0xabcd);
         let slot = Slot::default();
         slot.store_with(&line, &addresses);
         let (got, a) = slot.snapshot().unwrap();
@@ -498,7 +498,7 @@ mod tests {
         assert_eq!(got.generation().raw(), (1 << 26) - 1);
         assert_eq!(got.stamp(), Stamp { epoch: 3, version: u32::MAX });
         assert_eq!((got.peer().member(), got.peer().slot()), (52, 9));
-        assert_eq!((got.groups(), got.last(), got.life()), (groups::ALL, Seq::LAST, 0xabcd));
+        assert_eq!((got.groups(), got.last(), got.session()), (groups::ALL, Seq::LAST, 0xabcd));
         assert_eq!(got.tuples(&a), (connection.original, connection.reply));
         assert_eq!(slot.connection(), connection);
         assert!(connection.is_translated());

@@ -25,17 +25,17 @@ const OVERTAKEN: u64 = 3;
 impl Replica<'_> {
     /// Messages of an unsequenced datagram.
     pub(super) fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
-        let life = self.durable(stream).life();
+        let session = self.durable(stream).session();
         let mut refused = Seq::NONE;
         while let Some(message) = Message::decode(&mut r)? {
             match message {
-                // Before anything was received there is nothing to acknowledge: life 0.
-                Message::Ack { life: 0, .. } => {}
-                Message::Ack { life: of, floor, beyond } if of == life => {
+                // Before anything was received there is nothing to acknowledge: session 0.
+                Message::Ack { session: 0, .. } => {}
+                Message::Ack { session: of, floor, beyond } if of == session => {
                     self.streams[stream].greeted = true;
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
-                Message::Refuse { life: of, seq, target, reason, own } if of == life => {
+                Message::Refuse { session: of, seq, target, reason, own } if of == session => {
                     self.handle_refusal(now, stream, Refusal { seq, target, reason, own });
                     refused = refused.max(seq);
                 }
@@ -53,10 +53,10 @@ impl Replica<'_> {
                     self.streams[stream].ack_due = true;
                     self.wake(stream);
                 }
-                Message::Digest { life, seq, unverified, sums } => {
-                    self.handle_digest(stream, (life, seq), unverified, sums)?;
+                Message::Digest { session, seq, unverified, sums } => {
+                    self.handle_digest(stream, (session, seq), unverified, sums)?;
                 }
-                Message::Differ { life, seq, mask } => self.handle_differ(stream, (life, seq), mask)?,
+                Message::Differ { session, seq, mask } => self.handle_differ(stream, (session, seq), mask)?,
                 Message::Resend { target, doubt } => self.handle_resend(now, stream, target, doubt),
                 Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
                 _ => return Err(Reject::Message),
@@ -120,7 +120,7 @@ impl Replica<'_> {
                 break;
             }
             self.table.unlink(&mut self.streams[stream].closing, slot);
-            self.return_lease(line.peer(), line.life());
+            self.return_lease(line.peer(), line.session());
             self.table.forget(slot);
             self.table.recycle(slot);
         }

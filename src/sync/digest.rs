@@ -410,13 +410,13 @@ impl Replica<'_> {
         if self.has_chores(stream) {
             return; // What a release that could not leave yet will end is in no sum any more.
         }
-        let (life, seq) = (self.durable(stream).life(), self.durable(stream).sent());
+        let (session, seq) = (self.durable(stream).session(), self.durable(stream).sent());
         let (header, sync) = self.headers(stream, Seq::NONE);
         let mut scratch = [0; DATAGRAM_MAX];
         let mut w = Writer::new(&mut scratch);
         sync.encode(&header, &mut w);
         let sums = sums_of(&self.digests.sent, stream);
-        encode_digest(life, seq, self.streams[stream].comparing.unverified, sums, &mut w);
+        encode_digest(session, seq, self.streams[stream].comparing.unverified, sums, &mut w);
         let len = w.len();
         if self.send_control_bytes(stream, &scratch[..len], send) {
             self.counters.count(Counter::DigestsSent);
@@ -436,12 +436,12 @@ impl Replica<'_> {
     pub(super) fn handle_digest(
         &mut self,
         stream: usize,
-        (life, seq): (u16, Seq),
+        (session, seq): (u16, Seq),
         unverified: bool,
         sums: Bitmap<'_>,
     ) -> Result<(), Reject> {
         let durable = self.durable(stream);
-        if life != durable.peer_life() {
+        if session != durable.peer_session() {
             return Err(Reject::Table);
         }
         let mut beyond = [0; (WINDOW / 64) as usize];
@@ -487,23 +487,23 @@ impl Replica<'_> {
 
     /// The answer to a digest, for the next control datagram.
     pub(super) fn take_answer(&mut self, stream: usize) -> Option<Message<'static>> {
-        let life = self.durable(stream).peer_life();
+        let session = self.durable(stream).peer_session();
         let s = &mut self.streams[stream].comparing;
         let (seq, mask) = s.answer.take()?;
         if mask != Mask::default() && !std::mem::replace(&mut s.is_asked, true) {
             s.asks = (s.asks + 1) % 4;
         }
-        Some(Message::Differ { life, seq, mask })
+        Some(Message::Differ { session, seq, mask })
     }
 
     /// The backup compared: in these buckets it holds something else.
     pub(super) fn handle_differ(
         &mut self,
         stream: usize,
-        (life, seq): (u16, Seq),
+        (session, seq): (u16, Seq),
         mask: Mask,
     ) -> Result<(), Reject> {
-        if life != self.durable(stream).life() {
+        if session != self.durable(stream).session() {
             return Err(Reject::Table);
         }
         let s = &mut self.streams[stream].comparing;

@@ -90,8 +90,8 @@ impl Content {
 pub struct Entry {
     /// Its stream.
     pub stream: usize,
-    /// The life of that stream in which it has its number.
-    pub life: u16,
+    /// The session of that stream in which it has its number.
+    pub session: u16,
     /// Its number.
     pub seq: Seq,
     /// Where it lies in the arena.
@@ -300,7 +300,7 @@ impl<'m> History<'m> {
         let words = &self.entries[id as usize].0;
         words[0]
             .store((entry.stream as u64) << 48 | (entry.len as u64) << 32 | offset as u64, Ordering::Relaxed);
-        words[1].store((entry.life as u64) << 48 | entry.seq.raw(), Ordering::Relaxed);
+        words[1].store((entry.session as u64) << 48 | entry.seq.raw(), Ordering::Relaxed);
         words[2].store(entry.first_sent.0, Ordering::Relaxed);
         words[3].store(self.manifest_head, Ordering::Relaxed);
         self.note_journal(JOURNAL_HEAD, self.head);
@@ -327,7 +327,7 @@ impl<'m> History<'m> {
             stream: (first >> 48) as usize,
             len: (first >> 32) as u32 & 0xffff,
             offset: first as u32,
-            life: (second >> 48) as u16,
+            session: (second >> 48) as u16,
             seq: Seq::from_low_bits(second),
             first_sent: Time(words[2].load(Ordering::Relaxed)),
         }
@@ -446,7 +446,7 @@ mod tests {
         history.note(Content::Release(n as u32));
         let entry = Entry {
             stream: 3,
-            life: 1,
+            session: 1,
             seq: Seq::NONE.plus(n),
             offset,
             len: len as u32,

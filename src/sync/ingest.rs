@@ -321,7 +321,7 @@ impl Replica<'_> {
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
         line.set_claimed(true);
-        line.set_life(self.durable(stream).peer_life());
+        line.set_session(self.durable(stream).peer_session());
         let waits = matches!(self.peers[peer.member() as usize], PeerState::Down { .. })
             && !self.has_another(peer.member());
         if self.is_up(peer.member()) || waits {

@@ -32,7 +32,7 @@ mutations! {
     NothingRepeated, "what was lost is not repeated";
     RepeatedApplied, "a repeated datagram is applied again";
     WindowUnchecked, "numbers far ahead are accepted";
-    LifeUnchecked, "datagrams of earlier lives are accepted";
+    SessionUnchecked, "datagrams of earlier sessions are accepted";
     TableUnchecked, "datagrams for another table are accepted";
     SourceUnchecked, "datagrams from any address are accepted";
     ExposureForgets, "what is sent and not acknowledged does not count as exposed";

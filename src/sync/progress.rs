@@ -238,12 +238,12 @@ impl Replica<'_> {
         oldest.all(|entry| self.history.entry(entry).first_sent > mark)
     }
 
-    /// Moves on whenever a datagram to the member is given up, and when a life begins.
+    /// Moves on whenever a datagram to the member is given up, and when a session begins.
     fn given_up_to(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
         let each = (first..first + SHARDS_MAX).map(|stream| {
             let durable = self.durable(stream);
-            durable.given_up().raw().wrapping_add((durable.life() as u64) << 48)
+            durable.given_up().raw().wrapping_add((durable.session() as u64) << 48)
         });
         each.fold(0, u64::wrapping_add)
     }

@@ -105,30 +105,34 @@ impl Replica<'_> {
             }
         }
         let stream = stream_index(header.from, sync.from_shard);
-        if sync.life != self.durable(stream).peer_life() && sync.seq.raw() > WINDOW {
-            return Err(Reject::Window); // No life begins so far on.
+        if sync.session != self.durable(stream).peer_session() && sync.seq.raw() > WINDOW {
+            return Err(Reject::Window); // No session begins so far on.
         }
-        self.accept_life(stream, sync.life)?;
+        self.accept_session(stream, sync.session)?;
         match sync.seq {
             Seq::NONE => self.control(now, stream, r),
             seq => self.sequenced(now, stream, seq, r),
         }
     }
 
-    /// The sender's half of the stream is in this life. A new one ends what was agreed on before.
-    fn accept_life(&mut self, stream: usize, life: u16) -> Result<(), Reject> {
+    /// The sender's half of the stream is in this session. A new one ends what was agreed on before.
+    fn accept_session(&mut self, stream: usize, session: u16) -> Result<(), Reject> {
         let durable = self.durable(stream);
-        let known = durable.peer_life();
-        if life == known && life != 0 {
+        let known = durable.peer_session();
+        if session == known && session != 0 {
             return Ok(());
         }
-        if is(Mutation::LifeUnchecked) && life != 0 && known != 0 && life.wrapping_sub(known) > u16::MAX / 2 {
+        if is(Mutation::SessionUnchecked)
+            && session != 0
+            && known != 0
+            && session.wrapping_sub(known) > u16::MAX / 2
+        {
             return Ok(());
         }
-        if life == 0 || (known != 0 && life.wrapping_sub(known) > u16::MAX / 2) {
+        if session == 0 || (known != 0 && session.wrapping_sub(known) > u16::MAX / 2) {
             return Err(Reject::Table);
         }
-        durable.begin_peer_life(life);
+        durable.begin_peer_session(session);
         let s = &mut self.streams[stream];
         s.want_nothing();
         s.grant_due = 0;
@@ -235,7 +239,7 @@ impl Replica<'_> {
     fn is_leased_to(&self, line: &Line, stream: usize) -> bool {
         line.kind() == Kind::Leased
             && self.stream_of(line.peer()) == stream
-            && line.life() == self.durable(stream).peer_life()
+            && line.session() == self.durable(stream).peer_session()
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -271,7 +275,7 @@ impl Replica<'_> {
                         return verdict;
                     }
                 };
-                line.set_life(0);
+                line.set_session(0);
                 line.set_kind(Kind::Backup);
                 line.set_peer(own);
                 line.set_stamp(stamp);
@@ -769,14 +773,14 @@ impl Replica<'_> {
     fn drop_to_lease(&mut self, slot: u32, stream: usize) -> Tuple {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
-        let life = self.durable(stream).peer_life();
+        let session = self.durable(stream).peer_session();
         let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {
             line.set_generation(line.generation().next());
             line.set_kind(Kind::Leased);
             line.set_peer(lessee);
             line.set_last(Seq::NONE);
-            line.set_life(life);
+            line.set_session(session);
             line.set_claimed(false);
         });
         self.table.set_former(slot, Coordinate::NOWHERE);
@@ -842,8 +846,8 @@ impl Replica<'_> {
                 self.table.recycle(target.slot);
             }
             Some(line) if line.kind() == Kind::Active && line.peer() == own => {
-                let life = self.durable(self.stream_of(own)).peer_life();
-                self.table.update(target.slot, |line| line.set_life(life));
+                let session = self.durable(self.stream_of(own)).peer_session();
+                self.table.update(target.slot, |line| line.set_session(session));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             // Its previous backup: released once the new one has acknowledged.

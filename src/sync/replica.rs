@@ -482,10 +482,10 @@ impl<'m> Replica<'m> {
     }
 
     /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it was
-    /// leased in the life that the peer's half of the stream is in now. In an earlier one it was taken back.
-    pub(super) fn return_lease(&mut self, slot: Coordinate, life: u16) {
+    /// leased in the session that the peer's half of the stream is in now. In an earlier one it was taken back.
+    pub(super) fn return_lease(&mut self, slot: Coordinate, session: u16) {
         let stream = self.stream_of(slot);
-        if life == self.durable(stream).peer_life() {
+        if session == self.durable(stream).peer_session() {
             self.leases.put(stream, &mut self.streams[stream].lease, Place::of(slot.next_life()));
         }
     }
@@ -586,12 +586,12 @@ impl<'m> Replica<'m> {
         assert!(self.table.on(slot) == On::None);
         self.table.forget_declines(slot);
         let stream = self.stream_of(backup);
-        let life = self.durable(stream).peer_life();
+        let session = self.durable(stream).peer_session();
         self.table.update(slot, |line| {
             line.set_peer(backup);
             line.set_groups(groups::ALL);
             line.set_last(Seq::NONE);
-            line.set_life(life);
+            line.set_session(session);
         });
         self.streams[stream].actives += 1;
         self.mark_dirty(now, slot, groups::ALL);

@@ -13,7 +13,7 @@
 //!   found by comparing digests.
 //!
 //! What a killed process had taken out of one place and not yet put into another (a leased slot) stays
-//! unused until the stream's next life: one slot at most.
+//! unused until the stream's next session: one slot at most.
 
 use std::collections::HashSet;
 
@@ -45,12 +45,12 @@ impl<'m> Replica<'m> {
         }
         let history = History::resume(&memory, |entry| {
             let durable = Durable(&memory.streams[entry.stream]);
-            entry.life != durable.life() || !entry.seq.is_after(durable.sent())
+            entry.session != durable.session() || !entry.seq.is_after(durable.sent())
         });
         let mut given_back = HashSet::new();
         for id in history.ids() {
-            let Entry { stream, life, seq, .. } = history.entry(id);
-            if is_outstanding(Durable(&memory.streams[stream]), life, seq) {
+            let Entry { stream, session, seq, .. } = history.entry(id);
+            if is_outstanding(Durable(&memory.streams[stream]), session, seq) {
                 given_back.extend(history.contents(id).filter_map(|content| match content {
                     Content::GivenBack(place) => Some((stream, place.slot, place.generation.raw())),
                     _ => None,
@@ -82,7 +82,7 @@ impl<'m> Replica<'m> {
         for id in ids {
             let entry = self.history.entry(id);
             let durable = self.durable(entry.stream);
-            if !is_outstanding(durable, entry.life, entry.seq) {
+            if !is_outstanding(durable, entry.session, entry.seq) {
                 continue;
             }
             let carried = |content: &Content| match content {
@@ -143,8 +143,10 @@ impl<'m> Replica<'m> {
             }
             let stream = if peer.is_somewhere() { self.stream_of(peer) } else { 0 };
             match line.kind() {
-                // The walk that takes back what was lent in an earlier life did not come to its end.
-                Kind::Leased if line.life() != self.durable(stream).peer_life() => self.table.recycle(slot),
+                // The walk that takes back what was lent in an earlier session did not come to its end.
+                Kind::Leased if line.session() != self.durable(stream).peer_session() => {
+                    self.table.recycle(slot)
+                }
                 Kind::Free | Kind::Leased => {}
                 Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
                     self.commit(Commit::Look { slot, generation: line.generation() });
@@ -195,7 +197,7 @@ impl<'m> Replica<'m> {
                 streams.map(|s| self.durable(s)).filter(Durable::is_known).collect();
             let is_forgetting = self.durable(stream_index(member, 0)).is_forgetting();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
-            // New lives begin one stream after the other: the last one may still be with the table before.
+            // New sessions begin one stream after the other: the last one may still be with the table before.
             let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
                 if is_forgetting {
                     self.add_job(Job::Forget { member });
@@ -228,7 +230,7 @@ impl<'m> Replica<'m> {
             // It says skip and ack until the peer has answered: so both know at once where they stand.
             s.greeted = durable.peer_table() == 0;
             s.repeat_at = now;
-            s.ack_due = durable.peer_life() != 0;
+            s.ack_due = durable.peer_session() != 0;
             s.want = durable.granted_to_us();
             self.free_closed(stream, floor);
             self.wake(stream);
@@ -246,8 +248,8 @@ impl<'m> Replica<'m> {
 }
 
 /// Whether a datagram of the history was sent, and neither acknowledged nor given up.
-fn is_outstanding(durable: Durable<'_>, life: u16, seq: Seq) -> bool {
-    life == durable.life()
+fn is_outstanding(durable: Durable<'_>, session: u16, seq: Seq) -> bool {
+    session == durable.session()
         && !seq.is_passed_by(durable.floor())
         && !seq.is_passed_by(durable.given_up())
         && !seq.is_after(durable.sent())

@@ -3,9 +3,9 @@
 //! The durable half of a stream lies in shared memory: where sending and receiving stand. The
 //! private half is what can be built again: lists, timers, the window.
 //!
-//! A stream has **lives**. Numbers start from 1 in each; when a peer stays away so long that
-//! what waits for it must be let go, the life ends, and with it everything that the pair had
-//! agreed on: numbers, floor and leases. Every datagram names its life.
+//! A stream has **sessions**. Numbers start from 1 in each; when a peer stays away so long that
+//! what waits for it must be let go, the session ends, and with it everything that the pair had
+//! agreed on: numbers, floor and leases. Every datagram names its session.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -36,25 +36,25 @@ pub fn stream_shard(index: usize) -> u8 {
     (index % SHARDS_MAX) as u8
 }
 
-/// Word: this life of the sending half in the low 16 bits, of the receiving half above.
-pub const WORD_LIVES: usize = 0;
+/// Word: this session of the sending half in the low 16 bits, of the receiving half above.
+pub const WORD_SESSIONS: usize = 0;
 /// Word: the number of the datagram sent last.
 pub const WORD_SENT: usize = 1;
 /// Word: the send floor: everything up to here is acknowledged.
 pub const WORD_SEND_FLOOR: usize = 2;
 /// Word: everything up to here that is not acknowledged was given up.
 pub const WORD_GIVEN_UP: usize = 3;
-/// Word: slots granted to this member since a life of either half began.
+/// Word: slots granted to this member since a session of either half began.
 pub const WORD_GRANTED_TO_US: usize = 4;
 /// Word: the peer's table id.
 pub const WORD_PEER_TABLE: usize = 5;
-/// Word: 1 while what was agreed with the peer is being let go, until the next life begins.
+/// Word: 1 while what was agreed with the peer is being let go, until the next session begins.
 pub const WORD_LET_GO: usize = 6;
 /// Word, of the stream to shard 0 of a member: 1 while what was taken over from a table before is being forgotten.
 pub const WORD_FORGETTING: usize = 7;
 /// Word: the receive floor: everything up to here is received and applied, or was skipped.
 pub const WORD_RECEIVE_FLOOR: usize = 8;
-/// Word: slots granted to the peer since a life of either half began.
+/// Word: slots granted to the peer since a session of either half began.
 pub const WORD_GRANTED_BY_US: usize = 9;
 /// Words, of the stream to shard 0 of a member, for the full sync to the member: phase, begin, end, copies before,
 /// done, to do; see [`Figures`].
@@ -160,22 +160,22 @@ impl Durable<'_> {
         self.set(WORD_GRANTED_BY_US, self.granted_by_us().saturating_sub(1));
     }
 
-    /// The life of the sending half; 0 before the first.
-    pub fn life(&self) -> u16 {
-        self.get(WORD_LIVES) as u16
+    /// The session of the sending half; 0 before the first.
+    pub fn session(&self) -> u16 {
+        self.get(WORD_SESSIONS) as u16
     }
 
-    /// The life of the receiving half, as the peer named it; 0 before the first datagram.
-    pub fn peer_life(&self) -> u16 {
-        (self.get(WORD_LIVES) >> 16) as u16
+    /// The session of the receiving half, as the peer named it; 0 before the first datagram.
+    pub fn peer_session(&self) -> u16 {
+        (self.get(WORD_SESSIONS) >> 16) as u16
     }
 
-    /// The table id of the peer when this life of the sending half began.
+    /// The table id of the peer when this session of the sending half began.
     pub fn peer_table(&self) -> u32 {
         self.get(WORD_PEER_TABLE) as u32
     }
 
-    /// Whether what was agreed with the peer is being let go, or has been, and no new life has begun.
+    /// Whether what was agreed with the peer is being let go, or has been, and no new session has begun.
     pub fn is_let_go(&self) -> bool {
         self.get(WORD_LET_GO) != 0
     }
@@ -185,12 +185,12 @@ impl Durable<'_> {
         self.set(WORD_LET_GO, 1);
     }
 
-    /// Begins the next life of the sending half.
-    pub fn begin_life(&self, peer_table: u32) {
-        let life = self.life().wrapping_add(1).max(1);
-        // Until all of it is done: a life that has begun in half is let go at a resume.
+    /// Begins the next session of the sending half.
+    pub fn begin_session(&self, peer_table: u32) {
+        let session = self.session().wrapping_add(1).max(1);
+        // Until all of it is done: a session that has begun in half is let go at a resume.
         self.let_go();
-        self.set(WORD_LIVES, self.get(WORD_LIVES) & !0xffff | life as u64);
+        self.set(WORD_SESSIONS, self.get(WORD_SESSIONS) & !0xffff | session as u64);
         self.set(WORD_PEER_TABLE, peer_table as u64);
         // What was granted either way is taken back, and counted anew.
         for word in [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US, WORD_GRANTED_BY_US] {
@@ -209,30 +209,30 @@ impl Durable<'_> {
         self.set(WORD_FORGETTING, forgetting as u64);
     }
 
-    /// Forgets a table of the peer in which this stream does not exist any more. Its lives go on being counted: what the
+    /// Forgets a table of the peer in which this stream does not exist any more. Its sessions go on being counted: what the
     /// history still holds of an earlier one must never be taken for a later one's.
     pub fn forget(&self) {
-        for word in (0..48).filter(|word| ![WORD_FORGETTING, WORD_LIVES].contains(word)) {
+        for word in (0..48).filter(|word| ![WORD_FORGETTING, WORD_SESSIONS].contains(word)) {
             self.set(word, 0);
         }
-        self.set(WORD_LIVES, self.life() as u64);
+        self.set(WORD_SESSIONS, self.session() as u64);
     }
 
     /// Whether anything was agreed on this stream, with the table that the peer has or had.
     pub fn is_known(&self) -> bool {
-        self.peer_table() != 0 || self.peer_life() != 0
+        self.peer_table() != 0 || self.peer_session() != 0
     }
 
-    /// Begins a life of the receiving half; 0 waits for the first datagram of a new table.
-    pub fn begin_peer_life(&self, life: u16) {
+    /// Begins a session of the receiving half; 0 waits for the first datagram of a new table.
+    pub fn begin_peer_session(&self, session: u16) {
         self.set(WORD_RECEIVE_FLOOR, 0);
         self.set(WORD_GRANTED_BY_US, 0);
         self.set(WORD_GRANTED_TO_US, 0);
         for word in 0..(WINDOW / 64) as usize {
             self.set(WORD_RECEIVED + word, 0);
         }
-        // Last: what was received in the life before must never be acknowledged in this one.
-        self.set(WORD_LIVES, self.get(WORD_LIVES) & 0xffff | (life as u64) << 16);
+        // Last: what was received in the session before must never be acknowledged in this one.
+        self.set(WORD_SESSIONS, self.get(WORD_SESSIONS) & 0xffff | (session as u64) << 16);
     }
 
     /// The receive floor.
@@ -369,13 +369,13 @@ pub struct Stream {
     pub repeats: u32,
     /// When to send what is dirty.
     pub flush_at: Time,
-    /// Whether the peer has acknowledged anything in this life, so that it knows of it.
+    /// Whether the peer has acknowledged anything in this session, so that it knows of it.
     pub greeted: bool,
     /// Whether an ack is due.
     pub ack_due: bool,
     /// Refusals that wait for the next control datagram.
     pub refusals: Vec<Refusal>,
-    /// Slots that this member wants to have been granted in this life.
+    /// Slots that this member wants to have been granted in this session.
     pub want: u64,
     /// What it was when this member asked last.
     pub asked: u64,
@@ -458,7 +458,7 @@ impl Stream {
         self.actives - (self.dirty_actives + self.unacknowledged).min(self.actives)
     }
 
-    /// Nothing is granted to this member, and nothing is wanted yet: a life begins.
+    /// Nothing is granted to this member, and nothing is wanted yet: a session begins.
     pub fn want_nothing(&mut self) {
         (self.want, self.asked, self.asked_in_vain, self.want_at) = (0, 0, 0, Time::NEVER);
         (self.lease_low, self.give_back) = (0, 0);

@@ -14,7 +14,7 @@
 //!
 //! What happens in `Down` can be taken back: streams stand still, nothing agreed on is let go. As
 //! soon as anything is (a connection that found another backup), the member is `left_behind`:
-//! when it returns, streams begin a new life, and both sides ask by coordinate what still stands.
+//! when it returns, streams begin a new session, and both sides ask by coordinate what still stands.
 
 use std::time::Duration;
 
@@ -339,7 +339,7 @@ impl Replica<'_> {
             let exists = shard < seen.shards
                 && shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards);
             match exists {
-                true => durable.begin_peer_life(0),
+                true => durable.begin_peer_session(0),
                 false => durable.forget(),
             }
         }
@@ -466,7 +466,7 @@ impl Replica<'_> {
                 self.protect(now, slot);
             }
             Kind::Closing => self.drop_closing(slot),
-            // What it was lent it lets go as well, with our new life.
+            // What it was lent it lets go as well, with our new session.
             Kind::Leased => self.table.recycle(slot),
             _ => {}
         }
@@ -484,7 +484,7 @@ impl Replica<'_> {
             let sent = self.durable(stream).sent();
             self.give_up(now, stream, sent);
             self.leases.drop_all(&mut self.streams[stream].lease);
-            self.durable(stream).begin_life(seen.table_id);
+            self.durable(stream).begin_session(seen.table_id);
             let s = &mut self.streams[stream];
             s.want_nothing();
             (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
@@ -755,7 +755,7 @@ impl Replica<'_> {
         let own = Place { slot, generation: line.generation() };
         let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
-            Kind::Leased if on_stream(peer) && line.life() != self.durable(stream).peer_life() => {
+            Kind::Leased if on_stream(peer) && line.session() != self.durable(stream).peer_session() => {
                 self.table.recycle(slot);
             }
             Kind::Backup if on_stream(peer) => return self.offer(peer, own),

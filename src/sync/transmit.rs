@@ -155,13 +155,13 @@ impl Replica<'_> {
                 from_shard: self.config.shard,
                 from_table: self.config.table_id,
                 to_table: self.view.members[member as usize].table_id,
-                life: durable.life(),
+                session: durable.session(),
                 seq,
             },
         )
     }
 
-    /// What was given up and is still waited for by the peer. A new life greets the peer the same way.
+    /// What was given up and is still waited for by the peer. A new session greets the peer the same way.
     fn skip_due(&self, stream: usize) -> Option<Seq> {
         let durable = self.durable(stream);
         let waited_for = durable.given_up().is_after(durable.floor());
@@ -188,11 +188,11 @@ impl Replica<'_> {
         if is(Mutation::AckSkipsGap) && words > 0 {
             floor = floor.next();
         }
-        encode_ack(durable.peer_life(), floor, &beyond[..words], &mut w);
+        encode_ack(durable.peer_session(), floor, &beyond[..words], &mut w);
         self.counters.count(Counter::AcksSent);
         for refusal in self.streams[stream].refusals.drain(..) {
             let Refusal { seq, target, reason, own } = refusal;
-            Message::Refuse { life: durable.peer_life(), seq, target, reason, own }.encode(&mut w);
+            Message::Refuse { session: durable.peer_session(), seq, target, reason, own }.encode(&mut w);
         }
         if let Some(total) = want {
             Message::Want { total }.encode(&mut w);
@@ -442,8 +442,8 @@ impl Replica<'_> {
         let s = &self.streams[stream];
         let more = !s.dirty.is_empty() || s.grant_due > 0 || s.to_give_back() > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
-        let life = self.durable(stream).life();
-        let entry = Entry { stream, life, seq, offset, len: len as u32, first_sent: now };
+        let session = self.durable(stream).session();
+        let entry = Entry { stream, session, seq, offset, len: len as u32, first_sent: now };
         let id = self.history.append(&entry, &scratch[..len], stride, oldest_change, connections);
         self.unacknowledged += connections as u64;
         self.streams[stream].unacknowledged += connections as u64;
@@ -555,7 +555,7 @@ impl Replica<'_> {
             self.table.update(place.slot, |line| {
                 line.set_kind(Kind::Leased);
                 line.set_peer(lessee);
-                line.set_life(durable.peer_life());
+                line.set_session(durable.peer_session());
             });
             durable.add_granted_by_us(1);
         }
@@ -616,8 +616,8 @@ impl Replica<'_> {
                 match content {
                     Content::Delta { place, .. } => self.delta_given_up(now, stream, place, entry.seq),
                     Content::Granted(place) => {
-                        // Grants of an earlier life are not counted any more.
-                        if self.revoke(place) == Some(self.durable(stream).peer_life()) {
+                        // Grants of an earlier session are not counted any more.
+                        if self.revoke(place) == Some(self.durable(stream).peer_session()) {
                             self.durable(stream).sub_granted_by_us();
                         }
                     }
@@ -653,13 +653,13 @@ impl Replica<'_> {
 
     /// A slot that was granted in a datagram which may or may not arrive: two lives later, so that
     /// nobody takes the old grant for a copy that was closed.
-    /// Tells in which life of the peer's half it was granted, if it was not filled yet.
+    /// Tells in which session of the peer's half it was granted, if it was not filled yet.
     pub(super) fn revoke(&mut self, place: Place) -> Option<u16> {
         let line = self.table.line(place.slot);
         let empty = line.kind() == Kind::Leased && line.generation() == place.generation;
         empty.then(|| {
             self.table.recycle(place.slot);
-            line.life()
+            line.session()
         })
     }
 

@@ -1058,10 +1058,10 @@ fn describe_head(bytes: &[u8]) -> String {
     }
     match SyncHeader::decode(&mut r) {
         Ok(sync) => format!(
-            "shard {} to {} life {} seq {} ({} bytes)",
+            "shard {} to {} session {} seq {} ({} bytes)",
             sync.from_shard,
             header.to_shard,
-            sync.life,
+            sync.session,
             sync.seq.raw(),
             bytes.len()
         ),
@@ -1091,7 +1091,7 @@ fn describe_datagram(bytes: &[u8]) -> String {
             ),
             Message::Lease(places) => format!(" | lease of {}", places.iter().count()),
             Message::GiveBack(places) => format!(" | {} given back", places.iter().count()),
-            Message::Ack { life, floor, .. } => format!(" | ack {} of life {life}", floor.raw()),
+            Message::Ack { session, floor, .. } => format!(" | ack {} of session {session}", floor.raw()),
             other => format!(" | {other:?}"),
         };
     }

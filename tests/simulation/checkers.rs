@@ -341,7 +341,7 @@ impl Checks {
             return Ok(());
         }
         let Ok(sync) = SyncHeader::decode(&mut r) else { return Ok(()) };
-        let key = (datagram.from, sync.from_shard, datagram.to, header.to_shard, sync.to_table, sync.life);
+        let key = (datagram.from, sync.from_shard, datagram.to, header.to_shard, sync.to_table, sync.session);
         let newest = self.newest.entry(key).or_default();
         if sync.seq.raw() <= *newest {
             return Ok(()); // Sent before, or not sequenced.

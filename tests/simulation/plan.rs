@@ -7,7 +7,7 @@ use hypersync::conn::Generation;
 use hypersync::limits::{ARENA_MIN, GENERATIONS, SLOTS_MIN};
 use hypersync::memory::{JOURNAL_DECLINES, Memory, MemorySize, OwnedMemory};
 use hypersync::source::CommitMode;
-use hypersync::sync::stream::WORD_LIVES;
+use hypersync::sync::stream::WORD_SESSIONS;
 
 use crate::world::{Network, Rng, memories_of};
 
@@ -129,7 +129,7 @@ impl Plan {
     }
 }
 
-/// What was counted through earlier runs, while nothing of them is left: generations of slots, lives of streams and numbers of
+/// What was counted through earlier runs, while nothing of them is left: generations of slots, sessions of streams and numbers of
 /// declines, all shortly before they begin anew.
 fn age(memory: &Memory<'_>) {
     for (n, slot) in memory.slots.iter().enumerate() {
@@ -137,7 +137,7 @@ fn age(memory: &Memory<'_>) {
         slot.update(|line| line.set_generation(generation));
     }
     for (n, stream) in memory.streams.iter().enumerate() {
-        stream.0[WORD_LIVES].store(u64::from(u16::MAX) - n as u64 % 3, Ordering::Relaxed);
+        stream.0[WORD_SESSIONS].store(u64::from(u16::MAX) - n as u64 % 3, Ordering::Relaxed);
     }
     memory.journal[JOURNAL_DECLINES].store(u64::from(u32::MAX) - 5, Ordering::Relaxed);
 }

@@ -798,7 +798,7 @@ impl<'m> Sim<'m> {
         let mut source = address(from);
         let sync = SyncHeader::decode(&mut r).expect("it was sent");
         let stream = stream_index(from, sync.from_shard);
-        let known_life = Durable(&host.memory[header.to_shard as usize].streams[stream]).peer_life();
+        let known_session = Durable(&host.memory[header.to_shard as usize].streams[stream]).peer_session();
         let kind = self.rng.below(8);
         match kind {
             0 => {
@@ -818,8 +818,8 @@ impl<'m> Sim<'m> {
             2 => bytes[24 + self.rng.below(4) as usize] ^= 1 + self.rng.below(255) as u8, // its table
             3 => bytes[28 + self.rng.below(4) as usize] ^= 1 + self.rng.below(255) as u8, // our table
             4 => bytes[4] ^= 0x40,                                                        // group
-            5 if sync.life > 0 && known_life == sync.life => {
-                let life = sync.life.wrapping_sub(1 + self.rng.below(100) as u16);
+            5 if sync.session > 0 && known_session == sync.session => {
+                let life = sync.session.wrapping_sub(1 + self.rng.below(100) as u16);
                 bytes[32..34].copy_from_slice(&life.to_be_bytes());
             }
             6 if sync.seq.raw() > 0 => {
@@ -921,8 +921,8 @@ impl<'m> Sim<'m> {
                         let sending = Durable(&a.streams[stream_index(*to, j as u8)]);
                         let words = &b.streams[stream_index(*from, i as u8)];
                         let receiving = Durable(words);
-                        let agree = sending.life() != 0
-                            && sending.life() == receiving.peer_life()
+                        let agree = sending.session() != 0
+                            && sending.session() == receiving.peer_session()
                             && sending.sent() == sending.floor()
                             && sending.sent() == receiving.receive_floor();
                         let seq = Seq::from_raw(AGED_SEQ[(i + j) % 2]).expect("48 bits");
