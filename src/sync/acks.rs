@@ -15,7 +15,7 @@ use crate::ccp::bytes::Reader;
 use crate::ccp::message::{Bitmap, Message, Reason};
 use crate::conn::{Coordinate, Kind};
 use crate::counters::Counter;
-use crate::limits::{LEASE_WANT_MAX, WINDOW};
+use crate::limits::WINDOW;
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -41,8 +41,7 @@ impl Replica<'_> {
                 }
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
                 Message::Want { total } => {
-                    let due = total.saturating_sub(self.durable(stream).granted_by_us());
-                    self.streams[stream].grant_due = due.min(LEASE_WANT_MAX);
+                    self.credit.on_want(stream, total);
                     self.wake(stream);
                 }
                 Message::Skip { to } => {

@@ -16,6 +16,10 @@
 //! - `chores`: releases, offers and declines, which belong to no single delta; make before break;
 //! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
 //!
+//! Parts that own their state, and know of no other:
+//!
+//! - `credit`: slots at peers that this member may fill, and those here that peers may.
+//!
 //! They stand on what lies in memory that outlives the process:
 //!
 //! - `stream`: where sending and receiving stand, and the lists and timers of one stream;
@@ -27,6 +31,7 @@
 mod acks;
 mod chores;
 mod contest;
+mod credit;
 mod declined;
 mod digest;
 pub mod history;

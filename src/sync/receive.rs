@@ -133,12 +133,8 @@ impl Replica<'_> {
             return Err(Reject::Table);
         }
         durable.begin_peer_session(session);
-        let s = &mut self.streams[stream];
-        s.want_nothing();
-        s.grant_due = 0;
-        s.refusals.clear();
-        // What it had leased to us it took back.
-        self.leases.drop_all(&mut s.lease);
+        self.streams[stream].refusals.clear();
+        self.credit.drop_all(stream);
         if known != 0 {
             // It may have let go of our copies, too.
             self.unverify_stream(stream);
@@ -864,15 +860,9 @@ impl Replica<'_> {
     }
 
     fn take_grant(&mut self, now: Time, stream: usize, places: Places<'_>) {
-        let mut count = 0;
-        for place in places.iter() {
-            // A grant never exceeds what was asked for, so only a wrong peer overfills the pool.
-            self.leases.put(stream, &mut self.streams[stream].lease, place);
-            count += 1;
+        if self.credit.on_grant(now, stream, places.iter()) {
+            self.wake(stream);
         }
-        self.durable(stream).add_granted_to_us(count);
-        self.streams[stream].starved_since = None;
-        self.ask(now, stream);
         self.retry_at = now;
     }
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use super::chores::Chores;
 use super::contest::Contests;
+use super::credit::Credit;
 use super::digest::{Comparison, Digests};
 use super::history::History;
-use super::lease::LeasePool;
 use super::mutation::{Mutation, is};
 use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
@@ -22,7 +22,7 @@ use crate::conn::{Coordinate, Generation, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::few::Few;
 use crate::group::view::View;
-use crate::limits::{COMMIT_QUEUE, LEASE_WANT_MAX, LEASE_WANT_MIN, MEMBERS_MAX, STREAMS_MAX, WINDOW};
+use crate::limits::{COMMIT_QUEUE, MEMBERS_MAX, STREAMS_MAX, WINDOW};
 use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -33,12 +33,6 @@ const STARVED: Duration = Duration::from_millis(100);
 
 /// How often connections that found no backup are looked at again.
 const RETRY: Duration = Duration::from_millis(10);
-
-/// How long after it a member that did not grant what was wanted is asked again: twice as long each time, up to 16 times.
-const ASK_AGAIN: Duration = Duration::from_millis(20);
-
-/// How often leases are reviewed: what was not needed for so long is given back.
-const REVIEW: Duration = Duration::from_secs(1);
 
 /// How long a connection that was refused as older waits before it asks again.
 const SHELF: Duration = Duration::from_secs(1);
@@ -112,7 +106,7 @@ pub struct Replica<'m> {
     pub(super) table: Table<'m>,
     pub(super) streams: Vec<Stream>,
     pub(super) busy: VecDeque<u16>,
-    pub(super) leases: LeasePool<'m>,
+    pub(super) credit: Credit<'m>,
     pub(super) history: History<'m>,
     pub(super) chores: Chores,
     pub(super) contests: Contests,
@@ -164,8 +158,6 @@ pub struct Replica<'m> {
     /// lives: an active died, or one of ours gave way.
     pub(super) may_hold_entries: bool,
     pub(super) retry_at: Time,
-    /// When leases are reviewed next.
-    pub(super) review_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
     /// Connections in datagrams that are not acknowledged.
@@ -190,15 +182,15 @@ impl<'m> Replica<'m> {
     /// A shard with an empty table over zeroed memory.
     pub fn new(config: ReplicaConfig, memory: Memory<'m>) -> Replica<'m> {
         let table = Table::new(&memory, config.index_key);
-        let (leases, history) = (LeasePool::new(memory.leases), History::new(&memory));
-        Replica::over(config, memory, table, leases, history)
+        let (credit, history) = (Credit::new(memory.leases, memory.streams), History::new(&memory));
+        Replica::over(config, memory, table, credit, history)
     }
 
     pub(super) fn over(
         config: ReplicaConfig,
         memory: Memory<'m>,
         table: Table<'m>,
-        leases: LeasePool<'m>,
+        credit: Credit<'m>,
         history: History<'m>,
     ) -> Replica<'m> {
         assert!(config.table_id != 0 && config.shard < config.shards);
@@ -207,7 +199,7 @@ impl<'m> Replica<'m> {
             table,
             streams: (0..STREAMS_MAX).map(|_| Stream::new()).collect(),
             busy: VecDeque::with_capacity(STREAMS_MAX),
-            leases,
+            credit,
             history,
             chores: Chores::new(),
             contests: Contests::new(),
@@ -239,7 +231,6 @@ impl<'m> Replica<'m> {
             kernel_has_room: true,
             may_hold_entries: false,
             retry_at: Time(0),
-            review_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
             commits: VecDeque::with_capacity(COMMIT_QUEUE),
@@ -473,8 +464,7 @@ impl<'m> Replica<'m> {
                 return Found::At(Coordinate::new(member, shard, place.slot, place.generation));
             }
             self.counters.count(Counter::NoLease);
-            let since = *self.streams[stream].starved_since.get_or_insert(now);
-            if now.since(since) < STARVED {
+            if self.credit.starved_for(now, stream) < STARVED {
                 return Found::Soon; // It was asked just now: the best backup is worth a short wait.
             }
         }
@@ -486,99 +476,37 @@ impl<'m> Replica<'m> {
     pub(super) fn return_lease(&mut self, slot: Coordinate, session: u16) {
         let stream = self.stream_of(slot);
         if session == self.durable(stream).peer_session() {
-            self.leases.put(stream, &mut self.streams[stream].lease, Place::of(slot.next_life()));
+            self.credit.put(stream, Place::of(slot.next_life()));
         }
     }
 
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
-        let s = &mut self.streams[stream];
-        let place = self.leases.take(&mut s.lease);
-        if place.is_some() {
-            s.starved_since = None;
-            s.taken += 1;
-            s.lease_used = true;
-            s.lease_low = s.lease_low.min(s.lease.len());
+        let place = self.credit.take(stream);
+        if self.credit.replenish(now, stream, self.waiting_share(stream)) {
+            self.wake(stream);
         }
-        self.replenish(now, stream);
         place
     }
 
-    /// How many slots the stream's lease should have: twice what was taken in a tenth of a second, and what waits.
-    fn lease_target(&mut self, now: Time, stream: usize) -> u64 {
-        // Of what waits, the stream's share: what one stream hoards another may lack.
+    /// Of what waits for a backup, the stream's share: what one stream hoards another may lack.
+    fn waiting_share(&self, stream: usize) -> u64 {
         let met = shards_met(self.config.shards, self.view.members[stream_member(stream) as usize].shards);
-        let waiting = (self.waiting.len() as u64).div_ceil(met as u64);
-        let s = &mut self.streams[stream];
-        if now.since(s.rate_since) >= Duration::from_millis(100) {
-            (s.taken_before, s.taken, s.rate_since) = (s.taken, 0, now);
-        }
-        let rate = 2 * s.taken.max(s.taken_before);
-        (rate + waiting).clamp(LEASE_WANT_MIN, LEASE_WANT_MAX)
+        (self.waiting.len() as u64).div_ceil(met as u64)
     }
 
-    /// Asks for more slots before the lease runs out.
-    fn replenish(&mut self, now: Time, stream: usize) {
-        let target = self.lease_target(now, stream);
-        let room = self.leases.room() as u64;
-        let granted = self.durable(stream).granted_to_us();
-        let s = &mut self.streams[stream];
-        let have = s.lease.len() as u64;
-        if have < target / 2 && target - have <= room {
-            s.want = s.want.max(granted + target - have);
-            s.give_back = 0;
-            self.ask(now, stream);
-        }
-    }
-
-    /// What was asked for is here, and more is wanted: asks at once. Otherwise the time to ask again stands.
-    pub(super) fn ask(&mut self, now: Time, stream: usize) {
-        let granted = self.durable(stream).granted_to_us();
-        let s = &mut self.streams[stream];
-        if s.want > granted && granted >= s.asked {
-            (s.want_at, s.asked_in_vain) = (s.want_at.min(now), 0);
-            self.wake(stream);
-        }
-    }
-
-    /// What a stream has not needed since the last review it gives back: all of it, if none was used and the member is
-    /// not the first choice; otherwise what is beyond twice the target.
     fn tick_leases(&mut self, now: Time) {
-        if !self.review_at.reached(now) {
+        if !self.credit.begin_review(now) {
             return;
         }
-        self.review_at = now.after(REVIEW);
         let best = self.ranked.first().copied();
         for stream in 0..self.streams.len() {
-            if self.streams[stream].lease.is_empty() {
-                continue;
-            }
-            let target = self.lease_target(now, stream) as u32;
-            let s = &mut self.streams[stream];
-            let kept = if s.lease_used || best == Some(stream_member(stream)) { 2 * target } else { 0 };
-            let unused = s.lease_low.saturating_sub(kept);
-            (s.lease_used, s.lease_low) = (false, s.lease.len());
-            if unused > kept / 8 {
-                s.give_back = unused;
+            let is_first_choice = best == Some(stream_member(stream));
+            if self.credit.has_leases(stream)
+                && self.credit.review(now, stream, is_first_choice, self.waiting_share(stream))
+            {
                 self.wake(stream);
             }
         }
-    }
-
-    /// Whether the stream must ask for slots now; moves the time of the next asking.
-    pub(super) fn want_due(&mut self, now: Time, stream: usize) -> Option<u64> {
-        let granted = self.durable(stream).granted_to_us();
-        let s = &mut self.streams[stream];
-        if granted >= s.want {
-            s.want_at = Time::NEVER;
-            return None;
-        }
-        if !s.want_at.reached(now) {
-            return None;
-        }
-        s.want_at = now.after(ASK_AGAIN * (1 << s.asked_in_vain.min(4)));
-        s.asked = s.want;
-        s.asked_in_vain += 1;
-        Some(s.want)
     }
 
     /// The connection's backup is there from now on; everything must be sent to it.
@@ -702,8 +630,7 @@ impl<'m> Replica<'m> {
             match self.lease_for(now, slot, 0) {
                 Found::At(backup) => {
                     // What waits is asked for by its number; only what comes anew makes a rate.
-                    let s = &mut self.streams[stream_index(backup.member(), backup.shard())];
-                    s.taken = s.taken.saturating_sub(1);
+                    self.credit.discount(self.stream_of(backup));
                     self.assign(now, slot, backup);
                 }
                 Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
@@ -794,7 +721,7 @@ impl<'m> Replica<'m> {
             .min(self.shelf_at())
             .min(self.missing_at())
             .min(self.contests.look_at())
-            .min(self.review_at);
+            .min(self.credit.review_at());
         if self.config.commit == CommitMode::Eager {
             at = at.min(self.rewrite_at);
         }
@@ -807,7 +734,7 @@ impl<'m> Replica<'m> {
             }
             let s = &self.streams[*stream as usize];
             let repeat_at = if is(Mutation::RepeatsUnannounced) { Time::NEVER } else { s.repeat_at };
-            at = at.min(repeat_at).min(s.want_at);
+            at = at.min(repeat_at).min(self.credit.ask_at(*stream as usize));
             if !s.dirty.is_empty() && self.unsent_room(*stream as usize) {
                 at = at.min(s.flush_at);
             }

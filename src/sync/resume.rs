@@ -17,8 +17,8 @@
 
 use std::collections::HashSet;
 
+use super::credit::Credit;
 use super::history::{Content, Entry, History};
-use super::lease::LeasePool;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
 use super::takeover::{Job, PeerState};
@@ -58,15 +58,12 @@ impl<'m> Replica<'m> {
             }
         }
         // A lease that was used, or came back, or was given back, just then must not stand here twice.
-        let (leases, lists) = LeasePool::resume(memory.leases, |stream, place| {
+        let credit = Credit::resume(memory.leases, memory.streams, |stream, place| {
             !given_back.contains(&(stream, place.slot, place.generation.raw()))
                 && used.insert((stream, place.slot))
         });
         drop((used, given_back));
-        let mut replica = Replica::over(config, memory, table, leases, history);
-        for (stream, list) in lists.into_iter().enumerate() {
-            replica.streams[stream].lease = list;
-        }
+        let mut replica = Replica::over(config, memory, table, credit, history);
         replica.may_hold_entries = replica.config.commit == CommitMode::Takeover;
         replica.resume_history();
         replica.resume_slots(now);
@@ -231,7 +228,7 @@ impl<'m> Replica<'m> {
             s.greeted = durable.peer_table() == 0;
             s.repeat_at = now;
             s.ack_due = durable.peer_session() != 0;
-            s.want = durable.granted_to_us();
+            self.credit.resume_want(stream);
             self.free_closed(stream, floor);
             self.wake(stream);
         }

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::digest::Comparing;
-use super::lease::LeaseList;
 use super::progress::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
@@ -347,8 +346,6 @@ pub struct Stream {
     pub dirty_actives: u64,
     /// Closes sent and not yet acknowledged, in order.
     pub closing: List,
-    /// Slots leased to this member.
-    pub lease: LeaseList,
     /// Oldest history entry that is not acknowledged.
     pub oldest: Option<u32>,
     /// Newest history entry of this stream.
@@ -375,30 +372,6 @@ pub struct Stream {
     pub ack_due: bool,
     /// Refusals that wait for the next control datagram.
     pub refusals: Vec<Refusal>,
-    /// Slots that this member wants to have been granted in this session.
-    pub want: u64,
-    /// What it was when this member asked last.
-    pub asked: u64,
-    /// How often it asked for that.
-    pub asked_in_vain: u32,
-    /// When to ask (again).
-    pub want_at: Time,
-    /// When this member first found no leased slot here and got none since.
-    pub starved_since: Option<Time>,
-    /// Slots taken from the lease since `rate_since`.
-    pub taken: u64,
-    /// Slots taken in the interval before.
-    pub taken_before: u64,
-    /// When `taken` began to count.
-    pub rate_since: Time,
-    /// Whether any was taken since the lease was reviewed.
-    pub lease_used: bool,
-    /// The fewest slots in the lease since then.
-    pub lease_low: u32,
-    /// Slots of the lease that are not needed: to be given back.
-    pub give_back: u32,
-    /// Slots that the peer asked for and that were not granted yet.
-    pub grant_due: u64,
     /// Own connections whose backup lies here, and copies here for the peer.
     pub actives: u64,
     /// Copies held here for the peer.
@@ -418,7 +391,6 @@ impl Stream {
             dirty: List::default(),
             dirty_actives: 0,
             closing: List::default(),
-            lease: LeaseList::default(),
             oldest: None,
             newest: None,
             window: 128,
@@ -432,18 +404,6 @@ impl Stream {
             greeted: true,
             ack_due: false,
             refusals: Vec::with_capacity(REFUSALS_MAX),
-            want: 0,
-            asked: 0,
-            asked_in_vain: 0,
-            want_at: Time::NEVER,
-            starved_since: None,
-            taken: 0,
-            taken_before: 0,
-            rate_since: Time(0),
-            lease_used: false,
-            lease_low: 0,
-            give_back: 0,
-            grant_due: 0,
             actives: 0,
             copies: 0,
             unacknowledged: 0,
@@ -456,18 +416,6 @@ impl Stream {
     /// acknowledged. Closes that wait are none of them.
     pub fn uncounted(&self) -> u64 {
         self.actives - (self.dirty_actives + self.unacknowledged).min(self.actives)
-    }
-
-    /// Nothing is granted to this member, and nothing is wanted yet: a session begins.
-    pub fn want_nothing(&mut self) {
-        (self.want, self.asked, self.asked_in_vain, self.want_at) = (0, 0, 0, Time::NEVER);
-        (self.lease_low, self.give_back) = (0, 0);
-        self.starved_since = None;
-    }
-
-    /// Slots of the lease that are to be given back.
-    pub fn to_give_back(&self) -> u32 {
-        self.give_back.min(self.lease.len())
     }
 
     /// A sample of the round trip.

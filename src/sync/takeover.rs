@@ -371,10 +371,7 @@ impl Replica<'_> {
         self.counters.count(Counter::StreamsLost);
         for shard in 0..SHARDS_MAX as u8 {
             self.durable(stream_index(member, shard)).let_go();
-            let s = &mut self.streams[stream_index(member, shard)];
-            self.leases.drop_all(&mut s.lease);
-            s.want_nothing();
-            s.grant_due = 0;
+            self.credit.drop_all(stream_index(member, shard));
         }
         // Before all walks that may wait for somebody; what such a walk did it does not do again.
         let is_more_urgent = |job: &Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
@@ -483,10 +480,9 @@ impl Replica<'_> {
             }
             let sent = self.durable(stream).sent();
             self.give_up(now, stream, sent);
-            self.leases.drop_all(&mut self.streams[stream].lease);
             self.durable(stream).begin_session(seen.table_id);
+            self.credit.drop_leases(stream);
             let s = &mut self.streams[stream];
-            s.want_nothing();
             (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
             self.wake(stream);
         }

@@ -115,12 +115,10 @@ impl Replica<'_> {
             || s.oldest.is_some()
             || s.ack_due
             || !s.refusals.is_empty()
-            || s.want_at != Time::NEVER
             || s.comparing.due
             || self.has_answers(stream)
             || self.has_lines(stream)
-            || s.grant_due > 0
-            || s.to_give_back() > 0
+            || self.credit.is_busy(stream)
             || self.skip_due(stream).is_some()
             || self.has_chores(stream)
     }
@@ -170,7 +168,7 @@ impl Replica<'_> {
 
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
     fn send_control(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
-        let want = self.want_due(now, stream);
+        let want = self.credit.ask_due(now, stream);
         let skip = self.skip_due(stream).filter(|_| self.streams[stream].repeat_at.reached(now));
         let s = &self.streams[stream];
         let answers = self.has_answers(stream);
@@ -325,8 +323,7 @@ impl Replica<'_> {
         let s = &self.streams[stream];
         let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
         (!s.dirty.is_empty() && flush)
-            || s.grant_due > 0
-            || s.to_give_back() > 0
+            || self.credit.has_places(stream)
             || self.has_chores(stream)
             || self.has_lines(stream)
     }
@@ -439,8 +436,9 @@ impl Replica<'_> {
             return None;
         }
         // If more follows, this datagram is not the last of its train: it takes up its full size.
-        let s = &self.streams[stream];
-        let more = !s.dirty.is_empty() || s.grant_due > 0 || s.to_give_back() > given_back as u32;
+        let more = !self.streams[stream].dirty.is_empty()
+            || self.credit.owed(stream) > 0
+            || self.credit.to_give_back(stream) > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
         let session = self.durable(stream).session();
         let entry = Entry { stream, session, seq, offset, len: len as u32, first_sent: now };
@@ -450,7 +448,7 @@ impl Replica<'_> {
         self.durable(stream).set_sent(seq);
         // Only now: a process that is killed before it has lent nothing.
         self.lend(stream, &places[..granted]);
-        self.let_go_of(stream, given_back);
+        self.credit.given_back(stream, given_back);
         let s = &mut self.streams[stream];
         match s.newest {
             Some(newest) => self.history.set_next(newest, id),
@@ -522,7 +520,7 @@ impl Replica<'_> {
         places: &mut [Place; LEASE_GRANT_MAX],
         w: &mut Writer<'_>,
     ) -> usize {
-        let due = self.streams[stream].grant_due.min(LEASE_GRANT_MAX as u64) as usize;
+        let due = self.credit.owed(stream).min(LEASE_GRANT_MAX as u64) as usize;
         if due == 0 {
             return 0;
         }
@@ -530,7 +528,7 @@ impl Replica<'_> {
         let spare = self.room().saturating_sub(self.table.capacity() / 8) as usize;
         let count = due.min(spare);
         if count == 0 {
-            self.streams[stream].grant_due = 0; // The peer asks again.
+            self.credit.grant_nothing(stream);
             self.counters.count(if self.kernel_has_room { Counter::TableFull } else { Counter::KernelFull });
             return 0;
         }
@@ -557,33 +555,20 @@ impl Replica<'_> {
                 line.set_peer(lessee);
                 line.set_session(durable.peer_session());
             });
-            durable.add_granted_by_us(1);
+            self.credit.granted(stream);
         }
-        self.streams[stream].grant_due -= count;
         self.counters.add(Counter::LeasesGranted, count);
     }
 
     /// Slots leased from the peer that are not needed here.
     fn build_give_back(&mut self, stream: usize, w: &mut Writer<'_>) -> usize {
         let mut places = [Place { slot: 0, generation: Default::default() }; LEASE_GRANT_MAX];
-        let s = &self.streams[stream];
-        let due = (s.to_give_back() as usize).min(LEASE_GRANT_MAX);
-        let count = self.leases.first(&s.lease, &mut places[..due]);
+        let count = self.credit.first_to_give_back(stream, &mut places);
         if count > 0 {
             encode_give_back(&places[..count], w);
             places[..count].iter().for_each(|place| self.history.note(Content::GivenBack(*place)));
         }
         count
-    }
-
-    /// So many slots, the first of the stream's lease, are in a datagram of the history: they are no lease any more.
-    fn let_go_of(&mut self, stream: usize, count: usize) {
-        let s = &mut self.streams[stream];
-        for _ in 0..count {
-            self.leases.take(&mut s.lease);
-        }
-        s.give_back -= count as u32;
-        s.lease_low = s.lease_low.min(s.lease.len());
     }
 
     fn build_chores(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
@@ -618,14 +603,12 @@ impl Replica<'_> {
                     Content::Granted(place) => {
                         // Grants of an earlier session are not counted any more.
                         if self.revoke(place) == Some(self.durable(stream).peer_session()) {
-                            self.durable(stream).sub_granted_by_us();
+                            self.credit.grant_failed(stream);
                         }
                     }
                     Content::Release(chore) => self.chore_given_up(chore, entry.seq),
                     // Ours again, unless the peer had taken it back all the same: then it refuses whatever is sent there.
-                    Content::GivenBack(place) => {
-                        self.leases.put(stream, &mut self.streams[stream].lease, place);
-                    }
+                    Content::GivenBack(place) => self.credit.put(stream, place),
                 }
             }
             self.settle_oldest(stream, id);
