@@ -22,7 +22,7 @@ pub struct Generation(u32);
 
 impl Generation {
     /// The low 26 bits of `raw`.
-    pub fn from_low_bits(raw: u32) -> Generation {
+    pub const fn from_low_bits(raw: u32) -> Generation {
         Generation(raw & (GENERATIONS - 1))
     }
 

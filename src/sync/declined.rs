@@ -10,9 +10,9 @@
 //! events, and no event means alive.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use super::chores::{Rank, Task};
+use super::commits::{TRIES_PER_TICK, TRY_AGAIN};
 use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
 use crate::ccp::message::{Fault, Place};
@@ -23,21 +23,6 @@ use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
-
-/// How long a copy that the kernel refused waits before it is tried again.
-const TRY_AGAIN: Duration = Duration::from_secs(1);
-
-/// Copies that are tried again in one tick.
-const TRIES_PER_TICK: usize = 64;
-
-/// Connections taken over that wait for their entry.
-pub(super) const OWED_MAX: usize = 4096;
-
-/// Every copy's entry is written again within this time, whatever happens.
-pub const REWRITE_PERIOD: Duration = Duration::from_secs(6 * 24 * 3600);
-
-/// Slots that one step of that walk looks at.
-const REWRITE_STEP: u32 = 64;
 
 impl Replica<'_> {
     /// What became of the commit of the copy, or of the connection taken over, in this slot.
@@ -121,9 +106,7 @@ impl Replica<'_> {
     /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the limit it is left to
     /// its own traffic and to the next sweep.
     pub(super) fn owe(&mut self, now: Time, slot: u32) {
-        if self.owed.len() < OWED_MAX {
-            self.owed.push_back((slot, self.table.line(slot).generation(), now));
-        } else {
+        if !self.commits.owe(now, slot, self.table.line(slot).generation()) {
             self.counters.count(Counter::CommitOwedFull);
         }
     }
@@ -228,49 +211,26 @@ impl Replica<'_> {
 
     /// Copies that the kernel refused, and those whose entry is due to be written again.
     pub(super) fn tick_missing(&mut self, now: Time) {
-        self.tick_owed(now);
+        let table = &self.table;
+        self.commits.tick_owed(now, |slot, generation| {
+            let line = table.line(slot);
+            line.generation() == generation && line.kind() == Kind::Active
+        });
         for _ in 0..TRIES_PER_TICK {
             // What arrives comes first: only a short queue takes what may be refused again.
             let due =
                 self.missing.first().is_some_and(|slot| self.table.since(slot).after(TRY_AGAIN).reached(now));
-            if !due || self.commits.len() >= TRIES_PER_TICK {
+            if !due || !self.commits.may_try() {
                 break;
             }
             let Some(slot) = self.table.pop(&mut self.missing) else { break };
             let generation = self.table.line(slot).generation();
             self.commit(Commit::Write { slot, generation });
         }
-        if self.config.commit != CommitMode::Eager || !self.rewrite_at.reached(now) || !self.can_receive() {
-            return;
-        }
-        let first = self.rewrite_slot;
-        let end = (first + REWRITE_STEP).min(self.table.capacity());
-        // Not before the first period has begun: at the start there is nothing to write again.
-        if self.rewrite_at != Time(0) {
-            for slot in first..end {
-                let line = self.table.line(slot);
-                if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
-                    self.commit(Commit::Again { slot, generation: line.generation() });
-                }
-            }
-            self.rewrite_slot = if end == self.table.capacity() { 0 } else { end };
-        }
-        let steps = self.table.capacity().div_ceil(REWRITE_STEP);
-        self.rewrite_at = now.after(REWRITE_PERIOD / steps);
-    }
-
-    /// Connections taken over whose entry the kernel refused.
-    fn tick_owed(&mut self, now: Time) {
-        for _ in 0..TRIES_PER_TICK {
-            let due = self.owed.front().is_some_and(|(_, _, since)| since.after(TRY_AGAIN).reached(now));
-            if !due || self.commits.len() >= TRIES_PER_TICK {
-                break;
-            }
-            let Some((slot, generation, _)) = self.owed.pop_front() else { break };
+        for slot in self.commits.rewrite(now, self.table.capacity()) {
             let line = self.table.line(slot);
-            if line.generation() == generation && line.kind() == Kind::Active {
-                self.commits.push_back(Commit::Refresh { slot, generation });
-                self.commits_asked += 1;
+            if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
+                self.commit(Commit::Again { slot, generation: line.generation() });
             }
         }
     }
@@ -278,7 +238,10 @@ impl Replica<'_> {
     /// When [`tick_missing`](Self::tick_missing) has something to do.
     pub(super) fn missing_at(&self) -> Time {
         let missing = self.missing.first().map(|slot| self.table.since(slot));
-        let owed = self.owed.front().map(|(_, _, since)| *since);
-        missing.into_iter().chain(owed).min().map_or(Time::NEVER, |since| since.after(TRY_AGAIN))
+        missing
+            .into_iter()
+            .chain(self.commits.owed_since())
+            .min()
+            .map_or(Time::NEVER, |since| since.after(TRY_AGAIN))
     }
 }

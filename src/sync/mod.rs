@@ -18,6 +18,7 @@
 //!
 //! Parts that own their state, and know of no other:
 //!
+//! - `commits`: what the kernel is to be told, and is owed;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may.
 //!
 //! They stand on what lies in memory that outlives the process:
@@ -30,6 +31,7 @@
 
 mod acks;
 mod chores;
+mod commits;
 mod contest;
 mod credit;
 mod declined;
@@ -50,7 +52,7 @@ pub mod stream;
 mod takeover;
 mod transmit;
 
-pub use declined::REWRITE_PERIOD;
+pub use commits::REWRITE_PERIOD;
 pub use digest::Finding;
 #[cfg(test)]
 pub(crate) use replica::test_config;

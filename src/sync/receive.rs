@@ -473,7 +473,7 @@ impl Replica<'_> {
     /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
     fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
-        self.may_hold_entries = true;
+        self.commits.may_hold_entries();
         self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::chores::Chores;
+use super::commits::Commits;
 use super::contest::Contests;
 use super::credit::Credit;
 use super::digest::{Comparison, Digests};
@@ -18,11 +19,11 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
 use crate::conn::tuple::shards_met;
-use crate::conn::{Coordinate, Generation, Kind, MemberId, Phase, shard_of};
+use crate::conn::{Coordinate, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::few::Few;
 use crate::group::view::View;
-use crate::limits::{COMMIT_QUEUE, MEMBERS_MAX, STREAMS_MAX, WINDOW};
+use crate::limits::{MEMBERS_MAX, STREAMS_MAX, WINDOW};
 use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -142,33 +143,19 @@ pub struct Replica<'m> {
     pub(super) shelved: List,
     /// Copies whose entry the kernel does not have.
     pub(super) missing: List,
-    /// Connections taken over whose entry the kernel refused, and since when.
-    pub(super) owed: VecDeque<(u32, Generation, Time)>,
     /// Active connections whose backup's kernel refused them, and since when there are any.
     pub(super) declined: u64,
     pub(super) declined_since: Time,
     /// Declines said so far.
     pub(super) declines: u32,
-    /// The next slots whose entries are written again, and when.
-    pub(super) rewrite_slot: u32,
-    pub(super) rewrite_at: Time,
     /// Whether the kernel's table has room for further copies.
     pub(super) kernel_has_room: bool,
-    /// Whether the kernel may have entries of copies although they are not written while their active
-    /// lives: an active died, or one of ours gave way.
-    pub(super) may_hold_entries: bool,
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
     /// Connections in datagrams that are not acknowledged.
     pub(super) unacknowledged: u64,
-    pub(super) commits: VecDeque<Commit>,
-    /// How many of them are deletes.
-    deletes: usize,
-    /// Commits asked for since the start.
-    pub(super) commits_asked: u64,
-    /// What that was when the last walk that writes copies of a dead member was done.
-    pub(super) taken_over_at: u64,
+    pub(super) commits: Commits,
     pub(super) goodbyes: u64,
     pub(super) digests: Digests,
     pub(super) comparison: Comparison,
@@ -222,21 +209,14 @@ impl<'m> Replica<'m> {
             waiting: List::default(),
             shelved: List::default(),
             missing: List::default(),
-            owed: VecDeque::with_capacity(super::declined::OWED_MAX),
             declined: 0,
             declined_since: Time(0),
             declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
-            rewrite_slot: 0,
-            rewrite_at: Time(0),
             kernel_has_room: true,
-            may_hold_entries: false,
             retry_at: Time(0),
             dirty_actives: 0,
             unacknowledged: 0,
-            commits: VecDeque::with_capacity(COMMIT_QUEUE),
-            deletes: 0,
-            commits_asked: 0,
-            taken_over_at: 0,
+            commits: Commits::new(config.commit),
             goodbyes: 0,
             digests: Digests::new(),
             comparison: Comparison::new(),
@@ -297,46 +277,34 @@ impl<'m> Replica<'m> {
     /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the source has more to tell, and what they name may be
     /// another connection's entry by now.
     pub fn poll_commit(&mut self, may_delete: bool) -> Option<Commit> {
-        for _ in 0..self.commits.len() {
-            match self.commits.pop_front()? {
-                // Since this was asked for the tuple came to life again: the entry belongs to that connection.
-                Commit::Delete { original } if self.table.find_original(&original).is_some() => {
-                    self.deletes -= 1;
-                }
-                delete @ Commit::Delete { .. } if !may_delete => self.commits.push_back(delete),
-                commit => {
-                    self.deletes -= matches!(commit, Commit::Delete { .. }) as usize;
-                    return Some(commit);
-                }
-            }
-        }
-        None
+        let table = &self.table;
+        self.commits.poll(may_delete, |original| table.find_original(original).is_some())
     }
 
     /// Whether entries wait to be deleted.
     pub fn has_deletes(&self) -> bool {
-        self.deletes > 0
+        self.commits.has_deletes()
     }
 
     /// Commits waiting.
     pub fn commits_waiting(&self) -> usize {
-        self.commits.len()
+        self.commits.waiting()
     }
 
     /// Commits asked for since the start. Once [`commits_done`](Self::commits_done) has reached what this
     /// was, everything asked for until then is in the kernel.
     pub fn commits_asked(&self) -> u64 {
-        self.commits_asked
+        self.commits.asked()
     }
 
     /// Commits taken by the kernel's side since the start.
     pub fn commits_done(&self) -> u64 {
-        self.commits_asked - self.commits.len() as u64
+        self.commits.done()
     }
 
     /// How many datagrams can be taken now: each may ask for as many commits as it has deltas.
     pub fn receive_room(&self) -> usize {
-        COMMIT_QUEUE.saturating_sub(self.commits.len()) / super::history::MANIFEST_PER_DATAGRAM
+        self.commits.room()
     }
 
     /// Whether a datagram can be taken now.
@@ -560,24 +528,11 @@ impl<'m> Replica<'m> {
 
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let is_due = match (self.config.commit, commit) {
-            (CommitMode::Off, _) => false,
-            (CommitMode::Eager, _) => true,
-            (CommitMode::Takeover, Commit::Look { .. } | Commit::Watch { .. }) => false,
-            (CommitMode::Takeover, Commit::Again { .. } | Commit::DeleteUntouched { .. }) => false,
-            (CommitMode::Takeover, Commit::Write { slot, .. }) => {
-                !self.is_up(self.table.line(slot).peer().member())
-            }
-            // It was written with the normal timeout already.
-            (CommitMode::Takeover, Commit::Refresh { .. }) => false,
-            (CommitMode::Takeover, Commit::Delete { .. }) => self.may_hold_entries,
-        };
-        if is_due {
-            // `can_receive` keeps room for what one datagram can ask for.
-            self.deletes += matches!(commit, Commit::Delete { .. }) as usize;
-            self.commits.push_back(commit);
-            self.commits_asked += 1;
-        }
+        let (table, peers) = (&self.table, &self.peers);
+        self.commits.ask(commit, || {
+            let Commit::Write { slot, .. } = commit else { return false };
+            !matches!(peers[table.line(slot).peer().member() as usize], PeerState::Up)
+        });
     }
 
     /// Every timer that has come.
@@ -683,8 +638,8 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Exposure, exposure);
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
-        self.counters.set(Counter::CommitPending, self.commits.len() as u64);
-        self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.owed.len() as u64);
+        self.counters.set(Counter::CommitPending, self.commits.waiting() as u64);
+        self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.commits.owed() as u64);
         self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {
@@ -721,10 +676,8 @@ impl<'m> Replica<'m> {
             .min(self.shelf_at())
             .min(self.missing_at())
             .min(self.contests.look_at())
-            .min(self.credit.review_at());
-        if self.config.commit == CommitMode::Eager {
-            at = at.min(self.rewrite_at);
-        }
+            .min(self.credit.review_at())
+            .min(self.commits.rewrite_at());
         if !self.waiting.is_empty() {
             at = at.min(self.retry_at);
         }

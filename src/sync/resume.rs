@@ -64,7 +64,7 @@ impl<'m> Replica<'m> {
         });
         drop((used, given_back));
         let mut replica = Replica::over(config, memory, table, credit, history);
-        replica.may_hold_entries = replica.config.commit == CommitMode::Takeover;
+        replica.commits.resume();
         replica.resume_history();
         replica.resume_slots(now);
         replica.resume_digests();

@@ -268,7 +268,7 @@ impl Replica<'_> {
     pub(super) fn write_copies(&mut self, member: MemberId) {
         if self.unwritten >> member & 1 == 1 {
             self.unwritten &= !(1 << member);
-            self.may_hold_entries = true;
+            self.commits.may_hold_entries();
             self.add_urgent_job(Job::Commit { member }, |_| false);
         }
     }
@@ -492,7 +492,7 @@ impl Replica<'_> {
     /// not acknowledged before a walk has found it another backup, holds up no walk. Before copies of a dead member become connections of
     /// ours they must be in the kernel: it is taken to know those better.
     fn is_walk_ahead(&self, job: Job, stuck: u64) -> bool {
-        let unwritten = matches!(job, Job::Purge { .. }) && self.commits_done() < self.taken_over_at;
+        let unwritten = matches!(job, Job::Purge { .. }) && !self.commits.is_taken_over();
         self.dirty_actives > WALK_AHEAD + stuck || !self.can_receive() || unwritten
     }
 
@@ -550,7 +550,7 @@ impl Replica<'_> {
                 self.retry_at = now;
             }
             Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
-            Job::Commit { .. } => self.taken_over_at = self.commits_asked(),
+            Job::Commit { .. } => self.commits.end_takeover(),
             Job::Compare { stream } => self.compared(stream),
             Job::Offer { member } if self.offered >> member & 1 == 1 => {
                 self.offer_at = now.after(OFFER_AGAIN);
