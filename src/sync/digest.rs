@@ -27,8 +27,8 @@ use std::time::Duration;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
-use super::takeover::Job;
 use super::transmit::Transmit;
+use super::walks::Walk;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Doubt, Message, Place, encode_digest};
@@ -329,13 +329,9 @@ impl Replica<'_> {
             self.wake(*next as usize);
         }
         let of_member = |stream: &usize| stream_member(*stream) == member;
-        let before = self.jobs.len();
-        self.jobs.retain(
-            |job| !matches!(job, Job::Compare { stream } | Job::Unseen { stream } if of_member(stream)),
+        self.walks.drop_those(
+            |walk| matches!(walk, Walk::Compare { stream } | Walk::Unseen { stream } if of_member(stream)),
         );
-        if self.jobs.len() != before {
-            self.walk_slot = 0;
-        }
     }
 
     /// Whether what was agreed with this member surely is as both sides believe.
@@ -520,7 +516,7 @@ impl Replica<'_> {
             s.walking = true;
             s.mask = mask;
             s.session = (s.session + 1) % 64;
-            self.add_job(Job::Compare { stream });
+            self.walks.push(Walk::Compare { stream });
         }
         Ok(())
     }
@@ -690,7 +686,7 @@ impl Replica<'_> {
             s.asked_before = Some(s.asks);
         }
         s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
-        self.add_job(Job::Unseen { stream });
+        self.walks.push(Walk::Unseen { stream });
     }
 
     /// One slot of the walk that follows. `false`: no chore is free.

@@ -19,7 +19,8 @@
 //! Parts that own their state, and know of no other:
 //!
 //! - `commits`: what the kernel is to be told, and is owed;
-//! - `credit`: slots at peers that this member may fill, and those here that peers may.
+//! - `credit`: slots at peers that this member may fill, and those here that peers may;
+//! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:
 //!
@@ -51,6 +52,7 @@ mod resume;
 pub mod stream;
 mod takeover;
 mod transmit;
+mod walks;
 
 pub use commits::REWRITE_PERIOD;
 pub use digest::Finding;

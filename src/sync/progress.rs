@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
-use super::takeover::Job;
+use super::walks::Walk;
 use crate::conn::MemberId;
 use crate::group::view::Status;
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
@@ -201,7 +201,7 @@ impl Replica<'_> {
                 let tried_since = self.progress.barren_since.map(|since| since.max(figures.begun));
                 let takes_no_more = tried_since.is_some_and(|since| now.since(since) >= FULL);
                 let is_verified = self.is_verified(member);
-                if is_verified && self.jobs.is_empty() && (self.waiting.is_empty() || takes_no_more) {
+                if is_verified && self.walks.is_empty() && (self.waiting.is_empty() || takes_no_more) {
                     Stage::Draining(now, self.given_up_to(member))
                 } else {
                     Stage::Giving
@@ -259,8 +259,8 @@ impl Replica<'_> {
         let open = (dirty + self.unacknowledged).min(actives);
         let mut coming = self.waiting.len() as u64;
         if self.ranked.first() == Some(&member) {
-            for job in &self.jobs {
-                if let Job::Rehome { away_from, .. } = job {
+            for walk in self.walks.iter() {
+                if let Walk::Rehome { away_from, .. } = walk {
                     let all = (0..self.streams.len()).filter(|s| away_from >> stream_member(*s) & 1 == 1);
                     coming += all.map(|s| self.streams[s].actives).sum::<u64>();
                 }

@@ -12,7 +12,7 @@ use super::contest::{Doubt, Rival};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
-use super::takeover::Job;
+use super::walks::Walk;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
 use crate::ccp::header::{Header, OPCODE_SYNC};
@@ -138,7 +138,7 @@ impl Replica<'_> {
         if known != 0 {
             // It may have let go of our copies, too.
             self.unverify_stream(stream);
-            self.add_job(Job::Verify { stream });
+            self.walks.push(Walk::Verify { stream });
         }
         Ok(())
     }

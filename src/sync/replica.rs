@@ -14,7 +14,8 @@ use super::history::History;
 use super::mutation::{Mutation, is};
 use super::progress::Progress;
 use super::stream::{Durable, Stream, stream_index, stream_member};
-use super::takeover::{JOBS_MAX, Job, PeerState};
+use super::takeover::PeerState;
+use super::walks::Walks;
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{List, On, Table};
@@ -122,10 +123,7 @@ pub struct Replica<'m> {
     pub(super) abandoned: u64,
     /// Silent members, since a resume, whose copies may have to be written to the kernel, as bits.
     pub(super) unwritten: u64,
-    /// Walks over the table: the first is under way, from slot `walk_at` on.
-    pub(super) jobs: VecDeque<Job>,
-    pub(super) walk_slot: u32,
-    pub(super) walk_next: Time,
+    pub(super) walks: Walks,
     /// Members to which connections are offered again if nobody answered by then, as bits.
     pub(super) offered: u64,
     pub(super) offer_at: Time,
@@ -197,9 +195,7 @@ impl<'m> Replica<'m> {
             tables: vec![0; MEMBERS_MAX + 1],
             abandoned: 0,
             unwritten: 0,
-            jobs: VecDeque::with_capacity(JOBS_MAX),
-            walk_slot: 0,
-            walk_next: Time(0),
+            walks: Walks::new(),
             offered: 0,
             offer_at: Time::NEVER,
             again: Vec::with_capacity(AGAIN_MAX),

@@ -21,7 +21,8 @@ use super::credit::Credit;
 use super::history::{Content, Entry, History};
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
-use super::takeover::{Job, PeerState};
+use super::takeover::PeerState;
+use super::walks::Walk;
 use crate::conn::table::{On, Table, Written};
 use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
@@ -197,7 +198,7 @@ impl<'m> Replica<'m> {
             // New sessions begin one stream after the other: the last one may still be with the table before.
             let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
                 if is_forgetting {
-                    self.add_job(Job::Forget { member });
+                    self.walks.push(Walk::Forget { member });
                 }
                 continue;
             };
@@ -213,7 +214,7 @@ impl<'m> Replica<'m> {
             }
             // Behind the purge, and before anything is offered.
             if is_forgetting {
-                self.add_job(Job::Forget { member });
+                self.walks.push(Walk::Forget { member });
             }
         }
         for stream in 0..STREAMS_MAX {

@@ -22,6 +22,7 @@ use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::{AGAIN_MAX, Found, Replica};
 use super::stream::{stream_index, stream_member};
+use super::walks::Walk;
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -30,7 +31,7 @@ use crate::conn::{Coordinate, Generation, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
 use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
-use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX, WALK_PER_TICK};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
@@ -68,39 +69,6 @@ pub(super) enum PeerState {
     Purge,
 }
 
-/// Walks that can wait at once, for one that waits is not asked for twice: three kinds for a stream, eight for a member, and
-/// two that move backups away. As many of those, and one other, may have begun before.
-pub(super) const JOBS_MAX: usize = 3 * STREAMS_MAX + 8 * MEMBERS_MAX + 2 * 2 + 1;
-
-/// A walk over the table.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Job {
-    /// Copies of this member are written to the kernel, for it is gone.
-    Commit { member: MemberId },
-    /// Every connection whose other copy was at this member finds a new one.
-    Purge { member: MemberId },
-    /// Backups at these members (bits) move to better ones: the members leave, or have a lower priority.
-    Rehome { away_from: u64, leave: bool },
-    /// This member is heard and does not hear us: our connections find other backups. Its copies here stay.
-    Abandon { member: MemberId },
-    /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
-    Verify { stream: usize },
-    /// This member came with another table than it had: what was taken over from that is simply ours.
-    Forget { member: MemberId },
-    /// This member is back with the table that connections here were taken over from.
-    Offer { member: MemberId },
-    /// This member is silent for long, and nobody can take its place: closes do not wait for it any more.
-    Lose { member: MemberId },
-    /// The backup of this stream is named what it should hold, as far as digests differ.
-    Compare { stream: usize },
-    /// What the active of this stream did not name is offered to it.
-    Unseen { stream: usize },
-    /// Its process was killed and goes on, and knows no more which of our copies it declined: it is asked.
-    Declined { member: MemberId },
-    /// It is back: its copies' entries in the kernel get the timeout of copies again.
-    Rewrite { member: MemberId },
-}
-
 impl Replica<'_> {
     /// The view changed.
     pub fn handle_view(&mut self, now: Time, view: &View) {
@@ -123,13 +91,13 @@ impl Replica<'_> {
             if self.is_up(member) {
                 self.unverify(member);
                 if self.declined > 0 {
-                    self.add_job(Job::Declined { member });
+                    self.walks.push(Walk::Declined { member });
                 }
             }
         }
         let leaving = self.bits(|m| m.status == Status::Leaving);
         if leaving != 0 {
-            self.rehome(leaving, true);
+            self.walks.push_rehome(leaving, true);
         }
         let best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
         if let Some((_, priority)) = best
@@ -138,66 +106,13 @@ impl Replica<'_> {
             self.retry_at = now;
             let lower = self.bits(|m| m.status.is_alive() && m.priority < priority);
             if lower != 0 {
-                self.rehome(lower, false);
+                self.walks.push_rehome(lower, false);
             }
         }
     }
 
     fn bits(&self, is_it: impl Fn(&crate::group::view::Member) -> bool) -> u64 {
         self.view.others().filter(|(_, m)| is_it(m)).fold(0, |bits, (id, _)| bits | 1 << id)
-    }
-
-    fn rehome(&mut self, away_from: u64, leave: bool) {
-        if self.jobs.contains(&Job::Rehome { away_from, leave }) {
-            return;
-        }
-        let under_way = self.jobs_under_way();
-        for job in self.jobs.iter_mut().skip(under_way) {
-            if let Job::Rehome { away_from: others, leave: other } = job
-                && *other == leave
-            {
-                *others |= away_from;
-                return;
-            }
-        }
-        self.add_job(Job::Rehome { away_from, leave });
-    }
-
-    /// How many walks are under way: the first, unless it has not begun.
-    fn jobs_under_way(&self) -> usize {
-        usize::from(self.walk_slot > 0 && !self.jobs.is_empty())
-    }
-
-    /// A walk is to be made behind all others, unless it waits already. One under way may have passed what it must see again.
-    pub(super) fn add_job(&mut self, job: Job) {
-        let under_way = self.jobs_under_way();
-        if !self.jobs.iter().skip(under_way).any(|waiting| *waiting == job) {
-            self.insert_job(self.jobs.len(), job);
-        }
-    }
-
-    /// A walk is to be made behind those that are more urgent and before all others. One of those that is under way begins
-    /// anew behind it.
-    fn add_urgent_job(&mut self, job: Job, is_more_urgent: impl Fn(&Job) -> bool) {
-        let first = self.jobs.front().copied();
-        let begins = first.is_none_or(|first| !is_more_urgent(&first));
-        let under_way = if begins { 0 } else { self.jobs_under_way() };
-        let mut at = 0;
-        self.jobs.retain(|waiting| {
-            at += 1;
-            // One that waits further behind moves up; and who begins anew need not be there twice.
-            at <= under_way || *waiting != job && (at == 1 || !begins || Some(*waiting) != first)
-        });
-        let at = self.jobs.iter().take_while(|job| is_more_urgent(job)).count();
-        self.insert_job(at, job);
-        if begins {
-            self.walk_slot = 0;
-        }
-    }
-
-    fn insert_job(&mut self, at: usize, job: Job) {
-        assert!(self.jobs.len() < JOBS_MAX, "a walk that waits is not asked for twice");
-        self.jobs.insert(at, job);
     }
 
     /// What this shard makes of a member, now that the view changed.
@@ -211,7 +126,7 @@ impl Replica<'_> {
                 // What was to be verified, or offered, still is when it returns.
                 let left_behind = !self.is_verified(member)
                     || self.offered >> member & 1 == 1
-                    || self.jobs.contains(&Job::Offer { member });
+                    || self.walks.contains(Walk::Offer { member });
                 self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
                 self.epoch = self.epoch.saturating_add(2);
                 if self.config.commit == CommitMode::Takeover {
@@ -249,12 +164,11 @@ impl Replica<'_> {
             self.go_on(now, member);
             if left_behind {
                 self.unverify(member);
-                self.add_job(Job::Offer { member });
+                self.walks.push(Walk::Offer { member });
             }
             if lost {
-                self.jobs.retain(|job| *job != Job::Lose { member });
-                self.walk_slot = 0; // What was begun is begun anew: every walk may be.
-                self.add_job(Job::Rewrite { member });
+                self.walks.drop_those(|walk| *walk == Walk::Lose { member });
+                self.walks.push(Walk::Rewrite { member });
             }
         } else if seen.status.is_alive() || seen.status == Status::Left || is_late && self.has_another(member)
         {
@@ -269,7 +183,7 @@ impl Replica<'_> {
         if self.unwritten >> member & 1 == 1 {
             self.unwritten &= !(1 << member);
             self.commits.may_hold_entries();
-            self.add_urgent_job(Job::Commit { member }, |_| false);
+            self.walks.push(Walk::Commit { member });
         }
     }
 
@@ -313,7 +227,7 @@ impl Replica<'_> {
         }
         self.counters.count(Counter::StreamsLost);
         self.give_up_all(now, member);
-        self.add_job(Job::Lose { member });
+        self.walks.push(Walk::Lose { member });
     }
 
     fn give_up_all(&mut self, now: Time, member: MemberId) {
@@ -347,9 +261,9 @@ impl Replica<'_> {
         self.retry_at = now;
         if returned {
             self.unverify(member);
-            self.add_job(Job::Offer { member });
+            self.walks.push(Walk::Offer { member });
         } else if known != 0 {
-            self.add_job(Job::Forget { member });
+            self.walks.push(Walk::Forget { member });
         }
     }
 
@@ -366,16 +280,13 @@ impl Replica<'_> {
         // Before it can be Up again, with another table perhaps.
         self.drop_chores(member);
         self.contests.forget_places(member);
-        self.jobs.retain(|job| *job != Job::Lose { member });
-        self.walk_slot = 0;
+        self.walks.drop_those(|walk| *walk == Walk::Lose { member });
         self.counters.count(Counter::StreamsLost);
         for shard in 0..SHARDS_MAX as u8 {
             self.durable(stream_index(member, shard)).let_go();
             self.credit.drop_all(stream_index(member, shard));
         }
-        // Before all walks that may wait for somebody; what such a walk did it does not do again.
-        let is_more_urgent = |job: &Job| matches!(job, Job::Purge { .. } | Job::Commit { .. });
-        self.add_urgent_job(Job::Purge { member }, is_more_urgent);
+        self.walks.push(Walk::Purge { member });
     }
 
     /// Silent members whose time has come, and a stretch of the walk that is under way.
@@ -385,27 +296,24 @@ impl Replica<'_> {
         }
         self.abandon_the_deaf(now);
         self.offer_again(now);
-        let Some(job) = self.jobs.front().copied().filter(|_| self.walk_next.reached(now)) else { return };
-        let mut slot = self.walk_slot;
+        let Some((walk, first)) = self.walks.next(now) else { return };
+        let mut slot = first;
         let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
         let stuck = self.dirty_for_the_silent();
-        while slot < end && !self.is_walk_ahead(job, stuck) {
+        while slot < end && !self.is_walk_ahead(walk, stuck) {
             if slot + 8 < end {
                 self.table.prefetch(slot + 8);
             }
-            if !self.step(now, job, slot) {
+            if !self.step(now, walk, slot) {
                 break; // No chore or lease is free: go on here at the next tick.
             }
             slot += 1;
         }
-        self.counters.add(Counter::SlotsWalked, (slot - self.walk_slot) as u64);
+        self.counters.add(Counter::SlotsWalked, (slot - first) as u64);
         // One that could not go on looks again a little later.
-        self.walk_next = if slot == end { now } else { now.after(WALK_PAUSE) };
-        self.walk_slot = slot;
-        if slot == self.table.capacity() {
-            self.walk_slot = 0;
-            self.jobs.pop_front();
-            self.walk_done(now, job);
+        let next_at = if slot == end { now } else { now.after(WALK_PAUSE) };
+        if let Some(walk) = self.walks.come_to(slot, self.table.capacity(), next_at) {
+            self.walk_done(now, walk);
         }
     }
 
@@ -417,8 +325,8 @@ impl Replica<'_> {
         self.offer_at = Time::NEVER;
         let offered = std::mem::take(&mut self.offered);
         for member in (1..self.peers.len() as MemberId).filter(|m| offered >> m & 1 == 1) {
-            if self.is_up(member) && !self.jobs.contains(&Job::Offer { member }) {
-                self.add_job(Job::Offer { member });
+            if self.is_up(member) && !self.walks.contains(Walk::Offer { member }) {
+                self.walks.push(Walk::Offer { member });
             }
         }
     }
@@ -440,10 +348,7 @@ impl Replica<'_> {
             let bit = 1u64 << member;
             if deaf && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
-                // Before all walks that may wait for somebody: for this very member, perhaps.
-                self.add_urgent_job(Job::Abandon { member }, |job| {
-                    matches!(job, Job::Purge { .. } | Job::Commit { .. } | Job::Abandon { .. })
-                });
+                self.walks.push(Walk::Abandon { member });
             } else if seen.hears_me && self.abandoned & bit != 0 {
                 self.abandoned &= !bit;
                 // What was claimed from it meanwhile it does not know.
@@ -491,8 +396,8 @@ impl Replica<'_> {
     /// Whether a walk must pause. What waits for a member that is not there, or does not hear us, and so is
     /// not acknowledged before a walk has found it another backup, holds up no walk. Before copies of a dead member become connections of
     /// ours they must be in the kernel: it is taken to know those better.
-    fn is_walk_ahead(&self, job: Job, stuck: u64) -> bool {
-        let unwritten = matches!(job, Job::Purge { .. }) && !self.commits.is_taken_over();
+    fn is_walk_ahead(&self, walk: Walk, stuck: u64) -> bool {
+        let unwritten = matches!(walk, Walk::Purge { .. }) && !self.commits.is_taken_over();
         self.dirty_actives > WALK_AHEAD + stuck || !self.can_receive() || unwritten
     }
 
@@ -507,8 +412,8 @@ impl Replica<'_> {
 
     /// When the next silent member's time has come; at once while a walk is under way.
     pub(super) fn walk_at(&self) -> Time {
-        if !self.jobs.is_empty() {
-            return self.walk_next;
+        if !self.walks.is_empty() {
+            return self.walks.next_at();
         }
         let again = self.offer_at;
         let downs = self.peers.iter().filter_map(|peer| match peer {
@@ -522,9 +427,9 @@ impl Replica<'_> {
         downs.chain(deaf).fold(again, Time::min)
     }
 
-    fn walk_done(&mut self, now: Time, job: Job) {
-        match job {
-            Job::Purge { member } => {
+    fn walk_done(&mut self, now: Time, walk: Walk) {
+        match walk {
+            Walk::Purge { member } => {
                 for shard in 0..SHARDS_MAX as u8 {
                     let s = &self.streams[stream_index(member, shard)];
                     assert!(
@@ -535,33 +440,33 @@ impl Replica<'_> {
                 self.peers[member as usize] = PeerState::Vacant;
                 self.review(now, member);
             }
-            Job::Rehome { away_from, .. } => {
+            Walk::Rehome { away_from, .. } => {
                 let leaving = self.bits(|m| m.status == Status::Leaving) & away_from;
                 let left =
                     (1..self.peers.len()).any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
                 if left {
                     // Somebody is left who could not move yet.
-                    self.rehome(leaving, true);
-                    self.walk_next = now.after(REHOME_PAUSE);
+                    self.walks.push_rehome(leaving, true);
+                    self.walks.pause(now.after(REHOME_PAUSE));
                 }
             }
-            Job::Forget { member } => {
+            Walk::Forget { member } => {
                 self.durable(stream_index(member, 0)).set_forgetting(false);
                 self.retry_at = now;
             }
-            Job::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
-            Job::Commit { .. } => self.commits.end_takeover(),
-            Job::Compare { stream } => self.compared(stream),
-            Job::Offer { member } if self.offered >> member & 1 == 1 => {
+            Walk::Abandon { member } if self.is_up(member) => self.begin_lives(now, member),
+            Walk::Commit { .. } => self.commits.end_takeover(),
+            Walk::Compare { stream } => self.compared(stream),
+            Walk::Offer { member } if self.offered >> member & 1 == 1 => {
                 self.offer_at = now.after(OFFER_AGAIN);
             }
-            Job::Abandon { .. }
-            | Job::Verify { .. }
-            | Job::Offer { .. }
-            | Job::Lose { .. }
-            | Job::Unseen { .. }
-            | Job::Declined { .. }
-            | Job::Rewrite { .. } => {}
+            Walk::Abandon { .. }
+            | Walk::Verify { .. }
+            | Walk::Offer { .. }
+            | Walk::Lose { .. }
+            | Walk::Unseen { .. }
+            | Walk::Declined { .. }
+            | Walk::Rewrite { .. } => {}
         }
     }
 
@@ -571,24 +476,24 @@ impl Replica<'_> {
     }
 
     /// One slot of a walk; `false` if it must be looked at again.
-    fn step(&mut self, now: Time, job: Job, slot: u32) -> bool {
-        match job {
-            Job::Purge { member } => self.purge_slot(now, member, slot),
-            Job::Commit { member } => {
+    fn step(&mut self, now: Time, walk: Walk, slot: u32) -> bool {
+        match walk {
+            Walk::Purge { member } => self.purge_slot(now, member, slot),
+            Walk::Commit { member } => {
                 self.commit_slot(member, slot, |slot, generation| Commit::Write { slot, generation })
             }
-            Job::Rehome { away_from, .. } => self.rehome_slot(now, away_from, slot),
-            Job::Abandon { member } => self.abandon_slot(now, member, slot),
-            Job::Verify { stream } => self.verify_slot(stream, slot),
-            Job::Offer { member } => self.offer_slot(member, slot),
-            Job::Lose { member } => self.lose_slot(member, slot),
-            Job::Compare { stream } => self.compare_slot(stream, slot),
-            Job::Unseen { stream } => self.unseen_slot(stream, slot),
-            Job::Rewrite { member } => {
+            Walk::Rehome { away_from, .. } => self.rehome_slot(now, away_from, slot),
+            Walk::Abandon { member } => self.abandon_slot(now, member, slot),
+            Walk::Verify { stream } => self.verify_slot(stream, slot),
+            Walk::Offer { member } => self.offer_slot(member, slot),
+            Walk::Lose { member } => self.lose_slot(member, slot),
+            Walk::Compare { stream } => self.compare_slot(stream, slot),
+            Walk::Unseen { stream } => self.unseen_slot(stream, slot),
+            Walk::Rewrite { member } => {
                 self.commit_slot(member, slot, |slot, generation| Commit::Again { slot, generation })
             }
-            Job::Declined { member } => self.ask_declined(now, member, slot),
-            Job::Forget { member } => {
+            Walk::Declined { member } => self.ask_declined(now, member, slot),
+            Walk::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
                     // Nobody asks for it back any more. Until traffic shows up it is presumed all the same: then its own
                     // place stands there.
@@ -673,7 +578,7 @@ impl Replica<'_> {
 
     /// Whether copies of a member that is gone are still to be written to the kernel.
     pub fn is_taking_over(&self) -> bool {
-        self.jobs.iter().any(|job| matches!(job, Job::Commit { .. }))
+        self.walks.iter().any(|walk| matches!(walk, Walk::Commit { .. }))
     }
 
     /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in
@@ -795,7 +700,6 @@ mod tests {
         // Each return once put a walk behind those that waited, and each silence one before them.
         let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
         let mut replica = Replica::new(config(), owned.parts());
-        let room = replica.jobs.capacity();
         let mut view = View::new(1);
         for n in 0..4000 {
             for (member, status) in
@@ -811,29 +715,7 @@ mod tests {
             }
         }
         // Of each kind one; two that move backups away from those who leave, or have a lower priority.
-        assert!(replica.jobs.len() < 12, "{:?}", replica.jobs);
-        assert_eq!(replica.jobs.capacity(), room);
-    }
-
-    #[test]
-    fn a_walk_under_way_may_be_asked_for_again_and_begins_anew_behind_one_that_is_urgent() {
-        let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
-        let mut replica = Replica::new(config(), owned.parts());
-        let (offer, forget, commit) =
-            (Job::Offer { member: 2 }, Job::Forget { member: 2 }, Job::Commit { member: 3 });
-        replica.add_job(offer);
-        replica.add_job(offer);
-        assert_eq!(replica.jobs, [offer], "it has not begun");
-        replica.walk_slot = 17;
-        replica.add_job(offer);
-        replica.add_job(forget);
-        replica.add_job(offer);
-        assert_eq!(replica.jobs, [offer, offer, forget], "it may have passed what it must see again");
-        replica.add_urgent_job(commit, |_| false);
-        assert_eq!((replica.walk_slot, &replica.jobs), (0, &[commit, offer, forget].into()));
-        replica.walk_slot = 17;
-        replica.add_urgent_job(commit, |_| false);
-        assert_eq!((replica.walk_slot, &replica.jobs), (0, &[commit, offer, forget].into()));
+        assert!(replica.walks.iter().count() < 12);
     }
 
     /// Seed 60002087: a late pass purged a silent member to the end, and the next view brought it back with another table
