@@ -35,7 +35,7 @@
 //! | stream, session | one shard to one shard of a peer; the time in which numbers, floor and leases of a stream mean something |
 //! | floor | every datagram up to it is acknowledged, and an ack means applied |
 //! | lease | empty slots of a backup that an active may fill |
-//! | release, offer | "your copy is no longer needed"; "does my copy still stand?" Together: chores |
+//! | release, offer | "your copy is no longer needed"; "does my copy still stand?" Together: control requests |
 //! | history | the datagrams sent lately, byte for byte, in the memory that io_uring sends from |
 //! | stamp | epoch and version, which decide what is newer; a claim raises the epoch, a change the version |
 //! | commit | to write to the kernel, and nothing else |

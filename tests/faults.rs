@@ -40,7 +40,7 @@ fn settle(world: &mut World<'_>, limit: Duration) {
 }
 
 #[test]
-fn more_offers_than_chores_on_both_sides_end() {
+fn more_offers_than_requests_on_both_sides_end() {
     let size = MemorySize::new(16_384, ARENA_MIN);
     let memories = memories_of(4, size);
     let mut world = group(1, &memories, &[100, 100]);

@@ -605,7 +605,7 @@ fn streams_leases_and_history_read_as_documented() {
         let epoch = EpochBits::of(Stamp { epoch: 0xffff_fa55, version: 1 });
         history.note(Content::Delta { place: place(0x3ff_fffe, 0x2aa_aaab), epoch });
         history.note(Content::Granted(place(1, 2)));
-        history.note(Content::Release(0x89ab_cdef));
+        history.note(Content::Request(0x89ab_cdef));
         history.note(Content::GivenBack(place(3, 4)));
         let first_sent = Time(70 + n);
         let entry =
@@ -664,11 +664,11 @@ fn streams_leases_and_history_read_as_documented() {
         ],
     );
     assert_eq!(&bytes.0[lab.part("arena") + offset as usize..][..9], b"datagrams");
-    let chore = 0x89ab_cdef_u64;
+    let request = 0x89ab_cdef_u64;
     let contents = [
         (0, 0x255, 0x3ff_fffe, 0x2aa_aaab),
         (1, 0, 1, 2),
-        (2, 0, chore >> 26, chore & ((1 << 26) - 1)),
+        (2, 0, request >> 26, request & ((1 << 26) - 1)),
         (3, 0, 3, 4),
     ];
     for (n, (content, epoch, slot, generation)) in contents.into_iter().enumerate() {

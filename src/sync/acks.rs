@@ -5,10 +5,10 @@
 //! repeated without waiting. A refusal sends one connection elsewhere and the rest of its
 //! datagram again.
 
-use super::chores::Rank;
 use super::history::{Content, EpochBits};
 use super::mutation::{Mutation, is};
 use super::replica::{AGAIN_MAX, Replica};
+use super::requests::Rank;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
@@ -194,7 +194,7 @@ impl Replica<'_> {
                     false => line.stamp(),
                 };
                 if reason != Reason::NotLeased && !self.release(Rank::Consequence, backup, told) {
-                    continue; // No chore is free: it is refused again.
+                    continue; // There is no room for a request: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);

@@ -9,9 +9,9 @@
 
 use std::time::Duration;
 
-use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
+use super::requests::Rank;
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Generation, Kind, MemberId, Phase, Stamp};
 use crate::counters::Counter;
@@ -287,7 +287,7 @@ impl Replica<'_> {
             self.unlist(slot);
             self.assign(now, slot, rival.place);
         } else if peer != rival.place {
-            // Without a free chore it hears of it when it asks again.
+            // Without room for a request it hears of it when it asks again.
             let _ = self.release(Rank::Consequence, rival.place, self.table.line(slot).stamp());
         }
     }

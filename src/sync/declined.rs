@@ -11,10 +11,10 @@
 
 use std::sync::atomic::Ordering;
 
-use super::chores::{Rank, Task};
 use super::commits::{TRIES_PER_TICK, TRY_AGAIN};
 use super::mutation::{Mutation, is};
 use super::replica::{Found, Replica};
+use super::requests::{Rank, Task};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::slot::groups;
 use crate::conn::table::{Heard, On, Written};
@@ -62,7 +62,7 @@ impl Replica<'_> {
                 if self.table.is_declined(slot) {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
-                        // No chore is free, or nobody hears it: it is tried, and told, again.
+                        // There is no room for a request, or nobody hears it: it is tried, and told, again.
                         false if self.may_return(line.peer().member()) => {
                             self.table.push(&mut self.missing, On::Missing, slot, now);
                         }
@@ -122,13 +122,13 @@ impl Replica<'_> {
             return fault.is_some();
         }
         let own = Place { slot, generation: line.generation() };
-        if !self.chores.has_room(Rank::Question) {
+        if !self.requests.has_room(Rank::Question) {
             return false;
         }
         self.declines = self.declines.wrapping_add(1).max(1);
         let number = self.declines;
         self.memory.journal[JOURNAL_DECLINES].store(number as u64, Ordering::Relaxed);
-        self.add_chore(Rank::Question, Task::Decline { own, number, fault }, line.peer())
+        self.request(Rank::Question, Task::Decline { own, number, fault }, line.peer())
     }
 
     /// The backup of one of our connections says whether its kernel has it.
@@ -162,10 +162,10 @@ impl Replica<'_> {
         self.set_declined(now, slot, true);
         let may_move = !self.table.is_moving(slot)
             && matches!(self.table.on(slot), On::None | On::Dirty)
-            && self.chores.has_room(Rank::Question);
+            && self.requests.has_room(Rank::Question);
         if may_move && let Found::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
-            assert!(taken, "a chore was free");
+            assert!(taken, "there was room for a request");
         } else if heard == Heard::PerhapsNewest {
             self.ask_again(now, slot);
         }

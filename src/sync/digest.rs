@@ -403,7 +403,7 @@ impl Replica<'_> {
         if !s.comparing.due || s.comparing.unsure || !s.greeted {
             return;
         }
-        if self.has_chores(stream) {
+        if self.requests.first_due(stream).is_some() {
             return; // What a release that could not leave yet will end is in no sum any more.
         }
         let (session, seq) = (self.durable(stream).session(), self.durable(stream).sent());
@@ -551,7 +551,7 @@ impl Replica<'_> {
         if lines.len() > ITEMS_MAX {
             return; // Other comparisons are behind: the next digest begins this one anew.
         }
-        for (own, previous) in self.chores.previous_backups() {
+        for (own, previous) in self.requests.previous_backups() {
             if stream_index(previous.member(), previous.shard()) == stream {
                 lines.push_back((stream as u16, Line::Item { own, session }));
                 self.counters.count(Counter::CompareItems);
@@ -563,7 +563,7 @@ impl Replica<'_> {
 
     /// Where on this stream the connection at `own` has a copy that waits for its release, whatever stands beside its slot.
     fn kept_item(&self, stream: usize, own: Place) -> Option<(Place, u32)> {
-        let mut previous = self.chores.previous_backups().filter(|(of, _)| *of == own);
+        let mut previous = self.requests.previous_backups().filter(|(of, _)| *of == own);
         previous.find(|(_, at)| self.stream_of(*at) == stream).map(|(_, at)| (Place::of(at), KEPT))
     }
 
@@ -580,7 +580,7 @@ impl Replica<'_> {
             && w.room() >= END_BYTES
         {
             if matches!(line, Line::End { .. })
-                && (self.has_chores(stream) || !self.streams[stream].dirty.is_empty())
+                && (self.requests.first_due(stream).is_some() || !self.streams[stream].dirty.is_empty())
             {
                 return;
             }
@@ -664,7 +664,7 @@ impl Replica<'_> {
             }
             _ => {}
         }
-        if hash == KEPT || self.released(own).is_some() {
+        if hash == KEPT || self.requests.released(own).is_some() {
             return;
         }
         let s = &self.streams[stream].comparing;
@@ -689,7 +689,7 @@ impl Replica<'_> {
         self.walks.push(Walk::Unseen { stream });
     }
 
-    /// One slot of the walk that follows. `false`: no chore is free.
+    /// One slot of the walk that follows. `false`: there is no room for a request.
     pub(super) fn unseen_slot(&mut self, stream: usize, slot: u32) -> bool {
         let line = self.table.line(slot);
         let s = &self.streams[stream].comparing;

@@ -11,7 +11,7 @@
 //! process was composing is not there.
 //!
 //! A manifest word is a tag in the top two bits, then (of a delta) the low ten bits of the epoch that it
-//! carried, then slot and generation (26 bits each), or the number of a release.
+//! carried, then slot and generation (26 bits each), or the number of a control request.
 //!
 //! Behind the ring of datagrams lie the control buffers: heartbeats, acks and the like, which
 //! nobody repeats.
@@ -41,8 +41,8 @@ pub enum Content {
     },
     /// This slot was granted to the peer.
     Granted(Place),
-    /// Release number n.
-    Release(u32),
+    /// Control request number n.
+    Request(u32),
     /// This slot of the peer, which it had leased to us, was given back.
     GivenBack(Place),
 }
@@ -66,7 +66,7 @@ impl Content {
         match self {
             Content::Delta { place, epoch } => word(0, place) | (epoch.0 as u64) << 52,
             Content::Granted(place) => word(1, place),
-            Content::Release(n) => 2 << 62 | n as u64,
+            Content::Request(n) => 2 << 62 | n as u64,
             Content::GivenBack(place) => word(3, place),
         }
     }
@@ -79,7 +79,7 @@ impl Content {
         match raw >> 62 {
             0 => Content::Delta { place, epoch: EpochBits((raw >> 52) as u16 & EPOCH_MASK) },
             1 => Content::Granted(place),
-            2 => Content::Release(raw as u32),
+            2 => Content::Request(raw as u32),
             _ => Content::GivenBack(place),
         }
     }
@@ -443,7 +443,7 @@ mod tests {
 
     fn append(history: &mut History<'_>, n: u64, len: usize) -> Result<u32, NoRoom> {
         let offset = history.make_room()?;
-        history.note(Content::Release(n as u32));
+        history.note(Content::Request(n as u32));
         let entry = Entry {
             stream: 3,
             session: 1,
@@ -474,7 +474,7 @@ mod tests {
             let mut bytes = vec![0; 1001];
             read_arena(memory.parts().arena, history.entry(*id).offset as usize, &mut bytes);
             assert!(bytes.iter().all(|b| *b == (n + 1) as u8), "entry {n} was overwritten");
-            assert!(history.contents(*id).eq([Content::Release(n as u32 + 1)]));
+            assert!(history.contents(*id).eq([Content::Request(n as u32 + 1)]));
         }
         history.settle(ids[0]);
         for id in &ids[1..] {
@@ -483,7 +483,7 @@ mod tests {
         }
         for n in 0..5000 {
             let id = append(&mut history, n, 1 + n as usize % DATAGRAM_MAX).unwrap();
-            assert!(history.contents(id).eq([Content::Release(n as u32)]));
+            assert!(history.contents(id).eq([Content::Request(n as u32)]));
             history.landed(id);
             history.settle(id);
         }

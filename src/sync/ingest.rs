@@ -6,9 +6,9 @@
 
 use std::time::Duration;
 
-use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
+use super::requests::Rank;
 use super::stream::stream_index;
 use super::takeover::PeerState;
 use crate::conn::slot::groups;
@@ -363,7 +363,7 @@ impl Replica<'_> {
                 self.end_copy(slot);
                 let previous = self.table.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
-                    // Without a free chore it presumes by itself, until its own source sees the end.
+                    // Without room for a request it presumes by itself, until its own source sees the end.
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
                 self.table.forget(slot);
@@ -387,7 +387,7 @@ impl Replica<'_> {
             && line.is_claimed()
             && !self.durable(stream_index(former.member(), 0)).is_forgetting();
         if is_told {
-            // It may still take itself for the active. Without a free chore it finds out by asking.
+            // It may still take itself for the active. Without room for a request it finds out by asking.
             let _ = self.release(Rank::Question, former, line.stamp().changed());
         }
         if !peer.is_somewhere() || !self.may_return(peer.member()) || is(Mutation::CloseUnsent) {

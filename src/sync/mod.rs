@@ -13,13 +13,14 @@
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
 //! - `progress`: full sync: who has all that it should have, and how much goes before live changes;
-//! - `chores`: releases, offers and declines, which belong to no single delta; make before break;
+//! - `moves`: a connection changes its backup, make before break; what becomes of control requests;
 //! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
 //!
 //! Parts that own their state, and know of no other:
 //!
 //! - `commits`: what the kernel is to be told, and is owed;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
+//! - `requests`: releases, offers and declines, which belong to no single delta;
 //! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:
@@ -31,7 +32,6 @@
 //! `mutation` has the deliberate faults that the simulator must notice; without the feature `mutations` there is none.
 
 mod acks;
-mod chores;
 mod commits;
 mod contest;
 mod credit;
@@ -40,6 +40,7 @@ mod digest;
 pub mod history;
 mod ingest;
 pub mod lease;
+mod moves;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 #[cfg(not(feature = "mutations"))]
@@ -48,6 +49,7 @@ pub(crate) mod mutation;
 pub mod progress;
 mod receive;
 mod replica;
+mod requests;
 mod resume;
 pub mod stream;
 mod takeover;

@@ -1,16 +1,16 @@
 //! Receive: datagrams become copies. An ack means applied.
 //!
 //! A datagram is checked as a whole before any of it is applied. One that brings something that
-//! cannot be applied (no lease, an older state, no room for a chore) is not acknowledged: the
+//! cannot be applied (no lease, an older state, no room for a request) is not acknowledged: the
 //! sender is told which delta was refused, finds another backup for that connection, sends the
 //! rest again otherwise, and says skip. So nothing is ever acknowledged that is not held.
 
 use std::net::IpAddr;
 
-use super::chores::Rank;
 use super::contest::{Doubt, Rival};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
+use super::requests::Rank;
 use super::stream::{Refusal, stream_index, stream_member, stream_shard};
 use super::walks::Walk;
 use crate::ccp::Reject;
@@ -321,7 +321,7 @@ impl Replica<'_> {
                         Busy
                     };
                 }
-                if !self.chores.has_room(Rank::Consequence) {
+                if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(slot, own, stamp);
@@ -434,7 +434,7 @@ impl Replica<'_> {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
-        if !self.chores.has_room(Rank::Consequence) {
+        if !self.requests.has_room(Rank::Consequence) {
             return Err(Busy);
         }
         self.counters.count(Counter::Conflicts);
@@ -452,7 +452,7 @@ impl Replica<'_> {
     }
 
     /// Traffic showed up at the active of this copy. Another member that carries on the same connection, and has its copy here
-    /// as well, is told. `false` if no chore is free.
+    /// as well, is told. `false` if there is no room for a request.
     fn outrank(&mut self, slot: u32, stamp: Stamp) -> bool {
         let (original, reply) = self.table.tuples(slot);
         let active = self.table.line(slot).peer().member();
@@ -481,13 +481,13 @@ impl Replica<'_> {
         self.unassign(slot);
         if peer.is_somewhere() && peer != winner && !is(Mutation::LoserKeepsBackup) {
             let taken = self.release(Rank::Consequence, peer, stamp);
-            assert!(taken, "the caller made sure of a chore");
+            assert!(taken, "the caller made sure of room");
         }
     }
 
     /// The active in this slot refuses a claim that does not outrank it. Who sent it is told so, unless it is the backup by now, perhaps in another slot,
     /// or the previous one: nothing else would tell it. Of an earlier epoch it may be another connection's: traffic here is to decide first, if there is
-    /// a kernel to ask. Of two within one epoch that know a different number of changes the next claims decide. `false`: no chore is free.
+    /// a kernel to ask. Of two within one epoch that know a different number of changes the next claims decide. `false`: there is no room for a request.
     fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
         let line = self.table.line(slot);
         let hears_otherwise = line.kind() != Kind::Active
@@ -622,7 +622,7 @@ impl Replica<'_> {
             Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
                 // Claimed and closed there. This member may have let go of the pair before it heard of that,
                 // or have found another slot for the copy.
-                if !self.chores.has_room(Rank::Consequence) {
+                if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.drop_active(now, target.slot, stream, stamp, Doubt::Closed);
@@ -632,7 +632,7 @@ impl Replica<'_> {
                 if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
             {
                 // Presumed while the former active lived: closed means closed.
-                if !self.chores.has_room(Rank::Consequence) {
+                if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.step_down(target.slot, Coordinate::NOWHERE, stamp);
@@ -680,21 +680,21 @@ impl Replica<'_> {
             {
                 // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
                 // to another backup, before the claim arrived here: late, it must not find its place.
-                if !self.chores.has_room(Rank::Consequence) {
+                if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 self.drop_active(now, target.slot, stream, stamp, Doubt::Taken);
             }
             Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
                 // Only presumed, and somebody else carries it on who knows it better.
-                if !self.chores.has_room(Rank::Consequence) {
+                if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
                 let backup = line.peer();
                 self.unassign(target.slot);
                 if backup.is_somewhere() {
                     let taken = self.release(Rank::Consequence, backup, stamp);
-                    assert!(taken, "there was room for a chore");
+                    assert!(taken, "there was room for a request");
                 }
                 self.drop_presumed(target.slot);
                 self.counters.count(Counter::DeltasApplied);
@@ -824,10 +824,10 @@ impl Replica<'_> {
         // A claimed offer is settled now: its sender takes the ack for the answer. Any other is made again after a
         // while, so it need not be kept: were the floor to wait for an answer here and there at once, it
         // would wait for ever.
-        if claimed && !self.chores.has_room(Rank::Consequence) {
+        if claimed && !self.requests.has_room(Rank::Consequence) {
             return Busy;
         }
-        if !claimed && !self.chores.has_room(Rank::Answer) {
+        if !claimed && !self.requests.has_room(Rank::Answer) {
             self.counters.count(Counter::OffersPutOff);
             return Applied;
         }

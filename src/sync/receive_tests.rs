@@ -53,7 +53,7 @@ fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
         };
         replica.handle_refusal(NOW.after(Duration::from_millis(20)), stream, refusal);
         assert_eq!(
-            replica.released(backup),
+            replica.requests.released(backup),
             Some(if is_above { stamp.changed() } else { stamp }),
             "{member}"
         );
@@ -74,7 +74,11 @@ fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
         let target = Place { slot, generation: line.generation() };
         let verdict = replica.apply_release(NOW, stream_index(from.member(), 0), target, above);
         assert!(matches!(verdict, Applied));
-        assert_eq!(replica.released(backup), Some(if is_back { line.stamp() } else { above }), "{from:?}");
+        assert_eq!(
+            replica.requests.released(backup),
+            Some(if is_back { line.stamp() } else { above }),
+            "{from:?}"
+        );
     }
 }
 
@@ -135,7 +139,11 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         // With a kernel to ask, traffic decides about what may be another connection.
         let waits = commit == CommitMode::Eager && stamp != own;
         let generation = replica.table.line(slot).generation();
-        assert_eq!(replica.released(from).is_some(), is_told && !waits, "{commit:?} {from:?} {stamp:?}");
+        assert_eq!(
+            replica.requests.released(from).is_some(),
+            is_told && !waits,
+            "{commit:?} {from:?} {stamp:?}"
+        );
         assert_eq!(
             replica.contests.has_rival(slot, generation),
             is_told && waits,

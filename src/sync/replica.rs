@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use super::chores::Chores;
 use super::commits::Commits;
 use super::contest::Contests;
 use super::credit::Credit;
@@ -13,6 +12,7 @@ use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::mutation::{Mutation, is};
 use super::progress::Progress;
+use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::takeover::PeerState;
 use super::walks::Walks;
@@ -110,7 +110,7 @@ pub struct Replica<'m> {
     pub(super) busy: VecDeque<u16>,
     pub(super) credit: Credit<'m>,
     pub(super) history: History<'m>,
-    pub(super) chores: Chores,
+    pub(super) requests: Requests,
     pub(super) contests: Contests,
     pub(super) view: View,
     pub(super) peers: Vec<PeerState>,
@@ -186,7 +186,7 @@ impl<'m> Replica<'m> {
             busy: VecDeque::with_capacity(STREAMS_MAX),
             credit,
             history,
-            chores: Chores::new(),
+            requests: Requests::new(),
             contests: Contests::new(),
             view: View::new(config.member),
             peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
@@ -538,7 +538,7 @@ impl<'m> Replica<'m> {
         self.tick_leases(now);
         self.tick_missing(now);
         self.tick_contests(now);
-        self.tick_chores();
+        self.tick_requests();
         self.tick_walk(now);
         self.tick_digests(now);
         self.tick_progress(now);
@@ -633,7 +633,7 @@ impl<'m> Replica<'m> {
         let exposure = self.exposure();
         self.counters.set(Counter::Exposure, exposure);
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
-        self.counters.set(Counter::ReleasesPending, self.chores.len() as u64);
+        self.counters.set(Counter::ReleasesPending, self.requests.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.waiting() as u64);
         self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.commits.owed() as u64);
         self.counters.set(Counter::Declined, self.declined);

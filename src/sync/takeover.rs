@@ -18,9 +18,9 @@
 
 use std::time::Duration;
 
-use super::chores::Rank;
 use super::mutation::{Mutation, is};
 use super::replica::{AGAIN_MAX, Found, Replica};
+use super::requests::Rank;
 use super::stream::{stream_index, stream_member};
 use super::walks::Walk;
 use crate::ccp::message::Place;
@@ -40,7 +40,7 @@ use crate::time::Time;
 /// behind it for long.
 const WALK_AHEAD: u64 = 8192;
 
-/// How long a walk pauses that must wait for leases, chores or acknowledgements.
+/// How long a walk pauses that must wait for leases, requests or acknowledgements.
 const WALK_PAUSE: Duration = Duration::from_micros(500);
 
 /// How long an offer waits for its answer before it is made again.
@@ -278,7 +278,7 @@ impl Replica<'_> {
         self.peers[member as usize] = PeerState::Purge;
         self.give_up_all(now, member);
         // Before it can be Up again, with another table perhaps.
-        self.drop_chores(member);
+        self.drop_requests(member);
         self.contests.forget_places(member);
         self.walks.drop_those(|walk| *walk == Walk::Lose { member });
         self.counters.count(Counter::StreamsLost);
@@ -305,7 +305,7 @@ impl Replica<'_> {
                 self.table.prefetch(slot + 8);
             }
             if !self.step(now, walk, slot) {
-                break; // No chore or lease is free: go on here at the next tick.
+                break; // There is no room for a request, or no lease: go on here at the next tick.
             }
             slot += 1;
         }
@@ -633,13 +633,13 @@ impl Replica<'_> {
         if !concerned {
             return true;
         }
-        if !self.chores.has_room(Rank::Question) {
+        if !self.requests.has_room(Rank::Question) {
             return false;
         }
         match self.lease_for(now, slot, away_from) {
             Found::At(backup) => {
                 let taken = self.move_backup(now, slot, backup);
-                assert!(taken, "a chore was free");
+                assert!(taken, "there was room for a request");
                 true
             }
             Found::Soon => false,
@@ -692,8 +692,8 @@ mod tests {
     use crate::conn::Stamp;
     use crate::group::view::Member;
     use crate::memory::{MemorySize, OwnedMemory};
-    use crate::sync::chores::Task;
     use crate::sync::replica::test_config as config;
+    use crate::sync::requests::Task;
 
     #[test]
     fn a_member_that_comes_and_goes_all_the_time_leaves_no_pile_of_walks() {
@@ -719,7 +719,7 @@ mod tests {
     }
 
     /// Seed 60002087: a late pass purged a silent member to the end, and the next view brought it back with another table
-    /// before any chore was looked at again.
+    /// before any request was looked at again.
     #[test]
     fn what_a_member_was_to_be_told_is_not_told_to_its_next_table() {
         let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
@@ -737,7 +737,7 @@ mod tests {
         let target = Coordinate::new(2, 0, 5, Generation::default());
         let own = Place { slot: 6, generation: Generation::default() };
         assert!(replica.release(Rank::Consequence, target, Stamp { epoch: 0, version: 1 }));
-        assert!(replica.add_chore(Rank::Question, Task::Decline { own, number: 1, fault: None }, target));
+        assert!(replica.request(Rank::Question, Task::Decline { own, number: 1, fault: None }, target));
         let late = now.after(replica.config.reprotect_after);
         replica.tick(late);
         assert_eq!(replica.peers[2], PeerState::Vacant, "nothing here refers to it any more");
@@ -745,6 +745,6 @@ mod tests {
         assert!(replica.is_up(2));
         replica.transmit(late, &mut |_| true);
         assert_eq!(replica.counters.get(Counter::DeltasRelease), 0, "the place is another table's now");
-        assert_eq!(replica.chores.len(), 0);
+        assert_eq!(replica.requests.len(), 0);
     }
 }

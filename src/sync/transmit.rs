@@ -120,7 +120,7 @@ impl Replica<'_> {
             || self.has_lines(stream)
             || self.credit.is_busy(stream)
             || self.skip_due(stream).is_some()
-            || self.has_chores(stream)
+            || self.requests.first_due(stream).is_some()
     }
 
     /// The kernel is done with a send.
@@ -324,11 +324,11 @@ impl Replica<'_> {
         let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
         (!s.dirty.is_empty() && flush)
             || self.credit.has_places(stream)
-            || self.has_chores(stream)
+            || self.requests.first_due(stream).is_some()
             || self.has_lines(stream)
     }
 
-    /// Dirty connections, grants and chores, in trains of datagrams.
+    /// Dirty connections, grants and requests, in trains of datagrams.
     fn send_data(
         &mut self,
         now: Time,
@@ -413,7 +413,7 @@ impl Replica<'_> {
         noted += granted;
         let given_back = if granted == 0 { self.build_give_back(stream, &mut w) } else { 0 };
         noted += given_back;
-        noted += self.build_chores(stream, seq, &mut w, MANIFEST_PER_DATAGRAM - noted);
+        noted += self.build_requests(stream, seq, &mut w, MANIFEST_PER_DATAGRAM - noted);
         self.build_lines(stream, &mut w);
         let mut oldest_change = now;
         let mut connections = 0;
@@ -571,17 +571,17 @@ impl Replica<'_> {
         count
     }
 
-    fn build_chores(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
+    fn build_requests(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
         let mut built = 0;
-        while built < most && w.room() >= SMALL_MAX {
-            let Some(id) = self.chores_due(stream).next() else { break };
-            if let Some(message) = self.send_chore(id, seq) {
-                message.encode(w);
-                self.history.note(Self::chore_content(id));
-                built += 1;
-                if matches!(message, Message::Release { .. }) {
-                    self.counters.count(Counter::DeltasRelease);
-                }
+        while built < most
+            && w.room() >= SMALL_MAX
+            && let Some((message, content)) = self.next_request(stream, seq)
+        {
+            message.encode(w);
+            self.history.note(content);
+            built += 1;
+            if matches!(message, Message::Release { .. }) {
+                self.counters.count(Counter::DeltasRelease);
             }
         }
         built
@@ -606,7 +606,7 @@ impl Replica<'_> {
                             self.credit.grant_failed(stream);
                         }
                     }
-                    Content::Release(chore) => self.chore_given_up(chore, entry.seq),
+                    Content::Request(id) => self.requests.given_up(id, entry.seq),
                     // Ours again, unless the peer had taken it back all the same: then it refuses whatever is sent there.
                     Content::GivenBack(place) => self.credit.put(stream, place),
                 }

@@ -431,7 +431,7 @@ impl Checks {
         }
         let pending: u64 = live.iter().map(|m| world.counter(*m, Counter::ReleasesPending)).sum();
         if pending != 0 {
-            return broken!("1 two copies at rest", "{pending} chores are under way");
+            return broken!("1 two copies at rest", "{pending} requests are under way");
         }
         Ok(())
     }

@@ -1,0 +1,213 @@
+//! Moves: a connection changes its backup, make before break; and what becomes of control requests.
+//!
+//! Whoever is to be told something that belongs to no delta is told so by a [request](super::requests). What a request means
+//! for the connection that it is about is decided here: when a release may leave, what an offer still asks, and what follows
+//! when either has arrived.
+
+use super::history::Content;
+use super::mutation::{Mutation, is};
+use super::replica::Replica;
+use super::requests::{Progress, Rank, Request, Task};
+use crate::ccp::message::{Message, Place};
+use crate::conn::table::On;
+use crate::conn::{Coordinate, Kind, MemberId, Stamp};
+use crate::seq::Seq;
+use crate::time::Time;
+
+impl Replica<'_> {
+    /// Begins a request that is to be sent at once. `false` if there is no room for another.
+    pub(super) fn request(&mut self, rank: Rank, task: Task, target: Coordinate) -> bool {
+        let has_begun = self.requests.begin(rank, task, target, true);
+        if has_begun {
+            self.wake(self.stream_of(target));
+        }
+        has_begun
+    }
+
+    /// Tells a member to let its copy go. `false` if there is no room for another request.
+    pub(super) fn release(&mut self, rank: Rank, target: Coordinate, stamp: Stamp) -> bool {
+        if !self.may_return(target.member()) {
+            return true; // Its table is gone, or asks by itself when it returns.
+        }
+        self.request(rank, Task::Release { of: None, stamp }, target)
+    }
+
+    /// Asks a former active whether our copy still stands. `false` if there is no room.
+    pub(super) fn offer(&mut self, target: Coordinate, own: Place) -> bool {
+        let claimed = self.is_claimed_here(own.slot);
+        self.request(Rank::Question, Task::Offer { own, claimed }, target)
+    }
+
+    /// Whether this member is the active because of traffic here. A copy that its own source saw as well is still
+    /// its active's.
+    fn is_claimed_here(&self, slot: u32) -> bool {
+        let line = self.table.line(slot);
+        line.kind() == Kind::Active && line.is_claimed()
+    }
+
+    /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
+    pub(super) fn move_backup(&mut self, now: Time, slot: u32, backup: Coordinate) -> bool {
+        let line = self.table.line(slot);
+        let (previous, generation) = (line.peer(), line.generation());
+        assert!(previous.is_somewhere() && !self.table.is_moving(slot));
+        let task = Task::Release { of: Some(Place { slot, generation }), stamp: line.stamp() };
+        if !self.requests.begin(Rank::Question, task, previous, false) {
+            return false;
+        }
+        self.unassign(slot);
+        // A promoted connection remembers its former active there instead, and does not name its
+        // previous backup to the new one.
+        if !self.table.former(slot).is_somewhere() {
+            // Marked as moving before, and until after, it is named: a connection that is not moving and has a former
+            // coordinate was taken over from there.
+            self.table.set_moving(slot, true);
+            self.table.set_former(slot, previous);
+        }
+        self.assign(now, slot, backup);
+        true
+    }
+
+    /// The new backup of a connection that is changing it is none, and nobody else is to be had: its previous one, which
+    /// was not released yet, goes on. `false` if there is none.
+    pub(super) fn go_back(&mut self, now: Time, slot: u32) -> bool {
+        if !self.table.former(slot).is_somewhere() {
+            return false; // As of nearly all.
+        }
+        let own = Place { slot, generation: self.table.line(slot).generation() };
+        let Some((id, previous)) = self.requests.waiting_for(own) else { return false };
+        if !self.is_up(previous.member()) {
+            return false;
+        }
+        self.requests.remove(id);
+        self.end_move(slot);
+        self.assign(now, slot, previous);
+        true
+    }
+
+    /// The connection goes while it changes its backup. The release of the previous one goes its own way.
+    pub(super) fn end_move(&mut self, slot: u32) {
+        if self.table.is_moving(slot) {
+            self.table.set_former(slot, Coordinate::NOWHERE);
+            self.table.set_moving(slot, false);
+        }
+    }
+
+    /// A connection of memory taken up again was changing its backup: the release of the previous one waits for
+    /// the new one, as before.
+    pub(super) fn resume_move(&mut self, slot: u32) {
+        let (line, previous) = (self.table.line(slot), self.table.former(slot));
+        let of = Some(Place { slot, generation: line.generation() });
+        let task = Task::Release { of, stamp: line.stamp() };
+        if !previous.is_plausible() || !self.requests.begin(Rank::Consequence, task, previous, false) {
+            self.end_move(slot);
+        }
+    }
+
+    /// What this member was to be told is about a table that it may not have any more.
+    pub(super) fn drop_requests(&mut self, member: MemberId) {
+        while let Some(id) = self.requests.first_for(member) {
+            self.end_request(id, false);
+        }
+    }
+
+    /// Moves on what can move on.
+    pub(super) fn tick_requests(&mut self) {
+        for id in self.requests.ids() {
+            let Some(request) = self.requests.get(id) else { continue };
+            if !self.may_return(request.target.member()) {
+                self.end_request(id, false);
+                continue;
+            }
+            let stream = request.stream();
+            match request.progress {
+                Progress::AwaitBackup => {
+                    let own =
+                        request.moved().expect("only a release of a previous backup waits for a new one");
+                    if self.is_moved(own) || is(Mutation::EarlyRelease) {
+                        self.requests.set_due(id);
+                        self.wake(stream);
+                    }
+                }
+                Progress::Sent(seq) if seq.is_passed_by(self.durable(stream).floor()) => {
+                    self.end_request(id, true);
+                }
+                Progress::Due | Progress::Sent(_) => {}
+            }
+        }
+    }
+
+    /// Whether the connection of ours that was here has its new backup, or has ended: its previous one can go.
+    fn is_moved(&self, own: Place) -> bool {
+        let line = self.table.line(own.slot);
+        let has_ended = line.generation() != own.generation || line.kind() != Kind::Active;
+        has_ended
+            || self.table.on(own.slot) == On::None
+                && line.last().is_passed_by(self.durable(self.stream_of(line.peer())).floor())
+    }
+
+    fn end_request(&mut self, id: u32, has_arrived: bool) {
+        let request = self.requests.remove(id);
+        match request.task {
+            Task::Decline { .. } | Task::Release { of: None, .. } => {}
+            Task::Release { of: Some(own), .. } => {
+                if self.table.line(own.slot).generation() == own.generation {
+                    self.end_move(own.slot);
+                }
+            }
+            Task::Offer { own, claimed } => {
+                let line = self.table.line(own.slot);
+                let still = line.generation() == own.generation
+                    && line.is_claimed()
+                    && self.table.former(own.slot) == request.target
+                    && !self.table.is_moving(own.slot);
+                if has_arrived && still && claimed {
+                    // Outranked, and it knows.
+                    self.table.set_former(own.slot, Coordinate::NOWHERE);
+                } else if has_arrived && still {
+                    // Traffic came after the offer left: it has to know that as well.
+                    let again = Task::Offer { own, claimed: true };
+                    let taken = self.request(Rank::Consequence, again, request.target);
+                    assert!(taken, "the request that just ended made room");
+                }
+            }
+        }
+    }
+
+    /// The next request of this stream, which leaves in datagram `seq`: its message, and what the manifest says of it.
+    pub(super) fn next_request(&mut self, stream: usize, seq: Seq) -> Option<(Message<'static>, Content)> {
+        while let Some((id, request)) = self.requests.first_due(stream) {
+            if let Some((task, message)) = self.message_of(&request) {
+                self.requests.sent(id, task, seq);
+                return Some((message, Content::Request(id)));
+            }
+            self.requests.remove(id); // It has lost its object.
+        }
+        None
+    }
+
+    /// What a request says as things are now, and the task that it is then.
+    fn message_of(&self, request: &Request) -> Option<(Task, Message<'static>)> {
+        let target = Place::of(request.target);
+        let message = match request.task {
+            Task::Release { stamp, .. } => Message::Release { target, stamp },
+            Task::Decline { own, number, fault } => Message::Decline { target, own, number, fault },
+            Task::Offer { own, .. } => {
+                let line = self.table.line(own.slot);
+                // Who has become a copy for somebody else meanwhile does not ask a former active any more: the answer would
+                // take away what another one counts on.
+                let asks = match line.kind() {
+                    Kind::Backup => line.peer() == request.target,
+                    Kind::Active => self.table.former(own.slot) == request.target,
+                    _ => false,
+                };
+                if line.generation() != own.generation || !asks {
+                    return None;
+                }
+                let claimed = self.is_claimed_here(own.slot);
+                let message = Message::Offer { target, own, stamp: line.stamp(), claimed };
+                return Some((Task::Offer { own, claimed }, message));
+            }
+        };
+        Some((request.task, message))
+    }
+}
