@@ -7,7 +7,7 @@
 
 use super::history::{Content, EpochBits};
 use super::mutation::{Mutation, is};
-use super::replica::{AGAIN_MAX, Replica};
+use super::replica::Replica;
 use super::requests::Rank;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::Reject;
@@ -19,9 +19,6 @@ use crate::limits::WINDOW;
 use crate::seq::Seq;
 use crate::time::Time;
 
-/// A datagram that this many later ones overtook is taken for lost.
-const OVERTAKEN: u64 = 3;
-
 impl Replica<'_> {
     /// Messages of an unsequenced datagram.
     pub(super) fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
@@ -32,7 +29,7 @@ impl Replica<'_> {
                 // Before anything was received there is nothing to acknowledge: session 0.
                 Message::Ack { session: 0, .. } => {}
                 Message::Ack { session: of, floor, beyond } if of == session => {
-                    self.streams[stream].greeted = true;
+                    self.outbox.greeted(stream);
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
                 Message::Refuse { session: of, seq, target, reason, own } if of == session => {
@@ -67,48 +64,26 @@ impl Replica<'_> {
     }
 
     fn handle_ack(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) -> Result<(), Reject> {
-        let durable = self.durable(stream);
-        let sent = durable.sent();
-        if floor.is_after(sent) {
+        if floor.is_after(self.durable(stream).sent()) {
             return Err(Reject::Message);
         }
         self.counters.count(Counter::AcksReceived);
         if is(Mutation::MemoryGrows) {
             std::mem::forget(std::hint::black_box(vec![1u8; 64]));
         }
-        if floor.is_after(durable.floor()) {
-            let progress = floor.beyond(durable.floor());
-            durable.set_floor(floor);
-            self.settle_below(now, stream, floor);
-            let s = &mut self.streams[stream];
-            s.widen(progress);
-            s.repeats = 0;
-            if s.oldest.is_some() {
-                s.repeat_at = now.after(s.patience());
+        let counters = &self.counters;
+        let is_progress = self.outbox.on_floor(now, stream, floor, |delay, connections| {
+            if connections > 0 {
+                let us = delay.as_micros() as u64;
+                counters.delay(us, connections as u64);
+                counters.set(Counter::DelayUs, us);
             }
+        });
+        if is_progress {
             self.free_closed(stream, floor);
         }
-        self.note_beyond(now, stream, durable.floor(), beyond);
+        self.outbox.on_beyond(now, stream, beyond.words());
         Ok(())
-    }
-
-    fn settle_below(&mut self, now: Time, stream: usize, floor: Seq) {
-        while let Some(id) = self.streams[stream].oldest {
-            let entry = self.history.entry(id);
-            if entry.seq.is_after(floor) {
-                break;
-            }
-            let delay = now.since(self.history.oldest_change(id)).as_micros() as u64;
-            let connections = self.history.connections(id) as u64;
-            if connections > 0 {
-                self.counters.delay(delay, connections);
-                self.counters.set(Counter::DelayUs, delay);
-            }
-            if self.history.sends(id) == 1 {
-                self.streams[stream].sample(now.since(entry.first_sent));
-            }
-            self.settle_oldest(stream, id);
-        }
     }
 
     /// Closes that are acknowledged: both slots are free again, theirs for this stream's lease.
@@ -125,57 +100,13 @@ impl Replica<'_> {
         }
     }
 
-    /// What arrived beyond the floor need not be repeated; what several later ones overtook is
-    /// repeated at once.
-    fn note_beyond(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) {
-        let mut words = [0u64; (WINDOW / 64) as usize];
-        let mut highest = 0;
-        for (i, word) in beyond.words().enumerate() {
-            words[i] = word;
-            if word != 0 {
-                highest = 64 * i as u64 + 64 - word.leading_zeros() as u64;
-            }
-        }
-        let mut next = self.streams[stream].oldest;
-        let patience = self.streams[stream].round_trip.max(500_000);
-        while let Some(id) = next
-            && highest > 0
-        {
-            let seq = self.history.entry(id).seq;
-            let at = seq.beyond(floor);
-            if at == 0 || at > highest {
-                break;
-            }
-            let bit = at - 1;
-            if words[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
-                self.history.set_arrived(id);
-            } else if highest - at >= OVERTAKEN
-                && now.since(self.history.last_sent(id)).as_nanos() as u64 >= patience
-                && self.again.len() < AGAIN_MAX
-                && !self.again.contains(&(id, seq))
-            {
-                self.again.push((id, seq));
-                let sent = self.durable(stream).sent();
-                self.streams[stream].shrink(seq, sent);
-            }
-            next = self.history.next(id);
-        }
-    }
-
     /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
     pub(super) fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
         let Refusal { seq, target, reason, own } = refusal;
-        let mut next = self.streams[stream].oldest;
-        let entry = loop {
-            match next {
-                Some(id) if self.history.entry(id).seq == seq => break id,
-                Some(id) => next = self.history.next(id),
-                None => return, // Settled before.
-            }
-        };
+        let Some(datagram) = self.outbox.find(stream, seq) else { return }; // Settled before.
         let member = stream_member(stream);
         let backup = Coordinate::new(member, stream_shard(stream), target.slot, target.generation);
-        for content in self.history.contents(entry) {
+        for content in self.outbox.contents(datagram) {
             let Content::Delta { place, epoch } = content else { continue };
             if own.is_some_and(|own| own != place) {
                 continue; // A place that stands in the lease twice: only one of the two was refused.

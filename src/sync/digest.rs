@@ -350,9 +350,10 @@ impl Replica<'_> {
         let up = (1..self.peers.len() as MemberId).filter(|member| self.is_up(*member));
         let streams = up.flat_map(|member| {
             let first = stream_index(member, 0);
-            &self.streams[first..first + self.view.members[member as usize].shards as usize]
+            first..first + self.view.members[member as usize].shards as usize
         });
-        streams.filter(|s| s.comparing.unverified).map(|s| s.uncounted()).sum()
+        let unverified = streams.filter(|stream| self.streams[*stream].comparing.unverified);
+        unverified.map(|stream| self.uncounted(stream)).sum()
     }
 
     /// Says which streams are due for a digest.
@@ -400,7 +401,7 @@ impl Replica<'_> {
         if s.dirty.is_empty() {
             s.comparing.unsure = false;
         }
-        if !s.comparing.due || s.comparing.unsure || !s.greeted {
+        if !s.comparing.due || s.comparing.unsure || !self.outbox.is_greeted(stream) {
             return;
         }
         if self.requests.first_due(stream).is_some() {

@@ -333,6 +333,11 @@ impl<'m> History<'m> {
         }
     }
 
+    /// Entries that it has room for.
+    pub fn size(&self) -> u32 {
+        self.entries.len() as u32
+    }
+
     /// What the entry's datagram carries.
     pub fn contents(&self, id: u32) -> impl Iterator<Item = Content> + use<'m> {
         let end = self.flights[id as usize].manifest_end;

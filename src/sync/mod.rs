@@ -20,6 +20,7 @@
 //!
 //! - `commits`: what the kernel is to be told, and is owed;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
+//! - `outbox`: what was sent, what of it is acknowledged, what goes again;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
 //! - `walks`: walks over the table, under way and waiting.
 //!
@@ -46,6 +47,7 @@ pub mod mutation;
 #[cfg(not(feature = "mutations"))]
 #[allow(dead_code)]
 pub(crate) mod mutation;
+mod outbox;
 pub mod progress;
 mod receive;
 mod replica;

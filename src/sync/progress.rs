@@ -144,10 +144,11 @@ impl Replica<'_> {
 
     /// How many connections that wait may get a backup now.
     pub(super) fn waiting_budget(&self) -> usize {
-        let ahead = (self.dirty_actives + self.unacknowledged).saturating_sub(self.dirty_for_the_silent());
+        let ahead =
+            (self.dirty_actives + self.outbox.unacknowledged()).saturating_sub(self.dirty_for_the_silent());
         let stuck = |s: &u16| {
             let stream = *s as usize;
-            self.is_up(stream_member(stream)) && self.streams[stream].repeats > 0
+            self.is_up(stream_member(stream)) && self.outbox.has_timed_out(stream)
         };
         let trickle = if self.busy.iter().any(stuck) { 0 } else { TRICKLE };
         (AHEAD.saturating_sub(ahead) as usize).max(trickle).min(self.waiting.len() as usize)
@@ -234,8 +235,9 @@ impl Replica<'_> {
     }
 
     fn is_acknowledged(&self, member: MemberId, mark: Time) -> bool {
-        let mut oldest = self.streams_to(member).iter().filter_map(|s| s.oldest);
-        oldest.all(|entry| self.history.entry(entry).first_sent > mark)
+        let first = stream_index(member, 0);
+        let mut oldest = (first..first + SHARDS_MAX).filter_map(|stream| self.outbox.oldest(stream));
+        oldest.all(|(_, entry)| entry.first_sent > mark)
     }
 
     /// Moves on whenever a datagram to the member is given up, and when a session begins.
@@ -256,7 +258,7 @@ impl Replica<'_> {
             dirty += s.dirty.len() as u64; // Closes among them: a few.
         }
         // Of all members: what flies to others makes this a few too many.
-        let open = (dirty + self.unacknowledged).min(actives);
+        let open = (dirty + self.outbox.unacknowledged()).min(actives);
         let mut coming = self.waiting.len() as u64;
         if self.ranked.first() == Some(&member) {
             for walk in self.walks.iter() {

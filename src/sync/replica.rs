@@ -11,6 +11,7 @@ use super::credit::Credit;
 use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::mutation::{Mutation, is};
+use super::outbox::Outbox;
 use super::progress::Progress;
 use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
@@ -24,7 +25,7 @@ use crate::conn::{Coordinate, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::few::Few;
 use crate::group::view::View;
-use crate::limits::{MEMBERS_MAX, STREAMS_MAX, WINDOW};
+use crate::limits::{MEMBERS_MAX, STREAMS_MAX};
 use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -38,9 +39,6 @@ const RETRY: Duration = Duration::from_millis(10);
 
 /// How long a connection that was refused as older waits before it asks again.
 const SHELF: Duration = Duration::from_secs(1);
-
-/// Datagrams that may wait to be repeated at once. Further ones are repeated when their acknowledgement is overdue.
-pub(super) const AGAIN_MAX: usize = WINDOW as usize;
 
 /// Whether a connection can have a backup.
 pub(super) enum Found {
@@ -109,7 +107,7 @@ pub struct Replica<'m> {
     pub(super) streams: Vec<Stream>,
     pub(super) busy: VecDeque<u16>,
     pub(super) credit: Credit<'m>,
-    pub(super) history: History<'m>,
+    pub(super) outbox: Outbox<'m>,
     pub(super) requests: Requests,
     pub(super) contests: Contests,
     pub(super) view: View,
@@ -127,8 +125,6 @@ pub struct Replica<'m> {
     /// Members to which connections are offered again if nobody answered by then, as bits.
     pub(super) offered: u64,
     pub(super) offer_at: Time,
-    /// Datagrams that a later one overtook: to be repeated without waiting.
-    pub(super) again: Vec<(u32, Seq)>,
     pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
@@ -151,8 +147,6 @@ pub struct Replica<'m> {
     pub(super) retry_at: Time,
     /// Active connections that stand in a dirty list.
     pub(super) dirty_actives: u64,
-    /// Connections in datagrams that are not acknowledged.
-    pub(super) unacknowledged: u64,
     pub(super) commits: Commits,
     pub(super) goodbyes: u64,
     pub(super) digests: Digests,
@@ -185,7 +179,7 @@ impl<'m> Replica<'m> {
             streams: (0..STREAMS_MAX).map(|_| Stream::new()).collect(),
             busy: VecDeque::with_capacity(STREAMS_MAX),
             credit,
-            history,
+            outbox: Outbox::new(history, memory.streams),
             requests: Requests::new(),
             contests: Contests::new(),
             view: View::new(config.member),
@@ -198,7 +192,6 @@ impl<'m> Replica<'m> {
             walks: Walks::new(),
             offered: 0,
             offer_at: Time::NEVER,
-            again: Vec::with_capacity(AGAIN_MAX),
             held: List::default(),
             source_is_behind: false,
             epoch: 0,
@@ -211,7 +204,6 @@ impl<'m> Replica<'m> {
             kernel_has_room: true,
             retry_at: Time(0),
             dirty_actives: 0,
-            unacknowledged: 0,
             commits: Commits::new(config.commit),
             goodbyes: 0,
             digests: Digests::new(),
@@ -613,7 +605,7 @@ impl<'m> Replica<'m> {
             .map(|(member, _)| self.of_member(member))
             .sum();
         let waiting = (self.waiting.len() + self.shelved.len()) as u64;
-        let unacknowledged = if is(Mutation::ExposureForgets) { 0 } else { self.unacknowledged };
+        let unacknowledged = if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
         self.dirty_actives
             + unacknowledged
             + waiting
@@ -625,8 +617,15 @@ impl<'m> Replica<'m> {
     /// Connections whose other copy is at this member.
     fn of_member(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
-        let shards = self.streams[first..].iter().take(crate::limits::SHARDS_MAX);
-        shards.map(|s| s.copies + s.uncounted()).sum()
+        let shards = first..first + crate::limits::SHARDS_MAX;
+        shards.map(|stream| self.streams[stream].copies + self.uncounted(stream)).sum()
+    }
+
+    /// Connections on this stream that do not count as exposed by themselves: neither dirty nor in a datagram that is not
+    /// acknowledged. Closes that wait are none of them.
+    pub(super) fn uncounted(&self, stream: usize) -> u64 {
+        let s = &self.streams[stream];
+        s.actives - (s.dirty_actives + self.outbox.unacknowledged_on(stream)).min(s.actives)
     }
 
     fn publish_gauges(&mut self, now: Time) {
@@ -647,8 +646,8 @@ impl<'m> Replica<'m> {
                 if let Some(slot) = s.dirty.first() {
                     oldest = oldest.min(self.table.since(slot));
                 }
-                if let Some(entry) = s.oldest {
-                    oldest = oldest.min(self.history.oldest_change(entry));
+                if let Some(since) = self.outbox.oldest_change(self.busy[i] as usize) {
+                    oldest = oldest.min(since);
                 }
             }
             if self.declined > 0 {
@@ -682,18 +681,15 @@ impl<'m> Replica<'m> {
                 continue; // Nothing is sent there, whatever is due.
             }
             let s = &self.streams[*stream as usize];
-            let repeat_at = if is(Mutation::RepeatsUnannounced) { Time::NEVER } else { s.repeat_at };
+            let repeat_at = match is(Mutation::RepeatsUnannounced) {
+                true => Time::NEVER,
+                false => self.outbox.retransmit_at(*stream as usize),
+            };
             at = at.min(repeat_at).min(self.credit.ask_at(*stream as usize));
-            if !s.dirty.is_empty() && self.unsent_room(*stream as usize) {
+            if !s.dirty.is_empty() && self.outbox.has_window(*stream as usize) {
                 at = at.min(s.flush_at);
             }
         }
         at
-    }
-
-    /// Whether the stream may send another datagram now.
-    pub(super) fn unsent_room(&self, stream: usize) -> bool {
-        let durable = self.durable(stream);
-        durable.sent().beyond(durable.floor()) < self.streams[stream].window.min(WINDOW)
     }
 }

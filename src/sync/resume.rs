@@ -75,10 +75,9 @@ impl<'m> Replica<'m> {
 
     /// Datagrams that are not acknowledged wait for that again.
     fn resume_history(&mut self) {
-        let ids: Vec<u32> = self.history.ids().collect();
         let mut found = vec![0; STREAMS_MAX];
-        for id in ids {
-            let entry = self.history.entry(id);
+        for id in self.outbox.ids() {
+            let entry = self.outbox.entry(id);
             let durable = self.durable(entry.stream);
             if !is_outstanding(durable, entry.session, entry.seq) {
                 continue;
@@ -92,9 +91,9 @@ impl<'m> Replica<'m> {
                 }
                 _ => false,
             };
-            let connections = self.history.contents(id).filter(carried).count() as u32;
+            let connections = self.outbox.contents(id).filter(carried).count() as u32;
             // Killed before they were lent: nobody may take the name for another connection's place.
-            let granted = self.history.contents(id).filter_map(|content| match content {
+            let granted = self.outbox.contents(id).filter_map(|content| match content {
                 Content::Granted(place) => Some(place),
                 _ => None,
             });
@@ -106,16 +105,8 @@ impl<'m> Replica<'m> {
                     });
                 }
             }
-            self.history.take_up(id, connections);
-            self.unacknowledged += connections as u64;
-            self.streams[entry.stream].unacknowledged += connections as u64;
+            self.outbox.take_up(id, connections);
             found[entry.stream] += 1;
-            let s = &mut self.streams[entry.stream];
-            match s.newest {
-                Some(newest) => self.history.set_next(newest, id),
-                None => s.oldest = Some(id),
-            }
-            s.newest = Some(id);
         }
         for (stream, found) in found.into_iter().enumerate() {
             let durable = self.durable(stream);
@@ -224,10 +215,8 @@ impl<'m> Replica<'m> {
             }
             durable.resume_floor();
             let floor = durable.floor();
+            self.outbox.resume_session(now, stream);
             let s = &mut self.streams[stream];
-            // It says skip and ack until the peer has answered: so both know at once where they stand.
-            s.greeted = durable.peer_table() == 0;
-            s.repeat_at = now;
             s.ack_due = durable.peer_session() != 0;
             self.credit.resume_want(stream);
             self.free_closed(stream, floor);

@@ -8,14 +8,13 @@
 //! agreed on: numbers, floor and leases. Every datagram names its session.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use super::digest::Comparing;
 use super::progress::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
-use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW, WINDOW_MIN};
+use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW};
 use crate::memory::{StreamWords, Word};
 use crate::seq::Seq;
 use crate::time::Time;
@@ -346,28 +345,8 @@ pub struct Stream {
     pub dirty_actives: u64,
     /// Closes sent and not yet acknowledged, in order.
     pub closing: List,
-    /// Oldest history entry that is not acknowledged.
-    pub oldest: Option<u32>,
-    /// Newest history entry of this stream.
-    pub newest: Option<u32>,
-    /// Datagrams that may be on their way.
-    pub window: u64,
-    /// From here on the window grows slowly.
-    pub slow_from: u64,
-    /// Acknowledged datagrams that did not yet add up to a larger window.
-    pub grown: u64,
-    /// The number up to which a loss was already answered with a smaller window.
-    pub shrunk_at: Seq,
-    /// Smoothed round trip, ns; 0 before the first sample.
-    pub round_trip: u64,
-    /// When to repeat what was not acknowledged.
-    pub repeat_at: Time,
-    /// How often that was done without any progress.
-    pub repeats: u32,
     /// When to send what is dirty.
     pub flush_at: Time,
-    /// Whether the peer has acknowledged anything in this session, so that it knows of it.
-    pub greeted: bool,
     /// Whether an ack is due.
     pub ack_due: bool,
     /// Refusals that wait for the next control datagram.
@@ -376,8 +355,6 @@ pub struct Stream {
     pub actives: u64,
     /// Copies held here for the peer.
     pub copies: u64,
-    /// Connections in datagrams to it that are not acknowledged.
-    pub unacknowledged: u64,
     /// How far its digests are.
     pub comparing: Comparing,
     /// Whether the stream stands in the shard's list of busy ones.
@@ -391,69 +368,13 @@ impl Stream {
             dirty: List::default(),
             dirty_actives: 0,
             closing: List::default(),
-            oldest: None,
-            newest: None,
-            window: 128,
-            slow_from: WINDOW,
-            grown: 0,
-            shrunk_at: Seq::NONE,
-            round_trip: 0,
-            repeat_at: Time::NEVER,
-            repeats: 0,
             flush_at: Time::NEVER,
-            greeted: true,
             ack_due: false,
             refusals: Vec::with_capacity(REFUSALS_MAX),
             actives: 0,
             copies: 0,
-            unacknowledged: 0,
             comparing: Comparing::default(),
             busy: false,
-        }
-    }
-
-    /// Connections that do not count as exposed by themselves: neither dirty nor in a datagram that is not
-    /// acknowledged. Closes that wait are none of them.
-    pub fn uncounted(&self) -> u64 {
-        self.actives - (self.dirty_actives + self.unacknowledged).min(self.actives)
-    }
-
-    /// A sample of the round trip.
-    pub fn sample(&mut self, round_trip: Duration) {
-        let ns = round_trip.as_nanos() as u64;
-        self.round_trip =
-            if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
-    }
-
-    /// How long to wait for an ack before repeating: four round trips, at least 10 ms (a peer may be
-    /// in the middle of a long pass), doubled at each try without progress, at most 400 ms.
-    pub fn patience(&self) -> Duration {
-        let base = (4 * self.round_trip).clamp(10_000_000, 100_000_000);
-        Duration::from_nanos((base << self.repeats.min(5)).min(400_000_000))
-    }
-
-    /// Progress of the floor by `n` datagrams widens the window: by as many up to `slow_from`, then by
-    /// one a window.
-    pub fn widen(&mut self, n: u64) {
-        if self.window < self.slow_from {
-            self.window += n;
-        } else {
-            self.grown += n;
-            if self.grown >= self.window {
-                self.grown -= self.window;
-                self.window += 1;
-            }
-        }
-        self.window = self.window.min(WINDOW);
-    }
-
-    /// Loss among what was sent up to `seq` halves the window, once for all that was on its way
-    /// when it was noticed (`sent` is the newest number then).
-    pub fn shrink(&mut self, seq: Seq, sent: Seq) {
-        if seq.is_after(self.shrunk_at) {
-            self.window = (self.window / 2).max(WINDOW_MIN);
-            self.slow_from = self.window;
-            self.shrunk_at = sent;
         }
     }
 }

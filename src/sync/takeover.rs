@@ -19,7 +19,7 @@
 use std::time::Duration;
 
 use super::mutation::{Mutation, is};
-use super::replica::{AGAIN_MAX, Found, Replica};
+use super::replica::{Found, Replica};
 use super::requests::Rank;
 use super::stream::{stream_index, stream_member};
 use super::walks::Walk;
@@ -198,24 +198,11 @@ impl Replica<'_> {
         self.peers[member as usize] = PeerState::Up;
         for shard in 0..SHARDS_MAX as u8 {
             let stream = stream_index(member, shard);
-            let mut next = self.streams[stream].oldest;
-            while let Some(id) = next
-                && self.again.len() < AGAIN_MAX
-            {
-                if !self.history.has_arrived(id) {
-                    self.again.push((id, self.history.entry(id).seq));
-                    self.counters.count(Counter::CatchUpDatagrams);
-                }
-                next = self.history.next(id);
-            }
-            let s = &mut self.streams[stream];
-            s.repeats = 0;
-            s.repeat_at = now;
-            s.flush_at = now;
+            self.counters.add(Counter::CatchUpDatagrams, self.outbox.catch_up(now, stream));
+            self.streams[stream].flush_at = now;
             self.wake(stream);
         }
-        // The oldest comes last in, and so is sent first.
-        self.again.reverse();
+        self.outbox.oldest_first();
     }
 
     /// A member is silent for long, and there is nobody else to turn to. What it holds for us stays agreed, and so
@@ -387,8 +374,7 @@ impl Replica<'_> {
             self.give_up(now, stream, sent);
             self.durable(stream).begin_session(seen.table_id);
             self.credit.drop_leases(stream);
-            let s = &mut self.streams[stream];
-            (s.greeted, s.repeats, s.repeat_at) = (false, 0, now);
+            self.outbox.begin_session(now, stream);
             self.wake(stream);
         }
     }

@@ -6,10 +6,9 @@
 //! the room of a datagram that was never acknowledged, its connections become dirty first, and
 //! only then is the peer told to skip it.
 
-use std::time::Duration;
-
-use super::history::{Content, Entry, EpochBits, MANIFEST_PER_DATAGRAM, NoRoom};
+use super::history::{Content, Entry, EpochBits, MANIFEST_PER_DATAGRAM};
 use super::mutation::{Mutation, is};
+use super::outbox::{NOT_TAKEN, Room};
 use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
@@ -29,12 +28,6 @@ use crate::time::Time;
 const UPDATE_MAX: usize = 8 + 10 + 8 + 16;
 /// Bytes of a close, release or offer at most.
 const SMALL_MAX: usize = 8 + 10 + 8;
-
-/// How long a datagram may stay unacknowledged before the arena takes its room back.
-const PRESSURE: Duration = Duration::from_millis(200);
-
-/// How long a send that the kernel's queue did not take waits.
-const NOT_TAKEN: Duration = Duration::from_millis(1);
 
 /// A send for the loop: `len` bytes at `offset` of the arena, to a stream, cut into datagrams of
 /// `DATAGRAM_MAX` bytes of which the last may be shorter.
@@ -84,14 +77,9 @@ impl Replica<'_> {
     /// first, then repeats, then what is dirty. Returns whether the cap of a pass was hit, so that more may wait.
     pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
         let mut budget = Budget { deltas: TRANSMIT_PER_PASS, is_blocked: false };
-        while let Some((id, seq)) = self.again.pop() {
-            if self.history.is_outstanding(id)
-                && self.history.entry(id).seq == seq
-                && !self.repeat(now, id, send)
-            {
-                break;
-            }
-        }
+        while let Some(id) = self.outbox.next_overtaken()
+            && self.retransmit(now, id, send)
+        {}
         for _ in 0..self.busy.len() {
             let Some(stream) = self.busy.pop_front() else { break };
             let stream = stream as usize;
@@ -112,14 +100,14 @@ impl Replica<'_> {
     fn is_stream_busy(&self, stream: usize) -> bool {
         let s = &self.streams[stream];
         !s.dirty.is_empty()
-            || s.oldest.is_some()
+            || self.outbox.is_outstanding(stream)
             || s.ack_due
             || !s.refusals.is_empty()
             || s.comparing.due
             || self.has_answers(stream)
             || self.has_lines(stream)
             || self.credit.is_busy(stream)
-            || self.skip_due(stream).is_some()
+            || self.outbox.skip_due(stream).is_some()
             || self.requests.first_due(stream).is_some()
     }
 
@@ -129,13 +117,9 @@ impl Replica<'_> {
             self.counters.count(Counter::SendErrors);
         }
         if token.0 >> 63 == 1 {
-            return self.history.give_control(token.0 as u16);
+            return self.outbox.give_control(token.0 as u16);
         }
-        let (first, count) = (token.0 as u32, (token.0 >> 32) as u32);
-        let entries = self.memory.history.len() as u32;
-        for i in 0..count {
-            self.history.landed((first + i) % entries);
-        }
+        self.outbox.on_send_complete(token.0 as u32, (token.0 >> 32) as u32);
     }
 
     pub(super) fn headers(&self, stream: usize, seq: Seq) -> (Header, SyncHeader) {
@@ -159,17 +143,10 @@ impl Replica<'_> {
         )
     }
 
-    /// What was given up and is still waited for by the peer. A new session greets the peer the same way.
-    fn skip_due(&self, stream: usize) -> Option<Seq> {
-        let durable = self.durable(stream);
-        let waited_for = durable.given_up().is_after(durable.floor());
-        (waited_for || !self.streams[stream].greeted).then(|| durable.given_up())
-    }
-
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
     fn send_control(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
         let want = self.credit.ask_due(now, stream);
-        let skip = self.skip_due(stream).filter(|_| self.streams[stream].repeat_at.reached(now));
+        let skip = self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
         let s = &self.streams[stream];
         let answers = self.has_answers(stream);
         if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() && !answers {
@@ -209,17 +186,13 @@ impl Replica<'_> {
         }
         let len = w.len();
         let sent = self.send_control_bytes(stream, &scratch[..len], send);
-        let s = &mut self.streams[stream];
-        if !sent && skip.is_some() {
-            s.repeat_at = now.after(NOT_TAKEN);
-        }
         if sent {
-            s.ack_due = false;
-            // With datagrams outstanding, repeating them moves the timer.
-            if skip.is_some() && s.oldest.is_none() {
-                s.repeats += 1;
-                s.repeat_at = now.after(s.patience());
-            }
+            self.streams[stream].ack_due = false;
+        }
+        match (skip, sent) {
+            (Some(_), true) => self.outbox.skip_said(now, stream),
+            (Some(_), false) => self.outbox.not_taken(now, stream),
+            (None, _) => {}
         }
     }
 
@@ -231,15 +204,14 @@ impl Replica<'_> {
         bytes: &[u8],
         send: &mut dyn FnMut(Transmit) -> bool,
     ) -> bool {
-        let Some(buffer) = self.history.take_control() else {
+        let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
             return false;
         };
-        let offset = self.history.write_control(buffer, bytes);
         let token = Token::control(buffer);
         let taken = send(Transmit { stream, offset, len: bytes.len() as u32, token });
         if !taken {
-            self.history.give_control(buffer);
+            self.outbox.give_control(buffer);
             self.counters.count(Counter::ControlFull);
         }
         taken
@@ -248,11 +220,11 @@ impl Replica<'_> {
     /// A control buffer with these bytes for the loop to send by itself (heartbeats); its token comes back
     /// through [`landed`](Self::landed).
     pub fn control_datagram(&mut self, bytes: &[u8]) -> Option<(u32, Token)> {
-        let Some(buffer) = self.history.take_control() else {
+        let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
             return None;
         };
-        Some((self.history.write_control(buffer, bytes), Token::control(buffer)))
+        Some((offset, Token::control(buffer)))
     }
 
     /// Says goodbye to every member that is there.
@@ -274,46 +246,23 @@ impl Replica<'_> {
 
     /// Nothing was acknowledged for too long: the oldest datagrams go again.
     fn send_repeats(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
-        let s = &self.streams[stream];
-        if !s.repeat_at.reached(now) || is(Mutation::NothingRepeated) {
+        if is(Mutation::NothingRepeated) {
             return;
         }
-        let Some(oldest) = s.oldest else {
-            if self.skip_due(stream).is_none() {
-                self.streams[stream].repeat_at = Time::NEVER;
-            }
-            return;
-        };
-        let mut next = Some(oldest);
-        let mut repeated = 0;
-        while let Some(id) = next
-            && repeated < 4
-        {
-            // The oldest goes even if it arrived: it asks for the ack that was lost.
-            if id == oldest || !self.history.has_arrived(id) {
-                if !self.repeat(now, id, send) {
-                    self.streams[stream].repeat_at = now.after(NOT_TAKEN);
-                    return;
-                }
-                repeated += 1;
-            }
-            next = self.history.next(id);
+        let Some(due) = self.outbox.due_again(now, stream) else { return };
+        match due.iter().all(|id| self.retransmit(now, *id, send)) {
+            true => self.outbox.timed_out(now, stream),
+            false => self.outbox.not_taken(now, stream),
         }
-        let sent = self.durable(stream).sent();
-        let seq = self.history.entry(oldest).seq;
-        let s = &mut self.streams[stream];
-        s.shrink(seq, sent);
-        s.repeats += 1;
-        s.repeat_at = now.after(s.patience());
     }
 
     /// Sends a datagram of the history again.
-    pub(super) fn repeat(&mut self, now: Time, id: u32, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
-        let entry = self.history.entry(id);
+    fn retransmit(&mut self, now: Time, id: u32, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
+        let entry = self.outbox.entry(id);
         let token = Token::entries(id, 1);
         let taken = send(Transmit { stream: entry.stream, offset: entry.offset, len: entry.len, token });
         if taken {
-            self.history.repeat(id, now);
+            self.outbox.retransmitted(now, id);
             self.counters.count(Counter::DatagramsResent);
         }
         taken
@@ -344,7 +293,7 @@ impl Replica<'_> {
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
             let mut count = 0;
             while (count as usize) < SEGMENTS_MAX && budget.is_left() && self.has_data(now, stream, true) {
-                if !self.unsent_room(stream) {
+                if !self.outbox.has_window(stream) {
                     self.counters.count(Counter::WindowFull);
                     is_full = true;
                     break;
@@ -383,15 +332,10 @@ impl Replica<'_> {
     /// Room for a datagram in the arena, if need be by giving up the oldest one.
     fn arena_room(&mut self, now: Time) -> Option<u32> {
         loop {
-            match self.history.make_room() {
-                Ok(offset) => return Some(offset),
-                Err(NoRoom::Unacknowledged(id))
-                    if now.since(self.history.entry(id).first_sent) >= PRESSURE =>
-                {
-                    let entry = self.history.entry(id);
-                    self.give_up(now, entry.stream, entry.seq);
-                }
-                Err(_) => {
+            match self.outbox.room(now) {
+                Room::At(offset) => return Some(offset),
+                Room::IfGivenUp(stream, seq) => self.give_up(now, stream, seq),
+                Room::None => {
                     self.counters.count(Counter::ArenaFull);
                     return None;
                 }
@@ -442,22 +386,10 @@ impl Replica<'_> {
         let stride = if more { DATAGRAM_MAX } else { len };
         let session = self.durable(stream).session();
         let entry = Entry { stream, session, seq, offset, len: len as u32, first_sent: now };
-        let id = self.history.append(&entry, &scratch[..len], stride, oldest_change, connections);
-        self.unacknowledged += connections as u64;
-        self.streams[stream].unacknowledged += connections as u64;
-        self.durable(stream).set_sent(seq);
+        let id = self.outbox.append(&entry, &scratch[..len], stride, oldest_change, connections);
         // Only now: a process that is killed before it has lent nothing.
         self.lend(stream, &places[..granted]);
         self.credit.given_back(stream, given_back);
-        let s = &mut self.streams[stream];
-        match s.newest {
-            Some(newest) => self.history.set_next(newest, id),
-            None => {
-                s.oldest = Some(id);
-                s.repeat_at = now.after(s.patience());
-            }
-        }
-        s.newest = Some(id);
         self.counters.count(Counter::DatagramsSent);
         self.counters.add(Counter::BytesSent, len as u64);
         Some((id, stride as u32, deltas))
@@ -483,7 +415,7 @@ impl Replica<'_> {
             target.slot ^= 1;
         }
         let previous: Option<Coordinate> = self.table.is_moving(slot).then(|| self.table.former(slot));
-        self.history.note(Content::Delta { place: own, epoch: EpochBits::of(stamp) });
+        self.outbox.note(Content::Delta { place: own, epoch: EpochBits::of(stamp) });
         self.unlist(slot);
         self.table.update(slot, |line| line.set_last(seq));
         match line.kind() {
@@ -535,7 +467,7 @@ impl Replica<'_> {
         for place in &mut places[..count] {
             let slot = self.table.allocate().expect("room was counted");
             *place = Place { slot, generation: self.table.line(slot).generation() };
-            self.history.note(Content::Granted(*place));
+            self.outbox.note(Content::Granted(*place));
         }
         encode_lease(&places[..count], w);
         count
@@ -566,7 +498,7 @@ impl Replica<'_> {
         let count = self.credit.first_to_give_back(stream, &mut places);
         if count > 0 {
             encode_give_back(&places[..count], w);
-            places[..count].iter().for_each(|place| self.history.note(Content::GivenBack(*place)));
+            places[..count].iter().for_each(|place| self.outbox.note(Content::GivenBack(*place)));
         }
         count
     }
@@ -578,7 +510,7 @@ impl Replica<'_> {
             && let Some((message, content)) = self.next_request(stream, seq)
         {
             message.encode(w);
-            self.history.note(content);
+            self.outbox.note(content);
             built += 1;
             if matches!(message, Message::Release { .. }) {
                 self.counters.count(Counter::DeltasRelease);
@@ -590,14 +522,12 @@ impl Replica<'_> {
     /// Everything up to `to` on this stream that is not acknowledged is given up: what it carried
     /// becomes dirty, then the peer may skip it.
     pub(super) fn give_up(&mut self, now: Time, stream: usize, to: Seq) {
-        while let Some(id) = self.streams[stream].oldest {
-            let entry = self.history.entry(id);
-            if entry.seq.is_after(to) {
-                break;
-            }
+        while let Some((id, entry)) = self.outbox.oldest(stream)
+            && !entry.seq.is_after(to)
+        {
             self.counters.count(Counter::DatagramsGivenUp);
             self.streams[stream].comparing.unsure = true;
-            for content in self.history.contents(id) {
+            for content in self.outbox.contents(id) {
                 match content {
                     Content::Delta { place, .. } => self.delta_given_up(now, stream, place, entry.seq),
                     Content::Granted(place) => {
@@ -611,9 +541,7 @@ impl Replica<'_> {
                     Content::GivenBack(place) => self.credit.put(stream, place),
                 }
             }
-            self.settle_oldest(stream, id);
-            self.durable(stream).set_given_up(entry.seq);
-            self.streams[stream].repeat_at = now;
+            self.outbox.give_up_oldest(now, stream);
             self.wake(stream);
         }
     }
@@ -644,21 +572,6 @@ impl Replica<'_> {
             self.table.recycle(place.slot);
             line.session()
         })
-    }
-
-    /// Takes the oldest outstanding datagram off its stream.
-    pub(super) fn settle_oldest(&mut self, stream: usize, id: u32) {
-        let connections = self.history.settle(id) as u64;
-        self.unacknowledged -= connections;
-        let s = &mut self.streams[stream];
-        s.unacknowledged -= connections;
-        s.oldest = self.history.next(id);
-        if s.oldest.is_none() {
-            s.newest = None;
-            if s.greeted {
-                s.repeat_at = Time::NEVER;
-            }
-        }
     }
 
     /// Room for refusals in the next control datagram.
