@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::bell::Bell;
 use crate::clock;
-use crate::config::{Config, SourceKind, SysctlMode};
+use crate::config::{Config, EXIT_USAGE, SourceKind, SysctlMode};
 use crate::conntrack::commit::Committer;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalAddresses;
@@ -31,9 +31,6 @@ use crate::shard::{BELL_KEY, Shard, Stray};
 use crate::shm::ingest::Consumer;
 use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
-
-/// Exit code of bad usage: nothing was started, nothing is damaged.
-pub const EXIT_USAGE: u8 = 2;
 
 /// How long a change may wait for others to travel with.
 const FLUSH: Duration = Duration::from_millis(1);

@@ -17,6 +17,9 @@ use crate::rules::Rules;
 use crate::shm::Sizes;
 use crate::source::CommitMode;
 
+/// Exit code of bad usage: nothing was started, nothing is damaged.
+pub const EXIT_USAGE: u8 = 2;
+
 /// The directory of the shared memory if none is given.
 pub const DEFAULT_SHM: &str = "/dev/shm/hypersync";
 

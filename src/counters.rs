@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::memory::Word;
+use crate::word::Word;
 
 macro_rules! counters {
     ($($variant:ident, $name:literal, $meaning:literal;)*) => {

@@ -90,3 +90,4 @@ pub mod shm;
 pub mod source;
 pub mod sync;
 pub mod time;
+pub mod word;

@@ -4,7 +4,8 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use argh::FromArgs;
-use hypersync::appliance::{self, EXIT_USAGE};
+use hypersync::appliance;
+use hypersync::config::EXIT_USAGE;
 use hypersync::config::{Config, RunOptions};
 use hypersync::restart;
 

@@ -26,8 +26,7 @@ use std::time::{Duration, Instant};
 
 use argh::FromArgs;
 
-use crate::appliance::EXIT_USAGE;
-use crate::config::{DEFAULT_SHM, span};
+use crate::config::{DEFAULT_SHM, EXIT_USAGE, span};
 use crate::group::BACK_MAX;
 use crate::shm::{LOCK, RegionView, ask_back_within};
 

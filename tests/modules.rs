@@ -35,6 +35,7 @@ const MODULES: &[(&str, Kind)] = &[
     ("seq", Kind::Pure),
     ("counters", Kind::Pure),
     ("memory", Kind::Pure),
+    ("word", Kind::Pure),
     ("few", Kind::Pure),
     ("pace", Kind::Pure),
     ("rules", Kind::Pure),

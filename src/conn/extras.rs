@@ -21,7 +21,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::extra::{Extra, ProtoInfo, SeqAdj, Synproxy};
 use crate::kill::kill_point;
-use crate::memory::{ExtraWords, HalfWord, Word};
+use crate::memory::ExtraWords;
+use crate::word::{HalfWord, Word};
 
 /// One shard's records.
 pub struct Extras<'m> {

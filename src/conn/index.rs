@@ -17,7 +17,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::tuple::{Family, Tuple};
-use crate::memory::Word;
+use crate::word::Word;
 
 const USED: u64 = 1 << 63;
 const SLOT_BITS: u32 = 26;

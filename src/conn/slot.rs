@@ -27,8 +27,8 @@ use super::coordinate::{Coordinate, Generation};
 use super::extra::Extra;
 use super::tuple::{Family, Tuple};
 use crate::kill::kill_point;
-use crate::memory::Word;
 use crate::seq::Seq;
+use crate::word::Word;
 
 /// What a slot holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

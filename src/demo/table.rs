@@ -7,10 +7,10 @@ use std::sync::atomic::{Ordering, fence};
 
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Kind, MemberId, Slot, Stamp};
-use crate::memory::ReadWord;
 use crate::seq::Seq;
 use crate::shm::RegionView;
 use crate::sync::stream::{Durable, stream_index};
+use crate::word::ReadWord;
 
 /// How often a slot that is being written is read again before it counts as torn.
 const TRIES: u32 = 100_000;

@@ -18,7 +18,7 @@
 
 use std::collections::VecDeque;
 
-use super::repair::told_by_answer;
+use super::asking::told_by_answer;
 use crate::conn::slot::groups;
 use crate::conn::table::Written;
 use crate::conn::{Connection, Generation, Kind};

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use super::admission::admits;
+use super::asking::{BATCH_PAUSE, CHECK_PERIOD};
 use super::claims::Told;
 use super::repair::Repair;
 use super::shifts::Shifts;
@@ -26,12 +27,8 @@ use crate::source::{CommitMode, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
-/// Pause between two batches of kernel events under load.
-pub(super) const BATCH_PAUSE: Duration = Duration::from_millis(1);
 /// For so long at most a dump waits for events that wait.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
-/// How often overruns, and settings of the kernel, are looked at.
-pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// The kernel's timeouts that are read again each time: all thirty within a second.
 const TIMEOUTS_PER_CHECK: usize = 3;
 /// The watch key of the kernel's events: of [`Source::fd`](crate::conntrack::events::Source::fd).

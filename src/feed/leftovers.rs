@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::repair::LOOKS_MAX;
+use super::asking::LOOKS_MAX;
 use crate::conn::Connection;
 use crate::conntrack::codec::GIVEN_MAX_S;
 use crate::conntrack::timeouts::Timeouts;

@@ -11,6 +11,7 @@
 //! ```
 
 mod admission;
+mod asking;
 mod claims;
 mod kernel;
 mod leftovers;

@@ -21,11 +21,10 @@ use std::fmt::Display;
 use std::time::Duration;
 
 use super::admission::admits;
-use super::kernel::{BATCH_PAUSE, CHECK_PERIOD};
+use super::asking::{BATCH_PAUSE, CHECK_PERIOD, LOOKS_MAX, told_by_answer};
 use super::leftovers::{LeftoverStep, Leftovers, is_leftover};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
-use crate::conn::tuple::TCP;
 use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, TCP_ESTABLISHED};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
@@ -44,8 +43,6 @@ use crate::time::Time;
 const DUMP_PER_PASS: usize = 256;
 /// Slots that one pass of a sweep looks at.
 const SWEEP_PER_PASS: u32 = 4096;
-/// Look-ups that may wait.
-pub(super) const LOOKS_MAX: usize = 8192;
 /// Pause between two dumps.
 const DUMP_PAUSE: Duration = Duration::from_millis(500);
 const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIVEN_MAX_S);
@@ -443,18 +440,6 @@ fn mark_unheard(unheard: &mut [u64], original: &Tuple, replica: &Replica<'_>) {
     {
         set(unheard, slot);
     }
-}
-
-/// What the answer to a question tells of the connection in this slot, besides its mark and extra. Its timeout says nothing new: it
-/// runs down, and grows with every packet; but one that has gone over to another state has that state's. The kernel
-/// tells neither of offloaded flows.
-pub(super) fn told_by_answer(slot: u32, there: &Connection, replica: &Replica<'_>) -> u8 {
-    let known = replica.table().line(slot).state();
-    if there.original.protocol == TCP && there.state.tcp_state == 0 {
-        return groups::TUPLES;
-    }
-    let is_same = (known.tcp_state, known.status) == (there.state.tcp_state, there.state.status);
-    groups::TUPLES | groups::STATE | if is_same { 0 } else { groups::TIMEOUT }
 }
 
 fn set(bits: &mut [u64], slot: u32) {

@@ -21,7 +21,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::repair::told_by_answer;
+use super::asking::told_by_answer;
 use crate::conn::extra::parts;
 use crate::conn::slot::groups;
 use crate::conn::tuple::TCP;

@@ -30,8 +30,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::kernel::BATCH_PAUSE;
-use super::repair::told_by_answer;
+use super::asking::{BATCH_PAUSE, told_by_answer};
 use crate::conn::extra::parts;
 use crate::conn::slot::groups;
 use crate::conn::table::{On, Written};

@@ -36,8 +36,8 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::conn::MemberId;
 use crate::group::view::{Member, Status};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
-use crate::memory::Word;
 use crate::time::Time;
+use crate::word::Word;
 
 const V4: u64 = 4;
 const V6: u64 = 6;

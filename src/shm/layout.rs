@@ -44,8 +44,9 @@ use super::old_values::OLD_VALUES_WORDS;
 use crate::conn::{MemberId, Slot};
 use crate::counters::COUNTER_WORDS;
 use crate::limits::{INGEST_RECORDS_MAX, INGEST_RECORDS_MIN, MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
-use crate::memory::{ExtraWords, HistoryWords, JOURNAL_WORDS, LeaseWords, MemorySize, StreamWords, Word};
+use crate::memory::{ExtraWords, HistoryWords, JOURNAL_WORDS, LeaseWords, MemorySize, StreamWords};
 use crate::time::Time;
+use crate::word::Word;
 
 /// The layout's version. A region of another version is refused and left alone.
 pub const VERSION: u64 = 3;

@@ -18,7 +18,8 @@ use super::group::GroupWords;
 use super::ingest::{RecordWords, RingWords};
 use super::layout::Part;
 use crate::conn::Slot;
-use crate::memory::{ExtraWords, HistoryWords, LeaseWords, ReadHalf, ReadWord, StreamWords, Word};
+use crate::memory::{ExtraWords, HistoryWords, LeaseWords, StreamWords};
+use crate::word::{ReadHalf, ReadWord, Word};
 
 /// A type that may lie in shared memory, in a mapping of words `W`.
 ///

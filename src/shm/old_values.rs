@@ -11,7 +11,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::memory::Word;
+use crate::word::Word;
 
 /// Sysctls that can be recorded.
 pub const SYSCTLS: usize = 2;

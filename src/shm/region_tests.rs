@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::limits::ARENA_MIN;
-use crate::memory::{MemorySize, Word};
+use crate::memory::MemorySize;
+use crate::word::Word;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 

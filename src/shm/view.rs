@@ -16,12 +16,13 @@ use super::layout::{self, GROUP, HEADER, HEADER_BYTES, Header, NotAHeader, Shard
 use super::mapping::{Mapping, Words};
 use super::old_values::OldValues;
 use super::{FILE, ShmError};
-use crate::memory::{Memory, ReadWord, Word};
+use crate::memory::Memory;
+use crate::word::{ReadWord, Word};
 
 /// A region, mapped. What comes out of it is of its words `W`: those of a view that was opened can only be loaded.
 ///
 /// ```
-/// use hypersync::{counters::{Counter, Counters}, memory::Word, shm::RegionView};
+/// use hypersync::{counters::{Counter, Counters}, shm::RegionView, word::Word};
 ///
 /// fn look(view: &RegionView) -> u64 {
 ///     view.shard(0).slots[0].snapshot();

@@ -15,9 +15,10 @@ use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
 use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW};
-use crate::memory::{StreamWords, Word};
+use crate::memory::StreamWords;
 use crate::seq::Seq;
 use crate::time::Time;
+use crate::word::Word;
 
 /// The stream to (and from) this shard of this member.
 pub fn stream_index(member: MemberId, shard: u8) -> usize {

@@ -12,10 +12,11 @@ use hypersync::conn::slot::{Addresses, Line};
 use hypersync::conn::tuple::DCCP;
 use hypersync::conn::{Coordinate, Extra, Kind, MemberId, Slot, State, Tuple, shard_of};
 use hypersync::limits::MEMBERS_MAX;
-use hypersync::memory::{Memory, ReadWord, Word};
+use hypersync::memory::Memory;
 use hypersync::seq::Seq;
 use hypersync::shm::RegionView;
 use hypersync::sync::stream::{Durable, stream_index};
+use hypersync::word::{ReadWord, Word};
 use serde_json::{Value, json};
 
 /// How often a slot that is being written is read again before it counts as torn: a write takes
