@@ -83,13 +83,13 @@ fn copies(world: &World<'_>, member: MemberId) -> Vec<(Coordinate, Coordinate)> 
 }
 
 /// What 1 says in a comparison of everything.
-fn items(world: &World<'_>, session: u8) -> Vec<Message<'static>> {
+fn items(world: &World<'_>, round: u8) -> Vec<Message<'static>> {
     let digest = |here: Coordinate| world.hosts[&2].shards[0].table().digest(here.slot());
     let item = |(here, active)| Message::Item {
         target: Place::of(here),
         own: Place::of(active),
         hash: digest(here),
-        session,
+        round,
     };
     copies(world, 2).into_iter().map(item).collect()
 }
@@ -235,7 +235,7 @@ fn an_end_that_overtook_its_items_finds_no_orphans() {
     let memories = memories(2);
     let mut world = filled(7, &memories, 30);
     let second = durable(&world, 1, 2).sent().next().next();
-    inject(&mut world, 1, 2, second, &[Message::End { session: 3, mask: [u64::MAX; 4] }]);
+    inject(&mut world, 1, 2, second, &[Message::End { round: 3, mask: [u64::MAX; 4] }]);
     world.run_for(ms(5));
     assert_eq!(findings(&mut world, 2), [], "nothing was named yet, because of a gap");
     assert_eq!(world.counter(2, Counter::CompareOffered), 0);
@@ -261,7 +261,7 @@ fn a_copy_that_came_during_a_comparison_is_no_orphan() {
     // As the walk at 1 was past its slot by then.
     let sent = durable(&world, 1, 2).sent();
     let mut lines = named;
-    lines.push(Message::End { session: 3, mask: [u64::MAX; 4] });
+    lines.push(Message::End { round: 3, mask: [u64::MAX; 4] });
     inject(&mut world, 1, 2, sent.next(), &lines);
     world.run_for(ms(5));
     assert_eq!(findings(&mut world, 2), [], "it came since the comparison was asked for");
@@ -276,9 +276,9 @@ fn a_copy_that_came_behind_two_ends_is_no_orphan() {
     let mut world = filled(9, &memories, 10);
     let everything = [u64::MAX; 4];
     let mut lines = items(&world, 3);
-    lines.push(Message::End { session: 3, mask: everything });
+    lines.push(Message::End { round: 3, mask: everything });
     lines.extend(items(&world, 4));
-    lines.push(Message::End { session: 4, mask: everything });
+    lines.push(Message::End { round: 4, mask: everything });
     let table = world.hosts[&2].shards[0].table();
     let leased = (0..table.capacity()).find(|slot| table.kind(*slot) == Kind::Leased).expect("1 leases some");
     let mut connection = table.connection(copies(&world, 2)[0].0.slot());

@@ -223,13 +223,13 @@ pub enum Message<'b> {
         own: Place,
         /// The hash that a digest adds up.
         hash: u32,
-        /// Which comparison this belongs to, 0 to 63.
-        session: u8,
+        /// Which round of the comparison this belongs to, 0 to 63.
+        round: u8,
     },
     /// All copies in these buckets were named.
     End {
-        /// Which comparison.
-        session: u8,
+        /// Which round.
+        round: u8,
         /// A bit for each bucket.
         mask: [u64; 4],
     },
@@ -387,13 +387,13 @@ impl<'b> Message<'b> {
                 w.u64(seq.raw());
                 mask.iter().for_each(|word| w.u64(*word));
             }
-            Message::Item { target, own, hash, session } => {
-                w.u64(head(ITEM, *session, target.raw()));
+            Message::Item { target, own, hash, round } => {
+                w.u64(head(ITEM, *round, target.raw()));
                 w.u64(own.raw());
                 w.u32(*hash);
             }
-            Message::End { session, mask } => {
-                w.u64(head(END, *session, 0));
+            Message::End { round, mask } => {
+                w.u64(head(END, *round, 0));
                 mask.iter().for_each(|word| w.u64(*word));
             }
             Message::Resend { target, doubt } => w.u64(head(RESEND, *doubt as u8, target.raw())),
@@ -505,8 +505,8 @@ impl<'b> Message<'b> {
                 let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
                 Message::Differ { session: low as u16, seq, mask: mask(r)? }
             }
-            ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, session: bits },
-            END => Message::End { session: bits, mask: mask(r)? },
+            ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, round: bits },
+            END => Message::End { round: bits, mask: mask(r)? },
             RESEND => Message::Resend { target, doubt: Doubt::from_raw(bits) },
             GOODBYE => Message::Goodbye,
             _ => return Err(Reject::Message),

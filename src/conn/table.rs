@@ -442,14 +442,14 @@ impl<'m> Table<'m> {
         std::mem::replace(&mut self.side[slot as usize].digest, hash)
     }
 
-    /// The comparison in which this copy was named last.
+    /// The round of a comparison in which this copy was named last (see `sync::compare`).
     pub fn seen(&self, slot: u32) -> u8 {
         self.side[slot as usize].seen
     }
 
     /// Notes that.
-    pub fn set_seen(&mut self, slot: u32, session: u8) {
-        self.side[slot as usize].seen = session;
+    pub fn set_seen(&mut self, slot: u32, round: u8) {
+        self.side[slot as usize].seen = round;
     }
 
     /// The connection has another backup: none of its declines was heard.

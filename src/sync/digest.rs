@@ -21,12 +21,15 @@
 //! After an absence in which either side let go of something (or a process was killed), a pair is **unverified** until
 //! a digest agreed: one difference is enough then, and connections of that stream count as exposed.
 
-use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::compare::{Answer, Comparing, Finding, Heard, Judgement, Line};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
+#[cfg(any(test, feature = "mutations"))]
+use super::sums::Sums;
+use super::sums::{Mask, hash};
 use super::transmit::Transmit;
 use super::walks::Walk;
 use crate::ccp::Reject;
@@ -36,193 +39,21 @@ use crate::conn::slot::groups;
 #[cfg(any(test, feature = "mutations"))]
 use crate::conn::table::On;
 use crate::conn::table::Written;
-use crate::conn::tuple::{Family, Tuple, shards_can_meet};
-use crate::conn::{Connection, Coordinate, Kind, MemberId, Stamp};
+use crate::conn::tuple::shards_can_meet;
+use crate::conn::{Coordinate, Kind, MemberId};
 use crate::counters::Counter;
-use crate::limits::{
-    DATAGRAM_MAX, FINDINGS_MAX, ITEMS_MAX, MOVES_MAX, RESENDS_MAX, SHARDS_MAX, STREAMS_MAX, WINDOW,
-};
+#[cfg(any(test, feature = "mutations"))]
+use crate::limits::STREAMS_MAX;
+use crate::limits::{DATAGRAM_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX, WINDOW};
 use crate::seq::Seq;
 use crate::time::Time;
-
-/// Buckets of a digest.
-pub const BUCKETS: usize = 256;
-
-/// A bit for each bucket.
-pub type Mask = [u64; BUCKETS / 64];
 
 /// Bytes of an item, and of an end.
 pub(super) const ITEM_BYTES: usize = 20;
 pub(super) const END_BYTES: usize = 40;
 
-/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for when it came, modulo 4.
-/// Its active may have named its copies before it sent this one. (Sessions are seen as 1 to 64.)
-const FRESH: u8 = u8::MAX - 3;
-
-/// A pair that has not agreed after so many digests counts as verified all the same.
-const TRIES: u32 = 40;
-
-/// Digests of streams that carry nothing go out this much more rarely.
-const IDLE: u32 = 8;
-
 /// Instead of a hash: whatever the copy is, it is to be kept for now.
 const KEPT: u32 = 0;
-
-/// What both sides must agree on, as a number that is never 0. The same on every kind of host.
-fn hash(backup: Place, active: Place, stamp: Stamp, connection: &Connection) -> u32 {
-    // Folded multiplication, as in the index, without a secret: two sides of one pair compare it.
-    fn fold(a: u64, b: u64) -> u64 {
-        let wide = (a ^ 0xa076_1d64_78bd_642f) as u128 * (b ^ 0xe703_7ed1_a0b4_28db) as u128;
-        (wide >> 64) as u64 ^ wide as u64
-    }
-    let pair = |high: u32, low: u32| (high as u64) << 32 | low as u64;
-    let place = |p: Place| pair(p.slot, p.generation.raw());
-    let tuple = |t: &Tuple| {
-        let ports = pair((t.sport as u32) << 16 | t.dport as u32, (t.zone as u32) << 16 | t.protocol as u32);
-        let low = fold(t.src as u64 ^ ports, t.dst as u64);
-        match t.family {
-            Family::V4 => low,
-            Family::V6 => fold(low ^ (t.src >> 64) as u64, (t.dst >> 64) as u64),
-        }
-    };
-    let s = &connection.state;
-    let tcp = u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
-    let mut h = fold(place(backup), place(active));
-    h ^= fold(pair(stamp.epoch, stamp.version), pair(s.status, tcp)).rotate_left(7);
-    h ^= fold(pair(s.mark, s.timeout_s), tuple(&connection.original)).rotate_left(23);
-    h = fold(h, tuple(&connection.reply));
-    if !connection.extra.is_none() {
-        let e = &connection.extra;
-        let half = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
-        for bytes in [&e.labels[..8], &e.labels[8..], &e.helper[..8], &e.helper[8..]] {
-            h = fold(h, half(bytes));
-        }
-        for adjustment in &e.seqadj {
-            h = fold(
-                h ^ adjustment.correction_position as u64,
-                pair(adjustment.offset_before, adjustment.offset_after),
-            );
-        }
-        h = fold(h ^ pair(e.synproxy.isn, e.synproxy.its), pair(e.synproxy.tsoff, e.parts as u32));
-        h = fold(h ^ e.protoinfo.value, pair(e.protoinfo.state as u32, e.protoinfo.role as u32));
-    }
-    ((h >> 32) as u32 ^ h as u32).max(1)
-}
-
-/// The sums of every stream, in both directions. Untouched ones take up no memory.
-pub(super) struct Digests {
-    sent: Vec<u32>,
-    held: Vec<u32>,
-}
-
-impl Digests {
-    pub(super) fn new() -> Digests {
-        Digests { sent: vec![0; STREAMS_MAX * BUCKETS], held: vec![0; STREAMS_MAX * BUCKETS] }
-    }
-}
-
-fn sums_of(all: &[u32], stream: usize) -> &[u32; BUCKETS] {
-    all.as_chunks().0.get(stream).expect("every stream has its sums")
-}
-
-fn bucket(slot: u32) -> usize {
-    slot as usize % BUCKETS
-}
-
-fn has(mask: &Mask, slot: u32) -> bool {
-    mask[bucket(slot) / 64] >> (bucket(slot) % 64) & 1 == 1
-}
-
-/// A message of a comparison that waits to be sent.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Line {
-    Item { own: Place, session: u8 },
-    End { session: u8, mask: Mask },
-}
-
-/// A copy that was not what its active takes it for: found by a digest, and being repaired.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Finding {
-    /// The active has it at `active`; the copy at `here` is not that, or none. Found by the active.
-    Differs {
-        /// Where the copy should be.
-        here: Coordinate,
-        /// Where its active has it.
-        active: Coordinate,
-    },
-    /// A copy here that its active does not count on. Found by the copy's member.
-    Orphan {
-        /// Where the copy is.
-        here: Coordinate,
-        /// Where its active was.
-        active: Coordinate,
-    },
-}
-
-/// What a stream's comparisons have come to.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Comparing {
-    /// Sending: whether some of what was sent may not be what the sums say, until everything dirty went out.
-    pub unsure: bool,
-    /// Sending: whether the pair must agree before its connections count as protected.
-    pub unverified: bool,
-    /// Sending: whether a digest is to be sent.
-    pub due: bool,
-    /// Sending: sweeps since the last digest.
-    pub rested: u32,
-    /// Sending: digests since the stream became unverified.
-    pub tries: u32,
-    /// Sending: the number of the first digest that was not answered: an answer to an earlier one says nothing any more.
-    asked: Option<Seq>,
-    /// Sending: the buckets of the walk under way, if `walking`.
-    mask: Mask,
-    walking: bool,
-    session: u8,
-    /// Receiving: digests in a row that differed, and the buckets of the last one.
-    differed: u32,
-    suspect: Mask,
-    /// Receiving: buckets that were compared since they differ.
-    compared: Mask,
-    /// Receiving: how often a comparison was asked for, modulo 4; all that is asked between two ends counts as once.
-    asks: u8,
-    /// Receiving: whether one was since the last end.
-    is_asked: bool,
-    /// Receiving: what `asks` was before the last end. The next one may belong to that, too.
-    asked_before: Option<u8>,
-    /// Receiving: copies that came since `asks` was this the last end does not judge.
-    judged_until: u8,
-    /// Receiving: the answer that is due.
-    answer: Option<(Seq, Mask)>,
-    /// Receiving: what is left to be offered after the end of a comparison.
-    unseen: Mask,
-    unseen_session: u8,
-    /// Receiving: whether this side took the other for silent, or either let go of something, and no digest agreed since.
-    pub apart: bool,
-    /// Receiving: whether differences are no surprise, since the pair was apart.
-    expected: bool,
-}
-
-/// Lines that wait, of one stream after the other, and what was found.
-pub(super) struct Comparison {
-    lines: VecDeque<(u16, Line)>,
-    /// Connections that their active has to send again.
-    resends: Vec<(u16, Place, Doubt)>,
-    findings: VecDeque<(Finding, bool)>,
-    /// When the streams are looked at next.
-    sweep_at: Time,
-}
-
-impl Comparison {
-    pub(super) fn new() -> Comparison {
-        Comparison {
-            // Beside items there may be what waits for its release, and an end.
-            lines: VecDeque::with_capacity(ITEMS_MAX + MOVES_MAX + 1),
-            resends: Vec::with_capacity(RESENDS_MAX),
-            findings: VecDeque::with_capacity(FINDINGS_MAX),
-            sweep_at: Time(0),
-        }
-    }
-}
 
 impl Replica<'_> {
     /// The sums take this copy for sent as it is now.
@@ -241,7 +72,7 @@ impl Replica<'_> {
 
     fn set_sent(&mut self, stream: usize, slot: u32, backup: u32, hash: u32) {
         let old = self.table.set_digest(slot, hash);
-        self.digests.sent[stream * BUCKETS + bucket(backup)] ^= old ^ hash;
+        self.sent_sums.replace(stream, backup, old, hash);
     }
 
     /// The sums take the copy in this slot for what it is now.
@@ -258,7 +89,7 @@ impl Replica<'_> {
     fn set_held(&mut self, slot: u32, hash: u32) {
         let stream = self.stream_of(self.table.line(slot).peer());
         let old = self.table.set_digest(slot, hash);
-        self.digests.held[stream * BUCKETS + bucket(slot)] ^= old ^ hash;
+        self.held_sums.replace(stream, slot, old, hash);
     }
 
     /// The copy in this slot counts from now on.
@@ -267,7 +98,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream];
         s.copies += 1;
         self.table.set_written(slot, Written::No);
-        self.table.set_seen(slot, FRESH + s.comparing.asks);
+        self.table.set_seen(slot, s.comparing.seen_fresh());
         self.account_held(slot);
     }
 
@@ -299,16 +130,11 @@ impl Replica<'_> {
 
     /// What was agreed on this stream may have been let go on either side.
     pub(super) fn unverify_stream(&mut self, stream: usize) {
-        let s = &mut self.streams[stream].comparing;
-        self.unverified += !s.unverified as u32;
-        (s.unverified, s.tries, s.apart) = (true, 0, true);
-        s.asked = None;
+        self.unverified += self.streams[stream].comparing.unverify() as u32;
     }
 
     fn verify(&mut self, stream: usize) {
-        let s = &mut self.streams[stream].comparing;
-        self.unverified -= s.unverified as u32;
-        s.unverified = false;
+        self.unverified -= self.streams[stream].comparing.verify() as u32;
     }
 
     /// The member is not there: nothing is compared with it.
@@ -316,17 +142,11 @@ impl Replica<'_> {
         for shard in 0..SHARDS_MAX as u8 {
             let stream = stream_index(member, shard);
             self.verify(stream);
-            let s = &mut self.streams[stream];
-            let Comparing { session, asks, is_asked, asked_before, .. } = s.comparing;
-            // An end may still be on its way.
-            let asked_before = asked_before.or(is_asked.then_some(asks));
-            s.comparing = Comparing { session, asks, asked_before, ..Comparing::default() };
-            (s.comparing.unsure, s.comparing.apart) = (true, true);
+            self.streams[stream].comparing.cut_off();
         }
-        self.comparison.lines.retain(|(stream, _)| stream_member(*stream as usize) != member);
-        self.comparison.resends.retain(|(stream, ..)| stream_member(*stream as usize) != member);
-        if let Some((next, _)) = self.comparison.lines.front() {
-            self.wake(*next as usize);
+        self.comparisons.drop_those(|stream| stream_member(stream) == member);
+        if let Some(next) = self.comparisons.next_stream() {
+            self.wake(next);
         }
         let of_member = |stream: &usize| stream_member(*stream) == member;
         self.walks.drop_those(
@@ -338,7 +158,7 @@ impl Replica<'_> {
     pub(super) fn is_verified(&self, member: MemberId) -> bool {
         let first = stream_index(member, 0);
         self.unverified == 0
-            || !self.streams[first..first + SHARDS_MAX].iter().any(|s| s.comparing.unverified)
+            || !self.streams[first..first + SHARDS_MAX].iter().any(|s| s.comparing.is_unverified())
     }
 
     /// Connections whose stream is unverified, and that are not counted as exposed otherwise.
@@ -352,16 +172,16 @@ impl Replica<'_> {
             let first = stream_index(member, 0);
             first..first + self.view.members[member as usize].shards as usize
         });
-        let unverified = streams.filter(|stream| self.streams[*stream].comparing.unverified);
+        let unverified = streams.filter(|stream| self.streams[*stream].comparing.is_unverified());
         unverified.map(|stream| self.uncounted(stream)).sum()
     }
 
     /// Says which streams are due for a digest.
     pub(super) fn tick_digests(&mut self, now: Time) {
-        if !self.comparison.sweep_at.reached(now) {
+        if !self.comparisons.sweep_at.reached(now) {
             return;
         }
-        self.comparison.sweep_at = now.after(self.sweep_period());
+        self.comparisons.sweep_at = now.after(self.sweep_period());
         let (me, shards) = (self.config.shard, self.config.shards);
         for member in 1..self.peers.len() as u8 {
             if !self.is_up(member) {
@@ -371,14 +191,7 @@ impl Replica<'_> {
             for shard in (0..theirs).filter(|shard| shards_can_meet(me, shards, *shard, theirs)) {
                 let stream = stream_index(member, shard);
                 let s = &mut self.streams[stream];
-                s.comparing.rested += 1;
-                let rest = match (s.comparing.unverified, s.actives) {
-                    (true, _) => 1,
-                    (false, 0) => 4 * IDLE,
-                    (false, _) => 4,
-                };
-                if s.comparing.rested >= rest {
-                    s.comparing.due = true;
+                if s.comparing.rest(s.actives > 0) {
                     self.wake(stream);
                 }
             }
@@ -392,16 +205,16 @@ impl Replica<'_> {
     /// When [`tick_digests`](Self::tick_digests) has something to do.
     pub(super) fn digests_at(&self) -> Time {
         let anybody = (1..self.peers.len() as u8).any(|member| self.is_up(member));
-        if anybody { self.comparison.sweep_at } else { Time::NEVER }
+        if anybody { self.comparisons.sweep_at } else { Time::NEVER }
     }
 
     /// The sums over what was sent, at the number sent last.
     pub(super) fn send_digest(&mut self, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
         let s = &mut self.streams[stream];
         if s.dirty.is_empty() {
-            s.comparing.unsure = false;
+            s.comparing.trust_sums();
         }
-        if !s.comparing.due || s.comparing.unsure || !self.outbox.is_greeted(stream) {
+        if !s.comparing.can_ask() || !self.outbox.is_greeted(stream) {
             return;
         }
         if self.requests.first_due(stream).is_some() {
@@ -412,17 +225,12 @@ impl Replica<'_> {
         let mut scratch = [0; DATAGRAM_MAX];
         let mut w = Writer::new(&mut scratch);
         sync.encode(&header, &mut w);
-        let sums = sums_of(&self.digests.sent, stream);
-        encode_digest(session, seq, self.streams[stream].comparing.unverified, sums, &mut w);
+        let is_unverified = self.streams[stream].comparing.is_unverified();
+        encode_digest(session, seq, is_unverified, self.sent_sums.of(stream), &mut w);
         let len = w.len();
         if self.send_control_bytes(stream, &scratch[..len], send) {
             self.counters.count(Counter::DigestsSent);
-            let s = &mut self.streams[stream].comparing;
-            (s.due, s.rested, s.tries) = (false, 0, s.tries.saturating_add(1));
-            let is_hopeless = s.unverified && s.tries > TRIES;
-            s.asked.get_or_insert(seq);
-            // What differs still cannot be mended: it does not keep the rest exposed.
-            if is_hopeless {
+            if self.streams[stream].comparing.asked(seq) {
                 self.counters.count(Counter::DigestsUnresolved);
                 self.verify(stream);
             }
@@ -446,37 +254,11 @@ impl Replica<'_> {
             return Ok(()); // Not the moment that it speaks of. There will be another.
         }
         self.counters.count(Counter::DigestsCompared);
-        let mut mask = Mask::default();
-        let mut words = sums.words();
-        for (pair, held) in sums_of(&self.digests.held, stream).chunks(2).enumerate() {
-            let theirs = words.next().unwrap_or(0);
-            let differs = [(theirs >> 32) as u32 != held[0], theirs as u32 != held[1]];
-            let bits = differs[0] as u64 | (differs[1] as u64) << 1;
-            mask[pair / 32] |= bits << (pair % 32 * 2);
-        }
-        let s = &mut self.streams[stream].comparing;
-        if mask == Mask::default() {
-            (s.differed, s.suspect, s.compared) = (0, mask, mask);
-            s.apart = false;
-            if unverified {
-                s.answer = Some((seq, mask));
-                self.wake(stream);
-            }
-            return Ok(());
-        }
-        let again: Mask = std::array::from_fn(|i| mask[i] & s.suspect[i]);
-        s.suspect = mask;
-        s.compared = std::array::from_fn(|i| mask[i] & s.compared[i]);
-        s.expected = unverified || s.apart;
-        let mut report = if unverified { mask } else { again };
-        s.differed = if report == Mask::default() { 0 } else { s.differed.saturating_add(1) };
-        // What cannot be repaired is looked at ever more rarely; what differs anew does not wait for that.
-        if !s.differed.is_power_of_two() {
-            report = std::array::from_fn(|i| report[i] & !s.compared[i]);
-        }
-        if report != Mask::default() {
-            s.answer = Some((seq, report));
+        let mask = self.held_sums.differing(stream, sums.words());
+        if self.streams[stream].comparing.on_digest(seq, mask, unverified) == Heard::Differs {
             self.counters.count(Counter::DigestsDiffered);
+        }
+        if self.streams[stream].comparing.has_answer() {
             self.wake(stream);
         }
         Ok(())
@@ -485,11 +267,7 @@ impl Replica<'_> {
     /// The answer to a digest, for the next control datagram.
     pub(super) fn take_answer(&mut self, stream: usize) -> Option<Message<'static>> {
         let session = self.durable(stream).peer_session();
-        let s = &mut self.streams[stream].comparing;
-        let (seq, mask) = s.answer.take()?;
-        if mask != Mask::default() && !std::mem::replace(&mut s.is_asked, true) {
-            s.asks = (s.asks + 1) % 4;
-        }
+        let (seq, mask) = self.streams[stream].comparing.take_answer()?;
         Some(Message::Differ { session, seq, mask })
     }
 
@@ -503,38 +281,24 @@ impl Replica<'_> {
         if session != self.durable(stream).session() {
             return Err(Reject::Table);
         }
-        let s = &mut self.streams[stream].comparing;
-        if s.asked.is_none_or(|asked| asked.is_after(seq)) {
-            return Ok(()); // The answer to a question of before, or to none.
-        }
-        s.asked = None;
-        if mask == Mask::default() {
-            self.verify(stream);
-            return Ok(());
-        }
-        let s = &mut self.streams[stream].comparing;
-        if !s.walking {
-            s.walking = true;
-            s.mask = mask;
-            s.session = (s.session + 1) % 64;
-            self.walks.push(Walk::Compare { stream });
+        match self.streams[stream].comparing.on_answer(seq, mask) {
+            Answer::Nothing => {}
+            Answer::Agreed => self.verify(stream),
+            Answer::Differs => self.walks.push(Walk::Compare { stream }),
         }
         Ok(())
     }
 
     /// One slot of the walk that names what the backup should hold. `false`: no room for another line.
     pub(super) fn compare_slot(&mut self, stream: usize, slot: u32) -> bool {
-        let s = &self.streams[stream].comparing;
-        let named = self.item(stream, slot).filter(|(target, _)| has(&s.mask, target.slot));
-        if named.is_none() || !self.is_up(stream_member(stream)) {
-            return true;
-        }
-        if self.comparison.lines.len() >= ITEMS_MAX {
+        let comparing = &self.streams[stream].comparing;
+        let round = self.item(stream, slot).and_then(|(target, _)| comparing.round_of(target.slot));
+        let Some(round) = round.filter(|_| self.is_up(stream_member(stream))) else { return true };
+        if self.comparisons.lines.len() >= ITEMS_MAX {
             return false;
         }
         let own = Place { slot, generation: self.table.line(slot).generation() };
-        let item = Line::Item { own, session: s.session };
-        self.comparison.lines.push_back((stream as u16, item));
+        self.comparisons.lines.push_back((stream as u16, Line::Item { own, round }));
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
         true
@@ -542,23 +306,21 @@ impl Replica<'_> {
 
     /// That walk is done.
     pub(super) fn compared(&mut self, stream: usize) {
-        let s = &mut self.streams[stream].comparing;
-        s.walking = false;
-        let (session, mask) = (s.session, s.mask);
+        let (round, mask) = self.streams[stream].comparing.end_round();
         if !self.is_up(stream_member(stream)) {
             return;
         }
-        let Comparison { lines, .. } = &mut self.comparison;
+        let lines = &mut self.comparisons.lines;
         if lines.len() > ITEMS_MAX {
             return; // Other comparisons are behind: the next digest begins this one anew.
         }
         for (own, previous) in self.requests.previous_backups() {
             if stream_index(previous.member(), previous.shard()) == stream {
-                lines.push_back((stream as u16, Line::Item { own, session }));
+                lines.push_back((stream as u16, Line::Item { own, round }));
                 self.counters.count(Counter::CompareItems);
             }
         }
-        lines.push_back((stream as u16, Line::End { session, mask }));
+        lines.push_back((stream as u16, Line::End { round, mask }));
         self.wake(stream);
     }
 
@@ -570,14 +332,13 @@ impl Replica<'_> {
 
     /// Whether the next line is for this stream.
     pub(super) fn has_lines(&self, stream: usize) -> bool {
-        self.comparison.lines.front().is_some_and(|(of, _)| *of as usize == stream)
+        self.comparisons.next_stream() == Some(stream)
     }
 
     /// Writes lines of this stream into a datagram, as many as fit. The last of a comparison waits until all that ends copies
     /// has left: what it did not name nobody counts on.
     pub(super) fn build_lines(&mut self, stream: usize, w: &mut Writer<'_>) {
-        while let Some((of, line)) = self.comparison.lines.front().copied()
-            && of as usize == stream
+        while let Some(line) = self.comparisons.next_line(stream)
             && w.room() >= END_BYTES
         {
             if matches!(line, Line::End { .. })
@@ -587,18 +348,18 @@ impl Replica<'_> {
             }
             match line {
                 // As it is now: a delta may have left since the walk passed it.
-                Line::Item { own, session } => {
+                Line::Item { own, round } => {
                     let line = self.table.line(own.slot);
                     let named = self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
                     if let Some((target, hash)) = named.or_else(|| self.kept_item(stream, own)) {
-                        Message::Item { target, own, hash, session }.encode(w);
+                        Message::Item { target, own, hash, round }.encode(w);
                     }
                 }
-                Line::End { session, mask } => Message::End { session, mask }.encode(w),
+                Line::End { round, mask } => Message::End { round, mask }.encode(w),
             }
-            self.comparison.lines.pop_front();
-            if let Some((next, _)) = self.comparison.lines.front() {
-                self.wake(*next as usize);
+            self.comparisons.lines.pop_front();
+            if let Some(next) = self.comparisons.next_stream() {
+                self.wake(next);
             }
         }
     }
@@ -622,7 +383,7 @@ impl Replica<'_> {
 
     /// Whether as many differences as a datagram can bring can be answered.
     pub(super) fn has_room_for_items(&self) -> bool {
-        self.comparison.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
+        self.comparisons.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
     }
 
     /// Whether this datagram is applied right after all before it, and before all behind it.
@@ -638,7 +399,7 @@ impl Replica<'_> {
         stream: usize,
         (target, own): (Place, Coordinate),
         hash: u32,
-        session: u8,
+        round: u8,
         in_order: bool,
     ) {
         if target.slot >= self.table.capacity() {
@@ -648,7 +409,7 @@ impl Replica<'_> {
         let is_here = line.generation() == target.generation;
         match line.kind() {
             Kind::Backup if is_here && line.peer() == own => {
-                self.table.set_seen(target.slot, session + 1);
+                self.table.set_seen(target.slot, Comparing::seen_in(round));
                 if self.table.digest(target.slot) == hash {
                     return;
                 }
@@ -668,55 +429,42 @@ impl Replica<'_> {
         if hash == KEPT || self.requests.released(own).is_some() {
             return;
         }
-        let s = &self.streams[stream].comparing;
         let doubt = match in_order {
             false => Doubt::Order,
-            true if s.expected || s.apart => Doubt::Apart,
+            true if self.streams[stream].comparing.is_expected() => Doubt::Apart,
             true => Doubt::None,
         };
-        self.comparison.resends.push((stream as u16, Place::of(own), doubt));
+        self.comparisons.resends.push((stream as u16, Place::of(own), doubt));
         self.wake(stream);
     }
 
     /// The active has named all its copies in these buckets: what else is here it does not count on.
-    pub(super) fn apply_end(&mut self, stream: usize, session: u8, mask: Mask) {
-        let s = &mut self.streams[stream].comparing;
-        (s.unseen, s.unseen_session) = (mask, session + 1);
-        s.judged_until = s.asked_before.unwrap_or(s.asks);
-        if std::mem::replace(&mut s.is_asked, false) {
-            s.asked_before = Some(s.asks);
-        }
-        s.compared = std::array::from_fn(|i| s.compared[i] | mask[i]);
+    pub(super) fn apply_end(&mut self, stream: usize, round: u8, mask: Mask) {
+        self.streams[stream].comparing.on_end(round, mask);
         self.walks.push(Walk::Unseen { stream });
     }
 
     /// One slot of the walk that follows. `false`: there is no room for a request.
     pub(super) fn unseen_slot(&mut self, stream: usize, slot: u32) -> bool {
         let line = self.table.line(slot);
-        let s = &self.streams[stream].comparing;
         if line.kind() != Kind::Backup || self.stream_of(line.peer()) != stream {
             return true;
         }
-        let mut seen = self.table.seen(slot);
-        if seen >= FRESH {
-            let age = |asks: u8| (s.asks + 4 - asks) % 4;
-            if age(seen - FRESH) <= age(s.judged_until) {
-                return true;
-            }
-            seen = 0;
-            self.table.set_seen(slot, seen);
+        let seen = self.table.seen(slot);
+        let judgement = self.streams[stream].comparing.judge(slot, seen);
+        if judgement != Judgement::TooLate {
+            self.table.set_seen(slot, Comparing::seen_aged(seen));
         }
-        let unseen = has(&s.unseen, slot) && seen != s.unseen_session && self.is_up(stream_member(stream));
-        if !unseen {
+        if judgement != Judgement::Unseen || !self.is_up(stream_member(stream)) {
             return true;
         }
         let own = Place { slot, generation: line.generation() };
         let offered = self.offer(line.peer(), own);
         if offered {
             self.counters.count(Counter::CompareOffered);
-            let s = &self.streams[stream].comparing;
-            let apart = s.expected || s.apart;
-            self.find(Finding::Orphan { here: self.coordinate(slot), active: line.peer() }, apart);
+            let is_expected = self.streams[stream].comparing.is_expected();
+            let orphan = Finding::Orphan { here: self.coordinate(slot), active: line.peer() };
+            self.comparisons.find(orphan, is_expected);
         }
         offered
     }
@@ -737,8 +485,9 @@ impl Replica<'_> {
             // it, while the item was on its way.
             if doubt != Doubt::Order {
                 let (here, active) = (line.peer(), self.coordinate(own.slot));
-                let apart = doubt == Doubt::Apart || self.streams[stream].comparing.unverified;
-                self.find(Finding::Differs { here, active }, apart);
+                let is_unverified = self.streams[stream].comparing.is_unverified();
+                let is_expected = doubt == Doubt::Apart || is_unverified;
+                self.comparisons.find(Finding::Differs { here, active }, is_expected);
             }
             self.mark_dirty(now, own.slot, groups::ALL);
             // It may hold something else under the same stamp, and takes nothing that is not newer. What is only
@@ -749,16 +498,10 @@ impl Replica<'_> {
         }
     }
 
-    fn find(&mut self, finding: Finding, expected: bool) {
-        if self.comparison.findings.len() < FINDINGS_MAX {
-            self.comparison.findings.push_back((finding, expected));
-        }
-    }
-
     /// The next copy that differed, for the log; and whether that is no surprise, since the pair was apart or one of
     /// its processes was killed.
     pub fn poll_finding(&mut self) -> Option<(Finding, bool)> {
-        self.comparison.findings.pop_front()
+        self.comparisons.poll_finding()
     }
 
     /// The sums follow from the table: of what was sent and is not dirty, and of what is held.
@@ -774,14 +517,14 @@ impl Replica<'_> {
             }
         }
         for s in &mut self.streams {
-            s.comparing.unsure = true;
+            s.comparing.doubt_sums();
         }
     }
 
     /// Whether the sums, and the counts beside them, are what the table says; for tests: it looks at every slot.
     #[cfg(any(test, feature = "mutations"))]
     pub fn check_sums(&self) -> Result<(), String> {
-        let mut expected = Digests::new();
+        let (mut sent, mut held) = (Sums::new(), Sums::new());
         let mut counts = vec![(0u64, 0u64, 0u64); STREAMS_MAX];
         for slot in 0..self.table.capacity() {
             let (line, digest) = (self.table.line(slot), self.table.digest(slot));
@@ -794,7 +537,7 @@ impl Replica<'_> {
                     if digest != now(own, Place::of(peer)) {
                         return Err(format!("{}: a copy that is not what was added up", at()));
                     }
-                    expected.held[stream * BUCKETS + bucket(slot)] ^= digest;
+                    held.replace(stream, slot, 0, digest);
                     counts[stream].1 += 1;
                 }
                 Kind::Active | Kind::Closing if peer.is_somewhere() => {
@@ -803,7 +546,7 @@ impl Replica<'_> {
                     if is_sent && digest != now(Place::of(peer), own) {
                         return Err(format!("{}: what was sent is not what was added up", at()));
                     }
-                    expected.sent[stream * BUCKETS + bucket(peer.slot())] ^= digest;
+                    sent.replace(stream, peer.slot(), 0, digest);
                     let is_active = line.kind() == Kind::Active;
                     counts[stream].0 += is_active as u64;
                     counts[stream].2 += (is_active && self.table.on(slot) == On::Dirty) as u64;
@@ -812,7 +555,7 @@ impl Replica<'_> {
                 _ => {}
             }
         }
-        if expected.sent != self.digests.sent || expected.held != self.digests.held {
+        if sent != self.sent_sums || held != self.held_sums {
             return Err("the sums are not those of what was added up".to_owned());
         }
         for (stream, s) in self.streams.iter().enumerate() {
@@ -822,7 +565,7 @@ impl Replica<'_> {
             }
         }
         let dirty: u64 = counts.iter().map(|(_, _, dirty)| dirty).sum();
-        let unverified = self.streams.iter().filter(|s| s.comparing.unverified).count() as u32;
+        let unverified = self.streams.iter().filter(|s| s.comparing.is_unverified()).count() as u32;
         if (dirty, unverified) != (self.dirty_actives, self.unverified) {
             return Err(format!("{} dirty, {} unverified", self.dirty_actives, self.unverified));
         }
@@ -831,22 +574,20 @@ impl Replica<'_> {
 
     /// The next connection that the peer of this stream has to send again.
     pub(super) fn take_resend(&mut self, stream: usize) -> Option<Message<'static>> {
-        let at = self.comparison.resends.iter().position(|(of, ..)| *of as usize == stream)?;
-        let (_, target, doubt) = self.comparison.resends.swap_remove(at);
+        let (target, doubt) = self.comparisons.take_resend(stream)?;
         Some(Message::Resend { target, doubt })
     }
 
     /// Whether a digest, or what one found, has to be answered.
     pub(super) fn has_answers(&self, stream: usize) -> bool {
-        self.streams[stream].comparing.answer.is_some()
-            || self.comparison.resends.iter().any(|(of, ..)| *of as usize == stream)
+        self.streams[stream].comparing.has_answer() || self.comparisons.has_resend(stream)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conn::{Generation, State};
+    use crate::conn::{Connection, Generation, State, Tuple};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
     use crate::sync::test_config;

@@ -19,9 +19,11 @@
 //! Parts that own their state, and know of no other:
 //!
 //! - `commits`: what the kernel is to be told, and is owed;
+//! - `compare`: how far each stream's comparison by digests is;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
 //! - `outbox`: what was sent, what of it is acknowledged, what goes again;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
+//! - `sums`: what each stream's copies add up to;
 //! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:
@@ -34,6 +36,7 @@
 
 mod acks;
 mod commits;
+mod compare;
 mod contest;
 mod credit;
 mod declined;
@@ -54,12 +57,13 @@ mod replica;
 mod requests;
 mod resume;
 pub mod stream;
+mod sums;
 mod takeover;
 mod transmit;
 mod walks;
 
 pub use commits::REWRITE_PERIOD;
-pub use digest::Finding;
+pub use compare::Finding;
 #[cfg(test)]
 pub(crate) use replica::test_config;
 pub use replica::{Replica, ReplicaConfig};

@@ -177,16 +177,16 @@ impl Replica<'_> {
                     self.apply_offer(now, target, stamp, own, claimed)
                 }
                 Message::Item { .. } if !self.has_room_for_items() => Busy,
-                Message::Item { target, own, hash, session } => {
+                Message::Item { target, own, hash, round } => {
                     let own = self.sender(stream, own);
                     let in_order = self.is_in_order(stream, seq);
-                    self.apply_item(now, stream, (target, own), hash, session, in_order);
+                    self.apply_item(now, stream, (target, own), hash, round, in_order);
                     Applied
                 }
                 // It speaks of items before it: they come first.
                 Message::End { .. } if seq != durable.receive_floor().next() => Busy,
-                Message::End { session, mask } => {
-                    self.apply_end(stream, session, mask);
+                Message::End { round, mask } => {
+                    self.apply_end(stream, round, mask);
                     Applied
                 }
                 _ => Applied,

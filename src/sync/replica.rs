@@ -6,15 +6,16 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::commits::Commits;
+use super::compare::Comparisons;
 use super::contest::Contests;
 use super::credit::Credit;
-use super::digest::{Comparison, Digests};
 use super::history::History;
 use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
 use super::progress::Progress;
 use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
+use super::sums::Sums;
 use super::takeover::PeerState;
 use super::walks::Walks;
 use crate::ccp::message::Place;
@@ -149,8 +150,10 @@ pub struct Replica<'m> {
     pub(super) dirty_actives: u64,
     pub(super) commits: Commits,
     pub(super) goodbyes: u64,
-    pub(super) digests: Digests,
-    pub(super) comparison: Comparison,
+    /// Of copies sent, and of copies held.
+    pub(super) sent_sums: Sums,
+    pub(super) held_sums: Sums,
+    pub(super) comparisons: Comparisons,
     /// Streams whose sides must agree before their connections count as protected.
     pub(super) unverified: u32,
     /// How far the full sync to each member is.
@@ -206,8 +209,9 @@ impl<'m> Replica<'m> {
             dirty_actives: 0,
             commits: Commits::new(config.commit),
             goodbyes: 0,
-            digests: Digests::new(),
-            comparison: Comparison::new(),
+            sent_sums: Sums::new(),
+            held_sums: Sums::new(),
+            comparisons: Comparisons::new(),
             unverified: 0,
             progress: Progress::new(),
             memory,

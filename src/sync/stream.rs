@@ -9,7 +9,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::digest::Comparing;
+use super::compare::Comparing;
 use super::progress::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;

@@ -103,7 +103,7 @@ impl Replica<'_> {
             || self.outbox.is_outstanding(stream)
             || s.ack_due
             || !s.refusals.is_empty()
-            || s.comparing.due
+            || s.comparing.is_due()
             || self.has_answers(stream)
             || self.has_lines(stream)
             || self.credit.is_busy(stream)
@@ -372,7 +372,7 @@ impl Replica<'_> {
             deltas += 1;
         }
         if self.streams[stream].dirty.is_empty() {
-            self.streams[stream].comparing.unsure = false;
+            self.streams[stream].comparing.trust_sums();
             self.build_lines(stream, &mut w);
         }
         let len = w.len();
@@ -526,7 +526,7 @@ impl Replica<'_> {
             && !entry.seq.is_after(to)
         {
             self.counters.count(Counter::DatagramsGivenUp);
-            self.streams[stream].comparing.unsure = true;
+            self.streams[stream].comparing.doubt_sums();
             for content in self.outbox.contents(id) {
                 match content {
                     Content::Delta { place, .. } => self.delta_given_up(now, stream, place, entry.seq),
