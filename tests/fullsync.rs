@@ -13,7 +13,7 @@ use hypersync::group::readiness::{STALL, Stage};
 use hypersync::group::view::Status;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
-use hypersync::sync::progress::{Figures, Phase};
+use hypersync::sync::full_sync::{Figures, Phase};
 use hypersync::sync::stream::{Durable, stream_index};
 use world::{HOLD, Network, World, memories, memories_of};
 

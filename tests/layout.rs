@@ -24,9 +24,9 @@ use hypersync::shm::ingest::{Consumer, Producer};
 use hypersync::shm::layout::{VERSION, shard_layout};
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes, ask_back_within};
 use hypersync::source::SourceEvent;
+use hypersync::sync::full_sync::{Figures, Phase};
 use hypersync::sync::history::{Content, Entry, EpochBits, History};
 use hypersync::sync::lease::{LeaseList, LeasePool};
-use hypersync::sync::progress::{Figures, Phase};
 use hypersync::sync::stream::Durable;
 use hypersync::time::Time;
 

@@ -7,184 +7,15 @@
 //! with a packet; so does what an event tells. Who has traffic claims the connection once more and tells the other one at once, which gives way
 //! to the higher epoch. Where nobody has any, both stay as they are: what has ended goes by its own time.
 
-use std::time::Duration;
-
+use super::contests::{Doubt, Rival, Shown};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Coordinate, Generation, Kind, MemberId, Phase, Stamp};
+use crate::conn::{Connection, Generation, Kind, MemberId, Phase, Stamp};
 use crate::counters::Counter;
 use crate::source::{Commit, CommitMode, End};
 use crate::time::Time;
-
-/// Contests at once. Of further ones the stamp decides.
-const CONTESTS_MAX: usize = 1024;
-
-/// How often the entries are looked at.
-const PERIOD: Duration = Duration::from_secs(1);
-
-/// A contest that nobody spoke of for so long is over: members ask again each second.
-const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
-
-/// How long a member that took a connection over looks for its packets when another one has it, before it takes that one's copy.
-const PRESUMED_FOR: Duration = Duration::from_secs(4);
-
-/// Timeouts are told in whole seconds: one that is higher by so many than it would be without a packet was put back by one. So was one that is
-/// lower: at a takeover an entry may have been given more than this kernel gives it.
-const MARGIN_S: u64 = 2;
-
-struct Contest {
-    slot: u32,
-    generation: Generation,
-    /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes on; what the entry itself is to
-    /// become if not.
-    doubt: Option<Doubt>,
-    /// The stamp that was heard of first for the other one, and the highest.
-    first: Option<Stamp>,
-    rival: Rival,
-    /// When it was last spoken of.
-    at: Time,
-    /// When the entry is to be looked at.
-    look_at: Time,
-    /// What the entry had left to live, and when.
-    timeout: Option<(u32, Time)>,
-    /// The last look found no entry.
-    is_missing: bool,
-    /// No packets showed for long enough that another member's copy may have the entry.
-    yields: bool,
-}
-
-/// Who else takes a connection for its own.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Rival {
-    pub stamp: Stamp,
-    /// Where it has it; nowhere: that is not known, or its translation is another one.
-    pub place: Coordinate,
-}
-
-impl Rival {
-    /// The stamp of a claim by this member, which has that one, above it. Two that outdo each other at once never have equal ones: of two equal
-    /// stamps the higher member's new is taken, and its release is not, which may come first.
-    pub(super) fn outdone(&self, own: Stamp, by: MemberId) -> Stamp {
-        let mut stamp = own.max(self.stamp).claimed();
-        if self.place.is_somewhere() && by > self.place.member() {
-            stamp = stamp.claimed();
-        }
-        stamp
-    }
-}
-
-/// What becomes of the kernel's entry of a connection that had an active here, was claimed elsewhere, and shows no packets.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Doubt {
-    /// It was closed there: it goes.
-    Closed,
-    /// Another member has it: it stays for its own time, and may become a copy's.
-    Taken,
-    /// It was only taken over, and this member has it and refused it, perhaps without packets either: the same, but it becomes a copy's not at once. If
-    /// that member dies it is presumed to be ours again.
-    Presumed(MemberId),
-}
-
-/// The contests of a shard.
-pub(super) struct Contests {
-    /// By their slots: each event of what is ours asks for its own.
-    contests: Vec<Contest>,
-    /// The earliest of all.
-    look_at: Time,
-}
-
-impl Contests {
-    pub(super) fn new() -> Contests {
-        Contests { contests: Vec::with_capacity(CONTESTS_MAX), look_at: Time::NEVER }
-    }
-
-    /// The connection in this slot is contested. `false`: the other one was claimed meanwhile, above this stamp; or there are too many.
-    fn note(
-        &mut self,
-        now: Time,
-        (slot, generation): (u32, Generation),
-        own: Stamp,
-        rival: Option<Rival>,
-        doubt: Option<Doubt>,
-    ) -> bool {
-        let at = match self.find(slot) {
-            Ok(at) if self.contests[at].generation == generation => {
-                let contest = &mut self.contests[at];
-                if contest.doubt.is_none() {
-                    contest.at = now;
-                }
-                let Some(rival) = rival else { return true };
-                contest.rival = Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
-                let first = *contest.first.get_or_insert(rival.stamp);
-                return rival.stamp.epoch <= first.epoch.max(own.epoch);
-            }
-            Ok(at) => {
-                self.contests.remove(at); // Of another connection, which is no more.
-                at
-            }
-            Err(at) => at,
-        };
-        let has_room = self.contests.len() < CONTESTS_MAX;
-        if has_room {
-            let first = rival.map(|rival| rival.stamp);
-            let place = rival.map_or(Coordinate::NOWHERE, |rival| rival.place);
-            let rival = Rival { stamp: own.max(first.unwrap_or(own)), place };
-            let contest = Contest {
-                slot,
-                generation,
-                doubt,
-                first,
-                rival,
-                at: now,
-                look_at: now,
-                timeout: None,
-                is_missing: false,
-                yields: false,
-            };
-            self.contests.insert(at, contest);
-            self.look_at = self.look_at.min(now);
-        }
-        has_room
-    }
-
-    fn find(&self, slot: u32) -> Result<usize, usize> {
-        self.contests.binary_search_by_key(&slot, |contest| contest.slot)
-    }
-
-    fn place_of(&self, slot: u32, generation: Generation) -> Option<usize> {
-        self.find(slot).ok().filter(|at| self.contests[*at].generation == generation)
-    }
-
-    /// Whether the connection in this slot is contested, or doubted.
-    pub(super) fn has(&self, slot: u32, generation: Generation) -> bool {
-        self.place_of(slot, generation).is_some()
-    }
-
-    /// Whether the connection in this slot is contested by somebody whose stamp is known. It goes on when what was held is sent.
-    pub(super) fn has_rival(&self, slot: u32, generation: Generation) -> bool {
-        self.place_of(slot, generation).is_some_and(|at| self.contests[at].first.is_some())
-    }
-
-    /// The contest about the connection in this slot is over; whom it is to outdo, if there was one.
-    pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Rival> {
-        let at = self.place_of(slot, generation)?;
-        Some(self.contests.remove(at).rival)
-    }
-
-    /// What this member had is no more: its places are nobody's, or somebody else's.
-    pub(super) fn forget_places(&mut self, member: MemberId) {
-        for contest in self.contests.iter_mut().filter(|contest| contest.rival.place.member() == member) {
-            contest.rival.place = Coordinate::NOWHERE;
-        }
-    }
-
-    /// When the entries are to be looked at.
-    pub(super) fn look_at(&self) -> Time {
-        if self.contests.is_empty() { Time::NEVER } else { self.look_at }
-    }
-}
 
 impl Replica<'_> {
     /// Somebody else takes the connection in this slot for its own, and knows as much. Whether traffic is to decide; without a kernel
@@ -206,7 +37,7 @@ impl Replica<'_> {
     /// say otherwise: it is held above that until they have had time to. Where nobody can be asked it ends here as well.
     pub(super) fn doubt(&mut self, now: Time, connection: &Connection, over: Stamp, doubt: Doubt) {
         if self.config.commit == CommitMode::Eager
-            && self.contests.contests.len() < CONTESTS_MAX
+            && self.contests.has_room()
             && let Some(slot) = self.fill_held(connection, Some(over), true)
         {
             let generation = self.table.line(slot).generation();
@@ -228,10 +59,7 @@ impl Replica<'_> {
     /// Another member brings the connection in this slot, which is looked for packets here. Whether it has to wait.
     pub(super) fn is_looked_for(&mut self, now: Time, slot: u32, rival: Rival) -> bool {
         let line = self.table.line(slot);
-        let contests = &self.contests.contests;
-        let looks =
-            |at: usize| matches!(contests[at].doubt, Some(Doubt::Presumed(_))) && !contests[at].yields;
-        self.contests.place_of(slot, line.generation()).is_some_and(looks)
+        self.contests.is_looked_for(slot, line.generation())
             && self.contests.note(now, (slot, line.generation()), line.stamp(), Some(rival), None)
     }
 
@@ -253,25 +81,16 @@ impl Replica<'_> {
             return;
         }
         let table = &self.table;
-        self.contests.contests.retain(|contest| {
-            let line = table.line(contest.slot);
-            line.generation() == contest.generation
-                && matches!(line.kind(), Kind::Held | Kind::Active)
-                && (contest.doubt.is_some() || now.since(contest.at) < FORGOTTEN_AFTER)
+        self.contests.drop_those(now, |slot, generation| {
+            let line = table.line(slot);
+            line.generation() != generation || !matches!(line.kind(), Kind::Held | Kind::Active)
         });
-        self.contests.look_at = Time::NEVER;
-        for n in 0..self.contests.contests.len() {
-            let Contest { slot, generation, look_at, .. } = self.contests.contests[n];
-            let mut next = look_at;
-            if look_at.reached(now) {
-                next = now.after(PERIOD);
-                if self.can_receive() {
-                    self.commit(Commit::Watch { slot, generation });
-                }
+        let commits = &mut self.commits;
+        self.contests.look(now, |slot, generation| {
+            if commits.room() > 0 {
+                commits.ask(Commit::Watch { slot, generation }, || false);
             }
-            self.contests.contests[n].look_at = next;
-            self.contests.look_at = self.contests.look_at.min(next);
-        }
+        });
     }
 
     /// Whether it is known where the other one has it, and somebody hears it there.
@@ -310,54 +129,48 @@ impl Replica<'_> {
     pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: Option<&Connection>) {
         let tuples = self.table.tuples(slot);
         let is_ours = matches!(self.table.kind(slot), Kind::Held | Kind::Active);
-        let Some(at) = self.contests.place_of(slot, generation) else { return };
-        let contest = &mut self.contests.contests[at];
-        let doubt = contest.doubt;
-        let was_missing = std::mem::replace(&mut contest.is_missing, there.is_none());
         let is_it =
             |there: &&Connection| (there.original, there.reply) == tuples && there.phase() != Phase::Over;
-        let Some(there) = there.filter(is_it) else {
+        let entry = there.filter(is_it);
+        let left_s = entry.map(|entry| entry.state.timeout_s);
+        match (self.contests.on_entry(now, (slot, generation), there.is_some(), left_s), entry) {
+            (Some(Shown::Packets), Some(entry)) => {
+                let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
+                self.change(now, slot, entry, known);
+            }
             // Of what is ours an event tells; but not if this member's own delete, asked for before the connection began, has hit it.
-            if doubt.is_some() {
-                self.contests.decide(slot, generation);
-                self.drop_doubted(slot, generation, None);
-            } else if was_missing && there.is_none() && is_ours {
+            (Some(Shown::Gone), _) if is_ours => {
                 self.contests.decide(slot, generation);
                 self.gone(now, slot, End::Unseen);
             }
-            return;
-        };
-        let left = there.state.timeout_s;
-        let (before, since) = *contest.timeout.get_or_insert((left, now));
-        let silent = (before as u64).saturating_sub(now.since(since).as_secs());
-        // (One that is about to run out was not put there by a packet.)
-        if left > 0 && (left as u64).abs_diff(silent) >= MARGIN_S {
-            let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
-            return self.change(now, slot, there, known);
-        }
-        let Some(of) = doubt else { return };
-        let lasted = now.since(contest.at);
-        contest.yields = lasted >= PRESUMED_FOR;
-        if let Doubt::Presumed(refused_by) = of
-            && is_ours
-            && !self.is_up(refused_by)
-        {
-            self.presume_again(now, slot, generation);
-        } else if lasted >= FORGOTTEN_AFTER {
+            (Some(Shown::DoubtedAndGone), _) => {
+                self.contests.decide(slot, generation);
+                self.drop_doubted(slot, generation, None);
+            }
+            (Some(Shown::Silence { doubt: Doubt::Presumed(refused_by), .. }), _)
+                if is_ours && !self.is_up(refused_by) =>
+            {
+                self.presume_again(now, slot, generation);
+            }
             // No packet has dispelled it, up to now.
-            self.contests.decide(slot, generation);
-            self.drop_doubted(slot, generation, doubt);
+            (Some(Shown::Silence { doubt, is_settled: true }), _) => {
+                self.contests.decide(slot, generation);
+                self.drop_doubted(slot, generation, Some(doubt));
+            }
+            _ => {}
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::conn::{State, Tuple};
+    use crate::conn::{Coordinate, State, Tuple};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
-    use crate::sync::takeover::PeerState;
+    use crate::sync::peers::PeerState;
     use crate::sync::{ReplicaConfig, test_config};
 
     fn replica(memory: &OwnedMemory) -> Replica<'_> {
@@ -426,16 +239,6 @@ mod tests {
         assert!(replica.is_no_news(slot), "that its entry is there is no traffic");
         assert!(replica.contest(at(1), slot, rival(5)) && replica.contest(at(2), slot, rival(5)));
         assert!(!replica.contest(at(3), slot, rival(6)));
-    }
-
-    /// Seed 800000784: of two equal stamps the release of a new that was still on its way was ignored, and the new then taken.
-    #[test]
-    fn two_claims_at_once_differ_in_epoch() {
-        let stamp = Stamp { epoch: 3, version: 7 };
-        let at_member = |member| Rival { stamp, place: Coordinate::new(member, 0, 5, Generation::default()) };
-        assert!(at_member(1).outdone(stamp, 2).epoch > at_member(2).outdone(stamp, 1).epoch);
-        let unknown = Rival { stamp, place: Coordinate::NOWHERE };
-        assert!(unknown.outdone(stamp, 1).epoch > stamp.epoch);
     }
 
     #[test]
@@ -527,7 +330,7 @@ mod tests {
             }
             replica.peers[2] = PeerState::Vacant;
             watch(&mut replica, slot, &[(dies_at, Some(300 - dies_at as u32))]);
-            let is_ours = dies_at < FORGOTTEN_AFTER.as_secs();
+            let is_ours = dies_at < 10;
             assert_eq!(replica.table.find_original(&connection(0).original).is_some(), is_ours);
             if is_ours {
                 assert!(replica.is_presumed(slot) && replica.table.kind(slot) == Kind::Active);
@@ -552,23 +355,5 @@ mod tests {
             watch(&mut replica, slot, &told);
             assert_eq!(replica.table.find_original(&connection(0).original).is_some(), stays, "{told:?}");
         }
-    }
-
-    #[test]
-    fn of_more_contests_than_can_be_the_stamp_decides() {
-        let mut contests = Contests::new();
-        let generation = Generation::default();
-        let rival = rival(0, 0);
-        for slot in (0..CONTESTS_MAX as u32).rev() {
-            assert!(contests.note(at(0), (slot, generation), rival.stamp, Some(rival), None));
-        }
-        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival.stamp, Some(rival), None));
-        assert!(
-            contests.note(at(1), (5, generation.next()), rival.stamp, Some(rival), None),
-            "the slot has another connection"
-        );
-        assert_eq!(contests.decide(5, generation), None);
-        assert_eq!(contests.decide(5, generation.next()), Some(rival));
-        assert_eq!(contests.decide(6, generation), Some(rival));
     }
 }

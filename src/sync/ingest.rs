@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use super::mutation::{Mutation, is};
+use super::peers::PeerState;
 use super::replica::Replica;
 use super::requests::Rank;
 use super::stream::stream_index;
-use super::takeover::PeerState;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{

@@ -12,7 +12,7 @@
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
-//! - `progress`: full sync: who has all that it should have, and how much goes before live changes;
+//! - `progress`: what is to be seen of each member's full sync, and how much goes before live changes;
 //! - `moves`: a connection changes its backup, make before break; what becomes of control requests;
 //! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
 //!
@@ -20,8 +20,11 @@
 //!
 //! - `commits`: what the kernel is to be told, and is owed;
 //! - `compare`: how far each stream's comparison by digests is;
+//! - `contests`: what two members take for theirs, and what their entries have shown;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
+//! - `full_sync`: who has all that it should have;
 //! - `outbox`: what was sent, what of it is acknowledged, what goes again;
+//! - `peers`: what each member is to this shard;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
 //! - `sums`: what each stream's copies add up to;
 //! - `walks`: walks over the table, under way and waiting.
@@ -38,9 +41,11 @@ mod acks;
 mod commits;
 mod compare;
 mod contest;
+mod contests;
 mod credit;
 mod declined;
 mod digest;
+pub mod full_sync;
 pub mod history;
 mod ingest;
 pub mod lease;
@@ -51,7 +56,8 @@ pub mod mutation;
 #[allow(dead_code)]
 pub(crate) mod mutation;
 mod outbox;
-pub mod progress;
+mod peers;
+mod progress;
 mod receive;
 mod replica;
 mod requests;

@@ -7,7 +7,7 @@
 use super::history::Content;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
-use super::requests::{Progress, Rank, Request, Task};
+use super::requests::{Delivery, Rank, Request, Task};
 use crate::ccp::message::{Message, Place};
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind, MemberId, Stamp};
@@ -119,8 +119,8 @@ impl Replica<'_> {
                 continue;
             }
             let stream = request.stream();
-            match request.progress {
-                Progress::AwaitBackup => {
+            match request.delivery {
+                Delivery::AwaitBackup => {
                     let own =
                         request.moved().expect("only a release of a previous backup waits for a new one");
                     if self.is_moved(own) || is(Mutation::EarlyRelease) {
@@ -128,10 +128,10 @@ impl Replica<'_> {
                         self.wake(stream);
                     }
                 }
-                Progress::Sent(seq) if seq.is_passed_by(self.durable(stream).floor()) => {
+                Delivery::Sent(seq) if seq.is_passed_by(self.durable(stream).floor()) => {
                     self.end_request(id, true);
                 }
-                Progress::Due | Progress::Sent(_) => {}
+                Delivery::Due | Delivery::Sent(_) => {}
             }
         }
     }

@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use super::contest::{Doubt, Rival};
+use super::contests::{Doubt, Rival};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;

@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use super::commits::Commits;
 use super::compare::Comparisons;
-use super::contest::Contests;
+use super::contests::Contests;
 use super::credit::Credit;
+use super::full_sync::FullSyncs;
 use super::history::History;
 use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
-use super::progress::Progress;
+use super::peers::PeerState;
 use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::sums::Sums;
-use super::takeover::PeerState;
 use super::walks::Walks;
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
@@ -157,7 +157,7 @@ pub struct Replica<'m> {
     /// Streams whose sides must agree before their connections count as protected.
     pub(super) unverified: u32,
     /// How far the full sync to each member is.
-    pub(super) progress: Progress,
+    pub(super) full_syncs: FullSyncs,
 }
 
 impl<'m> Replica<'m> {
@@ -213,7 +213,7 @@ impl<'m> Replica<'m> {
             held_sums: Sums::new(),
             comparisons: Comparisons::new(),
             unverified: 0,
-            progress: Progress::new(),
+            full_syncs: FullSyncs::new(),
             memory,
             config,
         }
@@ -537,7 +537,7 @@ impl<'m> Replica<'m> {
         self.tick_requests();
         self.tick_walk(now);
         self.tick_digests(now);
-        self.tick_progress(now);
+        self.tick_full_syncs(now);
         self.publish_gauges(now);
     }
 
@@ -557,7 +557,7 @@ impl<'m> Replica<'m> {
             self.protect(now, slot);
         }
         if self.waiting.is_empty() {
-            self.progress.barren_since = None;
+            self.full_syncs.tried(now, false);
         }
         if self.waiting.is_empty() || !self.retry_at.reached(now) {
             return;
@@ -591,8 +591,7 @@ impl<'m> Replica<'m> {
             }
         }
         if budget > 0 {
-            let barren = self.progress.barren_since.unwrap_or(now);
-            self.progress.barren_since = (failed == budget || failed > 64).then_some(barren);
+            self.full_syncs.tried(now, failed == budget || failed > 64);
         }
         // A lease that arrives ends the pause.
         self.retry_at = now.after(if failed == 0 { Duration::from_millis(1) } else { RETRY });

@@ -44,7 +44,7 @@ pub(super) enum Rank {
 
 /// How far a request is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Progress {
+pub(super) enum Delivery {
     /// A release waits until the new backup has acknowledged its copy.
     AwaitBackup,
     /// To be sent.
@@ -58,7 +58,7 @@ pub(super) enum Progress {
 pub(super) struct Request {
     pub(super) task: Task,
     pub(super) target: Coordinate,
-    pub(super) progress: Progress,
+    pub(super) delivery: Delivery,
 }
 
 impl Request {
@@ -132,7 +132,7 @@ impl Requests {
             return false;
         }
         let Some(id) = self.free.pop() else { return false };
-        self.requests[id as usize] = Some(Request { task, target, progress: Progress::AwaitBackup });
+        self.requests[id as usize] = Some(Request { task, target, delivery: Delivery::AwaitBackup });
         self.under_way[id as usize / 64] |= 1 << (id % 64);
         if is_due {
             self.set_due(id);
@@ -165,10 +165,10 @@ impl Requests {
     /// It is to be sent, behind the others of its stream.
     pub(super) fn set_due(&mut self, id: u32) {
         let Some(request) = &mut self.requests[id as usize] else { return };
-        if request.progress == Progress::Due {
+        if request.delivery == Delivery::Due {
             return;
         }
-        request.progress = Progress::Due;
+        request.delivery = Delivery::Due;
         self.next[id as usize] = NIL;
         let queue = &mut self.due[request.stream()];
         match queue.last {
@@ -188,12 +188,12 @@ impl Requests {
     pub(super) fn sent(&mut self, id: u32, task: Task, seq: Seq) {
         self.unqueue(id);
         let request = self.requests[id as usize].as_mut().expect("what is due is under way");
-        (request.task, request.progress) = (task, Progress::Sent(seq));
+        (request.task, request.delivery) = (task, Delivery::Sent(seq));
     }
 
     /// The datagram that carried it was given up: it is to be sent again.
     pub(super) fn given_up(&mut self, id: u32, seq: Seq) {
-        if self.requests[id as usize].is_some_and(|request| request.progress == Progress::Sent(seq)) {
+        if self.requests[id as usize].is_some_and(|request| request.delivery == Delivery::Sent(seq)) {
             self.set_due(id);
         }
     }
@@ -201,7 +201,7 @@ impl Requests {
     /// It has ended, or is not needed any more.
     pub(super) fn remove(&mut self, id: u32) -> Request {
         let request = self.requests[id as usize].expect("a request ends once");
-        if request.progress == Progress::Due {
+        if request.delivery == Delivery::Due {
             self.unqueue(id);
         }
         self.requests[id as usize] = None;
@@ -243,7 +243,7 @@ impl Requests {
     /// The release that waits until the connection in this slot has a new backup, and the previous one.
     pub(super) fn waiting_for(&self, own: Place) -> Option<(u32, Coordinate)> {
         let is_it =
-            |request: &Request| request.progress == Progress::AwaitBackup && request.moved() == Some(own);
+            |request: &Request| request.delivery == Delivery::AwaitBackup && request.moved() == Some(own);
         self.iter().find(|(_, request)| is_it(request)).map(|(id, request)| (id, request.target))
     }
 

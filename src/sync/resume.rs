@@ -19,9 +19,9 @@ use std::collections::HashSet;
 
 use super::credit::Credit;
 use super::history::{Content, Entry, History};
+use super::peers::PeerState;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
-use super::takeover::PeerState;
 use super::walks::Walk;
 use crate::conn::table::{On, Table, Written};
 use crate::conn::{Kind, MemberId};

@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::compare::Comparing;
-use super::progress::{Figures, Phase};
+use super::full_sync::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;

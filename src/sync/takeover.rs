@@ -19,6 +19,7 @@
 use std::time::Duration;
 
 use super::mutation::{Mutation, is};
+use super::peers::PeerState;
 use super::replica::{Found, Replica};
 use super::requests::Rank;
 use super::stream::{stream_index, stream_member};
@@ -48,26 +49,6 @@ const OFFER_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long a leaving member's copies that found no other place wait for the next walk.
 const REHOME_PAUSE: Duration = Duration::from_millis(50);
-
-/// What this shard makes of a member.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum PeerState {
-    /// Nothing here refers to it.
-    Vacant,
-    /// Alive, with the table that this shard knows.
-    Up,
-    /// Silent.
-    Down {
-        /// Since when.
-        since: Time,
-        /// Whether something agreed on with it was let go.
-        left_behind: bool,
-        /// Whether its streams were declared lost: it is silent for long, and there is nobody else to turn to.
-        lost: bool,
-    },
-    /// A walk lets go of everything agreed on with it.
-    Purge,
-}
 
 impl Replica<'_> {
     /// The view changed.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hypersync::conn::MemberId;
 use hypersync::limits::MEMBERS_MAX;
 use hypersync::shm::RegionView;
-use hypersync::sync::progress::{Figures, Phase};
+use hypersync::sync::full_sync::{Figures, Phase};
 use hypersync::sync::stream::{Durable, stream_index};
 use hypersync::time::Time;
 use serde_json::{Value, json};
