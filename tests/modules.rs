@@ -6,6 +6,7 @@
 //! to open `use a::{b, c}`, and to follow `super`. What no table names is pure: a new module has to
 //! be named as an edge here before it may touch the world.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// The edges, and what is pure within them; the longest match decides.
@@ -109,6 +110,102 @@ fn the_pure_part_knows_nothing_of_the_edges() {
         "the pure part mentions what it may not; an edge has to be named in tests/modules.rs:\n{}",
         violations.join("\n")
     );
+}
+
+#[test]
+fn imports_run_in_no_circle() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut texts = BTreeMap::new();
+    for file in rust_files(&source) {
+        let module = module_of(file.strip_prefix(&source).expect("it was found below src"));
+        texts.insert(module, std::fs::read_to_string(&file).expect("source files are readable UTF-8"));
+    }
+    // The root declares every module and holds no code.
+    texts.remove("");
+    assert!(texts.len() >= 80, "only {} files were found: the scan looks in the wrong place", texts.len());
+    assert_eq!(circle_in(&texts), None);
+}
+
+#[test]
+fn the_scan_for_circles_follows_what_a_module_hands_on() {
+    let texts = |of: &[(&str, &str)]| of.iter().map(|(m, t)| ((*m).to_owned(), (*t).to_owned())).collect();
+    let straight = texts(&[
+        ("a", "pub use b::B; mod b; mod c;"),
+        ("a::b", "use crate::d::D; pub struct B;"),
+        ("a::c", "use crate::a::B; use super::b::B; #[cfg(test)] mod tests { use crate::e::E; }"),
+        ("d", "pub struct D;"),
+        ("e", "use crate::a::c::C; fn f() { crate::d::g() }"),
+    ]);
+    assert_eq!(circle_in(&straight), None);
+    let circle = texts(&[
+        ("a", "pub use b::B;"),
+        ("a::b", "fn f() { crate::d::g() }"),
+        ("d", "use crate::e::{F, E};"),
+        ("e", "use crate::a::B;"),
+    ]);
+    assert_eq!(circle_in(&circle).as_deref(), Some("a::b -> d -> e -> a::b"));
+}
+
+/// The first circle among the files of these modules: each takes something from the next.
+fn circle_in(texts: &BTreeMap<String, String>) -> Option<String> {
+    let mut edges: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for (module, text) in texts {
+        let taken = paths_of(&without_exports(without_tests(tokens_of(text)))).into_iter();
+        let from = taken.filter_map(|path| file_of(texts, module, &path));
+        edges.insert(module, from.filter(|other| *other != module).collect());
+    }
+    // What takes from nobody is in no circle, nor what takes only from such; what is left is in one, or leads to one.
+    loop {
+        let done: Vec<&str> = edges.iter().filter(|(_, from)| from.is_empty()).map(|(m, _)| *m).collect();
+        if done.is_empty() {
+            break;
+        }
+        edges.retain(|module, _| !done.contains(module));
+        edges.values_mut().for_each(|from| from.retain(|other| !done.contains(other)));
+    }
+    let mut way = vec![*edges.keys().next()?];
+    loop {
+        let next = *edges[way.last()?].first()?;
+        if let Some(at) = way.iter().position(|module| *module == next) {
+            way.push(next);
+            return Some(way[at..].join(" -> "));
+        }
+        way.push(next);
+    }
+}
+
+/// Drops every `pub use`: what a module hands on it does not take for itself.
+fn without_exports(tokens: Vec<String>) -> Vec<String> {
+    let mut kept = Vec::new();
+    let mut rest = tokens.into_iter().peekable();
+    while let Some(token) = rest.next() {
+        if token == "use" && kept.last().is_some_and(|last| last == "pub" || last == ")") {
+            rest.by_ref().take_while(|token| token != ";").for_each(drop);
+        } else {
+            kept.push(token);
+        }
+    }
+    kept
+}
+
+/// The module whose file has what this path names in this module: itself, or what a module hands on with `pub use`.
+fn file_of<'t>(texts: &'t BTreeMap<String, String>, module: &str, path: &str) -> Option<&'t str> {
+    let path = absolute(module, path);
+    let inner = path.strip_prefix("crate::").map_or_else(|| format!("{module}::{path}"), str::to_owned);
+    let parts: Vec<&str> = inner.split("::").collect();
+    let is_module = |count: &usize| texts.contains_key(&parts[..*count].join("::"));
+    let count = (1..=parts.len()).rev().find(is_module)?;
+    let (owner, text) = texts.get_key_value(&parts[..count].join("::"))?;
+    // (A relative path names a module only below the one that it stands in.)
+    if !path.starts_with("crate::") && owner == module {
+        return None;
+    }
+    let name = parts.get(count)?;
+    let handed_on = paths_of(&tokens_of(text)).into_iter().find_map(|path| {
+        let child = path.strip_suffix(&format!("::{name}"))?;
+        texts.get_key_value(&format!("{owner}::{child}")).map(|(child, _)| child.as_str())
+    });
+    Some(handed_on.unwrap_or(owner))
 }
 
 #[test]

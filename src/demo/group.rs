@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::figures::{Figures, sum};
+use super::options::{DemoOptions, MEMBERS, SHARDS, SURVIVORS, VICTIM};
 use super::process::{Appliance, Directory, Start};
-use super::{DemoOptions, MEMBERS, SHARDS, SURVIVORS, VICTIM};
 use crate::clock;
 use crate::counters::Counter;
 use crate::group::view::{Member, Status};
