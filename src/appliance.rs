@@ -22,12 +22,12 @@ use crate::feed::{EVENTS_KEY, Feed, KernelParts};
 use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
-use crate::membership::{Membership, Shared};
+use crate::membership::{Membership, MembershipParts, Shared};
 use crate::net::{Handover, Interface, Link, LinkConfig, NetError, Port, PortConfig, Receivers, Renewal};
 use crate::notify::Notifier;
 use crate::restart;
 use crate::ring::RingError;
-use crate::shard::{BELL_KEY, Shard, Stray};
+use crate::shard::{BELL_KEY, Shard, ShardParts, Stray};
 use crate::shm::ingest::Consumer;
 use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
@@ -518,12 +518,15 @@ fn run_shard(
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
         let hearing = Hearing::new(config.peers.clone(), settle, now);
-        Membership::new(group, options.group, hearing, region, shared, notifier, counters, settle, now)
+        let group_number = options.group;
+        let parts =
+            MembershipParts { group, group_number, hearing, region, shared, notifier, counters, settle };
+        Membership::new(parts, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
-    let mut shard = Shard::new(
+    let mut shard = Shard::new(ShardParts {
         shard,
-        options.member,
+        member: options.member,
         replica,
         port,
         feed,
@@ -533,9 +536,9 @@ fn run_shard(
         strays,
         handover,
         bells,
-    );
+    });
     match gate.pass() {
-        true => shard.run(),
+        true => shard.run().map_err(|e| e.to_string()),
         false => Ok(()),
     }
 }

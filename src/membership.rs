@@ -14,7 +14,7 @@ use crate::group::view::{Status, View};
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
 use crate::net::{Handover, Port, Refusals, Target};
-use crate::notify::Notifier;
+use crate::notify::{Notice, Notifier};
 use crate::shm::Region;
 use crate::shm::group::{Standing, Troubles};
 use crate::sync::Replica;
@@ -76,20 +76,31 @@ pub struct Membership<'m> {
     counted: [u64; 3],
 }
 
+/// What the membership is made of.
+pub struct MembershipParts<'m> {
+    /// The group, as this member sees it.
+    pub group: Group,
+    /// Its number.
+    pub group_number: u16,
+    /// Who should be heard.
+    pub hearing: Hearing,
+    /// The shared memory.
+    pub region: &'m Region,
+    /// The words that all threads share.
+    pub shared: &'m Shared,
+    /// Who is told what happens.
+    pub notifier: Notifier,
+    /// The counters of shard 0.
+    pub counters: Counters<'m>,
+    /// The dead time.
+    pub settle: Duration,
+}
+
 impl<'m> Membership<'m> {
     /// A member that knows nobody yet, or whom the last process knew, if the region was taken up from it.
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        group: Group,
-        group_number: u16,
-        hearing: Hearing,
-        region: &'m Region,
-        shared: &'m Shared,
-        notifier: Notifier,
-        counters: Counters<'m>,
-        settle: Duration,
-        now: Time,
-    ) -> Membership<'m> {
+    pub fn new(parts: MembershipParts<'m>, now: Time) -> Membership<'m> {
+        let MembershipParts { group, group_number, hearing, region, shared, notifier, counters, settle } =
+            parts;
         let me = group.view().me;
         let mut membership = Membership {
             published: View::new(me),
@@ -172,10 +183,10 @@ impl<'m> Membership<'m> {
                     // member's addresses away.
                     self.dead.retain(|(dead, _)| *dead != member);
                     self.came_with[member as usize] = self.region.group().version();
-                    self.notifier.tell("member-up", member);
+                    self.notifier.tell(Notice::MemberUp(member));
                 }
-                Event::MemberReady(member) => self.notifier.tell("member-ready", member),
-                Event::MemberLeft(member) => self.notifier.tell("member-left", member),
+                Event::MemberReady(member) => self.notifier.tell(Notice::MemberReady(member)),
+                Event::MemberLeft(member) => self.notifier.tell(Notice::MemberLeft(member)),
                 Event::MemberDead(member) => {
                     self.counters.count(Counter::MembersDied);
                     log::warn!("member {member} is dead");
@@ -224,7 +235,7 @@ impl<'m> Membership<'m> {
         self.dead.retain(|(member, version)| {
             let done = settled >= *version;
             if done {
-                self.notifier.tell("member-dead", *member);
+                self.notifier.tell(Notice::MemberDead(*member));
             }
             !done
         });
@@ -313,7 +324,7 @@ impl<'m> Membership<'m> {
         let line = self.region.group().shard(0);
         if namesake.is_some() {
             if self.readiness.dispute(now) {
-                self.notifier.tell("self-not-ready", self.me);
+                self.notifier.tell(Notice::SelfNotReady(self.me));
             }
             line.set_standing(Standing::Starting);
         }
@@ -328,7 +339,7 @@ impl<'m> Membership<'m> {
                 Stage::Syncing => line.set_standing(Standing::Syncing),
                 Stage::Ready => {
                     line.set_standing(Standing::Ready);
-                    self.notifier.tell("self-ready", self.me);
+                    self.notifier.tell(Notice::SelfReady(self.me));
                     self.tell_what_is_missing(own.copies);
                 }
             }
@@ -396,7 +407,7 @@ impl<'m> Membership<'m> {
         for target in 0..port.heartbeat_targets() {
             let Some((offset, token)) = replica.control_datagram(&bytes[..len]) else { break };
             if port.send(Target::Heartbeat(target), offset, len as u32, token.0).is_err() {
-                replica.landed(token, true);
+                replica.on_send_complete(token, true);
             }
         }
         self.counters.count(Counter::HeartbeatsSent);
@@ -410,7 +421,7 @@ impl<'m> Membership<'m> {
                 self.leaving_since = Some(now);
                 self.region.group().shard(0).set_standing(Standing::Leaving);
                 if self.readiness.stage() == Stage::Ready {
-                    self.notifier.tell("self-not-ready", self.me);
+                    self.notifier.tell(Notice::SelfNotReady(self.me));
                 }
                 now
             }

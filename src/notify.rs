@@ -1,10 +1,10 @@
 //! The notify command: run away from the shards' threads, in order, one at a time, with a limit.
 //!
-//! It runs as `COMMAND EVENT MEMBER`. EVENT is one of member-up, member-ready, member-left,
-//! member-dead, self-ready, self-not-ready.
+//! It runs as `COMMAND EVENT MEMBER`; the events are those of [`Notice`].
 
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -19,11 +19,40 @@ use crate::limits::NOTIFY_QUEUE;
 
 /// Something that the command is told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Notice {
-    /// What happened, as the command reads it.
-    pub event: &'static str,
-    /// Whom it concerns.
-    pub member: MemberId,
+pub enum Notice {
+    /// A member was heard that was not there before.
+    MemberUp(MemberId),
+    /// A member can hold copies and take over.
+    MemberReady(MemberId),
+    /// A member said goodbye.
+    MemberLeft(MemberId),
+    /// A member is dead, and what it carried is in this host's kernel.
+    MemberDead(MemberId),
+    /// This member can hold copies and take over.
+    SelfReady(MemberId),
+    /// This member leaves, or another host has its number.
+    SelfNotReady(MemberId),
+}
+
+impl Notice {
+    /// The command's arguments: what happened, and whom it concerns.
+    fn arguments(self) -> (&'static str, MemberId) {
+        match self {
+            Notice::MemberUp(member) => ("member-up", member),
+            Notice::MemberReady(member) => ("member-ready", member),
+            Notice::MemberLeft(member) => ("member-left", member),
+            Notice::MemberDead(member) => ("member-dead", member),
+            Notice::SelfReady(member) => ("self-ready", member),
+            Notice::SelfNotReady(member) => ("self-not-ready", member),
+        }
+    }
+}
+
+impl fmt::Display for Notice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (event, member) = self.arguments();
+        write!(f, "{event} {member}")
+    }
 }
 
 /// What did not reach the command, since the start.
@@ -59,12 +88,12 @@ impl Notifier {
 
     /// Queues a notice. If the command is so far behind that the queue is full, it is lost, and the
     /// log says so.
-    pub fn tell(&self, event: &'static str, member: MemberId) {
-        match self.queue.try_send(Notice { event, member }) {
+    pub fn tell(&self, notice: Notice) {
+        match self.queue.try_send(notice) {
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
             Err(TrySendError::Full(notice)) => {
                 self.counts.lost.fetch_add(1, Ordering::Relaxed);
-                log::error!("the notify command is too slow: {notice:?} is lost")
+                log::error!("the notify command is too slow: {notice} is lost")
             }
         }
     }
@@ -76,25 +105,26 @@ impl Notifier {
 }
 
 fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration, counts: &NoticeCounts) {
-    for Notice { event, member } in notices {
-        log::info!("{event} {member}");
+    for notice in notices {
+        log::info!("{notice}");
         let Some(command) = command else { continue };
-        let outcome = spawn(command, event, member).and_then(|child| wait(child, limit));
+        let outcome = spawn(command, notice).and_then(|child| wait(child, limit));
         if !matches!(&outcome, Ok(Some(status)) if status.success()) {
             counts.failed.fetch_add(1, Ordering::Relaxed);
         }
         match outcome {
             Ok(Some(status)) if status.success() => {}
-            Ok(Some(status)) => log::warn!("{} {event} {member}: {status}", command.display()),
-            Ok(None) => log::warn!("{} {event} {member}: killed after {limit:?}", command.display()),
-            Err(e) => log::error!("{} {event} {member}: {e}", command.display()),
+            Ok(Some(status)) => log::warn!("{} {notice}: {status}", command.display()),
+            Ok(None) => log::warn!("{} {notice}: killed after {limit:?}", command.display()),
+            Err(e) => log::error!("{} {notice}: {e}", command.display()),
         }
     }
 }
 
 /// Starts the command in a process group of its own, so that what it started ends with it, and with
 /// no signal blocked: this process blocks those that it waits for.
-fn spawn(command: &PathBuf, event: &str, member: MemberId) -> io::Result<Child> {
+fn spawn(command: &PathBuf, notice: Notice) -> io::Result<Child> {
+    let (event, member) = notice.arguments();
     let mut command = Command::new(command);
     command.arg(event).arg(member.to_string()).stdin(Stdio::null()).process_group(0);
     // SAFETY: between fork and exec only async-signal-safe calls are made, on a set of the child's own stack.
@@ -146,9 +176,9 @@ mod tests {
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
         let (notifier, thread) = Notifier::start(Some(script), Duration::from_millis(300)).unwrap();
         let started = Instant::now();
-        notifier.tell("member-up", 2);
-        notifier.tell("member-ready", 2);
-        notifier.tell("member-dead", 3);
+        notifier.tell(Notice::MemberUp(2));
+        notifier.tell(Notice::MemberReady(2));
+        notifier.tell(Notice::MemberDead(3));
         let counts = notifier.counts.clone();
         drop(notifier);
         thread.join().unwrap();

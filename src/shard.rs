@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::bell::Bell;
 use crate::ccp::Reject;
-use crate::ccp::header::{OPCODE_HEARTBEAT, SHARD_OFFSET};
+use crate::ccp::header::Addressee;
 use crate::clock;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
@@ -47,27 +47,43 @@ pub struct Stray {
     bytes: [u8; DATAGRAM_MAX],
 }
 
-/// Everything that a shard works with.
-pub struct Shard<'m> {
+/// What a shard is made of.
+pub struct ShardParts<'m> {
     /// This shard.
-    shard: u8,
+    pub shard: u8,
+    /// This member.
+    pub member: MemberId,
     /// The protocol.
-    replica: Replica<'m>,
-    /// The network.
-    port: Port<'m>,
+    pub replica: Replica<'m>,
+    /// The network. It has the shard's bell, and the kernel's events if that is the source, as what can be watched.
+    pub port: Port<'m>,
     /// The source.
-    feed: Feed<'m>,
+    pub feed: Feed<'m>,
     /// The duties of shard 0.
-    membership: Option<Membership<'m>>,
+    pub membership: Option<Membership<'m>>,
     /// The shared memory.
-    region: &'m Region,
+    pub region: &'m Region,
     /// The words that all threads share.
-    shared: &'m Shared,
+    pub shared: &'m Shared,
     /// Strays for this shard.
-    strays: Receiver<Stray>,
+    pub strays: Receiver<Stray>,
     /// Where strays of other shards go.
-    handover: Vec<SyncSender<Stray>>,
+    pub handover: Vec<SyncSender<Stray>>,
     /// The bells of all shards of this member.
+    pub bells: &'m [Bell],
+}
+
+/// A shard: what it is made of ([`ShardParts`]), and what it remembers from pass to pass.
+pub struct Shard<'m> {
+    shard: u8,
+    replica: Replica<'m>,
+    port: Port<'m>,
+    feed: Feed<'m>,
+    membership: Option<Membership<'m>>,
+    region: &'m Region,
+    shared: &'m Shared,
+    strays: Receiver<Stray>,
+    handover: Vec<SyncSender<Stray>>,
     bells: &'m [Bell],
     /// The streams' sockets, by stream.
     open: Vec<Option<IpAddr>>,
@@ -94,21 +110,10 @@ pub struct Shard<'m> {
 }
 
 impl<'m> Shard<'m> {
-    /// Puts a shard together. The port has its bell, and the kernel's events if that is its source, as what can be watched.
-    #[allow(clippy::too_many_arguments)]
-    pub fn new(
-        shard: u8,
-        member: MemberId,
-        replica: Replica<'m>,
-        port: Port<'m>,
-        feed: Feed<'m>,
-        membership: Option<Membership<'m>>,
-        region: &'m Region,
-        shared: &'m Shared,
-        strays: Receiver<Stray>,
-        handover: Vec<SyncSender<Stray>>,
-        bells: &'m [Bell],
-    ) -> Shard<'m> {
+    /// Puts a shard together.
+    pub fn new(parts: ShardParts<'m>) -> Shard<'m> {
+        let ShardParts { shard, member, replica, port, feed, membership, .. } = parts;
+        let ShardParts { region, shared, strays, handover, bells, .. } = parts;
         Shard {
             shard,
             replica,
@@ -139,8 +144,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// Runs until the process ends. An error is one line.
-    pub fn run(&mut self) -> Result<(), String> {
+    /// Runs until the process ends.
+    pub fn run(&mut self) -> Result<(), NetError> {
         while !self.shared.finished.load(Ordering::Relaxed) && !self.shared.failed.load(Ordering::Relaxed) {
             let now = clock::now();
             self.reap(now);
@@ -152,9 +157,9 @@ impl<'m> Shard<'m> {
             let transmit = self.transmit(now);
             self.publish(now);
             let left = Left { ingest, receive, view, commit, transmit };
-            self.wait(now, left).map_err(|e| e.to_string())?;
+            self.wait(now, left)?;
         }
-        self.port.submit().map_err(|e| e.to_string())
+        self.port.submit()
     }
 
     /// Completions: buffers come back, sources wake.
@@ -162,7 +167,7 @@ impl<'m> Shard<'m> {
         self.follow_link();
         let Shard { port, replica, feed, watching, listening, bells, shard, .. } = self;
         port.reap(&mut |event| match event {
-            Event::Sent { token, result } => replica.landed(Token(token), result < 0),
+            Event::Sent { token, result } => replica.on_send_complete(Token(token), result < 0),
             Event::Ready { key: EVENTS_KEY } => {
                 *watching = false;
                 feed.ready(now);
@@ -199,23 +204,24 @@ impl<'m> Shard<'m> {
         let Shard { port, replica, membership, counters, handover, shard, bells, .. } = self;
         let cap = RECEIVE_PER_PASS.min(replica.receive_room());
         let received = port.receive(cap, &mut |source, bytes| {
-            let is_heartbeat = bytes.get(6..8) == Some(&OPCODE_HEARTBEAT.to_be_bytes());
-            match (membership.as_mut(), bytes.get(SHARD_OFFSET)) {
-                (Some(membership), _) if is_heartbeat => membership.handle_heartbeat(now, source, bytes),
-                (None, _) if is_heartbeat => counters.count(Reject::Shard.counter()),
-                (_, Some(to))
-                    if to != shard && (*to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
+            match (Addressee::of(bytes), membership.as_mut()) {
+                (Addressee::Everyone, Some(membership)) => membership.handle_heartbeat(now, source, bytes),
+                (Addressee::Everyone, None) => counters.count(Reject::Shard.counter()),
+                (Addressee::Shard(to), _)
+                    if to != *shard && (to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
                 {
                     counters.count(Counter::Strays);
                     let mut stray = Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] };
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
-                    match handover[*to as usize].try_send(stray) {
-                        Ok(()) => bells[*to as usize].ring(),
+                    match handover[to as usize].try_send(stray) {
+                        Ok(()) => bells[to as usize].ring(),
                         Err(_) => counters.count(Counter::StraysLost),
                     }
                 }
-                _ => replica.handle_datagram(now, Some(source), bytes),
+                (Addressee::Shard(_) | Addressee::Nobody, _) => {
+                    replica.handle_datagram(now, Some(source), bytes);
+                }
             }
         });
         for _ in 0..STRAYS.min(self.replica.receive_room()) {

@@ -22,6 +22,8 @@ pub const MAGIC: u16 = 0x1a90;
 pub const CPHA_VERSION: u16 = 0x0b68;
 /// Bytes of the header.
 pub const HEADER_SIZE: usize = 20;
+/// Where the opcode lies.
+const OPCODE_OFFSET: usize = 6;
 /// Where the destination shard lies.
 pub const SHARD_OFFSET: usize = 19;
 /// Opcode of heartbeats (FWHA_MY_STATE).
@@ -30,6 +32,28 @@ pub const OPCODE_HEARTBEAT: u16 = 1;
 pub const OPCODE_SYNC: u16 = 10;
 /// Destination of heartbeats.
 pub const EVERYONE: u16 = 0xffff;
+
+/// Whom a datagram is for, as far as its header says: a look before it is decoded, and trusted no further.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Addressee {
+    /// A heartbeat, for the whole group.
+    Everyone,
+    /// This shard.
+    Shard(u8),
+    /// It is too short to say.
+    Nobody,
+}
+
+impl Addressee {
+    /// That of these bytes.
+    pub fn of(bytes: &[u8]) -> Addressee {
+        match (bytes.get(OPCODE_OFFSET..OPCODE_OFFSET + 2), bytes.get(SHARD_OFFSET)) {
+            (Some(opcode), _) if opcode == OPCODE_HEARTBEAT.to_be_bytes() => Addressee::Everyone,
+            (_, Some(shard)) => Addressee::Shard(*shard),
+            (_, None) => Addressee::Nobody,
+        }
+    }
+}
 
 /// The header's meaning.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -100,6 +124,22 @@ fn member(number: u16) -> Result<MemberId, Reject> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whom_a_datagram_is_for_is_seen_before_it_is_decoded() {
+        let header = |opcode, to_shard| Header { group: 7, opcode, from: 1, to: Some(2), to_shard };
+        for (header, addressee) in [
+            (header(OPCODE_HEARTBEAT, 3), Addressee::Everyone),
+            (header(OPCODE_SYNC, 0), Addressee::Shard(0)),
+            (header(OPCODE_SYNC, 3), Addressee::Shard(3)),
+        ] {
+            let mut buffer = [0xa5; HEADER_SIZE];
+            header.encode(&mut Writer::new(&mut buffer));
+            assert_eq!(Addressee::of(&buffer), addressee);
+        }
+        assert_eq!(Addressee::of(&[0; SHARD_OFFSET]), Addressee::Nobody);
+        assert_eq!(Addressee::of(&[]), Addressee::Nobody);
+    }
 
     #[test]
     fn the_header_is_golden() {

@@ -414,9 +414,9 @@ impl<'m> History<'m> {
     }
 
     /// The kernel is done with one send of it.
-    pub fn landed(&mut self, id: u32) {
+    pub fn on_send_complete(&mut self, id: u32) {
         let flight = &mut self.flights[id as usize];
-        assert!(flight.in_flight > 0, "entry {id} landed more often than it was sent");
+        assert!(flight.in_flight > 0, "entry {id} was sent less often than its sends completed");
         flight.in_flight -= 1;
     }
 
@@ -473,7 +473,7 @@ mod tests {
             }
         };
         assert_eq!(stuck, NoRoom::InFlight);
-        history.landed(ids[0]);
+        history.on_send_complete(ids[0]);
         assert_eq!(append(&mut history, 9, 10), Err(NoRoom::Unacknowledged(ids[0])));
         for (n, id) in ids.iter().enumerate() {
             let mut bytes = vec![0; 1001];
@@ -483,13 +483,13 @@ mod tests {
         }
         history.settle(ids[0]);
         for id in &ids[1..] {
-            history.landed(*id);
+            history.on_send_complete(*id);
             history.settle(*id);
         }
         for n in 0..5000 {
             let id = append(&mut history, n, 1 + n as usize % DATAGRAM_MAX).unwrap();
             assert!(history.contents(id).eq([Content::Request(n as u32)]));
-            history.landed(id);
+            history.on_send_complete(id);
             history.settle(id);
         }
     }

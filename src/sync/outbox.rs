@@ -272,7 +272,7 @@ impl<'m> Outbox<'m> {
     /// The kernel is done with one send of so many datagrams from this one on, of those that are one behind the other.
     pub(super) fn on_send_complete(&mut self, first: u32, count: u32) {
         for i in 0..count {
-            self.history.landed((first + i) % self.history.size());
+            self.history.on_send_complete((first + i) % self.history.size());
         }
     }
 

@@ -39,7 +39,7 @@ pub struct Transmit {
     pub offset: u32,
     /// Bytes.
     pub len: u32,
-    /// To be given back by [`Replica::landed`], exactly once.
+    /// To be given back by [`Replica::on_send_complete`], exactly once.
     pub token: Token,
 }
 
@@ -112,7 +112,7 @@ impl Replica<'_> {
     }
 
     /// The kernel is done with a send.
-    pub fn landed(&mut self, token: Token, error: bool) {
+    pub fn on_send_complete(&mut self, token: Token, error: bool) {
         if error {
             self.counters.count(Counter::SendErrors);
         }
@@ -218,7 +218,7 @@ impl Replica<'_> {
     }
 
     /// A control buffer with these bytes for the loop to send by itself (heartbeats); its token comes back
-    /// through [`landed`](Self::landed).
+    /// through [`on_send_complete`](Self::on_send_complete).
     pub fn control_datagram(&mut self, bytes: &[u8]) -> Option<(u32, Token)> {
         let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
@@ -319,7 +319,7 @@ impl Replica<'_> {
             let token = Token::entries(first, count);
             if !send(Transmit { stream, offset, len, token }) {
                 // The queue is full: they count as sent and lost, and are repeated in time.
-                self.landed(token, false);
+                self.on_send_complete(token, false);
                 budget.is_blocked = true;
             }
         }

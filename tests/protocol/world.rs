@@ -867,7 +867,7 @@ impl<'m> World<'m> {
                 feed_busy || !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
             host.awake |= u64::from(busy) << index;
             for token in landed {
-                shard.landed(token, false);
+                shard.on_send_complete(token, false);
             }
             if self.as_announced {
                 let at = now.after(WAIT_MAX).min(shard.poll_at());
