@@ -23,9 +23,14 @@ use crate::limits::{FINDINGS_MAX, ITEMS_MAX, MOVES_MAX, RESENDS_MAX};
 use crate::seq::Seq;
 use crate::time::Time;
 
-/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for when it came, modulo 4.
-/// (Rounds are seen as 1 to 64.)
-const FRESH: u8 = u8::MAX - 3;
+/// How often a comparison was asked for is counted modulo this: walks that judge copies may be behind, or dropped with their
+/// member, and a copy that came so many times ago must not be taken for one that came just now.
+const ASKS: u8 = 128;
+
+/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for when it came. (Rounds are
+/// seen as 1 to 64.)
+const FRESH: u8 = u8::MAX - (ASKS - 1);
+const _: () = assert!(ROUNDS < FRESH);
 
 /// A pair that has not agreed after so many digests counts as verified all the same.
 const TRIES: u32 = 40;
@@ -96,7 +101,7 @@ pub struct Comparing {
     suspect: Mask,
     /// Receiving: buckets that were compared since they differ.
     compared: Mask,
-    /// Receiving: how often a comparison was asked for, modulo 4; all that is asked between two ends counts as once.
+    /// Receiving: how often a comparison was asked for, modulo [`ASKS`]; all that is asked between two ends counts as once.
     asks: u8,
     /// Receiving: whether one was since the last end.
     is_asked: bool,
@@ -250,7 +255,7 @@ impl Comparing {
     pub(super) fn take_answer(&mut self) -> Option<(Seq, Mask)> {
         let (seq, mask) = self.answer.take()?;
         if mask != Mask::default() && !std::mem::replace(&mut self.is_asked, true) {
-            self.asks = (self.asks + 1) % 4;
+            self.asks = (self.asks + 1) % ASKS;
         }
         Some((seq, mask))
     }
@@ -283,7 +288,7 @@ impl Comparing {
     /// What the last end says of the copy in this slot, of which this was noted as seen.
     pub(super) fn judge(&self, slot: u32, seen: u8) -> Judgement {
         if seen >= FRESH {
-            let age = |asks: u8| (self.asks + 4 - asks) % 4;
+            let age = |asks: u8| (self.asks + (ASKS - asks)) % ASKS;
             if age(seen - FRESH) <= age(self.judged_until) {
                 return Judgement::TooLate;
             }
@@ -510,6 +515,22 @@ mod tests {
         assert_eq!(backup.judge(0, Comparing::seen_in(3)), Judgement::Stands);
         assert_eq!(backup.judge(0, Comparing::seen_in(2)), Judgement::Unseen, "named once, and not now");
         assert_eq!(backup.judge(1, before), Judgement::Stands, "not in these buckets");
+    }
+
+    /// Seed 992010016: the walks that judge copies were behind, and a copy that nobody counted on came to look as if it had just
+    /// come, since a comparison had been asked for four times.
+    #[test]
+    fn a_copy_does_not_grow_young_while_the_walks_that_judge_it_are_behind() {
+        for asked in 2..100 {
+            let mut backup = agreed();
+            let came = backup.seen_fresh();
+            for n in 0..asked {
+                backup.on_digest(seq(2 + n), [1 << (n % 64), n, 0, 0], true);
+                backup.take_answer();
+                backup.on_end(3, SOME);
+            }
+            assert_eq!(backup.judge(0, came), Judgement::Unseen, "asked for {asked} times");
+        }
     }
 
     #[test]
