@@ -162,6 +162,28 @@ fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
     world.check();
 }
 
+/// Seed 993001313: it was said on a link that was cut just then, and the link stayed cut until the member was given up.
+#[test]
+fn what_was_said_to_a_member_that_was_lost_before_it_heard_is_said_again() {
+    let memories = memories(4);
+    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    world.cut = vec![(2, 1)];
+    world.host(2).full = false;
+    world.run_until(SECOND * 2, "its kernel has them", |w| w.hosts[&2].kernel.len() as u64 == CONNECTIONS);
+    world.run_for(SECOND / 20);
+    world.cut = vec![(1, 2), (2, 1)];
+    world.run_until(SECOND * 5, "each gave up the other", |w| {
+        w.counter(1, Counter::StreamsLost) > 0 && w.counter(2, Counter::StreamsLost) > 0
+    });
+    world.cut.clear();
+    world.run_until(SECOND * 5, "member 1 knows", |w| w.is_quiet() && w.counter(1, Counter::Declined) == 0);
+    world.check();
+}
+
 #[test]
 fn a_slot_that_heard_declines_of_one_pair_hears_those_of_the_next() {
     let memories = memories_of(3, MemorySize::new(256, ARENA_MIN));

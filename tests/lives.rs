@@ -760,6 +760,33 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
     assert_eq!(there, Some(mark), "and in the kernel");
 }
 
+/// Seed 993001749: nobody could take the place of a dead member, which was waited for; its copy of a connection that went on here in
+/// another slot stayed, and counted as exposed.
+#[test]
+fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
+    let memories = memories(3);
+    let mut world = group(&memories, &[200, 100, 100]);
+    let tuple = world.open_at(2);
+    let copies_at_1 = |w: &World<'_>| {
+        w.copies().get(&tuple).map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
+    };
+    world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
+    let mut seen = world.copies()[&tuple][0].connection;
+    seen.state.mark += 100;
+    world.tell(3, &SourceEvent::seen(seen));
+    world.run_until(SECOND, "and that of 3", |w| copies_at_1(w) == 2);
+    world.run_for(ms(10));
+    world.kill(2);
+    seen.state.mark += 100;
+    world.tell(1, &SourceEvent::seen(seen));
+    let is_ours = |w: &World<'_>| w.copies()[&tuple].iter().any(|c| (c.member, c.kind) == (1, Kind::Active));
+    assert!(is_ours(&world) && copies_at_1(&world) == 2);
+    world.kill(3);
+    world.run_until(SECOND * 5, "both are given up", |w| w.counter(1, Counter::StreamsLost) == 2);
+    world.run_for(ms(50));
+    assert_eq!((copies_at_1(&world), world.counter(1, Counter::Exposure)), (1, 1));
+}
+
 /// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
 #[test]
 fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {

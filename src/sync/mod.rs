@@ -7,7 +7,9 @@
 //! - `ingest`: what the source saw becomes a change of the table; the hold time;
 //! - `replica`: which backup a connection gets, what is dirty, what is exposed;
 //! - `transmit`: dirty connections become deltas in datagrams; repeats, acks, skips;
-//! - `receive`: datagrams become copies; what is refused, what moves the floor;
+//! - `receive`: datagrams are checked and taken apart; what is refused, what moves the floor;
+//! - `arrivals`: news and updates become copies; who gives way to whom;
+//! - `endings`: closes and releases, and what is left of a copy;
 //! - `acks`: what comes back for what was sent: floors, repeats, refusals;
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
@@ -38,6 +40,7 @@
 //! `mutation` has the deliberate faults that the simulator must notice; without the feature `mutations` there is none.
 
 mod acks;
+mod arrivals;
 mod commits;
 mod compare;
 mod contest;
@@ -45,6 +48,7 @@ mod contests;
 mod credit;
 mod declined;
 mod digest;
+mod endings;
 pub mod full_sync;
 pub mod history;
 mod ingest;
@@ -66,6 +70,7 @@ pub mod stream;
 mod sums;
 mod takeover;
 mod transmit;
+mod verdict;
 mod walks;
 
 pub use commits::REWRITE_PERIOD;

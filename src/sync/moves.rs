@@ -8,9 +8,12 @@ use super::history::Content;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::{Delivery, Rank, Request, Task};
+use super::verdict::Verdict::{self, Applied, Busy};
 use crate::ccp::message::{Message, Place};
+use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Kind, MemberId, Stamp};
+use crate::counters::Counter;
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -148,7 +151,14 @@ impl Replica<'_> {
     fn end_request(&mut self, id: u32, has_arrived: bool) {
         let request = self.requests.remove(id);
         match request.task {
-            Task::Decline { .. } | Task::Release { of: None, .. } => {}
+            Task::Release { of: None, .. } => {}
+            Task::Decline { own, .. } => {
+                // Its active may believe what was said before: when it is back, and the copy is written again, it is told.
+                let line = self.table.line(own.slot);
+                if !has_arrived && line.generation() == own.generation && line.kind() == Kind::Backup {
+                    self.table.set_declined(own.slot, true);
+                }
+            }
             Task::Release { of: Some(own), .. } => {
                 if self.table.line(own.slot).generation() == own.generation {
                     self.end_move(own.slot);
@@ -209,5 +219,52 @@ impl Replica<'_> {
             }
         };
         Some((request.task, message))
+    }
+
+    /// A member asks whether its copy of one of our connections still stands.
+    pub(super) fn apply_offer(
+        &mut self,
+        now: Time,
+        target: Place,
+        stamp: Stamp,
+        own: Coordinate,
+        claimed: bool,
+    ) -> Verdict {
+        // A claimed offer is settled now: its sender takes the ack for the answer. Any other is made again after a
+        // while, so it need not be kept: were the floor to wait for an answer here and there at once, it
+        // would wait for ever.
+        if claimed && !self.requests.has_room(Rank::Consequence) {
+            return Busy;
+        }
+        if !claimed && !self.requests.has_room(Rank::Answer) {
+            self.counters.count(Counter::OffersPutOff);
+            return Applied;
+        }
+        if is(Mutation::OffersUnanswered) {
+            return Applied;
+        }
+        let line = self.target(target).filter(|line| line.generation() == target.generation);
+        match line {
+            Some(line) if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch => {
+                self.step_down(target.slot, own, stamp);
+                self.table.forget(target.slot);
+                self.table.recycle(target.slot);
+            }
+            Some(line) if line.kind() == Kind::Active && line.peer() == own => {
+                let session = self.durable(self.stream_of(own)).peer_session();
+                self.table.update(target.slot, |line| line.set_session(session));
+                self.mark_dirty(now, target.slot, groups::ALL);
+            }
+            // Its previous backup: released once the new one has acknowledged.
+            Some(_) if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
+            Some(line) if line.kind().is_connection() => {
+                let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
+            }
+            _ if claimed => {} // Closed here, but traffic went on there.
+            _ => {
+                let _ = self.release(Rank::Answer, own, stamp);
+            }
+        }
+        Applied
     }
 }

@@ -486,17 +486,11 @@ impl Replica<'_> {
             }
             Kind::Backup => {
                 let has_no_entry = self.table.on(slot) == On::Missing;
-                self.end_missing(slot);
-                self.end_copy(slot);
-                let original = self.table.tuples(slot).0;
-                let goes_on = |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
-                if self.table.index.find(&original, goes_on).is_some() {
-                    // The tuple lives on as another connection: the copy was of one before. The kernel's entry is that one's.
-                    self.table.forget(slot);
-                    self.table.recycle(slot);
-                    self.delete_entry(&original);
+                if self.drop_outlived(slot) {
                     return true;
                 }
+                self.end_missing(slot);
+                self.end_copy(slot);
                 self.counters.count(Counter::Promotions);
                 // First where it is taken over from: an active that does not say so is nobody's to ask back.
                 let previous = self.table.former(slot);
@@ -522,13 +516,33 @@ impl Replica<'_> {
         true
     }
 
+    /// If the tuple of the copy in this slot lives on in another one, the copy goes: it was of a connection before, or of an
+    /// older state. The kernel's entry is that one's.
+    fn drop_outlived(&mut self, slot: u32) -> bool {
+        let original = self.table.tuples(slot).0;
+        let goes_on = |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
+        let is_outlived = self.table.index.find(&original, goes_on).is_some();
+        if is_outlived {
+            self.end_missing(slot);
+            self.end_copy(slot);
+            self.table.forget(slot);
+            self.table.recycle(slot);
+            self.delete_entry(&original);
+        }
+        is_outlived
+    }
+
     /// What waits only for a member that is lost goes; the kernel may forget copies of its connections as any other.
     fn lose_slot(&mut self, member: MemberId, slot: u32) -> bool {
         let line = self.table.line(slot);
         if line.peer().member() == member && matches!(self.peers[member as usize], PeerState::Down { .. }) {
             match line.kind() {
                 Kind::Closing => self.drop_closing(slot),
-                Kind::Backup => self.commit(Commit::Refresh { slot, generation: line.generation() }),
+                Kind::Backup => {
+                    if !self.drop_outlived(slot) {
+                        self.commit(Commit::Refresh { slot, generation: line.generation() });
+                    }
+                }
                 _ => {}
             }
         }

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use super::*;
+use crate::conn::Tuple;
 use crate::group::view::{Member, Status, View};
 use crate::memory::{MemorySize, OwnedMemory};
-use crate::source::SourceEvent;
+use crate::source::{CommitMode, SourceEvent};
+use crate::sync::stream::{Refusal, stream_index};
 use crate::sync::{ReplicaConfig, test_config};
 
 const NOW: Time = Time(1);
@@ -97,7 +99,11 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     let target = Place { slot, generation };
     let above = Stamp { epoch: epoch + 1, version: 1 };
     let stream = stream_index(backup.member(), 0);
-    let verdict = replica.apply_new(NOW, stream, target, above, backup, None, &connection);
+    let verdict = replica.apply_new(
+        NOW,
+        stream,
+        &New { target, stamp: above, own: backup, previous: None, connection: &connection },
+    );
     assert!(matches!(verdict, Applied));
     assert_eq!(replica.table.kind(slot), Kind::Backup);
     assert!(!replica.contests.has(slot, generation));
@@ -134,7 +140,11 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         });
         let target = Place { slot, generation: replica.table.line(slot).generation() };
         let stream = stream_index(from.member(), 0);
-        let verdict = replica.apply_new(NOW, stream, target, stamp, from, None, &connection);
+        let verdict = replica.apply_new(
+            NOW,
+            stream,
+            &New { target, stamp, own: from, previous: None, connection: &connection },
+        );
         assert!(matches!(verdict, Refused(Reason::Superseded)));
         // With a kernel to ask, traffic decides about what may be another connection.
         let waits = commit == CommitMode::Eager && stamp != own;

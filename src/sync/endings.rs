@@ -1,0 +1,271 @@
+//! Endings: closes and releases, and what is left of a copy when its active ends it or lets it go.
+
+use super::contests::Doubt;
+use super::mutation::{Mutation, is};
+use super::replica::Replica;
+use super::requests::Rank;
+use super::stream::{stream_member, stream_shard};
+use super::verdict::Verdict::{self, Applied, Busy};
+use crate::ccp::message::Place;
+use crate::conn::slot::Line;
+use crate::conn::table::{On, Written};
+use crate::conn::{Coordinate, Extra, Kind, Stamp, Tuple};
+use crate::counters::Counter;
+use crate::seq::Seq;
+use crate::source::{Commit, CommitMode};
+use crate::time::Time;
+
+/// What may be left of a copy that is none any more.
+enum Rest {
+    /// Its active saw it end.
+    Nothing,
+    /// Its packets may take their way through here, although its active has it no more, or another backup. With the stamp that it
+    /// had there, whether this member's own source saw it, and what becomes of its entry if no packets show.
+    Perhaps(Stamp, bool, Doubt),
+}
+
+impl Replica<'_> {
+    /// The slot that a close or a release is for, if it still is in the life that it names. If not, what
+    /// should end has ended.
+    fn ending(&self, target: Place) -> Option<Line> {
+        let line = self.target(target);
+        let counter = if line.is_none() { Counter::RejectTarget } else { Counter::DeltasClosed };
+        let line =
+            line.filter(|line| line.generation() == target.generation || is(Mutation::NoGenerationCheck));
+        if line.is_none() {
+            self.counters.count(counter);
+        }
+        line
+    }
+
+    /// Whether this active connection was only presumed dead at the sender: no traffic was seen here since.
+    fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
+        self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
+    }
+
+    /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
+    /// after it, or at the same time. (An equal stamp may be one's own that comes back.)
+    fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
+        let own = self.table.line(slot).stamp();
+        stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
+    }
+
+    pub(super) fn apply_close(
+        &mut self,
+        now: Time,
+        stream: usize,
+        target: Place,
+        stamp: Stamp,
+        seen: bool,
+    ) -> Verdict {
+        let Some(line) = self.ending(target) else { return Applied };
+        let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        // Whether what is left is agreed to be the sender's lease.
+        let mut is_lease = true;
+        match line.kind() {
+            // The new never came and never will: its place remembers that.
+            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
+                let next = target.generation.next();
+                line.set_generation(if is(Mutation::NoTombstone) { target.generation } else { next });
+            }),
+            Kind::Backup if from_pair => {
+                let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
+                    true => Rest::Nothing,
+                    false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
+                };
+                self.drop_copy(now, target.slot, stream, rest);
+            }
+            Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
+                // Claimed and closed there. This member may have let go of the pair before it heard of that,
+                // or have found another slot for the copy.
+                if !self.requests.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                self.drop_active(now, target.slot, stream, stamp, Doubt::Closed);
+                is_lease = from_pair;
+            }
+            Kind::Active
+                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
+            {
+                // Presumed while the former active lived: closed means closed.
+                if !self.requests.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
+                let original = self.drop_to_lease(target.slot, stream);
+                self.delete_entry(&original);
+            }
+            Kind::Backup | Kind::Active => {
+                // Its sender takes the slot's next life for its own when this is acknowledged.
+                self.table.update(target.slot, |line| line.set_spent(true));
+                self.counters.count(Counter::DeltasOld);
+                return Applied;
+            }
+            Kind::Closing => return Applied,
+            Kind::Free | Kind::Leased | Kind::Held => {
+                self.counters.count(Counter::RejectTarget);
+                return Applied;
+            }
+        }
+        if !is_lease || line.is_spent() {
+            self.table.recycle(target.slot);
+        }
+        self.counters.count(Counter::DeltasApplied);
+        Applied
+    }
+
+    pub(super) fn apply_release(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+        let Some(line) = self.ending(target) else { return Applied };
+        let member = stream_member(stream);
+        match line.kind() {
+            Kind::Leased if self.is_leased_to(&line, stream) => {
+                self.table.recycle(target.slot);
+                self.counters.count(Counter::DeltasApplied);
+                return Applied;
+            }
+            // From its active, or, if that is gone, from whoever took over.
+            Kind::Backup
+                if (line.peer().member() == member || !self.is_up(line.peer().member()))
+                    && stamp >= line.stamp() =>
+            {
+                self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
+            }
+            Kind::Active
+                if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyReleaseIgnored)
+                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
+            {
+                // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
+                // to another backup, before the claim arrived here: late, it must not find its place.
+                if !self.requests.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                self.drop_active(now, target.slot, stream, stamp, Doubt::Taken);
+            }
+            Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
+                // Only presumed, and somebody else carries it on who knows it better.
+                if !self.requests.has_room(Rank::Consequence) {
+                    return Busy;
+                }
+                let backup = line.peer();
+                self.unassign(target.slot);
+                if backup.is_somewhere() {
+                    let taken = self.release(Rank::Consequence, backup, stamp);
+                    assert!(taken, "there was room for a request");
+                }
+                self.drop_presumed(target.slot);
+                self.counters.count(Counter::DeltasApplied);
+                return Applied;
+            }
+            _ => {
+                self.counters.count(Counter::DeltasOld);
+                return Applied;
+            }
+        }
+        // Unlike a close: a release may be ignored, or come twice, and its sender does not learn which.
+        // So the slot is nobody's lease afterwards, and the name that one would have had never fits.
+        self.table.recycle(target.slot);
+        self.counters.count(Counter::DeltasApplied);
+        Applied
+    }
+
+    /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
+    fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
+        let is_eager = self.config.commit == CommitMode::Eager;
+        let is_missing = self.table.on(slot) == On::Missing;
+        let written = if is_eager && !is_missing { self.table.written(slot) } else { Written::No };
+        self.end_missing(slot);
+        self.end_copy(slot);
+        if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest {
+            self.keep_rest(now, slot, written, (stamp, is_witnessed, doubt));
+        }
+        let original = self.drop_to_lease(slot, stream);
+        match is_eager && is_missing && self.table.find_original(&original).is_none() {
+            true => self.commit(Commit::DeleteUntouched { original }),
+            false => self.delete_entry(&original),
+        }
+    }
+
+    /// What is left of the copy in this slot, which goes, is held in another one while it is found out whether its packets pass here.
+    fn keep_rest(
+        &mut self,
+        now: Time,
+        slot: u32,
+        written: Written,
+        (stamp, is_witnessed, doubt): (Stamp, bool, Doubt),
+    ) {
+        let connection = self.table.connection(slot);
+        if self.lives_besides(slot, &connection.original) {
+            return; // The entry is that one's by now.
+        }
+        match (written, doubt) {
+            (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
+            (Written::No, _) => {}
+            // It lives on elsewhere: what may be the packets of before does not outdo that.
+            (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
+            (Written::AsItWas | Written::Yes, _) => self.ask_for_packets(&connection, stamp),
+        }
+    }
+
+    /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
+    fn drop_active(&mut self, now: Time, slot: u32, stream: usize, stamp: Stamp, doubt: Doubt) {
+        let (is_ours, connection) = (!self.is_presumed(slot), self.table.connection(slot));
+        let line = self.table.line(slot);
+        // The backup's place may be the very claim that this gives way to: what outranks this active must not come back there and outrank that.
+        let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        self.step_down(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
+        if is_ours && !self.lives_besides(slot, &connection.original) {
+            self.doubt(now, &connection, stamp, doubt);
+        }
+        let original = self.drop_to_lease(slot, stream);
+        self.delete_entry(&original);
+    }
+
+    /// The connection in this slot is no more; one life later the slot belongs to the sender's lease. Tells its original tuple: what becomes of the
+    /// kernel's entry is the caller's.
+    fn drop_to_lease(&mut self, slot: u32, stream: usize) -> Tuple {
+        let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
+        let session = self.durable(stream).peer_session();
+        let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
+        self.table.update(slot, |line| {
+            line.set_generation(line.generation().next());
+            line.set_kind(Kind::Leased);
+            line.set_peer(lessee);
+            line.set_last(Seq::NONE);
+            line.set_session(session);
+            line.set_claimed(false);
+        });
+        self.table.set_former(slot, Coordinate::NOWHERE);
+        self.table.set_extra(slot, &Extra::NONE);
+        original
+    }
+
+    /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.
+    pub(super) fn delete_entry(&mut self, original: &Tuple) {
+        match self.table.find_original(original) {
+            None => self.commit(Commit::Delete { original: *original }),
+            Some(_) => self.write_besides(original),
+        }
+    }
+
+    /// The entry of a connection that is none here any more is that of another copy with this tuple, if there is one.
+    fn write_besides(&mut self, original: &Tuple) {
+        if let Some(slot) =
+            self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
+        {
+            let generation = self.table.line(slot).generation();
+            self.commit(Commit::Write { slot, generation });
+        }
+    }
+
+    /// A connection without a backup that is only presumed to be ours gives way to whoever else carries it on. Its kernel
+    /// entry stays: packets may pass it, of which no event tells.
+    pub(super) fn drop_presumed(&mut self, slot: u32) {
+        self.counters.count(Counter::ClaimsLost);
+        self.end_move(slot);
+        let original = self.table.tuples(slot).0;
+        self.table.forget(slot);
+        self.table.recycle(slot);
+        self.write_besides(&original);
+    }
+}

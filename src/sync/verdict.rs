@@ -1,0 +1,29 @@
+//! What arrives, and what becomes of it.
+
+use crate::ccp::message::{Place, Reason};
+use crate::conn::{Connection, Coordinate, Stamp};
+
+/// What became of a delta.
+pub(super) enum Verdict {
+    /// The copy is what the delta says, or newer.
+    Applied,
+    /// The sender is told, and finds another backup.
+    Refused(Reason),
+    /// Not now: the datagram will come again.
+    Busy,
+}
+
+/// A new, as it arrived.
+#[derive(Clone, Copy)]
+pub(super) struct New<'c> {
+    /// The slot here that it is for.
+    pub target: Place,
+    /// The state that it brings.
+    pub stamp: Stamp,
+    /// Where the sender has the connection.
+    pub own: Coordinate,
+    /// Its previous backup, as long as that was not released.
+    pub previous: Option<Coordinate>,
+    /// The whole of it.
+    pub connection: &'c Connection,
+}
