@@ -538,11 +538,8 @@ impl Replica<'_> {
         if line.peer().member() == member && matches!(self.peers[member as usize], PeerState::Down { .. }) {
             match line.kind() {
                 Kind::Closing => self.drop_closing(slot),
-                Kind::Backup => {
-                    if !self.drop_outlived(slot) {
-                        self.commit(Commit::Refresh { slot, generation: line.generation() });
-                    }
-                }
+                Kind::Backup if self.drop_outlived(slot) => {}
+                Kind::Backup => self.commit(Commit::Refresh { slot, generation: line.generation() }),
                 _ => {}
             }
         }
