@@ -23,7 +23,9 @@ use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
 use crate::limits::STRAYS;
 use crate::membership::{Membership, MembershipParts, Shared};
-use crate::net::{Handover, Interface, Link, LinkConfig, NetError, Port, PortConfig, Receivers, Renewal};
+use crate::net::{
+    Handover, Interface, Link, LinkConfig, NetError, Port, PortConfig, Receivers, Renewal,
+};
 use crate::notify::Notifier;
 use crate::restart;
 use crate::ring::RingError;
@@ -38,8 +40,8 @@ const FLUSH: Duration = Duration::from_millis(1);
 /// How often two members compare what they hold.
 const COMPARE: Duration = Duration::from_secs(1);
 
-/// How long to wait for what the kernel has not yet taken back from a process that was just killed, or has
-/// restarted: its port, its locked memory.
+/// How long to wait for what the kernel has not yet taken back from a process that was just killed,
+/// or has restarted: its port, its locked memory.
 const KERNEL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How often the sync link is looked at before it is there.
@@ -53,7 +55,8 @@ static ADDRESSES: LocalAddresses = LocalAddresses::new();
 
 /// Runs a member until it is told to end. Told to restart, this process becomes the next one.
 pub fn run(config: &Config) -> ExitCode {
-    // Before any thread exists, so that every thread inherits the mask and only this one takes signals.
+    // Before any thread exists, so that every thread inherits the mask and only this one takes
+    // signals.
     block_signals();
     crate::logging::start();
     let outcome = start(config);
@@ -61,7 +64,8 @@ pub fn run(config: &Config) -> ExitCode {
     match outcome {
         Ok(End::Left) => ExitCode::SUCCESS,
         Ok(End::Restart) => {
-            // It returns only if it fails. No thread, ring or lock is left: all were this function's.
+            // It returns only if it fails. No thread, ring or lock is left: all were this
+            // function's.
             eprintln!("hypersync: {}", restart::exec());
             ExitCode::FAILURE
         }
@@ -111,8 +115,8 @@ struct Parts<'b> {
     gate: Gate,
 }
 
-/// A shard's end of the start: nobody serves, and no heartbeat leaves, before every shard could be set
-/// up. A thread that cannot be drops it, and then nobody passes.
+/// A shard's end of the start: nobody serves, and no heartbeat leaves, before every shard could be
+/// set up. A thread that cannot be drops it, and then nobody passes.
 struct Gate {
     set_up: SyncSender<()>,
     go: Receiver<()>,
@@ -122,7 +126,8 @@ impl Gate {
     /// Says that this shard is set up, and waits for the others. `false` if one of them failed.
     fn pass(self) -> bool {
         let Gate { set_up, go } = self;
-        // The main thread takes these until every sender is gone; an error means that it is gone itself.
+        // The main thread takes these until every sender is gone; an error means that it is gone
+        // itself.
         let _ = set_up.send(());
         drop(set_up);
         go.recv().is_ok()
@@ -132,10 +137,13 @@ impl Gate {
 fn start(config: &Config) -> Result<End, Failure> {
     let options = &config.options;
     raise_file_limit();
-    // First the lock, then the sync link and the port, which a second process could join in silence; then the kernel, and then
-    // the region, so that a start that cannot succeed leaves the old one, and what it says of sysctls, in its place.
+    // First the lock, then the sync link and the port, which a second process could join in
+    // silence; then the kernel, and then the region, so that a start that cannot succeed leaves the
+    // old one, and what it says of sysctls, in its place.
     let place = Place::claim(&options.shm).map_err(usage)?;
-    let Some((link, receivers)) = wait_for_link(config).map_err(usage)? else { return Ok(End::Left) };
+    let Some((link, receivers)) = wait_for_link(config).map_err(usage)? else {
+        return Ok(End::Left);
+    };
     let is_kernel = options.source == SourceKind::Kernel;
     let mut committers = Vec::new();
     let mut may_be_unheard = false;
@@ -177,7 +185,8 @@ fn start(config: &Config) -> Result<End, Failure> {
     outcome
 }
 
-/// The region that lies in the place, if it fits, or a new one; and a line for the log of a start that succeeds.
+/// The region that lies in the place, if it fits, or a new one; and a line for the log of a start
+/// that succeeds.
 fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>), ShmError> {
     let options = &config.options;
     let wanted = RegionConfig {
@@ -195,15 +204,17 @@ fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>)
             Ok((region, Some(line)))
         }
         Err(Fresh::Nothing) => Ok((Region::create_in(place, &wanted)?, None)),
-        Err(why) => Ok((Region::create_in(place, &wanted)?, Some(format!("starting a new table: {why}")))),
+        Err(why) => {
+            Ok((Region::create_in(place, &wanted)?, Some(format!("starting a new table: {why}"))))
+        }
     }
 }
 
-/// The sync link with its receive sockets, as soon as it is there: at boot, interfaces and addresses may come later than
-/// this process. `None`: it was told to end while it waited.
+/// The sync link with its receive sockets, as soon as it is there: at boot, interfaces and
+/// addresses may come later than this process. `None`: it was told to end while it waited.
 ///
-/// After a crash the kernel lets go of the old ring's sockets only a moment after the process is gone: whoever starts
-/// us again at once must not be refused for that.
+/// After a crash the kernel lets go of the old ring's sockets only a moment after the process is
+/// gone: whoever starts us again at once must not be refused for that.
 fn wait_for_link(config: &Config) -> Result<Option<(Link, Receivers)>, NetError> {
     let link = LinkConfig {
         local: config.sync,
@@ -223,7 +234,9 @@ fn wait_for_link(config: &Config) -> Result<Option<(Link, Receivers)>, NetError>
             }
             Err(e) if e.can_come_right() => {
                 if told.as_ref() != Some(&e) {
-                    log::warn!("waiting for the sync link, not ready: {e}; it goes on by itself then");
+                    log::warn!(
+                        "waiting for the sync link, not ready: {e}; it goes on by itself then"
+                    );
                     told = Some(e);
                 }
                 LINK_PAUSE
@@ -261,7 +274,8 @@ fn serve(
     let (notifier, notify_thread) =
         Notifier::start(options.notify.clone(), options.notify_limit).map_err(usage)?;
     let port_ids: Vec<u32> = committers.iter().map(Committer::port_id).collect();
-    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..config.shards).map(|_| sync_channel(STRAYS)).unzip();
+    let (senders, inboxes): (Vec<_>, Vec<_>) =
+        (0..config.shards).map(|_| sync_channel(STRAYS)).unzip();
     let (set_up, set_up_by) = sync_channel(config.shards as usize);
     let (goes, gates): (Vec<_>, Vec<_>) = (0..config.shards)
         .map(|_| {
@@ -270,7 +284,8 @@ fn serve(
         })
         .unzip();
     drop(set_up);
-    let bells = (0..config.shards).map(|_| Bell::new()).collect::<Result<Vec<_>, _>>().map_err(usage)?;
+    let bells =
+        (0..config.shards).map(|_| Bell::new()).collect::<Result<Vec<_>, _>>().map_err(usage)?;
     let mut committers = committers.into_iter();
     let parts: Vec<Parts<'_>> = receivers
         .into_iter()
@@ -297,14 +312,16 @@ fn serve(
         for parts in parts {
             let shard = parts.shard;
             let (shared_here, notifier) = (&*shared, notifier.clone());
-            let thread =
-                std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(scope, move || {
+            let thread = std::thread::Builder::new().name(format!("shard-{shard}")).spawn_scoped(
+                scope,
+                move || {
                     let result = run_shard(config, region, shared_here, notifier, parts);
                     if result.is_err() {
                         shared_here.failed.store(true, Ordering::Relaxed);
                     }
                     result
-                });
+                },
+            );
             match thread {
                 Ok(thread) => threads.push(thread),
                 Err(e) => {
@@ -331,7 +348,8 @@ fn serve(
             );
             region.publish_ready();
             for go in &goes {
-                // There is room for the word; an error means that the thread panicked, which `join` tells.
+                // There is room for the word; an error means that the thread panicked, which `join`
+                // tells.
                 let _ = go.send(());
             }
             attend(config, region, &shared, link, &bells);
@@ -361,8 +379,9 @@ fn serve(
         }
         None if shared.restarts.load(Ordering::Relaxed) => {
             if shared.stop.load(Ordering::Relaxed) {
-                // Told to end when the others already waited for its return: the next process leaves the group.
-                // SAFETY: no memory arguments. The signal is blocked, and stays pending for that process.
+                // Told to end when the others already waited for its return: the next process
+                // leaves the group. SAFETY: no memory arguments. The signal is blocked, and stays
+                // pending for that process.
                 unsafe { libc::kill(libc::getpid(), libc::SIGTERM) };
             }
             Ok(End::Restart)
@@ -384,8 +403,8 @@ impl Drop for FailOnPanic<'_> {
     }
 }
 
-/// The shard's port. The kernel unlocks the memory of the last process's ring only a moment after that is gone: who
-/// goes on with its table waits for it.
+/// The shard's port. The kernel unlocks the memory of the last process's ring only a moment after
+/// that is gone: who goes on with its table waits for it.
 fn open_port<'m>(
     config: &PortConfig<'m>,
     receiver: OwnedFd,
@@ -403,7 +422,9 @@ fn open_port<'m>(
     let end = Instant::now() + KERNEL_PATIENCE;
     loop {
         match Port::new(config, again(&receiver)?, group.as_ref().map(again).transpose()?) {
-            Err(NetError::Ring(RingError::MemoryLock { .. })) if is_resumed && Instant::now() < end => {
+            Err(NetError::Ring(RingError::MemoryLock { .. }))
+                if is_resumed && Instant::now() < end =>
+            {
                 std::thread::sleep(Duration::from_millis(10));
             }
             other => return other,
@@ -454,8 +475,9 @@ fn run_shard(
         region.is_resumed(),
     )
     .map_err(|e| e.to_string())?;
-    let again =
-        |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(|e| format!("cannot watch a descriptor: {e}"));
+    let again = |fd: BorrowedFd<'_>| {
+        fd.try_clone_to_owned().map_err(|e| format!("cannot watch a descriptor: {e}"))
+    };
     port.add_watch(BELL_KEY, again(bells[shard as usize].fd())?);
     let feed = match options.source {
         SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
@@ -519,8 +541,16 @@ fn run_shard(
         let group = Group::new(identity, now);
         let hearing = Hearing::new(config.peers.clone(), settle, now);
         let group_number = options.group;
-        let parts =
-            MembershipParts { group, group_number, hearing, region, shared, notifier, counters, settle };
+        let parts = MembershipParts {
+            group,
+            group_number,
+            hearing,
+            region,
+            shared,
+            notifier,
+            counters,
+            settle,
+        };
         Membership::new(parts, now)
     });
     log::debug!("shard {shard}: kernel features {:?}", port.features());
@@ -555,7 +585,9 @@ fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, bells: 
             None => {}
             Some(libc::SIGHUP) => {
                 let back = restart::back_within(region.take_back_within());
-                log::info!("restarting: the others are told that this member is back within {back:?}");
+                log::info!(
+                    "restarting: the others are told that this member is back within {back:?}"
+                );
                 shared.restart.store(back.as_millis() as u32, Ordering::Relaxed);
             }
             Some(_) => {
@@ -611,14 +643,19 @@ impl LinkAttendant {
         }
         let mut receivers = shards.into_iter();
         for (handover, bell) in shared.renewals.iter().zip(bells) {
-            handover.put(Renewal { interface: *index, receiver: receivers.next(), group: group.take() });
+            handover.put(Renewal {
+                interface: *index,
+                receiver: receivers.next(),
+                group: group.take(),
+            });
             bell.ring();
         }
     }
 }
 
 fn signals() -> libc::sigset_t {
-    // SAFETY: a zeroed sigset_t is a valid object for sigemptyset to fill in; both calls only write to it.
+    // SAFETY: a zeroed sigset_t is a valid object for sigemptyset to fill in; both calls only write
+    // to it.
     unsafe {
         let mut set = std::mem::zeroed();
         libc::sigemptyset(&mut set);
@@ -639,7 +676,8 @@ fn block_signals() {
 /// SIGTERM, SIGINT or SIGHUP, if one came within this time.
 fn wait_for_signal(limit: Duration) -> Option<i32> {
     let set = signals();
-    let limit = libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos() as i64 };
+    let limit =
+        libc::timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos() as i64 };
     // SAFETY: both pointers are to live, filled-in objects; the signal's details are not asked for.
     let signal = unsafe { libc::sigtimedwait(&set, std::ptr::null_mut(), &limit) };
     (signal > 0).then_some(signal)
@@ -647,8 +685,8 @@ fn wait_for_signal(limit: Duration) -> Option<i32> {
 
 /// Pins the thread to the shard's processor, if there is one for it. Without, it runs all the same.
 fn pin(shard: u8) {
-    // SAFETY: a zeroed cpu_set_t is the empty set; the calls read and write only these sets, for the
-    // calling thread.
+    // SAFETY: a zeroed cpu_set_t is the empty set; the calls read and write only these sets, for
+    // the calling thread.
     unsafe {
         let mut allowed: libc::cpu_set_t = std::mem::zeroed();
         if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut allowed) != 0 {
@@ -677,7 +715,8 @@ fn raise_file_limit() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the calls read and write this one struct.
     unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 && limit.rlim_cur < limit.rlim_max
+        {
             limit.rlim_cur = limit.rlim_max;
             libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
         }

@@ -25,7 +25,8 @@ impl Bell {
         self.0.as_fd()
     }
 
-    /// Wakes its shard, now or when it is about to sleep. Never blocks: a counter that is full rings as well.
+    /// Wakes its shard, now or when it is about to sleep. Never blocks: a counter that is full
+    /// rings as well.
     pub fn ring(&self) {
         let one = 1u64.to_ne_bytes();
         // SAFETY: the buffer is eight bytes long, as an eventfd asks, and lives through the call.

@@ -1,5 +1,6 @@
-//! The host's monotonic clock, for the edges: the shard loop reads it when a pass begins, when it has done its work
-//! and before it waits, tools when they need an age. The pure part never does (see [`crate::time`]).
+//! The host's monotonic clock, for the edges: the shard loop reads it when a pass begins, when it
+//! has done its work and before it waits, tools when they need an age. The pure part never does
+//! (see [`crate::time`]).
 #![allow(unsafe_code)]
 
 use crate::time::Time;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use argh::FromArgs;
 
 use crate::limits::{
-    ARENA_MAX, ARENA_MIN, EVENT_BUFFER_MAX, EVENT_BUFFER_MIN, INGEST_RECORDS_MAX, INGEST_RECORDS_MIN,
-    MEMBERS_MAX, PEERS_MAX, SHARDS_MAX, SLOTS_MAX, SLOTS_MIN,
+    ARENA_MAX, ARENA_MIN, EVENT_BUFFER_MAX, EVENT_BUFFER_MIN, INGEST_RECORDS_MAX,
+    INGEST_RECORDS_MIN, MEMBERS_MAX, PEERS_MAX, SHARDS_MAX, SLOTS_MAX, SLOTS_MIN,
 };
 use crate::memory::MemorySize;
 use crate::net::{ScopedAddress, SendMode};
@@ -36,7 +36,8 @@ pub struct RunOptions {
     /// this member's number in the group, 1 to 52
     #[argh(option)]
     pub member: u8,
-    /// this member's address on the sync link; a link-local one with --interface or as fe80::1%INTERFACE
+    /// this member's address on the sync link; a link-local one with --interface or as
+    /// fe80::1%INTERFACE
     #[argh(option)]
     pub sync: ScopedAddress,
     /// the sync link's interface (default: the one that has the sync address)
@@ -48,7 +49,8 @@ pub struct RunOptions {
     /// sync address of another member; once for each of them, in place of multicast
     #[argh(option)]
     pub peer: Vec<ScopedAddress>,
-    /// threads, each with its slice of the table, 1 to 64; members may differ (default: processors, at most 8)
+    /// threads, each with its slice of the table, 1 to 64; members may differ (default: processors,
+    /// at most 8)
     #[argh(option)]
     pub shards: Option<u8>,
     /// connections and copies that the table has room for, in all shards together (default 1000000)
@@ -60,16 +62,16 @@ pub struct RunOptions {
     /// who tells of connections: kernel (conntrack) or ring (shared memory) (default kernel)
     #[argh(option, default = "SourceKind::Kernel")]
     pub source: SourceKind,
-    /// when copies are written to this host's kernel: eager (at once), takeover (when their active has
-    /// died) or off (default eager with the kernel source, off with the ring)
+    /// when copies are written to this host's kernel: eager (at once), takeover (when their active
+    /// has died) or off (default eager with the kernel source, off with the ring)
     #[argh(option)]
     pub commit: Option<CommitMode>,
-    /// how long a walk takes that asks the kernel for the entry of every copy, with --commit eager: 1s to 24h,
-    /// or 0s for no walk (default 10m)
+    /// how long a walk takes that asks the kernel for the entry of every copy, with --commit eager:
+    /// 1s to 24h, or 0s for no walk (default 10m)
     #[argh(option, default = "Duration::from_secs(600)", from_str_fn(span))]
     pub verify: Duration,
-    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the first
-    /// rule that matches decides
+    /// what is copied: copy or skip, then conditions (see docs/OPERATIONS.md); repeatable, the
+    /// first rule that matches decides
     #[argh(option)]
     pub rule: Vec<String>,
     /// file with further rules, one a line, tried after those of --rule
@@ -115,7 +117,8 @@ pub struct RunOptions {
     /// records of a shard's ingest ring, a power of two (default 16384)
     #[argh(option, default = "16_384")]
     pub ring: usize,
-    /// bytes of kernel events that may wait for one shard; an event takes about 1300 (default 67108864)
+    /// bytes of kernel events that may wait for one shard; an event takes about 1300
+    /// (default 67108864)
     #[argh(option, default = "64 << 20")]
     pub event_buffer: usize,
     /// optional features of the kernel: all that it has, or none, for tests (default all)
@@ -219,10 +222,11 @@ impl Config {
     /// Checks the options. An error is one line.
     pub fn check(options: RunOptions) -> Result<Config, String> {
         let o = &options;
-        let within = |name: &str, value: u64, low: u64, high: u64| match (low..=high).contains(&value) {
-            true => Ok(()),
-            false => Err(format!("--{name} {value} is out of range: {low} to {high}")),
-        };
+        let within =
+            |name: &str, value: u64, low: u64, high: u64| match (low..=high).contains(&value) {
+                true => Ok(()),
+                false => Err(format!("--{name} {value} is out of range: {low} to {high}")),
+            };
         within("group", o.group as u64, 1, u16::MAX as u64)?;
         within("member", o.member as u64, 1, MEMBERS_MAX as u64)?;
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get()).min(8) as u8;
@@ -302,7 +306,8 @@ impl Config {
             None if sync.is_ipv4() => Some(DEFAULT_MULTICAST),
             None => {
                 return Err(
-                    "with an IPv6 --sync address, name --multicast (ff02::74, say) or every --peer".into()
+                    "with an IPv6 --sync address, name --multicast (ff02::74, say) or every --peer"
+                        .into(),
                 );
             }
         };
@@ -311,7 +316,10 @@ impl Config {
             SourceKind::Ring => CommitMode::Off,
         });
         if commit != CommitMode::Off && o.source == SourceKind::Ring {
-            return Err("--commit needs --source kernel: the ring's connections are not this kernel's".into());
+            return Err(
+                "--commit needs --source kernel: the ring's connections are not this kernel's"
+                    .into(),
+            );
         }
         let rules = rules(o)?;
         // A shard's share is not exactly even, and slots are also leased ahead: an eighth more.
@@ -338,21 +346,22 @@ impl Config {
     }
 }
 
-/// The name of the sync link's interface: that of `--interface`, and of whatever stands behind a `%`.
+/// The name of the sync link's interface: that of `--interface`, and of whatever stands behind a
+/// `%`.
 fn sync_interface(options: &RunOptions) -> Result<Option<String>, String> {
     let addresses = [("--sync", &options.sync)].into_iter();
     let addresses = addresses.chain(options.multicast.iter().map(|group| ("--multicast", group)));
     let addresses = addresses.chain(options.peer.iter().map(|peer| ("--peer", peer)));
     let named = options.interface.iter().map(|name| (format!("--interface {name}"), name));
-    let scopes =
-        addresses.filter_map(|(flag, address)| Some((format!("{flag} {address}"), address.scope.as_ref()?)));
+    let scopes = addresses
+        .filter_map(|(flag, address)| Some((format!("{flag} {address}"), address.scope.as_ref()?)));
     let mut all = named.chain(scopes);
     let Some((first, interface)) = all.next() else { return Ok(None) };
     match all.find(|(_, name)| *name != interface) {
         None => Ok(Some(interface.clone())),
-        Some((other, _)) => {
-            Err(format!("{first} and {other} contradict each other: the sync link is one interface"))
-        }
+        Some((other, _)) => Err(format!(
+            "{first} and {other} contradict each other: the sync link is one interface"
+        )),
     }
 }
 
@@ -367,9 +376,11 @@ fn rules(options: &RunOptions) -> Result<Rules, String> {
         rules.add_lines(&text).map_err(|e| named(&e))?;
     }
     if options.source == SourceKind::Ring && rules.uses_addresses() {
-        return Err("rules with address or local need --source kernel: the ring's connections are not \
+        return Err(
+            "rules with address or local need --source kernel: the ring's connections are not \
                     this host's"
-            .into());
+                .into(),
+        );
     }
     Ok(rules)
 }
@@ -394,8 +405,10 @@ mod tests {
         let ring = check(&["--source", "ring", "--peer", "10.9.0.2"]).unwrap();
         assert_eq!((ring.multicast, ring.commit), (None, CommitMode::Off));
         let rare = |words: &[&str]| {
-            let memory =
-                check(&[words, &["--shards", "2", "--capacity", "8000"]].concat()).unwrap().sizes.memory;
+            let memory = check(&[words, &["--shards", "2", "--capacity", "8000"]].concat())
+                .unwrap()
+                .sizes
+                .memory;
             (memory.capacity, memory.extras)
         };
         assert_eq!(rare(&[]), (4756, 595), "one in eight");
@@ -445,7 +458,10 @@ mod tests {
                 _ => check(&[flag, value]).map(|_| ()),
             };
             let error = error.expect_err(flag);
-            assert!(error.contains(value) || error.contains("multicast"), "{flag} {value}: {error}");
+            assert!(
+                error.contains(value) || error.contains("multicast"),
+                "{flag} {value}: {error}"
+            );
         }
     }
 }

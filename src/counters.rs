@@ -296,7 +296,10 @@ mod tests {
     fn a_delay_lies_within_its_bucket() {
         for us in [4, 5, 7, 8, 9, 100, 1000, 12_345, 1_000_000] {
             let bucket = delay_bucket(us);
-            assert!(delay_bucket_floor(bucket) <= us && us < delay_bucket_floor(bucket + 1), "{us}");
+            assert!(
+                delay_bucket_floor(bucket) <= us && us < delay_bucket_floor(bucket + 1),
+                "{us}"
+            );
         }
         let mut delays = [0; DELAY_BUCKETS];
         delays[delay_bucket(100)] = 99;
@@ -309,7 +312,11 @@ mod tests {
     fn the_list_is_in_order_and_names_are_unique() {
         for (i, info) in COUNTERS.iter().enumerate() {
             assert_eq!(info.counter as usize, i);
-            assert!(COUNTERS.iter().filter(|other| other.name == info.name).count() == 1, "{}", info.name);
+            assert!(
+                COUNTERS.iter().filter(|other| other.name == info.name).count() == 1,
+                "{}",
+                info.name
+            );
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A list that lies in place and holds at most `N`: for what is few by its nature and must not be allocated.
+//! A list that lies in place and holds at most `N`: for what is few by its nature and must not be
+//! allocated.
 
 use std::ops::{Deref, DerefMut};
 

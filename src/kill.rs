@@ -1,9 +1,10 @@
 //! Where a test may kill a member: before each store to memory that outlives the process.
 //!
-//! With the feature `mutations` a test arms a countdown; when it has run out, the thread unwinds in the
-//! middle of whatever it does, and what is in memory then is what a killed process leaves behind. Without
-//! the feature there is nothing here but the order of those stores, which the compiler must keep: a killed process
-//! has made all stores before some instruction, and none behind it.
+//! With the feature `mutations` a test arms a countdown; when it has run out, the thread unwinds in
+//! the middle of whatever it does, and what is in memory then is what a killed process leaves
+//! behind. Without the feature there is nothing here but the order of those stores, which the
+//! compiler must keep: a killed process has made all stores before some instruction, and none
+//! behind it.
 
 /// What the thread unwinds with.
 #[cfg(feature = "mutations")]

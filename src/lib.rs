@@ -48,13 +48,18 @@
 //! 2. [`conn`]: tuples, coordinates, the slot's 128 bytes, the table.
 //! 3. [`ccp`]: the bytes on the wire, and nothing else. docs/PROTOCOL.md draws them.
 //! 4. [`group`]: who is there, who is dead, who should be a backup.
-//! 5. [`sync`]: the protocol of one shard, [`Replica`](sync::Replica); its page says in which order.
-//! 6. [`source`], [`rules`], [`memory`]: what goes in and out of it, what is copied at all, and what it stands on.
-//! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they meet; [`pace`] says when a shard waits.
-//! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`]: the process around the shards.
+//! 5. [`sync`]: the protocol of one shard, [`Replica`](sync::Replica); its page says in which
+//!    order.
+//! 6. [`source`], [`rules`], [`memory`]: what goes in and out of it, what is copied at all, and
+//!    what it stands on.
+//! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they
+//!    meet; [`pace`] says when a shard waits.
+//! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`]: the process around the
+//!    shards.
 //!
-//! Steps 1 to 6 are the pure part: no clock, socket, thread or `unsafe` (a prefetch hint excepted); time and bytes come
-//! in as arguments. `tests/protocol.rs` drives it over a network that loses, repeats and reorders.
+//! Steps 1 to 6 are the pure part: no clock, socket, thread or `unsafe` (a prefetch hint excepted);
+//! time and bytes come in as arguments. `tests/protocol.rs` drives it over a network that loses,
+//! repeats and reorders.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]

@@ -83,7 +83,8 @@ pub const WALK_PER_TICK: usize = 4096;
 /// Events waiting for the notify command. When full the newest is dropped and counted.
 pub const NOTIFY_QUEUE: usize = 256;
 
-/// Refusals told in one control datagram. Further ones are found again when the datagram is repeated.
+/// Refusals told in one control datagram. Further ones are found again when the datagram is
+/// repeated.
 pub const REFUSALS_MAX: usize = 32;
 
 /// Datagrams that arrived at the wrong shard and wait for the right one. What does not fit is lost
@@ -102,8 +103,8 @@ pub const RECEIVE_PER_PASS: usize = 4096;
 /// Source events acted on in one pass of a shard.
 pub const INGEST_PER_PASS: usize = 512;
 
-/// Smallest buffer for kernel events that wait for a shard, bytes: a few dozen events. What does not fit is
-/// lost, counted (`source_overruns`) and repaired by a dump.
+/// Smallest buffer for kernel events that wait for a shard, bytes: a few dozen events. What does
+/// not fit is lost, counted (`source_overruns`) and repaired by a dump.
 pub const EVENT_BUFFER_MIN: u64 = 64 << 10;
 
 /// Largest such buffer, bytes: the kernel doubles it, and counts in an `int`.
@@ -126,17 +127,20 @@ pub const INGEST_RECORDS_MAX: usize = 1 << 20;
 /// Unicast peers on the command line: every other member.
 pub const PEERS_MAX: usize = MEMBERS_MAX - 1;
 
-/// Rules that say what is copied, those of `--rule` and of `--rules` together. More are refused at start.
+/// Rules that say what is copied, those of `--rule` and of `--rules` together. More are refused at
+/// start.
 pub const RULES_MAX: usize = 256;
 
-/// Interfaces that rules name: a bit each in what is known of an address. More are refused at start.
+/// Interfaces that rules name: a bit each in what is known of an address. More are refused at
+/// start.
 pub const RULE_INTERFACES_MAX: usize = 32;
 
 const _: () = assert!(MEMBERS_MAX < 64 && SHARDS_MAX <= 64);
 const _: () = assert!(SLOTS_MAX <= 1 << 26 && GENERATIONS as usize == 1 << 26);
 const _: () = assert!(DATAGRAM_MAX.is_multiple_of(8) && DATAGRAM_MAX <= MTU_MIN - 48);
 const _: () = assert!(SEGMENTS_MAX <= 64 && SEGMENTS_MAX * DATAGRAM_MAX <= TRAIN_MAX);
-const _: () = assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE.is_multiple_of(64));
+const _: () =
+    assert!(CONTROL_BUFFER_SIZE >= DATAGRAM_MAX && CONTROL_BUFFER_SIZE.is_multiple_of(64));
 const _: () = assert!(CONTROL_BUFFERS * CONTROL_BUFFER_SIZE <= ARENA_MIN / 2);
 const _: () = assert!(INGEST_RECORDS_MIN.is_power_of_two() && INGEST_RECORDS_MAX.is_power_of_two());
 const _: () = assert!(WINDOW.is_multiple_of(64) && WINDOW_MIN < WINDOW);

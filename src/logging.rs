@@ -1,6 +1,6 @@
-//! Logging that never blocks a shard and allocates nothing there: records go, by value, through a bounded queue to a
-//! thread that writes them to standard error. What does not fit is counted, and the count is written once there is
-//! room again.
+//! Logging that never blocks a shard and allocates nothing there: records go, by value, through a
+//! bounded queue to a thread that writes them to standard error. What does not fit is counted, and
+//! the count is written once there is room again.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +11,8 @@ use crate::limits::{LOG_LINE_MAX, LOG_QUEUE};
 use crate::time::Time;
 use log::{Level, Log, Metadata, Record};
 
-/// Lines of one kind, of which many may come at once: the first is written, the others are counted for the next.
+/// Lines of one kind, of which many may come at once: the first is written, the others are counted
+/// for the next.
 pub struct Sparse {
     pause: Duration,
     told_at: Option<Time>,
@@ -95,7 +96,10 @@ impl fmt::Write for Text {
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "the queue holds lines, and a box would be an allocation")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the queue holds lines, and a box would be an allocation"
+)]
 enum Item {
     Line(Line),
     Flush(SyncSender<()>),

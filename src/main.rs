@@ -26,7 +26,8 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let options = match Options::from_args(&["hypersync"], words.get(1..).unwrap_or_default()) {
         Ok(options) => options,

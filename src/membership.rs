@@ -46,7 +46,8 @@ pub struct Shared {
     pub refusals: Refusals,
     /// New receive sockets for each shard, when the sync link was made anew.
     pub renewals: Vec<Handover>,
-    /// Nobody is heard, this member's own heartbeats to the multicast group included: it should be joined again.
+    /// Nobody is heard, this member's own heartbeats to the multicast group included: it should be
+    /// joined again.
     pub deaf: AtomicBool,
 }
 
@@ -64,7 +65,8 @@ pub struct Membership<'m> {
     readiness: Readiness,
     /// The dead time.
     settle: Duration,
-    /// The version of the group with which each member came: what shards say of it counts from then on.
+    /// The version of the group with which each member came: what shards say of it counts from then
+    /// on.
     came_with: Vec<u64>,
     dead: Vec<(MemberId, u64)>,
     leaving_since: Option<Time>,
@@ -97,10 +99,19 @@ pub struct MembershipParts<'m> {
 }
 
 impl<'m> Membership<'m> {
-    /// A member that knows nobody yet, or whom the last process knew, if the region was taken up from it.
+    /// A member that knows nobody yet, or whom the last process knew, if the region was taken up
+    /// from it.
     pub fn new(parts: MembershipParts<'m>, now: Time) -> Membership<'m> {
-        let MembershipParts { group, group_number, hearing, region, shared, notifier, counters, settle } =
-            parts;
+        let MembershipParts {
+            group,
+            group_number,
+            hearing,
+            region,
+            shared,
+            notifier,
+            counters,
+            settle,
+        } = parts;
         let me = group.view().me;
         let mut membership = Membership {
             published: View::new(me),
@@ -129,8 +140,8 @@ impl<'m> Membership<'m> {
         membership
     }
 
-    /// The group table is that of the last process. What it knew of the others holds until they are heard, and
-    /// a death that it did not live to tell is told.
+    /// The group table is that of the last process. What it knew of the others holds until they are
+    /// heard, and a death that it did not live to tell is told.
     fn remember(&mut self, now: Time) {
         let table = self.region.group();
         for id in 1..=MEMBERS_MAX as MemberId {
@@ -155,7 +166,8 @@ impl<'m> Membership<'m> {
             Err(reject) => self.counters.count(reject.counter()),
             Ok(heartbeat) => {
                 let accepted = self.group.handle_heartbeat(now, source, &heartbeat);
-                let counter = if accepted { Counter::HeartbeatsReceived } else { Counter::DuplicateMember };
+                let counter =
+                    if accepted { Counter::HeartbeatsReceived } else { Counter::DuplicateMember };
                 self.counters.count(counter);
             }
         }
@@ -168,11 +180,12 @@ impl<'m> Membership<'m> {
         }
     }
 
-    /// Finds the dead, publishes the view, tells what happened. Returns whether the other shards have
-    /// something to act on. `behind`: datagrams wait unread.
+    /// Finds the dead, publishes the view, tells what happened. Returns whether the other shards
+    /// have something to act on. `behind`: datagrams wait unread.
     pub fn tick(&mut self, now: Time, behind: bool) -> bool {
         let before = self.region.group().version();
-        // Nobody is dead because this member could not listen: mail lies unread, or it was paused itself.
+        // Nobody is dead because this member could not listen: mail lies unread, or it was paused
+        // itself.
         self.group.begin_pass(now, behind);
         self.group.tick(now);
         self.publish();
@@ -296,8 +309,8 @@ impl<'m> Membership<'m> {
         self.shared.deaf.store(self.hearing.is_deaf(), Ordering::Relaxed);
     }
 
-    /// The other host with this member's number, if it keeps this one from being ready. One that is ready waits for what
-    /// the others say.
+    /// The other host with this member's number, if it keeps this one from being ready. One that is
+    /// ready waits for what the others say.
     fn namesake(&self, now: Time) -> Option<IpAddr> {
         let patience = match self.readiness.stage() {
             Stage::Ready => self.settle,
@@ -413,7 +426,8 @@ impl<'m> Membership<'m> {
         self.counters.count(Counter::HeartbeatsSent);
     }
 
-    /// The way out: others move their copies away, then goodbye. Returns whether it was said often enough.
+    /// The way out: others move their copies away, then goodbye. Returns whether it was said often
+    /// enough.
     pub fn leave(&mut self, now: Time, say_goodbye: &mut dyn FnMut()) -> bool {
         let since = match self.leaving_since {
             Some(since) => since,
@@ -445,8 +459,9 @@ impl<'m> Membership<'m> {
         self.goodbyes_said == GOODBYES && self.goodbye_at.reached(now)
     }
 
-    /// The way out of a process that comes back: the others are told when. Returns whether it was said often
-    /// enough. Nobody is told that this member is not ready: the kernel goes on forwarding.
+    /// The way out of a process that comes back: the others are told when. Returns whether it was
+    /// said often enough. Nobody is told that this member is not ready: the kernel goes on
+    /// forwarding.
     pub fn announce_restart(&mut self, now: Time, back: Duration) -> bool {
         if !std::mem::replace(&mut self.announced, true) {
             self.group.announce_restart(now, back);
@@ -457,7 +472,9 @@ impl<'m> Membership<'m> {
     /// When to be called next.
     pub fn poll_at(&self) -> Time {
         match self.leaving_since {
-            Some(since) if self.goodbyes_said == 0 => self.group.poll_at().min(since.after(LEAVE_LIMIT)),
+            Some(since) if self.goodbyes_said == 0 => {
+                self.group.poll_at().min(since.after(LEAVE_LIMIT))
+            }
             Some(_) => self.group.poll_at().min(self.goodbye_at),
             None => self.group.poll_at(),
         }

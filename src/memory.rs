@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::conn::index::buckets_for;
 use crate::conn::slot::Slot;
 use crate::counters::COUNTER_WORDS;
-use crate::limits::{ARENA_MAX, ARENA_MIN, HISTORY_BYTES_PER_ENTRY, SLOTS_MAX, SLOTS_MIN, STREAMS_MAX};
+use crate::limits::{
+    ARENA_MAX, ARENA_MIN, HISTORY_BYTES_PER_ENTRY, SLOTS_MAX, SLOTS_MIN, STREAMS_MAX,
+};
 use crate::word::Word;
 
 /// Words of a stream's durable state; the names are in `sync::stream`.
@@ -76,7 +78,8 @@ impl MemorySize {
         buckets_for(self.capacity)
     }
 
-    /// Entries of the lease pool: as many slots at peers as there can be connections here, and a reserve.
+    /// Entries of the lease pool: as many slots at peers as there can be connections here, and a
+    /// reserve.
     pub fn leases(&self) -> usize {
         self.capacity + self.capacity / 4 + 1024
     }
@@ -102,8 +105,9 @@ impl MemorySize {
 pub struct Memory<'m, W: Word = AtomicU64> {
     /// The table slice.
     pub slots: &'m [Slot<W>],
-    /// Beside each slot a coordinate: an active's previous backup until that is released, a promoted
-    /// copy's former active, or the previous backup that an active named to its new one. 0: none.
+    /// Beside each slot a coordinate: an active's previous backup until that is released, a
+    /// promoted copy's former active, or the previous backup that an active named to its new one.
+    /// 0: none.
     pub former: &'m [W],
     /// Beside each slot the number of a record in `extras`, counted from 1; 0: none.
     pub extra_of: &'m [W::Half],
@@ -119,7 +123,8 @@ pub struct Memory<'m, W: Word = AtomicU64> {
     pub history: &'m [HistoryWords<W>],
     /// Which slots the deltas of the history's datagrams belong to; see `sync::history`.
     pub manifest: &'m [W],
-    /// What a shard that takes up its memory again cannot derive from the rest: see [`JOURNAL_HEAD`] and below.
+    /// What a shard that takes up its memory again cannot derive from the rest: see
+    /// [`JOURNAL_HEAD`] and below.
     pub journal: &'m [W],
     /// The send arena: the bytes of the history's datagrams, then the control buffers.
     pub arena: &'m [W],

@@ -104,7 +104,12 @@ impl Notifier {
     }
 }
 
-fn work(notices: &Receiver<Notice>, command: Option<&PathBuf>, limit: Duration, counts: &NoticeCounts) {
+fn work(
+    notices: &Receiver<Notice>,
+    command: Option<&PathBuf>,
+    limit: Duration,
+    counts: &NoticeCounts,
+) {
     for notice in notices {
         log::info!("{notice}");
         let Some(command) = command else { continue };
@@ -127,7 +132,8 @@ fn spawn(command: &PathBuf, notice: Notice) -> io::Result<Child> {
     let (event, member) = notice.arguments();
     let mut command = Command::new(command);
     command.arg(event).arg(member.to_string()).stdin(Stdio::null()).process_group(0);
-    // SAFETY: between fork and exec only async-signal-safe calls are made, on a set of the child's own stack.
+    // SAFETY: between fork and exec only async-signal-safe calls are made, on a set of the child's
+    // own stack.
     unsafe {
         command.pre_exec(|| {
             let mut none = std::mem::zeroed();
@@ -148,7 +154,8 @@ fn wait(mut child: Child, limit: Duration) -> io::Result<Option<ExitStatus>> {
             return Ok(Some(status));
         }
         if Instant::now() >= end {
-            // SAFETY: the child leads a group of its own and was not waited for, so the number is still its.
+            // SAFETY: the child leads a group of its own and was not waited for, so the number is
+            // still its.
             unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
             child.wait()?;
             return Ok(None);
@@ -183,11 +190,16 @@ mod tests {
         drop(notifier);
         thread.join().unwrap();
         let counted = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        assert_eq!((counted(&counts.failed), counted(&counts.lost)), (1, 0), "the one that was killed");
+        assert_eq!(
+            (counted(&counts.failed), counted(&counts.lost)),
+            (1, 0),
+            "the one that was killed"
+        );
         let said = std::fs::read_to_string(&out).unwrap();
         assert_eq!(said, "member-up 2\nmember-ready 2\nmember-dead 3\n");
         assert!(
-            started.elapsed() >= Duration::from_millis(300) && started.elapsed() < Duration::from_secs(30)
+            started.elapsed() >= Duration::from_millis(300)
+                && started.elapsed() < Duration::from_secs(30)
         );
         std::fs::remove_dir_all(&dir).unwrap();
     }

@@ -1,15 +1,18 @@
-//! The pace of a shard's loop: whether the next pass follows at once, and otherwise how it is waited for.
+//! The pace of a shard's loop: whether the next pass follows at once, and otherwise how it is
+//! waited for.
 //!
-//! A stage that hit its cap has more to do, and then nothing is waited for. Otherwise the loop waits for whatever
-//! completes first, or for the nearest deadline. Under load, which is when passes follow each other closely, a lone
-//! wake-up waits a little for company: what waking up costs is shared. After a pass that was full there is nothing to
-//! share, and it may not wait: what comes meanwhile may be more than a pass takes, or than a ring holds.
+//! A stage that hit its cap has more to do, and then nothing is waited for. Otherwise the loop
+//! waits for whatever completes first, or for the nearest deadline. Under load, which is when
+//! passes follow each other closely, a lone wake-up waits a little for company: what waking up
+//! costs is shared. After a pass that was full there is nothing to share, and it may not wait: what
+//! comes meanwhile may be more than a pass takes, or than a ring holds.
 
 use std::time::Duration;
 
 use crate::time::Time;
 
-/// How long a lone wake-up waits for company. Passes that begin within twice this of each other are load.
+/// How long a lone wake-up waits for company. Passes that begin within twice this of each other are
+/// load.
 pub const GATHER: Duration = Duration::from_micros(500);
 
 /// Which stages of a pass hit their cap, so that more waits for them.
@@ -61,7 +64,8 @@ impl Pace {
         Pace { last_pass: Time(0), was_full: false }
     }
 
-    /// What follows the pass that began at `now`. Call it once in each. `until`: the nearest deadline.
+    /// What follows the pass that began at `now`. Call it once in each. `until`: the nearest
+    /// deadline.
     pub fn next(&mut self, now: Time, left: Left, until: Time) -> Next {
         let is_load = now.since(self.last_pass) < GATHER * 2 && !self.was_full;
         (self.last_pass, self.was_full) = (now, left.any());
@@ -82,7 +86,8 @@ impl Default for Pace {
 mod tests {
     use super::*;
 
-    const NOTHING: Left = Left { ingest: false, receive: false, view: false, commit: false, transmit: false };
+    const NOTHING: Left =
+        Left { ingest: false, receive: false, view: false, commit: false, transmit: false };
 
     fn at(us: u64) -> Time {
         Time(1_000_000_000).after(Duration::from_micros(us))
@@ -117,7 +122,11 @@ mod tests {
     fn wake_ups_are_gathered_while_passes_follow_each_other_closely() {
         let close = paced(&[(0, NOTHING), (999, NOTHING), (1998, NOTHING)]);
         assert_eq!(close, [waits(Duration::ZERO), waits(GATHER), waits(GATHER)]);
-        assert_eq!(paced(&[(0, NOTHING), (1000, NOTHING)])[1], waits(Duration::ZERO), "an idle shard");
+        assert_eq!(
+            paced(&[(0, NOTHING), (1000, NOTHING)])[1],
+            waits(Duration::ZERO),
+            "an idle shard"
+        );
     }
 
     #[test]
@@ -131,7 +140,8 @@ mod tests {
 
     #[test]
     fn after_a_full_pass_nothing_is_gathered() {
-        // Gathered, a source that fills its ring again at once would stand still for the rest of that time.
+        // Gathered, a source that fills its ring again at once would stand still for the rest of
+        // that time.
         let full = Left { ingest: true, ..NOTHING };
         let next = paced(&[(0, NOTHING), (100, full), (200, NOTHING), (300, NOTHING)]);
         assert_eq!(next, [waits(Duration::ZERO), Next::Pass, waits(Duration::ZERO), waits(GATHER)]);

@@ -1,5 +1,5 @@
-//! Restarting without leaving the group: `hypersync restart` asks the running process, and that becomes the
-//! next one.
+//! Restarting without leaving the group: `hypersync restart` asks the running process, and that
+//! becomes the next one.
 //!
 //! ```text
 //!  hypersync restart                      the appliance                         the others
@@ -33,14 +33,15 @@ use crate::shm::{LOCK, RegionView, ask_back_within};
 /// How long a restart may take if nobody says.
 const DEFAULT_WITHIN: Duration = Duration::from_secs(30);
 
-/// The shortest time that can be announced: the dead time of most groups, so that it means something.
+/// The shortest time that can be announced: the dead time of most groups, so that it means
+/// something.
 const WITHIN_MIN: Duration = Duration::from_secs(1);
 
 /// The switch that must not be handed on: it was meant for one start.
 const NEW_TABLE: &str = "--new-table";
 
-/// Restarts the member that runs here, with its table: the others are told, and wait. After an upgrade this
-/// starts the new program.
+/// Restarts the member that runs here, with its table: the others are told, and wait. After an
+/// upgrade this starts the new program.
 #[derive(FromArgs, Clone, Debug)]
 #[argh(subcommand, name = "restart")]
 pub struct RestartOptions {
@@ -76,7 +77,8 @@ pub fn main(options: &RestartOptions) -> ExitCode {
 fn ask(options: &RestartOptions) -> Result<String, String> {
     let dir = &options.shm;
     let pid = holder(dir)?;
-    // This program takes the running one's place, as far as can be known: what it cannot read it cannot take up.
+    // This program takes the running one's place, as far as can be known: what it cannot read it
+    // cannot take up.
     let old = RegionView::open(dir).map_err(|e| e.to_string())?;
     let header = *old.header();
     if header.pid != pid {
@@ -119,26 +121,29 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
 /// Whether a process has ended, also if nobody has taken note of it yet.
 fn is_gone(pid: u32) -> bool {
     // "7 (name) Z ...": the name may have anything in it but ends at the last bracket.
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .map_or(true, |stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X'])))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']))
+    })
 }
 
 /// The process that holds the directory.
 fn holder(dir: &Path) -> Result<u32, String> {
     let path = dir.join(LOCK);
-    let nobody = || format!("no hypersync runs with --shm {}: there is nothing to restart", dir.display());
+    let nobody =
+        || format!("no hypersync runs with --shm {}: there is nothing to restart", dir.display());
     let text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(nobody()),
         other => other.map_err(|e| format!("cannot read {}: {e}", path.display()))?,
     };
     let lock = File::open(&path).map_err(|e| format!("cannot open {}: {e}", path.display()))?;
-    // SAFETY: flock has no memory arguments; the descriptor is open, and closing it gives back what was had.
+    // SAFETY: flock has no memory arguments; the descriptor is open, and closing it gives back what
+    // was had.
     if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) } == 0 {
         return Err(nobody());
     }
-    text.trim()
-        .parse()
-        .map_err(|_| format!("{} is in use by a process that is just starting: try again", dir.display()))
+    text.trim().parse().map_err(|_| {
+        format!("{} is in use by a process that is just starting: try again", dir.display())
+    })
 }
 
 /// What a word of the header, in ms, means for a restart.
@@ -149,8 +154,8 @@ pub fn back_within(ms: u64) -> Duration {
     }
 }
 
-/// Makes this process the next run of the program that it was started as, with the same words. Returns only
-/// if that fails: what to say then.
+/// Makes this process the next run of the program that it was started as, with the same words.
+/// Returns only if that fails: what to say then.
 pub fn exec() -> String {
     let mut words = std::env::args_os();
     let name = words.next().unwrap_or_default();
@@ -163,11 +168,12 @@ pub fn exec() -> String {
     format!("cannot restart as {}: {error}", program.display())
 }
 
-/// Where the program lies now: looked up as it was at the start, so that a new version that was put there is
-/// taken; else where this one was started from.
+/// Where the program lies now: looked up as it was at the start, so that a new version that was put
+/// there is taken; else where this one was started from.
 fn program(name: &OsStr) -> io::Result<PathBuf> {
     let is_program = |path: &PathBuf| {
-        path.metadata().is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
+        path.metadata()
+            .is_ok_and(|about| about.is_file() && about.permissions().mode() & 0o111 != 0)
     };
     let found = if name.as_bytes().contains(&b'/') {
         Some(PathBuf::from(name)).filter(is_program)
@@ -181,7 +187,8 @@ fn program(name: &OsStr) -> io::Result<PathBuf> {
     }
 }
 
-/// A program that was replaced has these words behind its path; the new one lies at the path itself.
+/// A program that was replaced has these words behind its path; the new one lies at the path
+/// itself.
 fn without_deleted(link: PathBuf) -> PathBuf {
     match link.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
         Some(path) => OsString::from_vec(path.to_vec()).into(),

@@ -107,7 +107,8 @@ impl Rules {
     }
 
     /// What becomes of the connection. `local` is what is known of this host's addresses; `None`
-    /// where the source's connections are not this host's: then none is local, by a rule or without.
+    /// where the source's connections are not this host's: then none is local, by a rule or
+    /// without.
     pub fn verdict(&self, connection: &Connection, local: Option<&LocalView>) -> Verdict {
         match self.rules.iter().find(|rule| rule.matches(connection, local)) {
             Some(rule) if rule.is_copy => Verdict::Copy,
@@ -118,13 +119,14 @@ impl Rules {
     }
 
     /// Whether a verdict can depend on the mark. A mark is often set after the first event of a
-    /// connection: then the verdict has to be asked for again when an event tells the mark, and until
-    /// then is that of the mark 0.
+    /// connection: then the verdict has to be asked for again when an event tells the mark, and
+    /// until then is that of the mark 0.
     pub fn uses_mark(&self) -> bool {
         self.any(|condition| matches!(condition, Condition::Mark { .. }))
     }
 
-    /// Whether a rule asks for this host's addresses. They come and go: a verdict may be another later.
+    /// Whether a rule asks for this host's addresses. They come and go: a verdict may be another
+    /// later.
     pub fn uses_addresses(&self) -> bool {
         self.any(|condition| matches!(condition, Condition::Address(_) | Condition::Local))
     }
@@ -168,7 +170,8 @@ impl Rules {
         name: &str,
         words: &mut impl Iterator<Item = &'t str>,
     ) -> Result<Condition, String> {
-        let mut value = |what: &str| words.next().ok_or_else(|| format!("'{name}' is the last word: {what}"));
+        let mut value =
+            |what: &str| words.next().ok_or_else(|| format!("'{name}' is the last word: {what}"));
         Ok(match name {
             "proto" => Condition::Protocol(protocol(value("write a protocol behind it")?)?),
             "src" => Condition::Source(value("write an address behind it")?.parse()?),
@@ -177,10 +180,14 @@ impl Rules {
             "dport" => Condition::DestinationPort(value("write a port behind it")?.parse()?),
             "zone" => {
                 let word = value("write a zone's number behind it")?;
-                Condition::Zone(word.parse().map_err(|_| format!("'{word}' is no zone: write 0 to 65535"))?)
+                Condition::Zone(
+                    word.parse().map_err(|_| format!("'{word}' is no zone: write 0 to 65535"))?,
+                )
             }
             "mark" => mark(value("write a mark behind it")?)?,
-            "address" => Condition::Address(self.interface(value("write an interface behind it")?)?),
+            "address" => {
+                Condition::Address(self.interface(value("write an interface behind it")?)?)
+            }
             "local" => Condition::Local,
             _ => {
                 return Err(format!(
@@ -193,10 +200,14 @@ impl Rules {
     /// The bit of an interface's name; a new name is noted.
     fn interface(&mut self, name: &str) -> Result<Interfaces, String> {
         // What the kernel allows; a colon would be a label (eth0:1), which counts as its interface.
-        if name.len() > INTERFACE_NAME_MAX || name.contains(['/', ':']) || matches!(name, "." | "..") {
+        if name.len() > INTERFACE_NAME_MAX
+            || name.contains(['/', ':'])
+            || matches!(name, "." | "..")
+        {
             return Err(format!("'{name}' is no interface: write a name as 'ip link' shows it"));
         }
-        let at = self.interfaces.iter().position(|known| known == name).unwrap_or(self.interfaces.len());
+        let at =
+            self.interfaces.iter().position(|known| known == name).unwrap_or(self.interfaces.len());
         if at == RULE_INTERFACES_MAX {
             return Err(format!(
                 "'{name}' is one interface too many: rules may name {RULE_INTERFACES_MAX} different ones"
@@ -226,7 +237,9 @@ impl Condition {
             Condition::DestinationPort(ports) => has_ports(t.protocol) && ports.contains(t.dport),
             Condition::Zone(zone) => t.zone == *zone,
             Condition::Mark { value, mask } => connection.state.mark & mask == *value,
-            Condition::Address(interfaces) => local.is_some_and(|view| view.is_of(*interfaces, connection)),
+            Condition::Address(interfaces) => {
+                local.is_some_and(|view| view.is_of(*interfaces, connection))
+            }
             Condition::Local => local.is_some_and(|view| view.is_local(connection)),
         }
     }
@@ -249,12 +262,16 @@ fn can_match(conditions: &[Condition]) -> Result<(), String> {
     if let (Some(protocol), true) = (portless, asks_port) {
         let name = PROTOCOLS.iter().find(|(_, number)| *number == protocol).map(|(name, _)| *name);
         let name = name.map_or(protocol.to_string(), str::to_owned);
-        return Err(format!("'{name}' has no ports, so it never matches: leave out sport and dport"));
+        return Err(format!(
+            "'{name}' has no ports, so it never matches: leave out sport and dport"
+        ));
     }
     if let [Some(src), Some(dst)] = families
         && src != dst
     {
-        return Err("'src' and 'dst' are of two families, so it never matches: write two rules".into());
+        return Err(
+            "'src' and 'dst' are of two families, so it never matches: write two rules".into()
+        );
     }
     Ok(())
 }
@@ -277,9 +294,9 @@ fn mark(word: &str) -> Result<Condition, String> {
         None => (number(word), Some(u32::MAX)),
     };
     match (value, mask) {
-        (Some(value), Some(mask)) if value & !mask != 0 => {
-            Err(format!("'{word}' never matches, its value has bits outside of its mask: write a wider mask"))
-        }
+        (Some(value), Some(mask)) if value & !mask != 0 => Err(format!(
+            "'{word}' never matches, its value has bits outside of its mask: write a wider mask"
+        )),
         (Some(value), Some(mask)) => Ok(Condition::Mark { value, mask }),
         _ => Err(format!("'{word}' is no mark: write 5, 0x5 or 0x5/0xff")),
     }
@@ -304,7 +321,9 @@ impl FromStr for Prefix {
 
     fn from_str(word: &str) -> Result<Prefix, String> {
         let wrong = || {
-            format!("'{word}' is no address: write it as 10.0.0.1, 10.0.0.0/8, 2001:db8::1 or 2001:db8::/32")
+            format!(
+                "'{word}' is no address: write it as 10.0.0.1, 10.0.0.0/8, 2001:db8::1 or 2001:db8::/32"
+            )
         };
         let (address, length) = match word.split_once('/') {
             Some((address, length)) => (address, Some(length.parse::<u32>().map_err(|_| wrong())?)),
@@ -316,7 +335,9 @@ impl FromStr for Prefix {
         };
         let length = length.unwrap_or(width);
         if length > width {
-            return Err(format!("'{word}' is longer than an address of its family: write /0 to /{width}"));
+            return Err(format!(
+                "'{word}' is longer than an address of its family: write /0 to /{width}"
+            ));
         }
         // An IPv4 address has zeros before it, and the mask may have ones there.
         let mask = u128::MAX.checked_shl(width - length).unwrap_or(0);
@@ -325,7 +346,9 @@ impl FromStr for Prefix {
                 Family::V4 => IpAddr::from(Ipv4Addr::from((address & mask) as u32)),
                 Family::V6 => IpAddr::from(Ipv6Addr::from(address & mask)),
             };
-            return Err(format!("'{word}' has bits set behind its length: write {network}/{length}"));
+            return Err(format!(
+                "'{word}' has bits set behind its length: write {network}/{length}"
+            ));
         }
         Ok(Prefix { family, address, mask })
     }
@@ -351,7 +374,9 @@ impl FromStr for Ports {
         let (first, last) = word.split_once('-').unwrap_or((word, word));
         match (first.parse(), last.parse()) {
             (Ok(first), Ok(last)) if first <= last => Ok(Ports { first, last }),
-            (Ok(_), Ok(_)) => Err(format!("'{word}' ends before it begins: write the lower port first")),
+            (Ok(_), Ok(_)) => {
+                Err(format!("'{word}' ends before it begins: write the lower port first"))
+            }
             _ => Err(format!("'{word}' is no port: write 0 to 65535, or two of them as 1000-2000")),
         }
     }

@@ -73,7 +73,11 @@ fn a_mark_is_compared_as_far_as_its_mask_goes() {
         marked.state.mark = mark;
         let rules = rules(&["copy zone 9", &format!("skip {condition}")]);
         assert!(rules.uses_mark() && !rules.uses_addresses());
-        assert_eq!(rules.verdict(&marked, None) == Verdict::Skipped, is_match, "{condition} {mark:#x}");
+        assert_eq!(
+            rules.verdict(&marked, None) == Verdict::Skipped,
+            is_match,
+            "{condition} {mark:#x}"
+        );
     }
     assert!(!rules(&["skip proto tcp", "copy"]).uses_mark());
 }
@@ -102,8 +106,16 @@ fn the_first_match_decides_and_this_hosts_own_come_last() {
         (WEB, Verdict::Copy, Verdict::Copy),
     ] {
         assert_eq!(list.verdict(&connection(original), Some(&view)), verdict, "{original}");
-        assert_eq!(Rules::default().verdict(&connection(original), Some(&view)), bare, "{original}");
-        assert_eq!(Rules::default().verdict(&connection(original), None), Verdict::Copy, "{original}");
+        assert_eq!(
+            Rules::default().verdict(&connection(original), Some(&view)),
+            bare,
+            "{original}"
+        );
+        assert_eq!(
+            Rules::default().verdict(&connection(original), None),
+            Verdict::Copy,
+            "{original}"
+        );
     }
     assert_eq!(rules(&["copy", "skip"]).verdict(&connection(NAME), Some(&view)), Verdict::Copy);
 }
@@ -139,7 +151,10 @@ fn every_mistake_is_named_with_what_to_write() {
         ("skip local local", "'local' is there twice: write two rules"),
     ] {
         let error = Rules::default().add(rule).expect_err(rule);
-        assert!(error.contains(says) && error.starts_with(&format!("rule '{rule}': ")), "{rule}: {error}");
+        assert!(
+            error.contains(says) && error.starts_with(&format!("rule '{rule}': ")),
+            "{rule}: {error}"
+        );
     }
 }
 
@@ -161,5 +176,9 @@ fn a_file_has_comments_and_an_error_its_line() {
     let verdict = |original| list.verdict(&connection(original), None);
     assert_eq!([WEB, NAME, PING].map(verdict), [Verdict::Copy, Verdict::Skipped, Verdict::Skipped]);
     assert_eq!(verdict("udp 10.0.0.1:1 > 10.0.0.2:54"), Verdict::Copy);
-    assert!(list.add_lines("skip\n\nskip it").expect_err("no rule").starts_with("line 3: rule 'skip it': "));
+    assert!(
+        list.add_lines("skip\n\nskip it")
+            .expect_err("no rule")
+            .starts_with("line 3: rule 'skip it': ")
+    );
 }

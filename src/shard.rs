@@ -2,7 +2,8 @@
 //!
 //! One pass is the data flow, and reads like it: reap, ingest, receive, tick, commit, transmit,
 //! publish. Every stage has a cap, so heartbeats are never late because another stage was busy.
-//! Nothing in a pass waits but the one wait at its end, and that only if no stage has more to do ([`crate::pace`]).
+//! Nothing in a pass waits but the one wait at its end, and that only if no stage has more to do
+//! ([`crate::pace`]).
 
 use std::net::IpAddr;
 use std::sync::atomic::Ordering;
@@ -40,7 +41,8 @@ const DROPS_PAUSE: Duration = Duration::from_secs(1);
 /// Copies that differ are named in the log at most this often.
 const DIFFERS_PAUSE: Duration = Duration::from_secs(1);
 
-/// A datagram that arrived at the wrong shard. It is handed over by value: the queue has room for so many.
+/// A datagram that arrived at the wrong shard. It is handed over by value: the queue has room for
+/// so many.
 pub struct Stray {
     source: IpAddr,
     len: usize,
@@ -55,7 +57,8 @@ pub struct ShardParts<'m> {
     pub member: MemberId,
     /// The protocol.
     pub replica: Replica<'m>,
-    /// The network. It has the shard's bell, and the kernel's events if that is the source, as what can be watched.
+    /// The network. It has the shard's bell, and the kernel's events if that is the source, as what
+    /// can be watched.
     pub port: Port<'m>,
     /// The source.
     pub feed: Feed<'m>,
@@ -146,7 +149,9 @@ impl<'m> Shard<'m> {
 
     /// Runs until the process ends.
     pub fn run(&mut self) -> Result<(), NetError> {
-        while !self.shared.finished.load(Ordering::Relaxed) && !self.shared.failed.load(Ordering::Relaxed) {
+        while !self.shared.finished.load(Ordering::Relaxed)
+            && !self.shared.failed.load(Ordering::Relaxed)
+        {
             let now = clock::now();
             self.reap(now);
             let ingest = self.feed.ingest(now, &mut self.replica, &self.counters);
@@ -199,16 +204,21 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// Datagrams: heartbeats to the group, synchronization to the protocol. Returns whether more may wait.
+    /// Datagrams: heartbeats to the group, synchronization to the protocol. Returns whether more
+    /// may wait.
     fn receive(&mut self, now: Time) -> bool {
         let Shard { port, replica, membership, counters, handover, shard, bells, .. } = self;
         let cap = RECEIVE_PER_PASS.min(replica.receive_room());
         let received = port.receive(cap, &mut |source, bytes| {
             match (Addressee::of(bytes), membership.as_mut()) {
-                (Addressee::Everyone, Some(membership)) => membership.handle_heartbeat(now, source, bytes),
+                (Addressee::Everyone, Some(membership)) => {
+                    membership.handle_heartbeat(now, source, bytes)
+                }
                 (Addressee::Everyone, None) => counters.count(Reject::Shard.counter()),
                 (Addressee::Shard(to), _)
-                    if to != *shard && (to as usize) < handover.len() && bytes.len() <= DATAGRAM_MAX =>
+                    if to != *shard
+                        && (to as usize) < handover.len()
+                        && bytes.len() <= DATAGRAM_MAX =>
                 {
                     counters.count(Counter::Strays);
                     let mut stray = Stray { source, len: bytes.len(), bytes: [0; DATAGRAM_MAX] };
@@ -231,7 +241,8 @@ impl<'m> Shard<'m> {
         true
     }
 
-    /// Timers: of the group, then of this shard. Returns whether the view must be read again at once.
+    /// Timers: of the group, then of this shard. Returns whether the view must be read again at
+    /// once.
     fn tick(&mut self, now: Time) -> bool {
         if let Some(membership) = &mut self.membership {
             membership.handle_goodbyes(now, self.replica.take_goodbyes());
@@ -284,7 +295,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// Heartbeats first, then everything that the protocol has to send. Returns whether more may wait.
+    /// Heartbeats first, then everything that the protocol has to send. Returns whether more may
+    /// wait.
     fn transmit(&mut self, now: Time) -> bool {
         if let Some(membership) = &mut self.membership {
             membership.send_heartbeat(now, &mut self.replica, &mut self.port);
@@ -305,7 +317,8 @@ impl<'m> Shard<'m> {
                 open[stream] = Some(peer);
             }
             counters.count(Counter::SendsQueued);
-            port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0).is_ok()
+            port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0)
+                .is_ok()
         };
         let has_more = replica.transmit(now, &mut send);
         let Some(membership) = membership else { return has_more };
@@ -314,7 +327,9 @@ impl<'m> Shard<'m> {
             if membership.leave(now, &mut || replica.send_goodbyes(&mut send)) {
                 shared.finished.store(true, Ordering::Relaxed);
             }
-        } else if back_ms != 0 && membership.announce_restart(now, Duration::from_millis(back_ms as u64)) {
+        } else if back_ms != 0
+            && membership.announce_restart(now, Duration::from_millis(back_ms as u64))
+        {
             shared.restarts.store(true, Ordering::Relaxed);
             shared.finished.store(true, Ordering::Relaxed);
         }
@@ -355,7 +370,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// What the port has seen since the last time; what its sockets dropped costs system calls, so only now and then.
+    /// What the port has seen since the last time; what its sockets dropped costs system calls, so
+    /// only now and then.
     fn count_received(&mut self, now: Time) {
         let counts = self.port.counts();
         let before = std::mem::replace(&mut self.counted, counts);
@@ -372,7 +388,8 @@ impl<'m> Shard<'m> {
         }
     }
 
-    /// The only wait: until something completes, or the nearest deadline, if no stage has anything left to do.
+    /// The only wait: until something completes, or the nearest deadline, if no stage has anything
+    /// left to do.
     fn wait(&mut self, now: Time, left: Left) -> Result<(), NetError> {
         if let Feed::Kernel(kernel) = &self.feed
             && !self.watching
@@ -406,7 +423,9 @@ fn describe(finding: Finding) -> String {
             format!("copy {here} is not what its active {active} sent: it is sent again whole")
         }
         Finding::Orphan { here, active } => {
-            format!("copy {here} is not known to its active {active}: that is asked whether it still stands")
+            format!(
+                "copy {here} is not known to its active {active}: that is asked whether it still stands"
+            )
         }
     }
 }

@@ -14,8 +14,8 @@ pub enum SourceEvent {
     Seen {
         /// Its tuples and what is known of its state.
         connection: Connection,
-        /// Which groups of `connection.state` the source knew (see [`groups`]); the others keep their
-        /// last known value.
+        /// Which groups of `connection.state` the source knew (see [`groups`]); the others keep
+        /// their last known value.
         known: u8,
     },
     /// A connection that is gone, by its original tuple.
@@ -32,8 +32,8 @@ pub enum SourceEvent {
 pub enum End {
     /// It has ended: both sides said so here, or one broke it off.
     Seen,
-    /// This source has it no more: its timeout ran out, somebody deleted it, its address went away. Its packets may
-    /// take another way.
+    /// This source has it no more: its timeout ran out, somebody deleted it, its address went away.
+    /// Its packets may take another way.
     Unseen,
 }
 
@@ -78,22 +78,24 @@ pub enum Commit {
         /// Its life when the commit was asked for.
         generation: Generation,
     },
-    /// Write the copy in this slot once more, unless packets have passed its entry since it was written.
+    /// Write the copy in this slot once more, unless packets have passed its entry since it was
+    /// written.
     Again {
         /// The slot.
         slot: u32,
         /// Its life when the commit was asked for.
         generation: Generation,
     },
-    /// The connection in this slot is ours now: its entry gets the protocol's normal timeout again, if it has that of copies.
+    /// The connection in this slot is ours now: its entry gets the protocol's normal timeout again,
+    /// if it has that of copies.
     Refresh {
         /// The slot.
         slot: u32,
         /// Its life when the commit was asked for.
         generation: Generation,
     },
-    /// Tell what the kernel has of the connection in this slot, and whether packets have passed it since its entry was
-    /// written: by [`Replica::handle_look`](crate::sync::Replica::handle_look).
+    /// Tell what the kernel has of the connection in this slot, and whether packets have passed it
+    /// since its entry was written: by [`Replica::handle_look`](crate::sync::Replica::handle_look).
     Look {
         /// The slot.
         slot: u32,
@@ -113,8 +115,9 @@ pub enum Commit {
         /// The original tuple.
         original: Tuple,
     },
-    /// Remove the entry with this original tuple, if it is one that was written for a copy, and no packet has passed it. Otherwise it
-    /// is another connection's, which was in the way of the copy.
+    /// Remove the entry with this original tuple, if it is one that was written for a copy, and no
+    /// packet has passed it. Otherwise it is another connection's, which was in the way of the
+    /// copy.
     DeleteUntouched {
         /// The original tuple.
         original: Tuple,

@@ -1,8 +1,9 @@
 //! Words of shared memory, as a writer and as a reader have them.
 //!
-//! A reader that maps shared memory read-only must not store to it, and of the operations of an atomic only
-//! relaxed loads are defined there. So its words are of another type, [`ReadWord`], which can do nothing else. What
-//! a reader and a writer do alike is written once, for any [`Word`]; what stores is there for `AtomicU64` only.
+//! A reader that maps shared memory read-only must not store to it, and of the operations of an
+//! atomic only relaxed loads are defined there. So its words are of another type, [`ReadWord`],
+//! which can do nothing else. What a reader and a writer do alike is written once, for any
+//! [`Word`]; what stores is there for `AtomicU64` only.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -14,8 +15,8 @@ mod sealed {
     impl Sealed for super::ReadHalf {}
 }
 
-/// A word of 64 bits that somebody else may change at any time: the writer's `AtomicU64`, or a [`ReadWord`].
-/// There are no others: what `shm::mapping` promises of every word rests on that.
+/// A word of 64 bits that somebody else may change at any time: the writer's `AtomicU64`, or a
+/// [`ReadWord`]. There are no others: what `shm::mapping` promises of every word rests on that.
 pub trait Word: sealed::Sealed {
     /// The word of 32 bits that goes with it.
     type Half: HalfWord;

@@ -1,5 +1,6 @@
-//! No allocation after start: whole members, under traffic, through a death and a return, with an allocator that counts
-//! what the shards' threads ask for. The members are this program itself, started again as [`member`].
+//! No allocation after start: whole members, under traffic, through a death and a return, with an
+//! allocator that counts what the shards' threads ask for. The members are this program itself,
+//! started again as [`member`].
 
 #![allow(unsafe_code)]
 
@@ -115,7 +116,8 @@ fn member() {
     WORDS.store(counts.as_mut_ptr().cast(), Ordering::Relaxed);
     let words: Vec<String> = std::env::args().skip_while(|word| word != "--").skip(2).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let options = RunOptions::from_args(&["hypersync", "run"], &words).expect("the words of a member");
+    let options =
+        RunOptions::from_args(&["hypersync", "run"], &words).expect("the words of a member");
     let _ = hypersync::appliance::run(&Config::check(options).expect("the words of a member"));
     std::mem::forget(counts);
 }
@@ -144,7 +146,11 @@ impl Counted {
         });
         let mut counted = Counted { member, counts: map(&path), at_start: [0; SHARDS] };
         counted.at_start = counted.allocations();
-        assert!(counted.at_start[..2].iter().all(|n| *n > 0), "a start allocates: {:?}", counted.at_start);
+        assert!(
+            counted.at_start[..2].iter().all(|n| *n > 0),
+            "a start allocates: {:?}",
+            counted.at_start
+        );
         counted
     }
 
@@ -157,17 +163,28 @@ impl Counted {
 
     fn check(&self, when: &str) {
         let now = self.allocations();
-        assert_eq!(now, self.at_start, "member {} allocated after its start: {when}", self.member.id);
+        assert_eq!(
+            now, self.at_start,
+            "member {} allocated after its start: {when}",
+            self.member.id
+        );
     }
 }
 
-/// A train whose second datagram is for another shard than the first one, by which the whole is steered.
+/// A train whose second datagram is for another shard than the first one, by which the whole is
+/// steered.
 fn send_strays(lab: &Lab, to: u8) {
     let socket = UdpSocket::bind((lab.address(9), 0)).expect("an address of ours");
     let (size, len) = (64_i32, size_of::<i32>() as libc::socklen_t);
     // SAFETY: the option's value is an i32, which lives through the call.
     let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), len)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            len,
+        )
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     let mut train = [0; 128];
@@ -208,7 +225,9 @@ fn no_shard_allocates_after_its_start_neither_under_traffic_nor_through_a_death_
     // Each one's copies are at the next one.
     drive(&mut loads, "traffic at both, and copies of it", &|| {
         [&one, &two].iter().all(|counted| counted.member.counter(Counter::SourceEvents) > 10_000)
-            && [&two, &three].iter().all(|counted| counted.member.counter(Counter::ConnectionsBackup) > 1000)
+            && [&two, &three]
+                .iter()
+                .all(|counted| counted.member.counter(Counter::ConnectionsBackup) > 1000)
     });
     [&one, &two, &three].iter().for_each(|counted| counted.check("traffic"));
 
@@ -237,7 +256,8 @@ fn no_shard_allocates_after_its_start_neither_under_traffic_nor_through_a_death_
     [&one, &two, &three].iter().for_each(|counted| counted.check("a return"));
 }
 
-/// Writes the connections of these numbers into the kernel's table, with this mark: to its appliance they are traffic.
+/// Writes the connections of these numbers into the kernel's table, with this mark: to its
+/// appliance they are traffic.
 fn write(pen: &mut Committer, numbers: Range<u32>, mark: u32) {
     for n in numbers {
         let mut connection = connection(n);
@@ -260,9 +280,12 @@ fn with_the_kernel_as_source_and_copies_in_it_no_shard_allocates_either() {
     let start = |id: u8| {
         let address = |id: u8| IpAddr::from([10, 9, 0, id]);
         let peer = address(3 - id).to_string();
-        let flags =
-            ["--shards", "2", "--source", "kernel", "--commit", "eager", "--verify", "1s", "--peer", &peer];
-        let command = hosts[usize::from(id) - 1].command(std::env::current_exe().expect("this program"));
+        let flags = [
+            "--shards", "2", "--source", "kernel", "--commit", "eager", "--verify", "1s", "--peer",
+            &peer,
+        ];
+        let command =
+            hosts[usize::from(id) - 1].command(std::env::current_exe().expect("this program"));
         Counted::run(&lab, id, command, &with(words(id, address(id)), &flags))
     };
     let (mut one, two) = (start(1), start(2));
@@ -271,7 +294,9 @@ fn with_the_kernel_as_source_and_copies_in_it_no_shard_allocates_either() {
 
     let mut pen = hosts[0].inside(|| Committer::open().expect("conntrack"));
     write(&mut pen, 0..2000, 1);
-    wait_for("copies are in the other kernel", SOON, || two.member.counter(Counter::Commits) >= 2000);
+    wait_for("copies are in the other kernel", SOON, || {
+        two.member.counter(Counter::Commits) >= 2000
+    });
     write(&mut pen, 0..1000, 2);
     for n in 1000..1500 {
         pen.delete(&connection(n).original).expect("a batch takes so many");
@@ -284,12 +309,15 @@ fn with_the_kernel_as_source_and_copies_in_it_no_shard_allocates_either() {
             && backup(Counter::VerifyWalks) > 2
             && backup(Counter::ConnectionsBackup) == 1500
     });
-    [&one, &two].iter().for_each(|counted| counted.check("events, commits and the walk that verifies"));
+    [&one, &two]
+        .iter()
+        .for_each(|counted| counted.check("events, commits and the walk that verifies"));
 
     let commits = two.member.counter(Counter::Commits);
     one.member.kill();
     wait_for("entries have the timeouts of the living", SOON, || {
-        two.member.was_told("member-dead 1") && two.member.counter(Counter::Commits) >= commits + 1500
+        two.member.was_told("member-dead 1")
+            && two.member.counter(Counter::Commits) >= commits + 1500
     });
     two.check("a death");
 }

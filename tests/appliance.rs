@@ -1,6 +1,6 @@
-//! The appliance as a process: real members on loopback addresses, fed through their ingest rings and
-//! read through their shared memory. `tests/run` runs this once in each mode of sending. What does
-//! not depend on the mode is in `usage.rs`.
+//! The appliance as a process: real members on loopback addresses, fed through their ingest rings
+//! and read through their shared memory. `tests/run` runs this once in each mode of sending. What
+//! does not depend on the mode is in `usage.rs`.
 
 mod common;
 #[path = "appliance/garbage.rs"]

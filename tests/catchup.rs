@@ -67,7 +67,8 @@ fn after_a_long_absence_work_follows_what_changed_not_what_there_is() {
         world.open_at(1);
     }
     world.run_for(ms(100));
-    let deltas = [Counter::DeltasNew, Counter::DeltasUpdate, Counter::DeltasClose, Counter::DeltasRelease];
+    let deltas =
+        [Counter::DeltasNew, Counter::DeltasUpdate, Counter::DeltasClose, Counter::DeltasRelease];
     let before = (counts(&world, &deltas), counts(&world, &[Counter::BytesSent]));
     world.cut.clear();
     settle(&mut world);

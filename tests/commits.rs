@@ -1,5 +1,5 @@
-//! Commits, as the protocol asks for them: what the kernel refuses, what waits for a takeover, what is
-//! written again before it runs out.
+//! Commits, as the protocol asks for them: what the kernel refuses, what waits for a takeover, what
+//! is written again before it runs out.
 
 #[path = "protocol/world.rs"]
 #[allow(dead_code)]
@@ -61,7 +61,10 @@ fn a_copy_that_the_kernel_refuses_counts_as_exposed_until_it_is_there() {
     assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS / 2);
     world.host(2).full = false;
     world.run_until(SECOND * 5, "the copies are there after all", |w| w.is_quiet());
-    assert_eq!((world.counter(1, Counter::Declined), world.counter(2, Counter::CommitMissing)), (0, 0));
+    assert_eq!(
+        (world.counter(1, Counter::Declined), world.counter(2, Counter::CommitMissing)),
+        (0, 0)
+    );
     world.check();
 }
 
@@ -109,7 +112,8 @@ fn with_commit_takeover_copies_are_written_when_their_active_dies_and_not_before
     world.kill(1);
     world.run_until(SECOND, "the copies are written", |w| {
         let host = &w.hosts[&2];
-        host.kernel.len() as u64 == CONNECTIONS - 1 && !host.shards.iter().any(|s| s.is_taking_over())
+        host.kernel.len() as u64 == CONNECTIONS - 1
+            && !host.shards.iter().any(|s| s.is_taking_over())
     });
     assert_eq!(world.counter(2, Counter::Promotions), 0, "long before they get new backups");
     assert!(world.hosts[&3].kernel.is_empty());
@@ -162,7 +166,8 @@ fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
     world.check();
 }
 
-/// Seed 993001313: it was said on a link that was cut just then, and the link stayed cut until the member was given up.
+/// Seed 993001313: it was said on a link that was cut just then, and the link stayed cut until the
+/// member was given up.
 #[test]
 fn what_was_said_to_a_member_that_was_lost_before_it_heard_is_said_again() {
     let memories = memories(4);
@@ -173,14 +178,18 @@ fn what_was_said_to_a_member_that_was_lost_before_it_heard_is_said_again() {
     assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
     world.cut = vec![(2, 1)];
     world.host(2).full = false;
-    world.run_until(SECOND * 2, "its kernel has them", |w| w.hosts[&2].kernel.len() as u64 == CONNECTIONS);
+    world.run_until(SECOND * 2, "its kernel has them", |w| {
+        w.hosts[&2].kernel.len() as u64 == CONNECTIONS
+    });
     world.run_for(SECOND / 20);
     world.cut = vec![(1, 2), (2, 1)];
     world.run_until(SECOND * 5, "each gave up the other", |w| {
         w.counter(1, Counter::StreamsLost) > 0 && w.counter(2, Counter::StreamsLost) > 0
     });
     world.cut.clear();
-    world.run_until(SECOND * 5, "member 1 knows", |w| w.is_quiet() && w.counter(1, Counter::Declined) == 0);
+    world.run_until(SECOND * 5, "member 1 knows", |w| {
+        w.is_quiet() && w.counter(1, Counter::Declined) == 0
+    });
     world.check();
 }
 
@@ -199,14 +208,16 @@ fn a_slot_that_heard_declines_of_one_pair_hears_those_of_the_next() {
     }
     world.kill(2);
     world.run_for(SECOND * 4);
-    // It counts from 1 again. Its connections' copies fill slots of member 1 that heard more before.
+    // It counts from 1 again. Its connections' copies fill slots of member 1 that heard more
+    // before.
     world.start(2, 1, 100);
     world.run_for(SECOND);
     for _ in 0..190 {
         world.open_at(2);
     }
-    world
-        .run_until(SECOND * 5, "copied", |w| w.counter(1, Counter::ConnectionsBackup) == 190 && w.is_quiet());
+    world.run_until(SECOND * 5, "copied", |w| {
+        w.counter(1, Counter::ConnectionsBackup) == 190 && w.is_quiet()
+    });
     world.host(2).full = true;
     for tuple in world.open.keys().copied().collect::<Vec<_>>() {
         world.open.get_mut(&tuple).expect("it is open").owner = 1;
@@ -243,7 +254,9 @@ fn a_slow_kernel_loses_nothing_when_a_member_says_goodbye() {
     world.run_for(SECOND);
     assert_eq!(world.counter(2, Counter::Promotions), 0, "first they are written");
     world.host(2).stalled = false;
-    world.run_until(SECOND * 5, "written and promoted", |w| w.counter(2, Counter::Promotions) == CONNECTIONS);
+    world.run_until(SECOND * 5, "written and promoted", |w| {
+        w.counter(2, Counter::Promotions) == CONNECTIONS
+    });
     assert_eq!(world.hosts[&2].kernel.len() as u64, CONNECTIONS);
 }
 
@@ -254,8 +267,9 @@ fn with_commit_takeover_a_former_active_removes_what_its_kernel_still_has() {
     open(&mut world);
     world.run_until(SECOND, "copied", |w| w.is_quiet());
     let tuple = world.any_open().expect("some are open");
-    let slot_of =
-        |w: &World<'_>| w.copies()[&tuple].iter().find(|c| c.member == 1).map(|c| (c.kind, c.connection));
+    let slot_of = |w: &World<'_>| {
+        w.copies()[&tuple].iter().find(|c| c.member == 1).map(|c| (c.kind, c.connection))
+    };
     let (_, connection) = slot_of(&world).expect("it is there");
     world.host(1).kernel.insert(tuple, connection);
     world.open.get_mut(&tuple).expect("it is open").owner = 2;
@@ -410,7 +424,8 @@ fn more_connections_taken_over_without_an_entry_than_can_be_tried_again_are_coun
         world.run_until(SECOND * 3, "nothing is tried again any more", |w| {
             w.counter(2, Counter::CommitMissing) == 0
         });
-        // The others get theirs by their own traffic, or by the feed's sweep, which is not of this world.
+        // The others get theirs by their own traffic, or by the feed's sweep, which is not of this
+        // world.
         assert_eq!(world.hosts[&2].kernel.len() as u64, TRIED, "{mode:?}");
     }
 }

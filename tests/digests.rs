@@ -1,4 +1,5 @@
-//! Digests under hostile hands: what they find, what they repair, and what they must not do meanwhile.
+//! Digests under hostile hands: what they find, what they repair, and what they must not do
+//! meanwhile.
 
 #[allow(dead_code)]
 #[path = "protocol/world.rs"]
@@ -78,7 +79,8 @@ fn findings(world: &mut World<'_>, member: MemberId) -> Vec<Finding> {
 /// A copy at a member and where its active has the connection.
 fn copies(world: &World<'_>, member: MemberId) -> Vec<(Coordinate, Coordinate)> {
     let shard = &world.hosts[&member].shards[0];
-    let slots = (0..shard.table().capacity()).filter(|slot| shard.table().kind(*slot) == Kind::Backup);
+    let slots =
+        (0..shard.table().capacity()).filter(|slot| shard.table().kind(*slot) == Kind::Backup);
     slots.map(|slot| (shard.coordinate(slot), shard.table().line(slot).peer())).collect()
 }
 
@@ -150,7 +152,11 @@ fn what_was_not_verified_before_a_silence_is_not_verified_by_it() {
     let mut exposed = 0;
     while world.counter(2, Counter::DigestsCompared) == compared {
         exposed = exposure(&world, 1);
-        assert!(exposed >= 20, "only {exposed} exposed before a digest agreed\n{}", world.describe());
+        assert!(
+            exposed >= 20,
+            "only {exposed} exposed before a digest agreed\n{}",
+            world.describe()
+        );
         world.step();
     }
     assert!(exposed > 0);
@@ -181,7 +187,13 @@ fn a_member_that_says_differ_all_the_time_makes_nobody_walk_all_the_time() {
     let walked = world.counter(1, Counter::SlotsWalked);
     for _ in 0..400 {
         let (session, seq) = (durable(&world, 1, 2).session(), durable(&world, 1, 2).sent());
-        inject(&mut world, 2, 1, Seq::NONE, &[Message::Differ { session, seq, mask: [u64::MAX; 4] }]);
+        inject(
+            &mut world,
+            2,
+            1,
+            Seq::NONE,
+            &[Message::Differ { session, seq, mask: [u64::MAX; 4] }],
+        );
         world.run_for(ms(1));
     }
     let walked = (world.counter(1, Counter::SlotsWalked) - walked) / 2048;
@@ -268,8 +280,8 @@ fn a_copy_that_came_during_a_comparison_is_no_orphan() {
     assert_eq!(world.counter(2, Counter::CompareOffered), 0);
 }
 
-/// Seed 1714: two comparisons came to their end in one datagram, after a pause in which nothing could be sent, and behind
-/// them came a copy. The second end knows as little of it as the first.
+/// Seed 1714: two comparisons came to their end in one datagram, after a pause in which nothing
+/// could be sent, and behind them came a copy. The second end knows as little of it as the first.
 #[test]
 fn a_copy_that_came_behind_two_ends_is_no_orphan() {
     let memories = memories(2);
@@ -280,7 +292,9 @@ fn a_copy_that_came_behind_two_ends_is_no_orphan() {
     lines.extend(items(&world, 4));
     lines.push(Message::End { round: 4, mask: everything });
     let table = world.hosts[&2].shards[0].table();
-    let leased = (0..table.capacity()).find(|slot| table.kind(*slot) == Kind::Leased).expect("1 leases some");
+    let leased = (0..table.capacity())
+        .find(|slot| table.kind(*slot) == Kind::Leased)
+        .expect("1 leases some");
     let mut connection = table.connection(copies(&world, 2)[0].0.slot());
     connection.original.sport += 10_000;
     lines.push(Message::New {
@@ -294,12 +308,16 @@ fn a_copy_that_came_behind_two_ends_is_no_orphan() {
     inject(&mut world, 1, 2, sent.next(), &lines);
     assert_eq!(copies(&world, 2).len(), 11);
     world.run_for(ms(5));
-    assert_eq!(findings(&mut world, 2), [], "its active may have named its copies before it sent that one");
+    assert_eq!(
+        findings(&mut world, 2),
+        [],
+        "its active may have named its copies before it sent that one"
+    );
     assert_eq!(world.counter(2, Counter::CompareOffered), 0);
 }
 
-/// Seed 1224: what a comparison names arrives late, when the other side has claimed the connection, closed it, and freed
-/// its slot. Nothing is wrong, and nothing is said.
+/// Seed 1224: what a comparison names arrives late, when the other side has claimed the connection,
+/// closed it, and freed its slot. Nothing is wrong, and nothing is said.
 #[test]
 fn a_copy_that_was_claimed_and_closed_while_it_was_named_does_not_differ() {
     let memories = memories(2);
@@ -310,7 +328,8 @@ fn a_copy_that_was_claimed_and_closed_while_it_was_named_does_not_differ() {
     world.change(tuple);
     world.close(tuple);
     world.run_until(ms(50), "it is closed at both", |w| {
-        w.counter(1, Counter::ConnectionsActive) == 2 && w.counter(2, Counter::ConnectionsBackup) == 2
+        w.counter(1, Counter::ConnectionsActive) == 2
+            && w.counter(2, Counter::ConnectionsBackup) == 2
     });
     world.run_for(ms(5));
     let sent = durable(&world, 1, 2).sent();
@@ -352,8 +371,9 @@ fn a_deaf_member_keeps_nobody_elses_walks_waiting() {
     world.run_until(ms(3000), "nothing of 1 is at 2 any more", |w| there(w) == 0);
 }
 
-/// Seed 81000806: a connection was claimed from a member that has not heard of it yet, and moves to a better backup. Until the
-/// new one has acknowledged, a comparison with the previous one finds its copy, and that is no fault.
+/// Seed 81000806: a connection was claimed from a member that has not heard of it yet, and moves to
+/// a better backup. Until the new one has acknowledged, a comparison with the previous one finds
+/// its copy, and that is no fault.
 #[test]
 fn a_copy_that_waits_for_its_release_is_no_orphan() {
     let memories = memories(4);
@@ -382,5 +402,8 @@ fn a_copy_that_waits_for_its_release_is_no_orphan() {
     let compared = world.counter(owner, Counter::CompareItems);
     world.run_for(ms(50));
     assert_eq!(findings(&mut world, third), [], "{}", world.describe());
-    assert!(world.counter(owner, Counter::CompareItems) > compared, "no comparison fell into the move");
+    assert!(
+        world.counter(owner, Counter::CompareItems) > compared,
+        "no comparison fell into the move"
+    );
 }

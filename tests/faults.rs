@@ -1,5 +1,6 @@
 //! Faults that once broke the protocol's promises, each as the shortest story that shows it: walks
-//! that wait for each other, conflicts that never end, one-way silence, deaths in the middle of a move.
+//! that wait for each other, conflicts that never end, one-way silence, deaths in the middle of a
+//! move.
 
 #[path = "protocol/world.rs"]
 #[allow(dead_code)]
@@ -25,7 +26,12 @@ fn group<'m>(seed: u64, memories: &'m [OwnedMemory], priorities: &[u8]) -> World
     group_of(seed, memories, priorities, 2)
 }
 
-fn group_of<'m>(seed: u64, memories: &'m [OwnedMemory], priorities: &[u8], shards: u8) -> World<'m> {
+fn group_of<'m>(
+    seed: u64,
+    memories: &'m [OwnedMemory],
+    priorities: &[u8],
+    shards: u8,
+) -> World<'m> {
     let mut world = World::new(seed, memories);
     for (i, priority) in priorities.iter().enumerate() {
         world.start(i as u8 + 1, shards, *priority);
@@ -242,8 +248,8 @@ fn a_death_in_the_middle_of_a_move_leaves_one_active() {
     }
 }
 
-/// Member 2 does not hear member 1 and takes its connections over; both have their copies at member 3. Then the one dies whose state
-/// is the newer one.
+/// Member 2 does not hear member 1 and takes its connections over; both have their copies at
+/// member 3. Then the one dies whose state is the newer one.
 #[test]
 fn the_newest_state_survives_at_the_common_backup_of_two_actives() {
     for is_leaving in [false, true] {
@@ -328,7 +334,8 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     let mut world = group(9, &memories, &[100, 100]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
-    let copy = world.copies()[&tuple].iter().find(|c| c.kind == Kind::Backup).map(|c| c.place).unwrap();
+    let copy =
+        world.copies()[&tuple].iter().find(|c| c.kind == Kind::Backup).map(|c| c.place).unwrap();
     let copy = Coordinate::from_raw(copy);
     let now = world.now;
     let (from_table, from_shard) = (world.hosts[&1].group.view().members[2].table_id, copy.shard());
@@ -337,9 +344,11 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     let to_table = world.hosts[&1].group.view().members[2].table_id;
     let mut bytes = [0; 256];
     let mut w = Writer::new(&mut bytes);
-    let header = Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: copy.shard() };
+    let header =
+        Header { group: 7, opcode: OPCODE_SYNC, from: 1, to: Some(2), to_shard: copy.shard() };
     let seq = hypersync::seq::Seq::NONE.plus(2);
-    SyncHeader { from_shard, from_table: own_table, to_table, session: 1, seq }.encode(&header, &mut w);
+    SyncHeader { from_shard, from_table: own_table, to_table, session: 1, seq }
+        .encode(&header, &mut w);
     let stamp = hypersync::conn::Stamp { epoch: 0, version: 900 };
     Message::Update {
         target: Place::of(copy),
@@ -352,7 +361,11 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     .encode(&mut w);
     let len = w.len();
     let shard = copy.shard() as usize;
-    world.host(2).shards[shard].handle_datagram(now, Some("10.9.0.1".parse().unwrap()), &bytes[..len]);
+    world.host(2).shards[shard].handle_datagram(
+        now,
+        Some("10.9.0.1".parse().unwrap()),
+        &bytes[..len],
+    );
     world.kill(1);
     world.run_for(SECOND);
 }
@@ -432,7 +445,8 @@ fn an_oversized_datagram_is_refused() {
     let mut world = group_of(9, &memories, &[100, 100], 1);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
-    let copy = world.copies()[&tuple].iter().find(|c| c.kind == Kind::Backup).map(|c| c.place).unwrap();
+    let copy =
+        world.copies()[&tuple].iter().find(|c| c.kind == Kind::Backup).map(|c| c.place).unwrap();
     let now = world.now;
     let from_table = world.hosts[&2].group.view().members[1].table_id;
     let to_table = world.hosts[&1].group.view().members[2].table_id;
@@ -455,7 +469,11 @@ fn an_oversized_datagram_is_refused() {
             .encode(&mut w);
         }
         let len = w.len();
-        world.host(2).shards[0].handle_datagram(now, Some("10.9.0.1".parse().unwrap()), &bytes[..len]);
+        world.host(2).shards[0].handle_datagram(
+            now,
+            Some("10.9.0.1".parse().unwrap()),
+            &bytes[..len],
+        );
         println!("commits {}", world.host(2).shards[0].commits_waiting());
     }
     let room = world.host(2).shards[0].receive_room();
@@ -470,8 +488,11 @@ fn a_close_or_release_that_overtakes_its_claim_counts() {
         let tuples: Vec<_> = (0..40).map(|_| world.open_at(1)).collect();
         settle(&mut world, SECOND);
         world.start(3, 2, 200);
-        world.run_until(SECOND, "a better backup", |w| w.events.contains(&(2, Event::MemberReady(3))));
-        // Traffic moves to member 2 while that moves its copies to member 3; every other one closes.
+        world.run_until(SECOND, "a better backup", |w| {
+            w.events.contains(&(2, Event::MemberReady(3)))
+        });
+        // Traffic moves to member 2 while that moves its copies to member 3; every other one
+        // closes.
         for (i, tuple) in tuples.into_iter().enumerate() {
             world.network = Network { loss: 30, late: 50, ..Network::default() };
             if world.hosts[&2].shards.iter().any(|s| s.living_copy(&tuple).is_some()) {
@@ -534,7 +555,8 @@ fn a_pair_cut_apart_under_churn_agrees_again() {
     }
 }
 
-/// Once the pass ended where one member's window was full, and what was for others waited until that one's acks came.
+/// Once the pass ended where one member's window was full, and what was for others waited until
+/// that one's acks came.
 #[test]
 fn a_full_window_towards_one_member_holds_up_no_other() {
     let memories = memories_of(3, MemorySize::new(8192, ARENA_MIN * 8));

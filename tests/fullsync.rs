@@ -1,5 +1,5 @@
-//! Full sync without sockets: when a joining member says that it is ready, what an interruption costs,
-//! and what live changes notice of it.
+//! Full sync without sockets: when a joining member says that it is ready, what an interruption
+//! costs, and what live changes notice of it.
 
 #[path = "protocol/world.rs"]
 #[allow(dead_code)]
@@ -19,7 +19,8 @@ use world::{HOLD, Network, World, memories, memories_of};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What may be dirty or unacknowledged in a shard before what waits for a backup has to wait, and a little more.
+/// What may be dirty or unacknowledged in a shard before what waits for a backup has to wait, and a
+/// little more.
 const AHEAD: u64 = 2048 + 64;
 
 fn ms(n: u64) -> Duration {
@@ -75,7 +76,10 @@ fn a_joining_member_is_not_ready_before_it_has_everything() {
         let mut partial = 0;
         world.run_until(SECOND * 5, "member 2 is ready", |w| {
             partial += (stage(w, 2) == Stage::Syncing && (1..3000).contains(&copies(w, 2))) as u32;
-            assert!(stage(w, 2) != Stage::Starting || copies(w, 2) == 0, "a starting member takes none");
+            assert!(
+                stage(w, 2) != Stage::Starting || copies(w, 2) == 0,
+                "a starting member takes none"
+            );
             stage(w, 2) == Stage::Ready
         });
         assert!(partial > 2, "it took a while: {partial} steps");
@@ -96,7 +100,9 @@ fn it_is_not_ready_before_its_kernel_has_the_copies() {
     world.start(2, 2, 100);
     world.host(2).stalled = true;
     world.run_until(SECOND, "the copies are there", |w| copies(w, 2) == 500);
-    world.run_until(SECOND, "member 1 says so", |w| w.hosts[&2].group.view().members[1].has_synced_me);
+    world.run_until(SECOND, "member 1 says so", |w| {
+        w.hosts[&2].group.view().members[1].has_synced_me
+    });
     world.run_for(ms(200));
     assert_eq!((stage(&world, 2), world.hosts[&2].kernel.len()), (Stage::Syncing, 0));
     world.host(2).stalled = false;
@@ -194,7 +200,10 @@ fn an_interrupted_sync_goes_on_by_itself_and_sends_nothing_again_that_was_acknow
     let sent = world.counter(1, Counter::DeltasNew);
     // What was on its way at the cuts goes again from the history, and so is not composed again.
     assert_eq!(sent, N, "each was sent once");
-    assert!(world.counter(1, Counter::CatchUpDatagrams) > 0, "something was on its way at the cuts");
+    assert!(
+        world.counter(1, Counter::CatchUpDatagrams) > 0,
+        "something was on its way at the cuts"
+    );
     assert!(figures(&world, 1, 2).iter().all(|f| f.before > 0 && f.phase == Phase::Done));
 }
 
@@ -219,7 +228,8 @@ fn live_changes_stay_prompt_while_a_member_joins() {
         let at = world.now;
         world.change(tuple);
         let mark = world.open[&tuple].mark;
-        let arrived = |w: &World<'_>| w.hosts[&2].kernel.get(&tuple).is_some_and(|c| c.state.mark == mark);
+        let arrived =
+            |w: &World<'_>| w.hosts[&2].kernel.get(&tuple).is_some_and(|c| c.state.mark == mark);
         world.run_until(SECOND, "the change is at the backup", |w| {
             for shard in &w.hosts[&1].shards {
                 let flying = shard.exposure() - shard.waiting();

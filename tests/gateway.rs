@@ -73,9 +73,10 @@ const PORT: u16 = 7000;
 /// or four times by then.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// How long the client may have heard nothing when a gateway died: the dead time of 300 ms, and TCP's
-/// own wait before it sends again, which doubles each time it was in vain. Less than a second on a machine
-/// that has nothing else to do; the figure is printed, and this only says that nothing hung.
+/// How long the client may have heard nothing when a gateway died: the dead time of 300 ms, and
+/// TCP's own wait before it sends again, which doubles each time it was in vain. Less than a second
+/// on a machine that has nothing else to do; the figure is printed, and this only says that nothing
+/// hung.
 const GAP_MAX: Duration = Duration::from_secs(12);
 
 /// The tests measure time, so they take turns.

@@ -11,7 +11,9 @@ use hypersync::clock;
 use hypersync::conn::extra::{ProtoInfo, SeqAdj, Synproxy, parts};
 use hypersync::conn::extras::Extras;
 use hypersync::conn::index::Index;
-use hypersync::conn::{Connection, Coordinate, Extra, Generation, Kind, Stamp, State, Tuple, shard_of};
+use hypersync::conn::{
+    Connection, Coordinate, Extra, Generation, Kind, Stamp, State, Tuple, shard_of,
+};
 use hypersync::counters::{COUNTERS, Counter, Counters};
 use hypersync::group::view::{Member, Status};
 use hypersync::limits::ARENA_MIN;
@@ -36,7 +38,8 @@ impl Drop for Appliance {
 }
 
 fn appliance(name: &str) -> Appliance {
-    let dir = PathBuf::from(format!("/dev/shm/hypersync-inspect-test-{}-{name}", std::process::id()));
+    let dir =
+        PathBuf::from(format!("/dev/shm/hypersync-inspect-test-{}-{name}", std::process::id()));
     let _ = fs::remove_dir_all(&dir);
     let region = Region::create(&dir, &config()).unwrap();
     region.publish_ready();
@@ -57,7 +60,8 @@ fn config() -> RegionConfig {
 fn connection(n: u8) -> Connection {
     let original = Tuple::v4(6, ([10, 0, 0, n].into(), 1000), ([10, 0, 0, 200].into(), 80));
     let reply = Tuple { dst: u32::from_be_bytes([192, 0, 2, n]) as u128, ..original.mirrored() };
-    let state = State { tcp_state: 3, timeout_s: 432_000, mark: 5, status: 0x19e, ..State::default() };
+    let state =
+        State { tcp_state: 3, timeout_s: 432_000, mark: 5, status: 0x19e, ..State::default() };
     Connection::new(original, reply, state)
 }
 
@@ -124,7 +128,8 @@ fn a_connection_is_found_by_either_tuple_with_its_other_copy() {
     }
 
     // The backup acknowledges: the floor of the stream to 9/1 passes datagram 12.
-    a.region.shard(shard).streams[stream_index(9, 1)].0[WORD_SEND_FLOOR].store(12, Ordering::Relaxed);
+    a.region.shard(shard).streams[stream_index(9, 1)].0[WORD_SEND_FLOOR]
+        .store(12, Ordering::Relaxed);
     for words in [
         vec!["find", "--json", "tcp", "10.0.0.1:1000", ">", "10.0.0.200:80"],
         vec!["find", "tcp", "10.0.0.200:80", "192.0.2.1:1000", "--json"],
@@ -192,10 +197,15 @@ fn what_only_few_connections_have_is_shown_with_them() {
     ] {
         assert!(said.lines().any(|l| l == line), "{line} is not in\n{said}");
     }
-    assert!(page(&sctp).contains("  sctp          state 3, tags 0xdeadbeef 0x00000001\n"), "{}", page(&sctp));
+    assert!(
+        page(&sctp).contains("  sctp          state 3, tags 0xdeadbeef 0x00000001\n"),
+        "{}",
+        page(&sctp)
+    );
     assert!(page(&plain).ends_with("timeout 432000 s\n"), "{}", page(&plain));
 
-    let extra = |c: &Connection| a.json(&["find", "--json", &c.original.to_string()])[0]["extra"].clone();
+    let extra =
+        |c: &Connection| a.json(&["find", "--json", &c.original.to_string()])[0]["extra"].clone();
     assert_eq!(extra(&plain), serde_json::json!({}));
     let tags = serde_json::json!({"state": 3, "vtag_original": 0xdead_beef_u32, "vtag_reply": 1});
     assert_eq!(extra(&sctp), serde_json::json!({ "sctp": tags }));
@@ -213,7 +223,8 @@ fn what_only_few_connections_have_is_shown_with_them() {
     for (member, status) in [(1, Status::Dead), (2, Status::Leaving)] {
         a.region.group().write(member, &Member { status, ..Member::default() });
     }
-    // A crash in the middle of a write leaves an odd count in the record: the connection is still shown.
+    // A crash in the middle of a write leaves an odd count in the record: the connection is still
+    // shown.
     let memory = a.region.shard(shard_of(&other.original, 2));
     let record = memory.extra_of[3].load(Ordering::Relaxed) as usize - 1;
     let count = &memory.extras[record].0[0];
@@ -222,7 +233,10 @@ fn what_only_few_connections_have_is_shown_with_them() {
     let list = text(&a.run(&["connections"]));
     assert_eq!(list.lines().count(), 1 + 4, "{list}");
     let line = |words: &str| list.lines().any(|l| l.contains("10.0.0.") && l.ends_with(words));
-    assert!(line("  extra half written") && line("  sctp state 3, tags 0xdeadbeef 0x00000001"), "{list}");
+    assert!(
+        line("  extra half written") && line("  sctp state 3, tags 0xdeadbeef 0x00000001"),
+        "{list}"
+    );
     assert!(line("reply +1/+2@8  synproxy isn 10, its 11, tsoff 12"), "{list}");
 }
 
@@ -232,7 +246,12 @@ fn every_connection_is_listed_once_and_a_torn_slot_never() {
     for n in 1..=20 {
         let kind = if n % 2 == 0 { Kind::Backup } else { Kind::Active };
         let member = if n < 7 { 1 } else { 2 };
-        a.put(n as u32, &connection(n), kind, Coordinate::new(member, 0, n as u32, Generation::default()));
+        a.put(
+            n as u32,
+            &connection(n),
+            kind,
+            Coordinate::new(member, 0, n as u32, Generation::default()),
+        );
     }
     // Of what member 1 had, 2, 4 and 6 are copies here, and it is silent.
     for (member, status) in [(1, Status::Dead), (2, Status::Leaving)] {
@@ -240,7 +259,8 @@ fn every_connection_is_listed_once_and_a_torn_slot_never() {
     }
     // A crash in the middle of a write leaves an odd count in the slot's first word.
     let shard = shard_of(&connection(3).original, 2);
-    let at = shard_layout(&a.region.header().sizes, shard).slots.offset + 3 * size_of::<[u64; 16]>();
+    let at =
+        shard_layout(&a.region.header().sizes, shard).slots.offset + 3 * size_of::<[u64; 16]>();
     let file = fs::OpenOptions::new().write(true).open(a.dir.join(FILE)).unwrap();
     file.write_all_at(&3u32.to_ne_bytes(), at as u64).unwrap();
     assert!(a.region.shard(shard).slots[3].is_torn());
@@ -248,16 +268,20 @@ fn every_connection_is_listed_once_and_a_torn_slot_never() {
     let said = text(&a.run(&["connections"]));
     assert_eq!(said.lines().count(), 1 + 19, "{said}");
     assert!(!said.contains("10.0.0.3:1000 >"));
-    let wanted =
-        |line: &str| line.starts_with("presumed ") && line.contains(" 10.0.0.4:1000 > 10.0.0.200:80  reply");
+    let wanted = |line: &str| {
+        line.starts_with("presumed ") && line.contains(" 10.0.0.4:1000 > 10.0.0.200:80  reply")
+    };
     assert!(said.lines().any(wanted), "{said}");
     let lines = text(&a.run(&["connections", "--json"]));
-    let kinds: Vec<Value> =
-        lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["kind"].clone()).collect();
+    let kinds: Vec<Value> = lines
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["kind"].clone())
+        .collect();
     let count = |kind: &str| kinds.iter().filter(|k| *k == kind).count();
     assert_eq!((count("backup"), count("presumed")), (7, 3));
     assert!(
-        text(&a.run(&["find", &connection(4).original.to_string()])).contains("  kind          presumed\n")
+        text(&a.run(&["find", &connection(4).original.to_string()]))
+            .contains("  kind          presumed\n")
     );
     let of = a.json(&["state", "--json"]);
     let slots = |kind: &str| -> u64 {
@@ -301,7 +325,10 @@ fn the_state_tells_slots_exposure_and_group() {
     assert!(line.ends_with("yes      0000abcd"), "{line}");
 
     let state = a.json(&["state", "--json"]);
-    assert_eq!((&state["running"], &state["member"], &state["group"]), (&true.into(), &3.into(), &7.into()));
+    assert_eq!(
+        (&state["running"], &state["member"], &state["group"]),
+        (&true.into(), &3.into(), &7.into())
+    );
     let uptime = Duration::from_nanos(state["uptime_ns"].as_u64().unwrap());
     assert!(uptime >= Duration::from_secs(5) && uptime < Duration::from_secs(600));
     let here = &state["shards"][shard as usize];
@@ -310,8 +337,14 @@ fn the_state_tells_slots_exposure_and_group() {
     assert_eq!(here["view_version"], 1);
     assert!(here["last_pass_age_ns"].as_u64().unwrap() < 600_000_000_000);
     assert_eq!(state["shards"][1 - shard as usize]["last_pass_age_ns"], Value::Null);
-    assert_eq!((&state["group_version"], state["members"].as_array().unwrap().len()), (&1.into(), 1));
-    assert_eq!((&state["members"][0]["member"], &state["members"][0]["room"]), (&9.into(), &77.into()));
+    assert_eq!(
+        (&state["group_version"], state["members"].as_array().unwrap().len()),
+        (&1.into(), 1)
+    );
+    assert_eq!(
+        (&state["members"][0]["member"], &state["members"][0]["room"]),
+        (&9.into(), &77.into())
+    );
     assert_eq!(state["members"][0]["restarting"], false);
 
     a.region.group().write(9, &Member { back_by: Time(clock::now().0 + 1), ..member });
@@ -342,10 +375,15 @@ fn counters_are_summed_where_a_sum_means_something() {
     assert_eq!(of("deltas_new")["shards"], serde_json::json!([5, 7]));
     assert_eq!(of("exposure_oldest_us")["all"], 7);
     let said = text(&a.run(&["counters"]));
-    assert_eq!(said.lines().count(), 1 + COUNTERS.len() + 3, "three percentiles behind the counters");
+    assert_eq!(
+        said.lines().count(),
+        1 + COUNTERS.len() + 3,
+        "three percentiles behind the counters"
+    );
     assert!(said.lines().any(|l| l.starts_with("delay_p99_us ") && l.contains(" 112 ")), "{said}");
-    let wanted =
-        |l: &str| l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection");
+    let wanted = |l: &str| {
+        l.starts_with("deltas_new ") && l.ends_with("  deltas sent that carry a whole connection")
+    };
     assert!(said.lines().any(wanted), "{said}");
 }
 
@@ -451,13 +489,19 @@ fn a_start_that_failed_is_not_taken_for_one_under_way() {
         (output.status.code(), text(&output))
     };
     let (status, said) = check();
-    assert!(status == Some(2) && said.starts_with("not-ready: ") && said.contains("is starting"), "{said}");
+    assert!(
+        status == Some(2) && said.starts_with("not-ready: ") && said.contains("is starting"),
+        "{said}"
+    );
     // The same memory, of a process that is gone.
     let mut gone = Command::new("true").spawn().unwrap();
     gone.wait().unwrap();
     let file = fs::File::options().write(true).open(dir.join(FILE)).unwrap();
     file.write_all_at(&(gone.id() as u64).to_ne_bytes(), 8 * 9).unwrap();
     let (status, said) = check();
-    assert!(status == Some(1) && said.starts_with("not-running: ") && said.contains(" is gone"), "{said}");
+    assert!(
+        status == Some(1) && said.starts_with("not-running: ") && said.contains(" is gone"),
+        "{said}"
+    );
     assert_eq!(inspect(dir.to_str().unwrap(), &["state"]).status.code(), Some(2));
 }

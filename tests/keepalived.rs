@@ -55,7 +55,8 @@ fn log_only(gateways: &Gateways<'_>, number: u8) -> std::path::PathBuf {
 
 fn wait_for_copies(topology: &Topology, traffic: &Traffic) {
     let to = traffic.server_address.port();
-    let ports: Vec<(u16, u16)> = traffic.client_addresses.iter().map(|from| (from.port(), to)).collect();
+    let ports: Vec<(u16, u16)> =
+        traffic.client_addresses.iter().map(|from| (from.port(), to)).collect();
     wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
         [1, 2].iter().all(|number| topology.has_entries(*number, &ports))
     });
@@ -85,10 +86,15 @@ fn without_hypersync_the_connections_break_when_keepalived_moves_the_addresses()
     gateways.wait_until_master(2, "the other is gone");
     // The road through gateway 2 is good: what is new gets through.
     let new = Traffic::start(&topology.client, &topology.server, (SERVER, PORT + 1), 3);
-    wait_for("all old connections are silent (they survive with no replication!)", SILENCE * 3, || {
-        let broken = |side: &Progress| side.fault.is_some() || side.last_heard.elapsed() > SILENCE;
-        traffic.client().iter().all(broken) && traffic.server().iter().all(broken)
-    });
+    wait_for(
+        "all old connections are silent (they survive with no replication!)",
+        SILENCE * 3,
+        || {
+            let broken =
+                |side: &Progress| side.fault.is_some() || side.last_heard.elapsed() > SILENCE;
+            traffic.client().iter().all(broken) && traffic.server().iter().all(broken)
+        },
+    );
     new.finish(SILENCE);
 }
 
@@ -113,7 +119,11 @@ fn every_connection_survives_when_keepalived_moves_the_addresses_of_a_dead_gatew
 
     gateways.power_off(1);
     gateways.wait_until_master(2, "the other is gone");
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
+    traffic.wait_for_more(
+        100,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 2",
+    );
     wait_for("gateway 2 tells of the death", Duration::from_secs(10), || {
         gateways.was_told(2, "member-dead 1")
     });
@@ -139,14 +149,23 @@ fn a_gateway_whose_hypersync_is_not_ready_gives_the_addresses_to_one_that_is() {
     gateways.start_hypersync(2, &log_only(&gateways, 2));
     traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
     wait_for_copies(&topology, &traffic);
-    assert!(topology.has_addresses(1) && !topology.has_addresses(2), "equals take nothing from each other");
+    assert!(
+        topology.has_addresses(1) && !topology.has_addresses(2),
+        "equals take nothing from each other"
+    );
 
     // The appliance dies, the gateway lives.
     gateways.kill_hypersync(1);
     assert_eq!(gateways.check(1), Some(1));
     gateways.wait_until_master(2, "hypersync is gone at the other");
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
-    wait_for("gateway 1 has given the addresses up", Duration::from_secs(5), || !topology.has_addresses(1));
+    traffic.wait_for_more(
+        100,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 2",
+    );
+    wait_for("gateway 1 has given the addresses up", Duration::from_secs(5), || {
+        !topology.has_addresses(1)
+    });
     tell_gap("keepalived, hypersync killed", &traffic);
 
     // What begins now is known to gateway 2 alone, until gateway 1's hypersync is back.
@@ -155,13 +174,20 @@ fn a_gateway_whose_hypersync_is_not_ready_gives_the_addresses_to_one_that_is() {
     gateways.start_hypersync(1, &log_only(&gateways, 1));
     wait_for_copies(&topology, &later);
     traffic.wait_for_more(150, Duration::from_secs(20), "traffic goes on through gateway 2");
-    assert!(topology.has_addresses(2) && !topology.has_addresses(1), "gateway 1 takes nothing back");
+    assert!(
+        topology.has_addresses(2) && !topology.has_addresses(1),
+        "gateway 1 takes nothing back"
+    );
 
     // The other one's turn, in good order: it leaves, and everything moves back.
     gateways.stop_hypersync(2);
     gateways.wait_until_master(1, "hypersync has left the other");
     for traffic in [&traffic, &later] {
-        traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 1");
+        traffic.wait_for_more(
+            100,
+            Duration::from_secs(20),
+            "every connection goes on through gateway 1",
+        );
         tell_gap("keepalived, there and back", traffic);
         traffic.finish(Duration::from_secs(10));
     }
@@ -223,7 +249,11 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
     // Gateway 1 is told to stop: the routes move although it answers.
     gateways.stop_hypersync(1);
     wait_for("the routes lead through gateway 2", Duration::from_secs(10), || leads_through(3));
-    traffic.wait_for_more(50, Duration::from_secs(20), "every connection goes on through gateway 2");
+    traffic.wait_for_more(
+        50,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 2",
+    );
     tell_gap("routes moved by a script, a gateway leaves", &traffic);
 
     // It comes back and takes nothing, until the other dies.
@@ -233,7 +263,11 @@ fn every_connection_survives_when_a_script_moves_the_routes_of_a_dead_gateway() 
     assert!(leads_through(3), "gateway 1 takes nothing back");
     gateways.power_off(2);
     wait_for("the routes lead through gateway 1", Duration::from_secs(10), || leads_through(2));
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 1");
+    traffic.wait_for_more(
+        100,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 1",
+    );
     tell_gap("routes moved by a script, a gateway dies", &traffic);
     traffic.finish(Duration::from_secs(10));
 }

@@ -1,7 +1,8 @@
 //! A reader that knows docs/SHARED-MEMORY.md and nothing else finds what the appliance wrote.
 //!
-//! Values are written by the appliance's own code into a region, and read from the file's bytes where the document's
-//! pictures say that they lie. Each field of a picture is asked for, so none can be wrong or be forgotten here.
+//! Values are written by the appliance's own code into a region, and read from the file's bytes
+//! where the document's pictures say that they lie. Each field of a picture is asked for, so none
+//! can be wrong or be forgotten here.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -71,7 +72,11 @@ impl Lab {
     /// Where a part of the shard begins, as the document has it.
     fn part(&self, name: &str) -> usize {
         let (_, offsets, _) = documented_parts(&self.region.header().sizes, SHARD);
-        offsets.into_iter().find(|(part, ..)| part == name).unwrap_or_else(|| panic!("no part {name}")).1
+        offsets
+            .into_iter()
+            .find(|(part, ..)| part == name)
+            .unwrap_or_else(|| panic!("no part {name}"))
+            .1
     }
 }
 
@@ -93,7 +98,8 @@ impl Bytes {
         u32::from_ne_bytes(self.0[at..at + 4].try_into().expect("four bytes"))
     }
 
-    /// Compares every field of a picture, laid over the bytes at `base`; what is called zero is zero.
+    /// Compares every field of a picture, laid over the bytes at `base`; what is called zero is
+    /// zero.
     fn assert_fields(&self, picture: &str, base: usize, expected: &[(&str, u64)]) {
         let mut asked = BTreeSet::new();
         for field in fields_of(picture) {
@@ -129,7 +135,8 @@ struct Field {
     bits: usize,
 }
 
-/// The lines of an indented block, from behind the one that begins with `name` to the next empty one.
+/// The lines of an indented block, from behind the one that begins with `name` to the next empty
+/// one.
 fn block(name: &str) -> Vec<&'static str> {
     let mut lines = DOCUMENT.lines();
     let is_it = |line: &&str| {
@@ -154,8 +161,10 @@ fn fields_of(picture: &str) -> Vec<Field> {
             let word = word.trim().parse().unwrap_or_else(|_| panic!("no word number: {line}"));
             let mut shift = 64;
             for cell in cells.trim().trim_end_matches('|').split('|') {
-                let (name, bits) = cell.trim().rsplit_once(' ').unwrap_or_else(|| panic!("no width: {line}"));
-                let bits: usize = bits.parse().unwrap_or_else(|_| panic!("no width behind {cell}: {line}"));
+                let (name, bits) =
+                    cell.trim().rsplit_once(' ').unwrap_or_else(|| panic!("no width: {line}"));
+                let bits: usize =
+                    bits.parse().unwrap_or_else(|_| panic!("no width behind {cell}: {line}"));
                 shift -= bits;
                 fields.push(Field { word, name: name.trim().into(), shift, bits });
             }
@@ -222,7 +231,8 @@ fn evaluate(text: &str, sizes: &Sizes) -> usize {
     text.split('+').map(product).sum()
 }
 
-/// Where a shard begins, its parts (name, offset, bytes) and where it ends, as the document has them.
+/// Where a shard begins, its parts (name, offset, bytes) and where it ends, as the document has
+/// them.
 fn documented_parts(sizes: &Sizes, shard: u8) -> (usize, Vec<(String, usize, usize)>, usize) {
     let first = byte_of("The region", "shard 0");
     let rows = block("  part");
@@ -293,7 +303,10 @@ fn every_part_lies_where_the_document_says() {
     for ((name, _, bytes), (own, length)) in documented.iter().zip(lengths) {
         assert_eq!((name.as_str(), *bytes), (own, length));
     }
-    assert!(DOCUMENT.contains(&format!("{CONTROL_BUFFERS} control buffers of {CONTROL_BUFFER_SIZE} bytes")));
+    assert!(
+        DOCUMENT
+            .contains(&format!("{CONTROL_BUFFERS} control buffers of {CONTROL_BUFFER_SIZE} bytes"))
+    );
     assert!(DOCUMENT.contains(&format!("Layout version {VERSION}.")));
 }
 
@@ -365,7 +378,12 @@ fn members_and_shards_stand_in_the_group_table_as_documented() {
     group.write(52, &member);
     group.write(
         2,
-        &Member { has_begun: false, has_synced_me: true, address: Some([192, 0, 2, 1].into()), ..member },
+        &Member {
+            has_begun: false,
+            has_synced_me: true,
+            address: Some([192, 0, 2, 1].into()),
+            ..member
+        },
     );
     let line = group.shard(63);
     line.set_last_pass(Time(11));
@@ -429,11 +447,20 @@ fn members_and_shards_stand_in_the_group_table_as_documented() {
 }
 
 fn connection() -> Connection {
-    let mut original =
-        Tuple::v6(6, ("2001:db8::1".parse().unwrap(), 40_001), ("2001:db8::2".parse().unwrap(), 443));
+    let mut original = Tuple::v6(
+        6,
+        ("2001:db8::1".parse().unwrap(), 40_001),
+        ("2001:db8::2".parse().unwrap(), 443),
+    );
     original.zone = 71;
-    let reply =
-        Tuple { src: 3 << 100 | 4, dst: 5 << 100 | 6, sport: 9, dport: 10, zone: 81, ..original.mirrored() };
+    let reply = Tuple {
+        src: 3 << 100 | 4,
+        dst: 5 << 100 | 6,
+        sport: 9,
+        dport: 10,
+        zone: 81,
+        ..original.mirrored()
+    };
     let state = State {
         status: 0x8000_019e,
         tcp_state: 3,
@@ -504,7 +531,11 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
     let extra = Extra {
         parts: parts::ALL,
         labels: *b"abcdefghijklmnop",
-        seqadj: [1, 4].map(|n| SeqAdj { correction_position: n, offset_before: n + 1, offset_after: n + 2 }),
+        seqadj: [1, 4].map(|n| SeqAdj {
+            correction_position: n,
+            offset_before: n + 1,
+            offset_after: n + 2,
+        }),
         helper: *b"helper-of-ftp\0\0\0",
         synproxy: Synproxy { isn: 7, its: 8, tsoff: 9 },
         protoinfo: ProtoInfo { state: 10, role: 11, value: 12 << 40 | 13 },
@@ -564,7 +595,8 @@ fn a_slot_and_what_stands_beside_it_read_as_documented() {
     );
     // The hash itself is not documented, only where it stands: it says where the entry is.
     let buckets = m.index.len();
-    let home = (0..buckets).find(|b| bytes.word(lab.part("index") + 8 * b) != 0).expect("one entry");
+    let home =
+        (0..buckets).find(|b| bytes.word(lab.part("index") + 8 * b) != 0).expect("one entry");
     let hash = bytes.word(lab.part("index") + 8 * home) >> 26 & ((1 << 37) - 1);
     assert_eq!(hash as usize % buckets, home);
     let entry = [("used", 1), ("hash", hash), ("slot", 3)];
@@ -592,8 +624,16 @@ fn streams_leases_and_history_read_as_documented() {
     d.let_go();
     d.set_forgetting(true);
     let (begun, ended) = (Time(61), Time(62));
-    d.set_full_sync(&Figures { phase: Phase::Interrupted, begun, ended, before: 63, done: 64, to_do: 65 });
-    let place = |slot, generation| Place { slot, generation: Generation::from_low_bits(generation) };
+    d.set_full_sync(&Figures {
+        phase: Phase::Interrupted,
+        begun,
+        ended,
+        before: 63,
+        done: 64,
+        to_do: 65,
+    });
+    let place =
+        |slot, generation| Place { slot, generation: Generation::from_low_bits(generation) };
     let mut list = LeaseList::default();
     let mut pool = LeasePool::new(m.leases);
     assert!(pool.put(number, &mut list, place(0x3ff_fffe, 0x2aa_aaab)));
@@ -608,8 +648,14 @@ fn streams_leases_and_history_read_as_documented() {
         history.note(Content::Request(0x89ab_cdef));
         history.note(Content::GivenBack(place(3, 4)));
         let first_sent = Time(70 + n);
-        let entry =
-            Entry { stream: number, session: 0x6789, seq: seq(1 << 47 | n), offset, len: 9, first_sent };
+        let entry = Entry {
+            stream: number,
+            session: 0x6789,
+            seq: seq(1 << 47 | n),
+            offset,
+            len: 9,
+            first_sent,
+        };
         history.append(&entry, b"datagrams", 9, Time(1), 1);
     }
     m.journal[memory::JOURNAL_TAIL].store(81, Ordering::Relaxed);
@@ -645,8 +691,12 @@ fn streams_leases_and_history_read_as_documented() {
     let bits: Vec<u64> = (16..48).map(|word| bytes.word(stream + 8 * word)).collect();
     assert_eq!((bits[0], bits[1..].iter().sum::<u64>(), 32 * 64), (1, 0, WINDOW));
     let lease = |n: usize| lab.part("leases") + 16 * n;
-    let first =
-        [("slot", 0x3ff_fffe), ("generation", 0x2aa_aaab), ("stream", number as u64 + 1), ("next", 2)];
+    let first = [
+        ("slot", 0x3ff_fffe),
+        ("generation", 0x2aa_aaab),
+        ("stream", number as u64 + 1),
+        ("next", 2),
+    ];
     bytes.assert_fields("lease", lease(0), &first);
     let last = [("slot", 5), ("generation", 6), ("stream", number as u64 + 1), ("next", 0)];
     bytes.assert_fields("lease", lease(1), &last);
@@ -672,7 +722,8 @@ fn streams_leases_and_history_read_as_documented() {
         (3, 0, 3, 4),
     ];
     for (n, (content, epoch, slot, generation)) in contents.into_iter().enumerate() {
-        let fields = [("content", content), ("epoch", epoch), ("slot", slot), ("generation", generation)];
+        let fields =
+            [("content", content), ("epoch", epoch), ("slot", slot), ("generation", generation)];
         bytes.assert_fields("manifest", lab.part("manifest") + 8 * n, &fields);
     }
     let journal = [
@@ -691,7 +742,8 @@ fn counters_and_the_ring_read_as_documented() {
     for (i, info) in COUNTERS.iter().enumerate() {
         counters.set(info.counter, 1000 + i as u64);
     }
-    // "Bucket b begins at (4 + b mod 4) << (b / 4) microseconds; the first also has everything shorter."
+    // "Bucket b begins at (4 + b mod 4) << (b / 4) microseconds; the first also has everything
+    // shorter."
     let begin = |b: u64| (4 + b % 4) << (b / 4);
     for bucket in 0..96 {
         counters.delay(begin(bucket), bucket + 1);
@@ -727,7 +779,8 @@ fn counters_and_the_ring_read_as_documented() {
     assert_eq!((bytes.half(at("bell")), bytes.half(at("u32: pid"))), (0, std::process::id()));
     let record = at("records of 128 bytes") + 128;
     let check = |position: u64| {
-        let mix = |h: u64, word: u64| (h ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        let mix =
+            |h: u64, word: u64| (h ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         (0..15).map(|i| bytes.word(record + 8 * i)).fold(position ^ 0x6a09_e667_f3bc_c908, mix)
     };
     let mut documented = documented_connection();

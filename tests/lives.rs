@@ -1,5 +1,5 @@
-//! Traffic that moves and comes back, ports that are used again, claims that nobody heard of: what the simulator
-//! once found, each as the shortest script of steps that shows it.
+//! Traffic that moves and comes back, ports that are used again, claims that nobody heard of: what
+//! the simulator once found, each as the shortest script of steps that shows it.
 
 #[path = "protocol/world.rs"]
 #[allow(dead_code)]
@@ -71,7 +71,8 @@ fn cut_off(world: &mut World<'_>, silent: MemberId, from: &[MemberId]) {
     });
 }
 
-/// The backup of 1's connection is silent for a moment, and the connection turns to the other of 2 and 3.
+/// The backup of 1's connection is silent for a moment, and the connection turns to the other of 2
+/// and 3.
 fn turn_elsewhere(world: &mut World<'_>, tuple: Tuple, backup: MemberId, from: &[MemberId]) {
     cut_off(world, backup, from);
     world.change(tuple);
@@ -83,8 +84,8 @@ fn kind_at(world: &World<'_>, member: MemberId, tuple: &Tuple) -> Option<Kind> {
     table.find_original(tuple).map(|slot| table.kind(slot))
 }
 
-/// Seeds 2504 and 3409: member 1's last change found the copy at 2 closed, so 1 looked for another place, at 2 again, and
-/// there the dead life took the place of the living one.
+/// Seeds 2504 and 3409: member 1's last change found the copy at 2 closed, so 1 looked for another
+/// place, at 2 again, and there the dead life took the place of the living one.
 #[test]
 fn a_tuple_that_closes_where_it_moved_and_opens_anew_is_not_taken_by_its_past() {
     let memories = memories(2);
@@ -99,8 +100,8 @@ fn a_tuple_that_closes_where_it_moved_and_opens_anew_is_not_taken_by_its_past() 
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active), "it lives where its traffic is");
 }
 
-/// Seed 691: a datagram of before the traffic went to 2 and came back arrives late, and is refused. That says
-/// nothing about the connection as it is now.
+/// Seed 691: a datagram of before the traffic went to 2 and came back arrives late, and is refused.
+/// That says nothing about the connection as it is now.
 #[test]
 fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
     let memories = memories(2);
@@ -120,8 +121,10 @@ fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
             && matches!(Message::decode(&mut r), Ok(Some(Message::New { .. })))
     };
     let sent = world.sent.take().expect("it was watched");
-    let lost =
-        sent.into_iter().find(|s| (s.from, s.to) == (1, 2) && is_new(&s.bytes)).expect("the claim left");
+    let lost = sent
+        .into_iter()
+        .find(|s| (s.from, s.to) == (1, 2) && is_new(&s.bytes))
+        .expect("the claim left");
     world.cut.clear();
     // The next one arrives, 2 claims it back, and 1 once more.
     world.change(tuple);
@@ -139,7 +142,8 @@ fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
     all_is_well(&mut world);
 }
 
-/// Seed 3261: 2 claims what 1 has, 1 does not hear of it, and 2 turns to 3. When 1 is back it must learn that.
+/// Seed 3261: 2 claims what 1 has, 1 does not hear of it, and 2 turns to 3. When 1 is back it must
+/// learn that.
 #[test]
 fn a_claim_that_was_not_heard_of_is_told_when_the_former_active_is_back() {
     for closes in [false, true] {
@@ -163,7 +167,8 @@ fn a_claim_that_was_not_heard_of_is_told_when_the_former_active_is_back() {
     }
 }
 
-/// The same with a member that is heard and does not hear: what is claimed from it meanwhile goes to somebody else.
+/// The same with a member that is heard and does not hear: what is claimed from it meanwhile goes
+/// to somebody else.
 #[test]
 fn a_claim_from_a_deaf_member_is_told_when_it_hears_again() {
     let memories = memories(3);
@@ -177,8 +182,8 @@ fn a_claim_from_a_deaf_member_is_told_when_it_hears_again() {
     all_is_well(&mut world);
 }
 
-/// Seeds 897 and 1103: a backup was silent for a moment, and its connection went elsewhere. What was on its way to it
-/// must not make a copy there that nobody counts on.
+/// Seeds 897 and 1103: a backup was silent for a moment, and its connection went elsewhere. What
+/// was on its way to it must not make a copy there that nobody counts on.
 #[test]
 fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone_elsewhere() {
     let memories = memories(3);
@@ -201,8 +206,8 @@ fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone
     all_is_well(&mut world);
 }
 
-/// Seed 4370: a backup was silent for a moment, its connection went elsewhere and came back to it, beside the copy of
-/// before. Traffic that shows up there claims the newer one.
+/// Seed 4370: a backup was silent for a moment, its connection went elsewhere and came back to it,
+/// beside the copy of before. Traffic that shows up there claims the newer one.
 #[test]
 fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
     let memories = memories(3);
@@ -214,11 +219,16 @@ fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
     world.cut = vec![(1, other), (other, 1)];
     world.run_until(ms(120), "1 takes the third for dead", |w| {
         let seen = w.hosts[&1].group.view();
-        !seen.members[other as usize].status.is_alive() && seen.members[backup as usize].status.is_alive()
+        !seen.members[other as usize].status.is_alive()
+            && seen.members[backup as usize].status.is_alive()
     });
     let at_backup = |w: &World<'_>| {
         let found = w.copies().remove(&tuple).unwrap_or_default();
-        found.into_iter().filter(|c| c.member == backup).map(|c| c.connection.state.mark).collect::<Vec<_>>()
+        found
+            .into_iter()
+            .filter(|c| c.member == backup)
+            .map(|c| c.connection.state.mark)
+            .collect::<Vec<_>>()
     };
     world.change(tuple);
     let newest = world.open[&tuple].mark;
@@ -229,8 +239,9 @@ fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
     all_is_well(&mut world);
 }
 
-/// Seed 3923: an active turned to another backup, which its former one did not hear of, and left. Both carry its
-/// connection on. The one that knows it better has its backup; the other one gives way when it asks.
+/// Seed 3923: an active turned to another backup, which its former one did not hear of, and left.
+/// Both carry its connection on. The one that knows it better has its backup; the other one gives
+/// way when it asks.
 #[test]
 fn of_two_that_presume_the_one_that_knows_less_gives_way() {
     let memories = memories(4);
@@ -244,8 +255,8 @@ fn of_two_that_presume_the_one_that_knows_less_gives_way() {
     all_is_well(&mut world);
 }
 
-/// Seed 40001054: two carry on the connection of a dead member, and neither sends to the other; but they have
-/// a backup in common.
+/// Seed 40001054: two carry on the connection of a dead member, and neither sends to the other; but
+/// they have a backup in common.
 #[test]
 fn of_two_that_presume_with_a_common_backup_one_gives_way() {
     let memories = memories(4);
@@ -264,8 +275,8 @@ fn of_two_that_presume_with_a_common_backup_one_gives_way() {
     all_is_well(&mut world);
 }
 
-/// Seed 40000843: both took over the very same state, so their common backup cannot know which of them should stay. The first
-/// packet at either tells.
+/// Seed 40000843: both took over the very same state, so their common backup cannot know which of
+/// them should stay. The first packet at either tells.
 #[test]
 fn of_two_that_presume_the_same_state_the_first_packet_decides() {
     let memories = memories(5);
@@ -285,8 +296,8 @@ fn of_two_that_presume_the_same_state_the_first_packet_decides() {
     all_is_well(&mut world);
 }
 
-/// The same when the dead member is back with an empty table, so that nobody can be asked any more: what was never seen
-/// to have traffic still gives way.
+/// The same when the dead member is back with an empty table, so that nobody can be asked any more:
+/// what was never seen to have traffic still gives way.
 #[test]
 fn who_took_over_from_a_table_that_is_no_more_still_only_presumes() {
     let memories = memories(4);
@@ -316,8 +327,9 @@ fn lose_the_better_one(world: &mut World<'_>) {
     all_is_well(world);
 }
 
-/// Seeds 50000409 and 50000506: connections move to a better backup, it dies before it has them, and nobody has room for
-/// another copy. The previous backup, which still has one, is the backup again.
+/// Seeds 50000409 and 50000506: connections move to a better backup, it dies before it has them,
+/// and nobody has room for another copy. The previous backup, which still has one, is the backup
+/// again.
 #[test]
 fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
     let memories = memories_of(3, MemorySize::new(SLOTS_MIN, ARENA_MIN));
@@ -335,8 +347,9 @@ fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
     assert_eq!(world.counter(2, Counter::ConnectionsBackup), n);
 }
 
-/// Seed 70000376: a connection closes at 2 while the first word of it is still on its way to 1, where its tuple opens anew
-/// in another translation. What arrives late is the elder life, and must not take the younger one's place.
+/// Seed 70000376: a connection closes at 2 while the first word of it is still on its way to 1,
+/// where its tuple opens anew in another translation. What arrives late is the elder life, and must
+/// not take the younger one's place.
 #[test]
 fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
     let memories = memories(2);
@@ -361,19 +374,22 @@ fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
     assert!(found.iter().all(|c| c.connection == next), "{found:#?}");
 }
 
-/// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up beside it.
+/// Seed 2546: the copy of a life that has ended is still here when the next life's traffic shows up
+/// beside it.
 #[test]
 fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
     let memories = memories(3);
     let mut world = group(&memories, &[100, 200, 100]);
     let tuple = protected(&mut world);
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Backup));
-    // 1 closes it, and 2 does not hear of it for a while; 3 opens the tuple anew, in another translation.
+    // 1 closes it, and 2 does not hear of it for a while; 3 opens the tuple anew, in another
+    // translation.
     world.cut = vec![(1, 2)];
     world.close(tuple);
     let next = |world: &World<'_>| {
         let table = world.hosts[&2].shards[0].table();
-        let mut connection = table.connection(table.find_original(&tuple).expect("the copy of before"));
+        let mut connection =
+            table.connection(table.find_original(&tuple).expect("the copy of before"));
         connection.reply.dport = 10;
         connection.state.mark = 77;
         connection
@@ -381,7 +397,9 @@ fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
     let next = next(&world);
     world.tell(3, &SourceEvent::seen(next));
     world.run_until(HOLD + ms(8), "both lives have a copy at 2", |w| {
-        w.copies().get(&tuple).is_some_and(|found| found.iter().filter(|c| c.member == 2).count() == 2)
+        w.copies()
+            .get(&tuple)
+            .is_some_and(|found| found.iter().filter(|c| c.member == 2).count() == 2)
     });
     // Its traffic moves to 2.
     let mut moved = next;
@@ -445,8 +463,9 @@ fn a_backup_that_is_released_keeps_what_has_its_packets_there() {
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active));
 }
 
-/// Seed 82009375: a close arrives where its connection was claimed, and is ignored; who sent it believes that the slot is its lease
-/// again. When the connection has come back to it, and closes once more, it is not to have that twice.
+/// Seed 82009375: a close arrives where its connection was claimed, and is ignored; who sent it
+/// believes that the slot is its lease again. When the connection has come back to it, and closes
+/// once more, it is not to have that twice.
 #[test]
 fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
     let memories = memories(2);
@@ -478,15 +497,16 @@ fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
     all_is_well(&mut world);
 }
 
-/// Seed 200002015: a backup has copies of two lives of a tuple, and the member of one of them dies. The kernel's entry, which was
-/// written for that one last, becomes that of the other one again.
+/// Seed 200002015: a backup has copies of two lives of a tuple, and the member of one of them dies.
+/// The kernel's entry, which was written for that one last, becomes that of the other one again.
 #[test]
 fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
     let memories = memories(3);
     let mut world = group(&memories, &[100, 100, 200]);
     let tuple = protected(&mut world);
     let living = world.hosts[&3].kernel[&tuple];
-    // Another connection of the same tuple, at 2 (its client has come to another gateway, or the address is used twice).
+    // Another connection of the same tuple, at 2 (its client has come to another gateway, or the
+    // address is used twice).
     let reply = Tuple { dport: 10, ..living.reply };
     let dead = Connection { reply, ..living };
     world.tell(2, &SourceEvent::seen(dead));
@@ -497,8 +517,8 @@ fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
     all_is_well(&mut world);
 }
 
-/// A backup's kernel has another connection under the copy's tuple, with packets, and does not take the copy. When that ends, the
-/// other one goes on.
+/// A backup's kernel has another connection under the copy's tuple, with packets, and does not take
+/// the copy. When that ends, the other one goes on.
 #[test]
 fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
     for end in [End::Seen, End::Unseen] {
@@ -521,8 +541,8 @@ fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
     }
 }
 
-/// Seed 401436: two claimed the same state, neither having heard of the other. The claim of one was refused, and what the
-/// other one sent before arrives late: it is no copy of that one.
+/// Seed 401436: two claimed the same state, neither having heard of the other. The claim of one was
+/// refused, and what the other one sent before arrives late: it is no copy of that one.
 #[test]
 fn who_had_its_claim_refused_is_no_backup_of_the_other() {
     let memories = memories(3);
@@ -540,7 +560,8 @@ fn who_had_its_claim_refused_is_no_backup_of_the_other() {
     world.run_for(ms(2));
     world.cut.clear();
     move_to(&mut world, tuple, other);
-    world.run_until(ms(5), "the claim is refused", |w| w.counter(other, Counter::RefusedByPeer) > 0);
+    world
+        .run_until(ms(5), "the claim is refused", |w| w.counter(other, Counter::RefusedByPeer) > 0);
     move_to(&mut world, tuple, other);
     world.run_for(ms(30));
     assert!(world.counter(heir, Counter::Exposure) > 0, "nobody has a copy of what the heir has");
@@ -560,8 +581,9 @@ fn turn_with_both(world: &mut World<'_>, tuple: Tuple) -> (MemberId, MemberId) {
     (backup, other)
 }
 
-/// Seed 600001560: while a connection moves from one backup to another, packets show up at both. Its active takes the copy of the one, and then
-/// that of the other, which is newer: the first one still counts on it, and is told.
+/// Seed 600001560: while a connection moves from one backup to another, packets show up at both.
+/// Its active takes the copy of the one, and then that of the other, which is newer: the first one
+/// still counts on it, and is told.
 #[test]
 fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
     let memories = memories(3);
@@ -576,8 +598,9 @@ fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
     assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
 }
 
-/// A call whose first packets went through 1, before it had a copy, and the other ones, of the next call from that port, through 2. Both members
-/// hold it for their own, and no entry tells that packets pass it.
+/// A call whose first packets went through 1, before it had a copy, and the other ones, of the next
+/// call from that port, through 2. Both members hold it for their own, and no entry tells that
+/// packets pass it.
 fn contested(world: &mut World<'_>, members: [MemberId; 2]) -> (Tuple, Connection) {
     let [silent, busy] = members;
     let tuple = world.open_at(silent);
@@ -590,14 +613,16 @@ fn contested(world: &mut World<'_>, members: [MemberId; 2]) -> (Tuple, Connectio
     (tuple, connection)
 }
 
-/// Under load, with routes that move: what was left of a call at 1 outlived the next one from its port at 2, and was copied to 2 for good.
+/// Under load, with routes that move: what was left of a call at 1 outlived the next one from its
+/// port at 2, and was copied to 2 for good.
 #[test]
 fn a_contest_that_its_last_packets_decide_ends_at_the_other_one_too() {
     for is_seen_before in [true, false] {
         let memories = memories(2);
         let mut world = group(&memories, &[100, 100]);
         let (tuple, connection) = contested(&mut world, [1, 2]);
-        let is_refused = |w: &World<'_>| [1, 2].iter().all(|m| w.counter(*m, Counter::RefusedByPeer) > 0);
+        let is_refused =
+            |w: &World<'_>| [1, 2].iter().all(|m| w.counter(*m, Counter::RefusedByPeer) > 0);
         world.run_until(HOLD + SECOND * 3, "both are refused", is_refused);
         let mut last = connection;
         if is_seen_before {
@@ -610,7 +635,10 @@ fn a_contest_that_its_last_packets_decide_ends_at_the_other_one_too() {
         world.open.remove(&tuple);
         world.run_for(SECOND * 12);
         assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [None, None], "{is_seen_before}");
-        assert!(!world.hosts[&1].touched.contains_key(&tuple), "its entry at 1 is gone: {is_seen_before}");
+        assert!(
+            !world.hosts[&1].touched.contains_key(&tuple),
+            "its entry at 1 is gone: {is_seen_before}"
+        );
         all_is_well(&mut world);
     }
 }
@@ -623,7 +651,8 @@ fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
     let (tuple, connection) = contested(&mut world, [3, 1]);
     world.open.get_mut(&tuple).expect("it is open").owner = 1;
     world.cut = vec![(2, 3), (3, 2)];
-    world.run_until(HOLD + SECOND * 3, "3 is refused", |w| w.counter(3, Counter::RefusedByPeer) > 0);
+    world
+        .run_until(HOLD + SECOND * 3, "3 is refused", |w| w.counter(3, Counter::RefusedByPeer) > 0);
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Backup), "1 has its copy there");
     let mut next = connection;
     next.state.mark += 1;
@@ -632,8 +661,9 @@ fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
     world.run_until(ms(50), "3 lets it go", |w| kind_at(w, 3, &tuple) != Some(Kind::Active));
 }
 
-/// Seed 800000376: 1 and 3 take one connection for theirs, 2 has both copies, and in its kernel the later state. That one's active dies, the other one's
-/// does not take it for its own: 2 lets it go, and its kernel gets the other one's.
+/// Seed 800000376: 1 and 3 take one connection for theirs, 2 has both copies, and in its kernel the
+/// later state. That one's active dies, the other one's does not take it for its own: 2 lets it go,
+/// and its kernel gets the other one's.
 #[test]
 fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
     let memories = memories(3);
@@ -655,8 +685,9 @@ fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
     assert_eq!(world.hosts[&2].kernel.get(&tuple), Some(&living));
 }
 
-/// Seeds 800001965, 930001209: the same with equal stamps: who comes second leaves the copy to the first one, which would not have been told, and is
-/// told itself: no packet elsewhere would tell it.
+/// Seeds 800001965, 930001209: the same with equal stamps: who comes second leaves the copy to the
+/// first one, which would not have been told, and is told itself: no packet elsewhere would tell
+/// it.
 #[test]
 fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_copy() {
     let memories = memories(3);
@@ -676,8 +707,9 @@ fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_c
     assert_eq!(kind_at(&world, other, &tuple), Some(Kind::Active), "{}", world.describe());
 }
 
-/// Seed 940017302: one that took over and its backup claim at once, with equal stamps, when the first turns to another backup. The other one was refused and not
-/// told, and carried it on as well.
+/// Seed 940017302: one that took over and its backup claim at once, with equal stamps, when the
+/// first turns to another backup. The other one was refused and not told, and carried it on as
+/// well.
 #[test]
 fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
     let memories = memories(4);
@@ -702,21 +734,24 @@ fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
     assert_eq!(actives, 1, "{}", world.describe());
 }
 
-/// Seed 940019891: a connection moves to a better backup, which dies before it has it. The previous one, which has its copy still, got a second one, and
-/// only that was named when the two compared.
+/// Seed 940019891: a connection moves to a better backup, which dies before it has it. The previous
+/// one, which has its copy still, got a second one, and only that was named when the two compared.
 #[test]
 fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
     let memories = memories(3);
     let mut world = group(&memories, &[100, 100]);
     let tuple = protected(&mut world);
-    let place = world.copies()[&tuple].iter().find(|copy| copy.member == 2).expect("2 has the copy").place;
+    let place =
+        world.copies()[&tuple].iter().find(|copy| copy.member == 2).expect("2 has the copy").place;
     lose_the_better_one(&mut world);
-    let found: Vec<_> = world.copies()[&tuple].iter().filter(|c| c.member == 2).map(|c| c.place).collect();
+    let found: Vec<_> =
+        world.copies()[&tuple].iter().filter(|c| c.member == 2).map(|c| c.place).collect();
     assert_eq!(found, [place]);
 }
 
-/// Seed 983001232: a backup had the copies of two members that carried one connection on. One of them died, its entry ran out, and that of the other one, which
-/// lay in the same place, was not written again.
+/// Seed 983001232: a backup had the copies of two members that carried one connection on. One of
+/// them died, its entry ran out, and that of the other one, which lay in the same place, was not
+/// written again.
 #[test]
 fn when_one_of_two_copies_of_a_tuple_ends_the_other_ones_entry_is_written_again() {
     for is_taken_over in [false, true] {
@@ -730,7 +765,9 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
     let mut world = group(&memories, &[200, 100, 100]);
     let tuple = world.open_at(2);
     let copies_at_1 = |w: &World<'_>| {
-        w.copies().get(&tuple).map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
+        w.copies()
+            .get(&tuple)
+            .map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
     };
     world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
     let mut seen = world.copies()[&tuple][0].connection;
@@ -746,10 +783,12 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
     }
     world.run_for(ms(10));
     world.kill(3);
-    world.run_until(SECOND, "3 is dead", |w| !w.hosts[&1].group.view().members[3].status.is_alive());
+    world
+        .run_until(SECOND, "3 is dead", |w| !w.hosts[&1].group.view().members[3].status.is_alive());
     if is_taken_over {
-        let is_ours =
-            |w: &World<'_>| w.copies()[&tuple].iter().any(|c| (c.member, c.kind) == (1, Kind::Active));
+        let is_ours = |w: &World<'_>| {
+            w.copies()[&tuple].iter().any(|c| (c.member, c.kind) == (1, Kind::Active))
+        };
         world.run_until(SECOND * 3, "its connection is 1's", is_ours);
     }
     world.host(1).kernel.remove(&tuple);
@@ -760,15 +799,17 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
     assert_eq!(there, Some(mark), "and in the kernel");
 }
 
-/// Seed 993001749: nobody could take the place of a dead member, which was waited for; its copy of a connection that went on here in
-/// another slot stayed, and counted as exposed.
+/// Seed 993001749: nobody could take the place of a dead member, which was waited for; its copy of
+/// a connection that went on here in another slot stayed, and counted as exposed.
 #[test]
 fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
     let memories = memories(3);
     let mut world = group(&memories, &[200, 100, 100]);
     let tuple = world.open_at(2);
     let copies_at_1 = |w: &World<'_>| {
-        w.copies().get(&tuple).map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
+        w.copies()
+            .get(&tuple)
+            .map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
     };
     world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
     let mut seen = world.copies()[&tuple][0].connection;
@@ -779,7 +820,8 @@ fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
     world.kill(2);
     seen.state.mark += 100;
     world.tell(1, &SourceEvent::seen(seen));
-    let is_ours = |w: &World<'_>| w.copies()[&tuple].iter().any(|c| (c.member, c.kind) == (1, Kind::Active));
+    let is_ours =
+        |w: &World<'_>| w.copies()[&tuple].iter().any(|c| (c.member, c.kind) == (1, Kind::Active));
     assert!(is_ours(&world) && copies_at_1(&world) == 2);
     world.kill(3);
     world.run_until(SECOND * 5, "both are given up", |w| w.counter(1, Counter::StreamsLost) == 2);
@@ -787,7 +829,8 @@ fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
     assert_eq!((copies_at_1(&world), world.counter(1, Counter::Exposure)), (1, 1));
 }
 
-/// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the place that it had there is nobody's.
+/// Seed 800001095: the other one of a contest comes back with another table, and fewer shards: the
+/// place that it had there is nobody's.
 #[test]
 fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {
     let memories = memories(4);
@@ -806,16 +849,20 @@ fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {
     world.run_until(HOLD + SECOND * 3, "refused", |w| w.counter(1, Counter::RefusedByPeer) > 0);
     world.kill(2);
     world.open.get_mut(&tuple).expect("it is open").owner = 1;
-    world.run_until(SECOND, "2 is dead", |w| !w.hosts[&1].group.view().members[2].status.is_alive());
+    world
+        .run_until(SECOND, "2 is dead", |w| !w.hosts[&1].group.view().members[2].status.is_alive());
     world.start(2, 1, 100);
     world.run_until(SECOND, "2 is back", |w| w.hosts[&1].group.view().members[2].status.is_alive());
     world.change(tuple);
     all_is_well(&mut world);
-    assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [Some(Kind::Active), Some(Kind::Backup)]);
+    assert_eq!(
+        [1, 2].map(|m| kind_at(&world, m, &tuple)),
+        [Some(Kind::Active), Some(Kind::Backup)]
+    );
 }
 
-/// Traffic seeds 500000404, 500001446: what is refused because another one began here is refused still when that one's hold is over, whatever
-/// the epochs: they say nothing of two connections.
+/// Traffic seeds 500000404, 500001446: what is refused because another one began here is refused
+/// still when that one's hold is over, whatever the epochs: they say nothing of two connections.
 #[test]
 fn a_contest_goes_on_when_the_hold_of_the_younger_one_is_over() {
     let memories = memories(2);
@@ -840,8 +887,8 @@ fn a_contest_goes_on_when_the_hold_of_the_younger_one_is_over() {
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Active), "its packets pass here");
 }
 
-/// Seed 930001209: two members carry a connection on, with equal stamps, and no kernel can be asked where its packets pass. The one whose new is refused
-/// had no other way to learn of it.
+/// Seed 930001209: two members carry a connection on, with equal stamps, and no kernel can be asked
+/// where its packets pass. The one whose new is refused had no other way to learn of it.
 #[test]
 fn of_two_with_equal_stamps_one_is_told_where_no_kernel_can_be_asked() {
     let memories = memories(3);
@@ -858,8 +905,9 @@ fn of_two_with_equal_stamps_one_is_told_where_no_kernel_can_be_asked() {
     assert_eq!([1, 2].map(|m| kind_at(&world, m, &tuple)), [None, Some(Kind::Active)]);
 }
 
-/// Seed 800004234: 1's connection moves from its backup to another one, which has the newest state when 1 dies. The one of before takes over first: its
-/// older state does not take the place of that, though it is what the copy moved from.
+/// Seed 800004234: 1's connection moves from its backup to another one, which has the newest state
+/// when 1 dies. The one of before takes over first: its older state does not take the place of
+/// that, though it is what the copy moved from.
 #[test]
 fn a_previous_backup_that_takes_over_does_not_outdo_the_newer_copy() {
     let memories = memories(3);
@@ -870,7 +918,9 @@ fn a_previous_backup_that_takes_over_does_not_outdo_the_newer_copy() {
     world.change(tuple);
     let newest = world.open[&tuple].mark;
     let has_newest = |w: &World<'_>| {
-        w.copies()[&tuple].iter().any(|copy| copy.member == other && copy.connection.state.mark == newest)
+        w.copies()[&tuple]
+            .iter()
+            .any(|copy| copy.member == other && copy.connection.state.mark == newest)
     };
     world.run_until(ms(50), "the other one has the newest state", has_newest);
     let is_dead = |w: &World<'_>| !w.hosts[&backup].group.view().members[1].status.is_alive();

@@ -1,8 +1,8 @@
 //! The kernel's side under load and with faults: real appliances, real conntrack, two shards each.
 //!
-//! Gateways are network namespaces on one bridge. Most tests make their connections by ctnetlink, in
-//! a gateway's own namespace: to the appliance there that is traffic, and it takes no other host. Every
-//! test prints what it measured.
+//! Gateways are network namespaces on one bridge. Most tests make their connections by ctnetlink,
+//! in a gateway's own namespace: to the appliance there that is traffic, and it takes no other
+//! host. Every test prints what it measured.
 //!
 //! | where | what |
 //! |---|---|

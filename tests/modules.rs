@@ -118,17 +118,25 @@ fn imports_run_in_no_circle() {
     let mut texts = BTreeMap::new();
     for file in rust_files(&source) {
         let module = module_of(file.strip_prefix(&source).expect("it was found below src"));
-        texts.insert(module, std::fs::read_to_string(&file).expect("source files are readable UTF-8"));
+        texts.insert(
+            module,
+            std::fs::read_to_string(&file).expect("source files are readable UTF-8"),
+        );
     }
     // The root declares every module and holds no code.
     texts.remove("");
-    assert!(texts.len() >= 80, "only {} files were found: the scan looks in the wrong place", texts.len());
+    assert!(
+        texts.len() >= 80,
+        "only {} files were found: the scan looks in the wrong place",
+        texts.len()
+    );
     assert_eq!(circle_in(&texts), None);
 }
 
 #[test]
 fn the_scan_for_circles_follows_what_a_module_hands_on() {
-    let texts = |of: &[(&str, &str)]| of.iter().map(|(m, t)| ((*m).to_owned(), (*t).to_owned())).collect();
+    let texts =
+        |of: &[(&str, &str)]| of.iter().map(|(m, t)| ((*m).to_owned(), (*t).to_owned())).collect();
     let straight = texts(&[
         ("a", "pub use b::B; mod b; mod c;"),
         ("a::b", "use crate::d::D; pub struct B;"),
@@ -154,9 +162,11 @@ fn circle_in(texts: &BTreeMap<String, String>) -> Option<String> {
         let from = taken.filter_map(|path| file_of(texts, module, &path));
         edges.insert(module, from.filter(|other| *other != module).collect());
     }
-    // What takes from nobody is in no circle, nor what takes only from such; what is left is in one, or leads to one.
+    // What takes from nobody is in no circle, nor what takes only from such; what is left is in
+    // one, or leads to one.
     loop {
-        let done: Vec<&str> = edges.iter().filter(|(_, from)| from.is_empty()).map(|(m, _)| *m).collect();
+        let done: Vec<&str> =
+            edges.iter().filter(|(_, from)| from.is_empty()).map(|(m, _)| *m).collect();
         if done.is_empty() {
             break;
         }
@@ -188,10 +198,12 @@ fn without_exports(tokens: Vec<String>) -> Vec<String> {
     kept
 }
 
-/// The module whose file has what this path names in this module: itself, or what a module hands on with `pub use`.
+/// The module whose file has what this path names in this module: itself, or what a module hands on
+/// with `pub use`.
 fn file_of<'t>(texts: &'t BTreeMap<String, String>, module: &str, path: &str) -> Option<&'t str> {
     let path = absolute(module, path);
-    let inner = path.strip_prefix("crate::").map_or_else(|| format!("{module}::{path}"), str::to_owned);
+    let inner =
+        path.strip_prefix("crate::").map_or_else(|| format!("{module}::{path}"), str::to_owned);
     let parts: Vec<&str> = inner.split("::").collect();
     let is_module = |count: &usize| texts.contains_key(&parts[..*count].join("::"));
     let count = (1..=parts.len()).rev().find(is_module)?;
@@ -237,15 +249,25 @@ fn the_scan_lets_pass_what_is_allowed() {
         ("sync", "use crate::conn::{Tuple, slot::Slot};\nuse std::{sync::atomic::AtomicU64, fmt};"),
         ("sync", "//! like crate::shm, but unsafe\n/* nested /* unsafe */ std::fs */"),
         ("conntrack::codec", "const FAMILY: u8 = libc::AF_INET6 as u8;"),
-        ("sync", "const TEXT: &str = \"unsafe \\\" std::fs\"; const RAW: &str = r#\"unsafe \" libc\"#;"),
+        (
+            "sync",
+            "const TEXT: &str = \"unsafe \\\" std::fs\"; const RAW: &str = r#\"unsafe \" libc\"#;",
+        ),
         ("sync", "#[allow(unsafe_code)] fn catalog(network: u8, ring_size: u8) {}"),
         ("sync", "#[cfg(test)]\nmod tests {\n    use std::thread;\n    fn f() { let _ = '{'; }\n}"),
-        ("sync", "use std::net::{IpAddr, Ipv4Addr}; use std::time::Duration; use crate::time::Time;"),
+        (
+            "sync",
+            "use std::net::{IpAddr, Ipv4Addr}; use std::time::Duration; use crate::time::Time;",
+        ),
         ("prefetch", "unsafe { hint() }"),
         ("conntrack::codec", "use crate::conntrack::codec::nested; use super::codec::Attribute;"),
         ("group::view", "use super::detector; use self::inner::shm;"),
     ] {
-        assert_eq!(violations_in(module, innocent), Vec::<String>::new(), "in {module}: {innocent}");
+        assert_eq!(
+            violations_in(module, innocent),
+            Vec::<String>::new(),
+            "in {module}: {innocent}"
+        );
     }
 }
 
@@ -262,8 +284,9 @@ fn violations_in(module: &str, text: &str) -> Vec<String> {
         let path = absolute(module, &path);
         let edge = path.strip_prefix("crate::").is_some_and(|inner| kind_of(inner) == Kind::Edge);
         // A number of the kernel's interface is no dependency on the kernel.
-        let constant =
-            path.strip_prefix("libc::").is_some_and(|name| !name.contains(|c: char| c.is_lowercase()));
+        let constant = path
+            .strip_prefix("libc::")
+            .is_some_and(|name| !name.contains(|c: char| c.is_lowercase()));
         if constant {
             continue;
         }
@@ -339,7 +362,12 @@ fn without_tests(tokens: Vec<String>) -> Vec<String> {
     let mut kept = Vec::new();
     let mut at = 0;
     while at < tokens.len() {
-        if tokens[at..].iter().map(String::as_str).take(7).eq(["#", "[", "cfg", "(", "test", ")", "]"]) {
+        if tokens[at..]
+            .iter()
+            .map(String::as_str)
+            .take(7)
+            .eq(["#", "[", "cfg", "(", "test", ")", "]"])
+        {
             at += 7;
             let mut depth = 0;
             while at < tokens.len() {

@@ -1,7 +1,7 @@
-//! The awkward cases on real processes: appliances in network namespaces, on a sync link that loses, is cut, passes
-//! one way only or small datagrams only, and appliances that stop, share a number, die or are alone. All of it
-//! under churn, and at the end of each the demo's check, field by field. Every test first shows that
-//! its fault is there, and prints what it measured.
+//! The awkward cases on real processes: appliances in network namespaces, on a sync link that
+//! loses, is cut, passes one way only or small datagrams only, and appliances that stop, share a
+//! number, die or are alone. All of it under churn, and at the end of each the demo's check, field
+//! by field. Every test first shows that its fault is there, and prints what it measured.
 //!
 //! | where | what |
 //! |---|---|

@@ -52,7 +52,11 @@ fn a_connection_that_outlives_the_hold_time_is_on_two_members() {
     assert_eq!(world.counter(1, Counter::DeltasNew), 1);
     assert_eq!(world.counter(1, Counter::DeltasUpdate), 1);
     assert_eq!(world.counter(1, Counter::DeltasClose), 1);
-    assert_eq!(world.counter(1, Counter::DatagramsResent), 0, "nothing was lost, nothing is repeated");
+    assert_eq!(
+        world.counter(1, Counter::DatagramsResent),
+        0,
+        "nothing was lost, nothing is repeated"
+    );
 }
 
 #[test]
@@ -67,7 +71,10 @@ fn short_lived_connections_are_never_sent() {
     world.run_for(HOLD * 2);
     world.check();
     assert_eq!(world.counter(1, Counter::SourceShort), 200);
-    assert_eq!(world.counter(1, Counter::DatagramsSent) + world.counter(2, Counter::DeltasApplied), 0);
+    assert_eq!(
+        world.counter(1, Counter::DatagramsSent) + world.counter(2, Counter::DeltasApplied),
+        0
+    );
 }
 
 #[test]
@@ -107,10 +114,16 @@ fn a_copy_is_active_once_its_active_is_dead_and_gets_a_new_backup() {
     }
     settle(&mut world, SECOND);
     world.kill(1);
-    world.run_until(SECOND, "the death is noticed", |w| w.events.contains(&(2, Event::MemberDead(1))));
-    assert!(world.counter(2, Counter::Exposure) + world.counter(3, Counter::Exposure) >= 1, "exposed now");
+    world.run_until(SECOND, "the death is noticed", |w| {
+        w.events.contains(&(2, Event::MemberDead(1)))
+    });
+    assert!(
+        world.counter(2, Counter::Exposure) + world.counter(3, Counter::Exposure) >= 1,
+        "exposed now"
+    );
     world.run_until(SECOND, "exposure is counted", |w| {
-        (2..=3).map(|m| w.hosts[&m].shards.iter().map(|s| s.exposure()).sum::<u64>()).sum::<u64>() == 300
+        (2..=3).map(|m| w.hosts[&m].shards.iter().map(|s| s.exposure()).sum::<u64>()).sum::<u64>()
+            == 300
     });
     world.run_for(world::REPROTECT);
     world.run_until(SECOND, "two copies again", |w| w.is_quiet());
@@ -153,8 +166,12 @@ fn a_member_that_leaves_is_left_without_a_gap() {
     }
     settle(&mut world, SECOND);
     world.host(2).leaving = true;
-    world.run_until(SECOND, "nobody depends on member 2", |w| w.counter(2, Counter::ConnectionsBackup) == 0);
-    assert!(world.counter(1, Counter::DeltasRelease) + world.counter(3, Counter::DeltasRelease) > 0);
+    world.run_until(SECOND, "nobody depends on member 2", |w| {
+        w.counter(2, Counter::ConnectionsBackup) == 0
+    });
+    assert!(
+        world.counter(1, Counter::DeltasRelease) + world.counter(3, Counter::DeltasRelease) > 0
+    );
     let exposed = world.counter(1, Counter::Unprotected) + world.counter(3, Counter::Unprotected);
     assert_eq!(exposed, 0, "make before break");
     world.goodbye(2);
@@ -179,8 +196,12 @@ fn a_better_backup_gets_the_copies_when_it_joins() {
     }
     settle(&mut world, SECOND);
     world.start(3, 2, 200);
-    world.run_until(SECOND, "member 3 holds them", |w| w.counter(3, Counter::ConnectionsBackup) == 300);
-    world.run_until(SECOND, "member 2 let them go", |w| w.counter(2, Counter::ConnectionsBackup) == 0);
+    world.run_until(SECOND, "member 3 holds them", |w| {
+        w.counter(3, Counter::ConnectionsBackup) == 300
+    });
+    world.run_until(SECOND, "member 2 let them go", |w| {
+        w.counter(2, Counter::ConnectionsBackup) == 0
+    });
     world.run_for(ms(50));
     world.check();
 }
@@ -197,8 +218,9 @@ fn a_lonely_member_protects_its_connections_when_another_joins() {
     world.check();
     assert_eq!(world.counter(1, Counter::Unprotected), 300);
     world.start(2, 2, 100);
-    world
-        .run_until(SECOND, "two copies", |w| w.counter(2, Counter::ConnectionsBackup) == 300 && w.is_quiet());
+    world.run_until(SECOND, "two copies", |w| {
+        w.counter(2, Counter::ConnectionsBackup) == 300 && w.is_quiet()
+    });
     world.check();
 }
 
@@ -241,7 +263,11 @@ fn an_eighth_of_the_table_stays_for_its_own_connections_and_what_is_not_needed_c
     });
     assert_eq!(world.counter(2, Counter::SlotsFree), kept);
     let own: Vec<_> = (0..kept).map(|_| world.open_at(2)).collect();
-    assert_eq!(world.counter(2, Counter::ConnectionsHeld), kept, "own connections have their eighth");
+    assert_eq!(
+        world.counter(2, Counter::ConnectionsHeld),
+        kept,
+        "own connections have their eighth"
+    );
     for tuple in tuples.into_iter().chain(own) {
         world.close(tuple);
     }
@@ -267,7 +293,11 @@ fn a_cut_link_ends_with_the_actives_answer_and_nothing_closed_comes_back() {
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2), (2, 1)];
     world.run_for(ms(500)); // Each takes the other for dead.
-    assert_eq!(world.counter(2, Counter::StreamsLost), 2, "one a shard: nobody else could take its place");
+    assert_eq!(
+        world.counter(2, Counter::StreamsLost),
+        2,
+        "one a shard: nobody else could take its place"
+    );
     for (i, tuple) in tuples.iter().enumerate() {
         if i % 2 == 0 {
             world.close(*tuple);
@@ -302,7 +332,8 @@ fn a_pause_shorter_than_reprotection_loses_nothing_and_moves_nothing() {
     assert_eq!(world.counter(2, Counter::Promotions), 0);
 }
 
-/// Random traffic on a bad network with deaths and empty restarts; then peace, and everything must agree.
+/// Random traffic on a bad network with deaths and empty restarts; then peace, and everything must
+/// agree.
 fn churn(seed: u64) {
     let memories = memories(40);
     let mut world = World::new(seed, &memories);
@@ -345,7 +376,8 @@ fn churn(seed: u64) {
             world.step();
         }
         if round < kills && world.live().len() > 1 {
-            // Before a death, what is not acknowledged yet is let through: the test knows what must survive.
+            // Before a death, what is not acknowledged yet is let through: the test knows what must
+            // survive.
             let network = std::mem::take(&mut world.network);
             settle(&mut world, SECOND * 5);
             let live = world.live();
@@ -356,11 +388,15 @@ fn churn(seed: u64) {
             let now = world.now;
             for (tuple, known) in &mut world.open {
                 if known.owner == victim && HOLD < now.since(known.opened) {
-                    let found = copies.get(tuple).unwrap_or_else(|| panic!("seed {seed}: {tuple} was lost"));
-                    // Beside the copy there may be one of an earlier connection, whose release did not arrive.
+                    let found = copies
+                        .get(tuple)
+                        .unwrap_or_else(|| panic!("seed {seed}: {tuple} was lost"));
+                    // Beside the copy there may be one of an earlier connection, whose release did
+                    // not arrive.
                     let newest = found.iter().find(|copy| copy.connection.state.mark == known.mark);
-                    known.owner =
-                        newest.unwrap_or_else(|| panic!("seed {seed}: {tuple} is old at {found:?}")).member;
+                    known.owner = newest
+                        .unwrap_or_else(|| panic!("seed {seed}: {tuple} is old at {found:?}"))
+                        .member;
                 }
             }
             world.network = network;

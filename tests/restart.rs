@@ -1,4 +1,5 @@
-//! Restarts of whole processes: what a member takes up again, when it begins anew, and what its peers notice.
+//! Restarts of whole processes: what a member takes up again, when it begins anew, and what its
+//! peers notice.
 
 #[path = "restart/announced.rs"]
 mod announced;

@@ -1,5 +1,6 @@
-//! A member's process is killed and started again over the memory that it left behind: without sockets, in
-//! simulated time. With the feature `mutations` it is killed in the middle of stores, too.
+//! A member's process is killed and started again over the memory that it left behind: without
+//! sockets, in simulated time. With the feature `mutations` it is killed in the middle of stores,
+//! too.
 
 #[allow(dead_code)]
 #[path = "protocol/world.rs"]
@@ -39,13 +40,15 @@ fn churn(world: &mut World<'_>, steps: u32, owners: &[MemberId]) {
             match world.rng.below(10) {
                 0..4 => drop(world.open_at(owner)),
                 4..8 => {
-                    let tuple = world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
+                    let tuple =
+                        world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
                     if let Some(tuple) = tuple {
                         world.change(tuple);
                     }
                 }
                 _ => {
-                    let tuple = world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
+                    let tuple =
+                        world.any_open().filter(|t| world.hosts[&world.open[t].owner].running);
                     if let Some(tuple) = tuple {
                         world.close(tuple);
                     }
@@ -72,7 +75,8 @@ fn places(world: &World<'_>, member: MemberId) -> HashMap<Tuple, (Kind, Coordina
 
 /// What the killed member's users did meanwhile its kernel tells by a dump.
 fn dump(world: &mut World<'_>, member: MemberId) {
-    let open: Vec<Tuple> = world.open.iter().filter(|(_, k)| k.owner == member).map(|(t, _)| *t).collect();
+    let open: Vec<Tuple> =
+        world.open.iter().filter(|(_, k)| k.owner == member).map(|(t, _)| *t).collect();
     for tuple in open {
         world.change(tuple);
     }
@@ -85,13 +89,17 @@ fn back_within_the_dead_time_everything_stands_where_it_stood() {
     world.network = Network { loss: 5, repeats: 5, late: 5, ..Network::default() };
     churn(&mut world, 2000, &[1, 2]);
     world.run_for(ms(100));
-    let before: Vec<_> = [1, 2].map(|m| (places(&world, m), world.counter(m, Counter::StreamsLost))).into();
+    let before: Vec<_> =
+        [1, 2].map(|m| (places(&world, m), world.counter(m, Counter::StreamsLost))).into();
     let news = world.counter(1, Counter::DeltasNew) + world.counter(2, Counter::DeltasNew);
     world.kill(1);
     world.run_for(ms(20));
     world.resume(1);
     for member in [1, 2] {
-        assert!(places(&world, member) == before[member as usize - 1].0, "places of member {member} moved");
+        assert!(
+            places(&world, member) == before[member as usize - 1].0,
+            "places of member {member} moved"
+        );
     }
     dump(&mut world, 1);
     world.run_until(ms(3000), "everything agrees again", |w| w.is_quiet());
@@ -110,8 +118,8 @@ fn back_within_the_dead_time_everything_stands_where_it_stood() {
     world.check();
 }
 
-/// Seed 40000226: the other member came back with fewer shards, and again with more. What the history holds of the stream that
-/// did not exist in between is not of its present session.
+/// Seed 40000226: the other member came back with fewer shards, and again with more. What the
+/// history holds of the stream that did not exist in between is not of its present session.
 #[test]
 fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_session() {
     let memories = memories(7);
@@ -140,8 +148,8 @@ fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_se
     world.check();
 }
 
-/// Seed 60002361: "my kernel refuses it" is lost on the way, "now it has it" arrives, and the active is killed. When it
-/// is back the first of the two comes once more.
+/// Seed 60002361: "my kernel refuses it" is lost on the way, "now it has it" arrives, and the
+/// active is killed. When it is back the first of the two comes once more.
 #[test]
 fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
     let memories = memories(2);
@@ -173,11 +181,14 @@ fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
     world.run_for(ms(1));
     world.resume(1);
     world.run_until(ms(500), "the first has come", |w| w.counter(1, Counter::DeclinedByPeer) > 0);
-    world.run_until(ms(500), "it is not believed any more", |w| w.counter(1, Counter::Declined) == 0);
+    world.run_until(ms(500), "it is not believed any more", |w| {
+        w.counter(1, Counter::Declined) == 0
+    });
 }
 
-/// Seed 81007074: the backup has said that its kernel refuses a copy, and is killed when the kernel has just taken it. The process
-/// that goes on finds the entry as it should be, and does not know what was said of it.
+/// Seed 81007074: the backup has said that its kernel refuses a copy, and is killed when the kernel
+/// has just taken it. The process that goes on finds the entry as it should be, and does not know
+/// what was said of it.
 #[test]
 fn what_a_backup_declined_before_it_was_killed_is_told_again_when_its_kernel_has_it() {
     let memories = memories(2);
@@ -280,8 +291,8 @@ fn killed_twice_between_any_two_stores_the_history_still_adds_up() {
     }
 }
 
-/// What is lent stands in the history before the slots say so and before it is counted: if that datagram is given up
-/// when the process is back, no more is counted off than was counted.
+/// What is lent stands in the history before the slots say so and before it is counted: if that
+/// datagram is given up when the process is back, no more is counted off than was counted.
 #[cfg(feature = "mutations")]
 #[test]
 fn killed_while_it_lends_its_first_slots_it_counts_them_right() {
@@ -364,8 +375,8 @@ fn killed_while_backups_move_it_keeps_every_connection() {
     }
 }
 
-/// What was taken over from a table that is no more is nobody's to ask back, also if the start of its member and
-/// the end of this process fall together.
+/// What was taken over from a table that is no more is nobody's to ask back, also if the start of
+/// its member and the end of this process fall together.
 #[test]
 fn killed_while_it_forgets_a_former_table_it_keeps_what_it_took_over() {
     for steps in 0..160 {
@@ -420,8 +431,8 @@ fn killed_while_it_takes_over_its_kernel_gets_every_entry() {
     }
 }
 
-/// Every slot that is lent is one that its lessee can still fill, and the streams go on, whenever this process ends
-/// while the other begins a new session.
+/// Every slot that is lent is one that its lessee can still fill, and the streams go on, whenever
+/// this process ends while the other begins a new session.
 #[cfg(feature = "mutations")]
 #[test]
 fn killed_while_the_other_begins_a_new_session_nothing_lent_is_lost() {

@@ -4,42 +4,50 @@
 //! A run has phases of faults, in which what must hold at any time is checked after every step, and
 //! phases of peace, in which everything has to agree within a stated simulated time.
 //!
-//! Here the truth tells the sources what there is. `all_traffic` (tests/simulation/traffic) has kernels and packets instead.
+//! Here the truth tells the sources what there is. `all_traffic` (tests/simulation/traffic) has
+//! kernels and packets instead.
 //!
-//! `SEED=n` replays one seed with a line an event on stderr (time, member, what, detail); `SEEDS=n` sets
-//! how many are run, `FIRST=n` the first of them. Every failure is told, a line each, with what replays it.
-//! `tests/soak` runs any range for as long as one likes. With the feature `mutations`, `MUTATION=name` tries one
-//! deliberate fault only.
+//! `SEED=n` replays one seed with a line an event on stderr (time, member, what, detail); `SEEDS=n`
+//! sets how many are run, `FIRST=n` the first of them. Every failure is told, a line each, with
+//! what replays it. `tests/soak` runs any range for as long as one likes. With the feature
+//! `mutations`, `MUTATION=name` tries one deliberate fault only.
 //!
-//! In half of the seeds a shard makes a pass only when something arrives or the time that its `poll_at` announced
-//! has come, as the appliance's loop does. A shard that something arrives for makes one more pass first, as a
-//! loop may that is woken for nothing: if that sends anything, a timer was not announced.
+//! In half of the seeds a shard makes a pass only when something arrives or the time that its
+//! `poll_at` announced has come, as the appliance's loop does. A shard that something arrives for
+//! makes one more pass first, as a loop may that is woken for nothing: if that sends anything, a
+//! timer was not announced.
 //!
-//! In part of the seeds the members' tables, arenas and rooms for extras are of different size, also from one start of a
-//! member to the next. Where an extra may find no room it is left out, so there extras are not compared.
+//! In part of the seeds the members' tables, arenas and rooms for extras are of different size,
+//! also from one start of a member to the next. Where an extra may find no room it is left out, so
+//! there extras are not compared.
 //!
-//! In part of the seeds traffic of a connection shows up at its active and at its backup within one round trip, in any order. Of
-//! their states the one with the highest stamp stays, of equal ones the higher member's: what the other one saw since is lost.
+//! In part of the seeds traffic of a connection shows up at its active and at its backup within one
+//! round trip, in any order. Of their states the one with the highest stamp stays, of equal ones
+//! the higher member's: what the other one saw since is lost.
 //!
-//! In part of the seeds traffic moves to a member that has no copy of its connection. Nobody there asks for one: it begins
-//! there, exposed where its backup would be one of the pair, until the kernels of the pair, which see no packets any more, have
-//! forgotten it. Until then the pair's older state outranks the new one, also in the kernel of the third, and its next packet
-//! there has to tell all of it again.
+//! In part of the seeds traffic moves to a member that has no copy of its connection. Nobody there
+//! asks for one: it begins there, exposed where its backup would be one of the pair, until the
+//! kernels of the pair, which see no packets any more, have forgotten it. Until then the pair's
+//! older state outranks the new one, also in the kernel of the third, and its next packet there has
+//! to tell all of it again.
 //!
-//! In part of the seeds a process that was killed takes its memory up again only after 3 to 22 times `reprotect_after`, under much
-//! traffic. Meanwhile its gateway goes on, or the routes lead elsewhere, and what was its moves, closes and opens again. What
-//! ended elsewhere meanwhile nobody can tell it: its kernel forgets that.
+//! In part of the seeds a process that was killed takes its memory up again only after 3 to 22
+//! times `reprotect_after`, under much traffic. Meanwhile its gateway goes on, or the routes lead
+//! elsewhere, and what was its moves, closes and opens again. What ended elsewhere meanwhile nobody
+//! can tell it: its kernel forgets that.
 //!
-//! In part of the seeds generations of slots, sessions of streams and numbers of declines begin shortly before they wrap, and when all
-//! is at rest all processes are restarted over memories in which versions of states (and the ten bits of an epoch that a
-//! history keeps) are about to wrap, and numbers of streams stand short of 32 bits or far up in their 48.
+//! In part of the seeds generations of slots, sessions of streams and numbers of declines begin
+//! shortly before they wrap, and when all is at rest all processes are restarted over memories in
+//! which versions of states (and the ten bits of an epoch that a history keeps) are about to wrap,
+//! and numbers of streams stand short of 32 bits or far up in their 48.
 //!
-//! What the protocol does not handle yet is not generated. Two members may end up as actives of one connection that neither
-//! sends to the other: when traffic moves to a member whose claim the former one cannot hear, or that nobody told of the
-//! connection, when it shows up at once at two of three that have a copy, when a member dies in the middle of a move, in seeds
-//! whose faults overlap. There, and for closes that died with the only member that knew of them, kernels forget entries
-//! without traffic, as real ones do. A datagram cut exactly where a message ends reads like a whole one, for nothing in it
-//! tells its length (UDP does): such cuts are not made.
+//! What the protocol does not handle yet is not generated. Two members may end up as actives of one
+//! connection that neither sends to the other: when traffic moves to a member whose claim the
+//! former one cannot hear, or that nobody told of the connection, when it shows up at once at two
+//! of three that have a copy, when a member dies in the middle of a move, in seeds whose faults
+//! overlap. There, and for closes that died with the only member that knew of them, kernels forget
+//! entries without traffic, as real ones do. A datagram cut exactly where a message ends reads like
+//! a whole one, for nothing in it tells its length (UDP does): such cuts are not made.
 
 #[path = "simulation/checkers.rs"]
 mod checkers;
@@ -82,7 +90,8 @@ thread_local! {
     static LAST_PANIC: Cell<Option<String>> = const { Cell::new(None) };
 }
 
-// SAFETY: everything is handed on to the system's allocator; the count is a thread-local without a destructor.
+// SAFETY: everything is handed on to the system's allocator; the count is a thread-local without a
+// destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATED.set(ALLOCATED.get() + layout.size() as isize);
@@ -171,15 +180,16 @@ fn keep_panics() {
 /// A seed that failed, and what broke.
 type Failure = (u64, String);
 
-/// Runs seeds on all processors, each failure told to `tell`, which says whether to go on. Returns how many steps all
-/// took.
+/// Runs seeds on all processors, each failure told to `tell`, which says whether to go on. Returns
+/// how many steps all took.
 fn run_seeds(
     seeds: Range<u64>,
     run: fn(u64, bool) -> Result<u64, String>,
     prepare: &(dyn Fn() + Sync),
     tell: &(dyn Fn(Failure) -> ControlFlow<()> + Sync),
 ) -> u64 {
-    let (next, steps, ended) = (AtomicU64::new(seeds.start), AtomicU64::new(0), AtomicBool::new(false));
+    let (next, steps, ended) =
+        (AtomicU64::new(seeds.start), AtomicU64::new(0), AtomicBool::new(false));
     let work = || {
         prepare();
         while !ended.load(Ordering::Relaxed) {
@@ -242,7 +252,8 @@ fn run_all(name: &str, usual: u64, run: fn(u64, bool) -> Result<u64, String>) {
     let failed = AtomicU64::new(0);
     let steps = run_seeds(seeds.clone(), run, &|| {}, &|(seed, broken)| {
         failed.fetch_add(1, Ordering::Relaxed);
-        // Straight to the terminal: what a test prints is shown when it ends, and a soak may be stopped before.
+        // Straight to the terminal: what a test prints is shown when it ends, and a soak may be
+        // stopped before.
         let broken: String = broken.lines().next().unwrap_or_default().chars().take(300).collect();
         let line = format!("SEED={seed} {REPLAY} {name} -- --nocapture  # {broken}\n");
         let _ = std::io::stdout().write_all(line.as_bytes());
@@ -274,7 +285,9 @@ fn every_deliberate_fault_is_caught() {
         let seeds = 1..1 + number("SEEDS").unwrap_or(300);
         // What the truth would not show: the kernel is in it.
         let run = match mutation {
-            LingeringSent | EndsUnasked | KeptForever | StampsDecide | KeepOverwrites => run_traffic,
+            LingeringSent | EndsUnasked | KeptForever | StampsDecide | KeepOverwrites => {
+                run_traffic
+            }
             _ => run,
         };
         let first: Mutex<Option<Failure>> = Mutex::new(None);

@@ -1,5 +1,6 @@
-//! How the appliance meets its users: bad input, signals, events, two members with one number, members that
-//! do not hear each other, sync links that come and go, sysctls and stock Wireshark. Nothing here depends on how datagrams are sent.
+//! How the appliance meets its users: bad input, signals, events, two members with one number,
+//! members that do not hear each other, sync links that come and go, sysctls and stock Wireshark.
+//! Nothing here depends on how datagrams are sent.
 
 #[path = "usage/bad_input.rs"]
 mod bad_input;

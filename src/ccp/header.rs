@@ -33,7 +33,8 @@ pub const OPCODE_SYNC: u16 = 10;
 /// Destination of heartbeats.
 pub const EVERYONE: u16 = 0xffff;
 
-/// Whom a datagram is for, as far as its header says: a look before it is decoded, and trusted no further.
+/// Whom a datagram is for, as far as its header says: a look before it is decoded, and trusted no
+/// further.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Addressee {
     /// A heartbeat, for the whole group.
@@ -153,9 +154,12 @@ mod tests {
         for cut in 0..HEADER_SIZE {
             assert_eq!(Header::decode(&mut Reader::new(&golden[..cut]), 7), Err(Reject::Short));
         }
-        for (at, value, reason) in
-            [(0, 0, Reject::Magic), (3, 0, Reject::Version), (7, 3, Reject::Opcode), (13, 53, Reject::Member)]
-        {
+        for (at, value, reason) in [
+            (0, 0, Reject::Magic),
+            (3, 0, Reject::Version),
+            (7, 3, Reject::Opcode),
+            (13, 53, Reject::Member),
+        ] {
             let mut bad = golden;
             bad[at] = value;
             assert_eq!(Header::decode(&mut Reader::new(&bad), 7), Err(reason));

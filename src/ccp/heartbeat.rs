@@ -90,9 +90,11 @@ pub struct Heartbeat {
     pub room: u64,
     /// Bit m set: member m has every copy that the sender wants it to have.
     pub synced: u64,
-    /// Two hosts have one number: which, and the low bits of the incarnation that the sender takes for that member.
+    /// Two hosts have one number: which, and the low bits of the incarnation that the sender takes
+    /// for that member.
     pub accepted: Option<Accepted>,
-    /// The sender is about to restart with its table and will be back within this time, ms. 0: it is not.
+    /// The sender is about to restart with its table and will be back within this time, ms. 0: it
+    /// is not.
     pub back_ms: u32,
 }
 
@@ -125,10 +127,12 @@ impl Heartbeat {
         self.hears >> member & 1 == 1
     }
 
-    /// Writes the whole datagram; `shown` has a state and an age in time units per member, from member 1 on.
+    /// Writes the whole datagram; `shown` has a state and an age in time units per member, from
+    /// member 1 on.
     pub fn encode(&self, group: u16, shown: &[(Shown, u8)], w: &mut Writer<'_>) {
         assert!((1..=MEMBERS_MAX).contains(&shown.len()));
-        Header { group, opcode: OPCODE_HEARTBEAT, from: self.from, to: None, to_shard: 0 }.encode(w);
+        Header { group, opcode: OPCODE_HEARTBEAT, from: self.from, to: None, to_shard: 0 }
+            .encode(w);
         w.u16(shown.len() as u16);
         w.u16(3);
         w.u16(2);
@@ -254,7 +258,11 @@ mod tests {
             let heartbeat = sample(full_size);
             let mut buffer = [0xa5; DATAGRAM_MAX];
             let mut w = Writer::new(&mut buffer);
-            heartbeat.encode(7, &[(Shown::Active, 0), (Shown::Active, 200), (Shown::Down, 127)], &mut w);
+            heartbeat.encode(
+                7,
+                &[(Shown::Active, 0), (Shown::Active, 200), (Shown::Down, 127)],
+                &mut w,
+            );
             let len = w.len();
             assert_eq!(len, if full_size { DATAGRAM_MAX } else { 20 + 8 + 3 + 4 + 3 + OWN_SIZE });
             let decode = |bytes: &[u8]| {

@@ -17,14 +17,16 @@
 use super::Reject;
 use super::bytes::{Reader, Writer};
 use super::value::{
-    EXTRA_MAX, get_extra, get_stamp, get_state, get_tuples, put_extra, put_stamp, put_state, put_tuples,
+    EXTRA_MAX, get_extra, get_stamp, get_state, get_tuples, put_extra, put_stamp, put_state,
+    put_tuples,
 };
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Extra, Generation, Stamp, State};
 use crate::limits::{LEASE_GRANT_MAX, WINDOW};
 use crate::seq::Seq;
 
-/// Largest "new" of a connection without an [`Extra`]: translated IPv6, in zones, with a previous backup.
+/// Largest "new" of a connection without an [`Extra`]: translated IPv6, in zones, with a previous
+/// backup.
 pub const NEW_MAX: usize = 8 + 10 + 8 + 8 + 4 + 4 + 8 + 64 + 16;
 
 /// Largest encoded delta: a [`NEW_MAX`] with everything that only few connections have.
@@ -118,7 +120,8 @@ pub enum Message<'b> {
         previous: Option<Coordinate>,
         /// Their values.
         state: State,
-        /// The value of the group that only few connections have; none if `groups` does not name it.
+        /// The value of the group that only few connections have; none if `groups` does not name
+        /// it.
         extra: Extra,
     },
     /// The connection is closed: the copy goes, the slot's generation moves on.
@@ -127,7 +130,8 @@ pub enum Message<'b> {
         target: Place,
         /// Epoch and version.
         stamp: Stamp,
-        /// Whether the active saw the end. If not, its kernel has the connection no more, and that is all.
+        /// Whether the active saw the end. If not, its kernel has the connection no more, and that
+        /// is all.
         seen: bool,
     },
     /// The copy is no longer needed: another member holds it. Else like a close.
@@ -368,9 +372,13 @@ impl<'b> Message<'b> {
                 w.u32(*number);
             }
             Message::Lease(_) | Message::GiveBack(_) => {
-                unreachable!("places are written one by one, see `encode_lease` and `encode_give_back`")
+                unreachable!(
+                    "places are written one by one, see `encode_lease` and `encode_give_back`"
+                )
             }
-            Message::Ack { .. } => unreachable!("acks are written from the receive window, see `encode_ack`"),
+            Message::Ack { .. } => {
+                unreachable!("acks are written from the receive window, see `encode_ack`")
+            }
             Message::Want { total } => {
                 w.u64(head(WANT, 0, 0));
                 w.u64(*total);
@@ -381,7 +389,9 @@ impl<'b> Message<'b> {
                 w.u64(own.map_or(0, |own| OWN | own.raw()));
             }
             Message::Skip { to } => w.u64(head(SKIP, 0, to.raw())),
-            Message::Digest { .. } => unreachable!("digests are written from the sums, see `encode_digest`"),
+            Message::Digest { .. } => {
+                unreachable!("digests are written from the sums, see `encode_digest`")
+            }
             Message::Differ { session, seq, mask } => {
                 w.u64(head(DIFFER, 0, *session as u64));
                 w.u64(seq.raw());
@@ -446,7 +456,12 @@ impl<'b> Message<'b> {
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
             OFFER => {
                 let stamp = get_stamp(r)?;
-                Message::Offer { target, own: Place::from_raw(r.u64()?), stamp, claimed: bits & 1 == 1 }
+                Message::Offer {
+                    target,
+                    own: Place::from_raw(r.u64()?),
+                    stamp,
+                    claimed: bits & 1 == 1,
+                }
             }
             DECLINE => {
                 let fault = match bits {
@@ -505,7 +520,12 @@ impl<'b> Message<'b> {
                 let seq = Seq::from_raw(r.u64()?).ok_or(Reject::Message)?;
                 Message::Differ { session: low as u16, seq, mask: mask(r)? }
             }
-            ITEM => Message::Item { target, own: Place::from_raw(r.u64()?), hash: r.u32()?, round: bits },
+            ITEM => Message::Item {
+                target,
+                own: Place::from_raw(r.u64()?),
+                hash: r.u32()?,
+                round: bits,
+            },
             END => Message::End { round: bits, mask: mask(r)? },
             RESEND => Message::Resend { target, doubt: Doubt::from_raw(bits) },
             GOODBYE => Message::Goodbye,
@@ -571,7 +591,8 @@ mod tests {
     }
 
     fn samples() -> Vec<Message<'static>> {
-        let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
+        let original =
+            Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
         let state = State {
             status: 0x19e,
             tcp_state: 3,
@@ -582,7 +603,8 @@ mod tests {
             mark: 0xcafe_f00d,
         };
         let plain = Connection::new(original, original.mirrored(), state);
-        let mut six = Tuple::v6(17, ("2001:db8::1".parse().unwrap(), 1), ("2001:db8::2".parse().unwrap(), 2));
+        let mut six =
+            Tuple::v6(17, ("2001:db8::1".parse().unwrap(), 1), ("2001:db8::2".parse().unwrap(), 2));
         six.zone = 3;
         let wide = Connection::new(six, Tuple { dport: 9, zone: 4, ..six.mirrored() }, state);
         let extra = Extra {
@@ -612,8 +634,21 @@ mod tests {
                 state: State { mark: 7, ..State::default() },
                 extra: Extra::NONE,
             },
-            Message::Update { target, stamp, groups: groups::ALL & !groups::TUPLES, previous, state, extra },
-            Message::New { target, stamp: high, own, previous, connection: Connection { extra, ..wide } },
+            Message::Update {
+                target,
+                stamp,
+                groups: groups::ALL & !groups::TUPLES,
+                previous,
+                state,
+                extra,
+            },
+            Message::New {
+                target,
+                stamp: high,
+                own,
+                previous,
+                connection: Connection { extra, ..wide },
+            },
             Message::Close { target, stamp: high, seen: true },
             Message::Close { target, stamp, seen: false },
             Message::Release { target, stamp },
@@ -628,7 +663,13 @@ mod tests {
                 reason: Reason::Superseded,
                 own: Some(own),
             },
-            Message::Refuse { session: 9, seq: Seq::LAST, target, reason: Reason::NotHere, own: None },
+            Message::Refuse {
+                session: 9,
+                seq: Seq::LAST,
+                target,
+                reason: Reason::NotHere,
+                own: None,
+            },
             Message::Skip { to: Seq::LAST },
             Message::Goodbye,
         ]
@@ -686,7 +727,9 @@ mod tests {
         assert!(got.iter().eq(places.iter().copied()));
         let Ok(Some(Message::GiveBack(got))) = Message::decode(&mut r) else { panic!() };
         assert!(got.iter().eq(places[1..].iter().copied()));
-        let Ok(Some(Message::Ack { session, floor, beyond })) = Message::decode(&mut r) else { panic!() };
+        let Ok(Some(Message::Ack { session, floor, beyond })) = Message::decode(&mut r) else {
+            panic!()
+        };
         assert_eq!((session, floor.raw()), (4, 77));
         assert!(beyond.words().eq([1, u64::MAX]));
         assert_eq!(Message::decode(&mut r), Ok(None));
@@ -698,7 +741,9 @@ mod tests {
         for _ in 0..if cfg!(miri) { 200 } else { 200_000 } {
             let mut buffer = [0u8; 200];
             for b in &mut buffer {
-                rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                rng = rng
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 *b = (rng >> 56) as u8;
             }
             // Types beyond the known ones are refused at once: make known ones likely.

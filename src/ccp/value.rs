@@ -84,8 +84,11 @@ pub(super) fn get_extra(r: &mut Reader<'_>) -> Result<Extra, Reject> {
     }
     if x.has(parts::SEQADJ) {
         for direction in &mut x.seqadj {
-            *direction =
-                SeqAdj { correction_position: r.u32()?, offset_before: r.u32()?, offset_after: r.u32()? };
+            *direction = SeqAdj {
+                correction_position: r.u32()?,
+                offset_before: r.u32()?,
+                offset_after: r.u32()?,
+            };
         }
     }
     if x.has(parts::HELPER) {

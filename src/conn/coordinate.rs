@@ -47,9 +47,14 @@ impl Coordinate {
 
     /// The coordinate of a slot in one of its lives.
     pub fn new(member: MemberId, shard: u8, slot: u32, generation: Generation) -> Coordinate {
-        debug_assert!(member as usize <= MEMBERS_MAX && (shard as usize) < SHARDS_MAX && slot < 1 << 26);
+        debug_assert!(
+            member as usize <= MEMBERS_MAX && (shard as usize) < SHARDS_MAX && slot < 1 << 26
+        );
         Coordinate(
-            (member as u64) << 58 | (shard as u64) << 52 | (slot as u64) << 26 | generation.raw() as u64,
+            (member as u64) << 58
+                | (shard as u64) << 52
+                | (slot as u64) << 26
+                | generation.raw() as u64,
         )
     }
 

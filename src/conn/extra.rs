@@ -1,7 +1,8 @@
-//! What only few connections have: labels, sequence adjustment, a helper, SYN proxy, SCTP and DCCP state.
+//! What only few connections have: labels, sequence adjustment, a helper, SYN proxy, SCTP and DCCP
+//! state.
 //!
-//! Few enough that a slot has no room for it: a slot that needs an [`Extra`] refers to a record in a
-//! sparse table beside the slots (`conn::extras`).
+//! Few enough that a slot has no room for it: a slot that needs an [`Extra`] refers to a record in
+//! a sparse table beside the slots (`conn::extras`).
 
 /// Which parts of an [`Extra`] are there.
 pub mod parts {
@@ -59,8 +60,8 @@ pub struct ProtoInfo {
     pub state: u8,
     /// DCCP: which side the client is. SCTP: 0.
     pub role: u8,
-    /// SCTP: verification tags, original direction in the high 32 bits, reply in the low ones. DCCP: the
-    /// handshake's sequence number.
+    /// SCTP: verification tags, original direction in the high 32 bits, reply in the low ones.
+    /// DCCP: the handshake's sequence number.
     pub value: u64,
 }
 
@@ -146,15 +147,20 @@ mod tests {
     fn a_shift_is_beyond_another_however_positions_wrap() {
         let shifted = |correction_position, offset_after| Extra {
             parts: parts::SEQADJ,
-            seqadj: [SeqAdj { correction_position, offset_before: 0, offset_after }, SeqAdj::default()],
+            seqadj: [
+                SeqAdj { correction_position, offset_before: 0, offset_after },
+                SeqAdj::default(),
+            ],
             ..Extra::NONE
         };
         let (first, second) = (shifted(u32::MAX - 5, 3), shifted(7, 6));
         assert!(second.is_shifted_beyond(&first) && !first.is_shifted_beyond(&second));
         assert!(first.is_shifted_beyond(&Extra::NONE) && !Extra::NONE.is_shifted_beyond(&first));
         assert!(!first.is_shifted_beyond(&first));
-        let reply =
-            Extra { seqadj: [first.seqadj[0], SeqAdj { offset_after: 1, ..first.seqadj[0] }], ..first };
+        let reply = Extra {
+            seqadj: [first.seqadj[0], SeqAdj { offset_after: 1, ..first.seqadj[0] }],
+            ..first
+        };
         assert!(reply.is_shifted_beyond(&first) && !first.is_shifted_beyond(&reply));
     }
 

@@ -1,7 +1,8 @@
 //! The sparse table of what only few connections have.
 //!
-//! Beside every slot there is the number of a record, 0 for none; the records are a pool. One thread
-//! writes, any process may read: a record carries a seqlock of its own and the slot that it belongs to.
+//! Beside every slot there is the number of a record, 0 for none; the records are a pool. One
+//! thread writes, any process may read: a record carries a seqlock of its own and the slot that it
+//! belongs to.
 //!
 //! ```text
 //!  word  63                             32 31                              0
@@ -41,8 +42,9 @@ impl<'m> Extras<'m> {
         Extras { records, of, free: (0..records.len() as u32).rev().collect() }
     }
 
-    /// The records of memory that a shard takes up again. What the killed process was in the middle of
-    /// is dropped: a link of a slot that holds no connection, and a record that is not its slot's.
+    /// The records of memory that a shard takes up again. What the killed process was in the middle
+    /// of is dropped: a link of a slot that holds no connection, and a record that is not its
+    /// slot's.
     pub fn resume(
         records: &'m [ExtraWords],
         of: &'m [AtomicU32],
@@ -61,7 +63,8 @@ impl<'m> Extras<'m> {
                 link.store(0, Ordering::Relaxed);
             }
         }
-        let free: Vec<u32> = (0..records.len() as u32).rev().filter(|r| !used[*r as usize]).collect();
+        let free: Vec<u32> =
+            (0..records.len() as u32).rev().filter(|r| !used[*r as usize]).collect();
         for record in &free {
             store(&records[*record as usize].0, &Extra::NONE, 0);
         }
@@ -121,7 +124,8 @@ fn store(words: &[AtomicU64; 12], extra: &Extra, owner: u32) {
     let odd = words[0].load(Ordering::Relaxed) as u32 | 1;
     kill_point();
     words[0].store(odd as u64, Ordering::Relaxed);
-    // Pairs with the acquire fence in `snapshot`: who sees a word written below also sees the odd count.
+    // Pairs with the acquire fence in `snapshot`: who sees a word written below also sees the odd
+    // count.
     fence(Ordering::Release);
     let values = [
         half(&extra.labels[..8]),
@@ -169,8 +173,8 @@ fn load<W: Word>(words: &[W; 12]) -> Extra {
     }
 }
 
-/// What the connection in a slot has, as another thread or process may read it; `None` while it is being
-/// written or has just gone elsewhere.
+/// What the connection in a slot has, as another thread or process may read it; `None` while it is
+/// being written or has just gone elsewhere.
 pub fn snapshot<W: Word>(records: &[ExtraWords<W>], of: &[W::Half], slot: u32) -> Option<Extra> {
     let link = of[slot as usize].get();
     if link == 0 {

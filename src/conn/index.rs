@@ -122,7 +122,10 @@ impl Index<'_> {
             }
             gap = (gap + 1) & self.mask();
         }
-        assert!(self.buckets[gap].load(Ordering::Relaxed) == entry, "slot {slot} is not in the index");
+        assert!(
+            self.buckets[gap].load(Ordering::Relaxed) == entry,
+            "slot {slot} is not in the index"
+        );
         // Close the gap: move up every follower that its home bucket allows to.
         let mut at = gap;
         loop {
@@ -152,7 +155,8 @@ mod tests {
     fn entries_survive_any_order_of_removals() {
         let memory: Vec<AtomicU64> = (0..buckets_for(300)).map(|_| AtomicU64::new(0)).collect();
         let index = Index::new(&memory, 42);
-        let tuple = |n: u32| Tuple::v4(17, (Ipv4Addr::from(n), n as u16), (Ipv4Addr::from(n ^ 99), 53));
+        let tuple =
+            |n: u32| Tuple::v4(17, (Ipv4Addr::from(n), n as u16), (Ipv4Addr::from(n ^ 99), 53));
         let mut model: HashMap<u32, u32> = HashMap::new();
         let mut rng = 1u64;
         for step in 0..if cfg!(miri) { 400 } else { 20_000u32 } {

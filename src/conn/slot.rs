@@ -1,7 +1,7 @@
 //! A slot: 128 bytes of shared memory that hold one copy of a connection.
 //!
-//! What changes lies in the first cache line, what does not (the addresses) in the second, which an update
-//! leaves alone:
+//! What changes lies in the first cache line, what does not (the addresses) in the second, which an
+//! update leaves alone:
 //!
 //! ```text
 //!  word  63                             32 31                              0
@@ -42,7 +42,8 @@ pub enum Kind {
     Held = 2,
     /// A connection whose traffic this member sees.
     Active = 3,
-    /// A copy for another member, named in `peer`. If that member is dead, this one is presumed active.
+    /// A copy for another member, named in `peer`. If that member is dead, this one is presumed
+    /// active.
     Backup = 4,
     /// A closed connection whose close the backup has not acknowledged yet.
     Closing = 5,
@@ -102,8 +103,8 @@ impl Stamp {
         }
     }
 
-    /// The stamp of a claim over this one. Changes that the claimant has not heard of may have moved the epoch on: over
-    /// those as well.
+    /// The stamp of a claim over this one. Changes that the claimant has not heard of may have
+    /// moved the epoch on: over those as well.
     pub fn claimed(self) -> Stamp {
         let may_have_moved = self.version > u32::MAX - UNHEARD_MAX;
         Stamp {
@@ -241,7 +242,8 @@ impl Line {
 
     /// Sets the fields that change.
     pub fn set_state(&mut self, s: &State) {
-        let tcp = u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
+        let tcp =
+            u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
         self.0[4] = (s.mark as u64) << 32 | s.timeout_s as u64;
         self.0[5] = (s.status as u64) << 32 | tcp as u64;
     }
@@ -267,7 +269,8 @@ impl Line {
         self.0[6] = self.0[6] & !1 | claimed as u64;
     }
 
-    /// Whether the connection is changing its backup: the coordinate beside the slot is its previous one.
+    /// Whether the connection is changing its backup: the coordinate beside the slot is its
+    /// previous one.
     pub fn is_moving(&self) -> bool {
         self.0[6] & 2 == 2
     }
@@ -277,8 +280,8 @@ impl Line {
         self.0[6] = self.0[6] & !2 | (moving as u64) << 1;
     }
 
-    /// Of a connection that is closing: whether nobody saw its end. Of a held one: whether it is what is left of a copy whose
-    /// end nobody saw, and its kernel entry is still to be looked at.
+    /// Of a connection that is closing: whether nobody saw its end. Of a held one: whether it is
+    /// what is left of a copy whose end nobody saw, and its kernel entry is still to be looked at.
     pub fn is_unseen(&self) -> bool {
         self.0[6] & 4 == 4
     }
@@ -288,8 +291,8 @@ impl Line {
         self.0[6] = self.0[6] & !4 | (unseen as u64) << 2;
     }
 
-    /// Whether a close of this life was taken although the slot went on: whoever sent it believes that the next life is its lease,
-    /// and it must never be.
+    /// Whether a close of this life was taken although the slot went on: whoever sent it believes
+    /// that the next life is its lease, and it must never be.
     pub fn is_spent(&self) -> bool {
         self.0[6] & 8 == 8
     }
@@ -437,7 +440,8 @@ impl Slot {
         let odd = (before as u32) | 1;
         kill_point();
         self.words[0].store(before & !0xffff_ffff | odd as u64, Ordering::Relaxed);
-        // Pairs with the acquire fence in `snapshot`: whoever sees a word written below also sees the odd count.
+        // Pairs with the acquire fence in `snapshot`: whoever sees a word written below also sees
+        // the odd count.
         fence(Ordering::Release);
         for i in 1..8 {
             self.words[i].store(line.0[i], Ordering::Relaxed);
@@ -449,8 +453,10 @@ impl Slot {
             }
         }
         kill_point();
-        // Pairs with the first load in `snapshot`: whoever sees the even count sees all of the above.
-        self.words[0].store(line.0[0] & !0xffff_ffff | odd.wrapping_add(1) as u64, Ordering::Release);
+        // Pairs with the first load in `snapshot`: whoever sees the even count sees all of the
+        // above.
+        self.words[0]
+            .store(line.0[0] & !0xffff_ffff | odd.wrapping_add(1) as u64, Ordering::Release);
     }
 }
 
@@ -460,8 +466,11 @@ mod tests {
     use std::net::Ipv4Addr;
 
     fn sample() -> (Line, Addresses, Connection) {
-        let mut original =
-            Tuple::v6(6, ("2001:db8::1".parse().unwrap(), 40_000), ("2001:db8::2".parse().unwrap(), 443));
+        let mut original = Tuple::v6(
+            6,
+            ("2001:db8::1".parse().unwrap(), 40_000),
+            ("2001:db8::2".parse().unwrap(), 443),
+        );
         original.zone = 7;
         let mut reply = original.mirrored();
         reply.dst = 5 << 100;
@@ -511,7 +520,8 @@ mod tests {
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for n in 0..rounds {
-                    let t = Tuple::v4(6, (Ipv4Addr::from(n), n as u16), (Ipv4Addr::from(n), n as u16));
+                    let t =
+                        Tuple::v4(6, (Ipv4Addr::from(n), n as u16), (Ipv4Addr::from(n), n as u16));
                     let mut line = slot.line();
                     line.set_stamp(Stamp { epoch: n, version: n });
                     let a = line.set_tuples(&t, &t);
@@ -534,7 +544,8 @@ mod tests {
         let old = Stamp { epoch: 0, version: u32::MAX };
         assert!(old.claimed() > old);
         assert!(old.changed() > old);
-        // Also one of an earlier state over all that the other member makes of this one until it hears of the claim.
+        // Also one of an earlier state over all that the other member makes of this one until it
+        // hears of the claim.
         assert!(Stamp { epoch: 0, version: u32::MAX - 3 }.claimed().epoch > old.changed().epoch);
         assert!(old.claimed().epoch > old.changed().epoch);
         assert!(Stamp { epoch: 1, version: 0 } > Stamp { epoch: 0, version: 9 });

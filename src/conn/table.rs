@@ -49,7 +49,8 @@ pub enum Heard {
     Overtaken,
     /// The latest.
     Newest,
-    /// The latest of those that this process heard; the one before it, which was killed, may have heard a later one.
+    /// The latest of those that this process heard; the one before it, which was killed, may have
+    /// heard a later one.
     PerhapsNewest,
 }
 
@@ -89,7 +90,8 @@ impl List {
 pub enum Written {
     /// Nothing: it was not written since it is a copy's.
     No,
-    /// Perhaps something: it was there, without the timeout of copies, which a packet took from it or a takeover.
+    /// Perhaps something: it was there, without the timeout of copies, which a packet took from it
+    /// or a takeover.
     AsItWas,
     /// What has passed it since it was written shows in its timeout.
     Yes,
@@ -141,9 +143,9 @@ impl<'m> Table<'m> {
         table
     }
 
-    /// The table that a killed process left behind. A slot that was being written is freed, two lives later:
-    /// nobody can tell what it held. The index is made anew, and the gauges are counted. Every slot but the free
-    /// ones stands in no list. Returns how many slots were torn.
+    /// The table that a killed process left behind. A slot that was being written is freed, two
+    /// lives later: nobody can tell what it held. The index is made anew, and the gauges are
+    /// counted. Every slot but the free ones stands in no list. Returns how many slots were torn.
     pub fn resume(memory: &Memory<'m>, index_key: u64) -> (Table<'m>, u32) {
         let mut torn = 0;
         for slot in memory.slots {
@@ -265,7 +267,8 @@ impl<'m> Table<'m> {
         may
     }
 
-    /// Replaces what only few connections have. If no record is free it stays as it was, which is counted.
+    /// Replaces what only few connections have. If no record is free it stays as it was, which is
+    /// counted.
     pub fn set_extra(&mut self, slot: u32, extra: &Extra) {
         if !self.extras.set(slot, extra) {
             self.counters.count(Counter::ExtrasFull);
@@ -304,30 +307,33 @@ impl<'m> Table<'m> {
         self.index.insert(&connection.reply, slot);
     }
 
-    /// Takes a slot out of the index: nobody finds its connection any more. One that is closing stays in it until its
-    /// close is acknowledged, for [`closing_stamp`](Self::closing_stamp).
+    /// Takes a slot out of the index: nobody finds its connection any more. One that is closing
+    /// stays in it until its close is acknowledged, for [`closing_stamp`](Self::closing_stamp).
     pub fn forget(&mut self, slot: u32) {
         let (original, reply) = self.tuples(slot);
         self.index.remove(&original, slot);
         self.index.remove(&reply, slot);
     }
 
-    /// The connection with this original tuple, one of our own before a copy for another member, and of several copies
-    /// the newest.
+    /// The connection with this original tuple, one of our own before a copy for another member,
+    /// and of several copies the newest.
     pub fn find_original(&self, original: &Tuple) -> Option<u32> {
-        let own =
-            |slot| matches!(self.kind(slot), Kind::Held | Kind::Active) && self.tuples(slot).0 == *original;
+        let own = |slot| {
+            matches!(self.kind(slot), Kind::Held | Kind::Active) && self.tuples(slot).0 == *original
+        };
         let copy = |slot| self.kind(slot) == Kind::Backup && self.tuples(slot).0 == *original;
         self.index.find(original, own).or_else(|| self.newest(original, copy))
     }
 
     /// The connection with both tuples.
     pub fn find_exact(&self, original: &Tuple, reply: &Tuple) -> Option<u32> {
-        let is_it = |slot| self.kind(slot).is_connection() && self.tuples(slot) == (*original, *reply);
+        let is_it =
+            |slot| self.kind(slot).is_connection() && self.tuples(slot) == (*original, *reply);
         self.newest(original, is_it)
     }
 
-    /// The highest stamp of the lives of this tuple that ended here and whose close is not acknowledged yet.
+    /// The highest stamp of the lives of this tuple that ended here and whose close is not
+    /// acknowledged yet.
     pub fn closing_stamp(&self, original: &Tuple) -> Option<Stamp> {
         let is_it = |slot| self.kind(slot) == Kind::Closing && self.tuples(slot).0 == *original;
         self.newest(original, is_it).map(|slot| self.line(slot).stamp())
@@ -353,8 +359,9 @@ impl<'m> Table<'m> {
         slot
     }
 
-    /// Frees a slot; it must be in no list and not in the index. Two lives pass: one life on is the name
-    /// that a lessee may still believe to be its own, after a close that did not find its copy.
+    /// Frees a slot; it must be in no list and not in the index. Two lives pass: one life on is the
+    /// name that a lessee may still believe to be its own, after a close that did not find its
+    /// copy.
     pub fn recycle(&mut self, slot: u32) {
         assert!(self.side[slot as usize].digest == 0, "slot {slot} is still part of a digest");
         let mut line = self.line(slot);
@@ -398,7 +405,8 @@ impl<'m> Table<'m> {
         }
     }
 
-    /// Of a connection: whether its backup's kernel refused it. Of a copy: whether its active was told that.
+    /// Of a connection: whether its backup's kernel refused it. Of a copy: whether its active was
+    /// told that.
     pub fn is_declined(&self, slot: u32) -> bool {
         self.side[slot as usize].declined
     }
@@ -418,10 +426,12 @@ impl<'m> Table<'m> {
         self.side[slot as usize].written = written;
     }
 
-    /// Whether a decline is later than every other that was heard of this pair of copies; then it is remembered.
+    /// Whether a decline is later than every other that was heard of this pair of copies; then it
+    /// is remembered.
     pub fn hear_decline(&mut self, slot: u32, number: u32) -> Heard {
         let side = &mut self.side[slot as usize];
-        let is_later = side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
+        let is_later =
+            side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
         if !is_later {
             return Heard::Overtaken;
         }
@@ -471,7 +481,11 @@ impl<'m> Table<'m> {
     /// Appends a slot that is in no list.
     pub fn push(&mut self, list: &mut List, on: On, slot: u32, now: Time) {
         let side = &mut self.side[slot as usize];
-        assert!(side.on == On::None && on != On::None, "slot {slot} stands in {:?} already", side.on);
+        assert!(
+            side.on == On::None && on != On::None,
+            "slot {slot} stands in {:?} already",
+            side.on
+        );
         (side.on, side.since, side.next, side.prev) = (on, now, NIL, list.tail);
         match list.tail {
             NIL => list.head = slot,
@@ -517,7 +531,8 @@ impl<'m> Table<'m> {
     }
 }
 
-const KINDS: [Kind; 6] = [Kind::Free, Kind::Leased, Kind::Held, Kind::Active, Kind::Backup, Kind::Closing];
+const KINDS: [Kind; 6] =
+    [Kind::Free, Kind::Leased, Kind::Held, Kind::Active, Kind::Backup, Kind::Closing];
 
 fn gauge_of(kind: Kind) -> Option<Counter> {
     match kind {
@@ -540,7 +555,8 @@ mod tests {
     fn slots_are_used_oldest_first_and_gauges_stay_true() {
         let memory = OwnedMemory::new(&MemorySize::new(64, crate::limits::ARENA_MIN));
         let mut table = Table::new(&memory.parts(), 7);
-        let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1), (Ipv4Addr::new(10, 0, 0, 2), 2));
+        let original =
+            Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1), (Ipv4Addr::new(10, 0, 0, 2), 2));
         let connection = Connection::new(original, original.mirrored(), Default::default());
         let first = table.allocate().unwrap();
         let mut line = table.line(first);

@@ -62,8 +62,8 @@ pub fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | DCCP | SCTP | UDPLITE)
 }
 
-/// Whether conntrack tells connections of this protocol apart by two numbers that ctnetlink calls ports:
-/// real ones, or GRE's keys.
+/// Whether conntrack tells connections of this protocol apart by two numbers that ctnetlink calls
+/// ports: real ones, or GRE's keys.
 pub fn has_keys(protocol: u8) -> bool {
     has_ports(protocol) || protocol == GRE
 }
@@ -114,7 +114,12 @@ impl Tuple {
                 (ICMPV6, 140) => 139,
                 (_, other) => other,
             };
-            return Tuple { src: self.dst, dst: self.src, dport: answer << 8 | self.dport & 0xff, ..*self };
+            return Tuple {
+                src: self.dst,
+                dst: self.src,
+                dport: answer << 8 | self.dport & 0xff,
+                ..*self
+            };
         }
         Tuple { src: self.dst, dst: self.src, sport: self.dport, dport: self.sport, ..*self }
     }
@@ -205,10 +210,17 @@ impl std::fmt::Display for Tuple {
             other => write!(f, "{other}")?,
         }
         match self.family {
-            Family::V4 => write!(f, " {}:{} > {}:{}", self.src_ip(), self.sport, self.dst_ip(), self.dport)?,
-            Family::V6 => {
-                write!(f, " [{}]:{} > [{}]:{}", self.src_ip(), self.sport, self.dst_ip(), self.dport)?
+            Family::V4 => {
+                write!(f, " {}:{} > {}:{}", self.src_ip(), self.sport, self.dst_ip(), self.dport)?
             }
+            Family::V6 => write!(
+                f,
+                " [{}]:{} > [{}]:{}",
+                self.src_ip(),
+                self.sport,
+                self.dst_ip(),
+                self.dport
+            )?,
         }
         match self.zone {
             0 => Ok(()),
@@ -239,7 +251,9 @@ impl std::str::FromStr for Tuple {
         let words: Vec<&str> = text.split_whitespace().filter(|w| *w != ">").collect();
         let (name, src, dst, zone) = match words[..] {
             [name, src, dst] => (name, src, dst, 0),
-            [name, src, dst, "zone", zone] => (name, src, dst, zone.parse().map_err(|_| NotATuple)?),
+            [name, src, dst, "zone", zone] => {
+                (name, src, dst, zone.parse().map_err(|_| NotATuple)?)
+            }
             _ => return Err(NotATuple),
         };
         let protocol = match name {
@@ -280,10 +294,15 @@ mod tests {
     #[test]
     fn shard_of_is_frozen() {
         // Part of the protocol: these values may never change.
-        let t = Tuple::v4(TCP, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
-        let six =
-            Tuple::v6(UDP, ("2001:db8::1".parse().unwrap(), 5353), ("2001:db8::2".parse().unwrap(), 53));
-        let ping = Tuple::v4(ICMP, (Ipv4Addr::new(10, 0, 0, 1), 77), (Ipv4Addr::new(10, 0, 0, 2), 8 << 8));
+        let t =
+            Tuple::v4(TCP, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
+        let six = Tuple::v6(
+            UDP,
+            ("2001:db8::1".parse().unwrap(), 5353),
+            ("2001:db8::2".parse().unwrap(), 53),
+        );
+        let ping =
+            Tuple::v4(ICMP, (Ipv4Addr::new(10, 0, 0, 1), 77), (Ipv4Addr::new(10, 0, 0, 2), 8 << 8));
         let got: Vec<u8> = [t, six, ping].iter().map(|t| shard_of(t, 64)).collect();
         assert_eq!(got, FROZEN);
         assert_eq!(shard_of(&ping, 64), shard_of(&Tuple { sport: 1, dport: 2, ..ping }, 64));
@@ -317,21 +336,27 @@ mod tests {
 
     #[test]
     fn a_tuple_reads_back_as_it_was_written() {
-        let mut six = Tuple::v6(UDP, ("2001:db8::1".parse().unwrap(), 5353), ("::2".parse().unwrap(), 53));
+        let mut six =
+            Tuple::v6(UDP, ("2001:db8::1".parse().unwrap(), 5353), ("::2".parse().unwrap(), 53));
         six.zone = 9;
         for t in [tuple(3), six] {
             assert_eq!(t.to_string().parse(), Ok(t));
         }
-        for bad in
-            ["", "tcp", "tcp 1.2.3.4 5.6.7.8", "tcp 1.2.3.4:1 [::1]:2", "tcp 1.2.3.4:1 > 1.2.3.4:99999"]
-        {
+        for bad in [
+            "",
+            "tcp",
+            "tcp 1.2.3.4 5.6.7.8",
+            "tcp 1.2.3.4:1 [::1]:2",
+            "tcp 1.2.3.4:1 > 1.2.3.4:99999",
+        ] {
             assert_eq!(bad.parse::<Tuple>(), Err(NotATuple), "{bad}");
         }
     }
 
     #[test]
     fn an_echo_request_is_answered_by_an_echo_reply() {
-        let ping = Tuple::v4(ICMP, (Ipv4Addr::new(10, 0, 0, 1), 77), (Ipv4Addr::new(10, 0, 0, 2), 8 << 8));
+        let ping =
+            Tuple::v4(ICMP, (Ipv4Addr::new(10, 0, 0, 1), 77), (Ipv4Addr::new(10, 0, 0, 2), 8 << 8));
         let pong = ping.mirrored();
         assert_eq!((pong.sport, pong.dport, pong.mirrored()), (77, 0, ping));
     }

@@ -31,18 +31,19 @@ impl LocalAddresses {
         let mut listed = Vec::new();
         let mut interfaces = Vec::new();
         let mut next = first;
-        // SAFETY: getifaddrs succeeded: `first` is a list of valid entries that ends with null and is
-        // ours until freeifaddrs. It may be null when there is nothing.
+        // SAFETY: getifaddrs succeeded: `first` is a list of valid entries that ends with null and
+        // is ours until freeifaddrs. It may be null when there is nothing.
         while let Some(entry) = unsafe { next.as_ref() } {
             next = entry.ifa_next;
             // SAFETY: `ifa_addr` is null or points to an address of the list.
             let family = unsafe { entry.ifa_addr.as_ref() }.map(|a| a.sa_family as i32);
-            // SAFETY: an entry of the list has a name that ends in a zero byte, and lives as long as it.
+            // SAFETY: an entry of the list has a name that ends in a zero byte, and lives as long
+            // as it.
             let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
             let address = match family {
                 Some(libc::AF_INET) => {
-                    // SAFETY: an address of this family is a sockaddr_in; unaligned reads ask nothing of
-                    // the list.
+                    // SAFETY: an address of this family is a sockaddr_in; unaligned reads ask
+                    // nothing of the list.
                     let a = unsafe { entry.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned() };
                     IpAddr::V4(Ipv4Addr::from(u32::from_be(a.sin_addr.s_addr)))
                 }
@@ -67,8 +68,8 @@ impl LocalAddresses {
     }
 }
 
-/// The interface that a name of the list means. An IPv4 address with a label is listed under that, and
-/// labels are the interface's name with something behind, mostly but not always `:something`.
+/// The interface that a name of the list means. An IPv4 address with a label is listed under that,
+/// and labels are the interface's name with something behind, mostly but not always `:something`.
 fn interface_of<'n>(name: &'n str, interfaces: &'n [String]) -> &'n str {
     let begins = interfaces.iter().filter(|interface| name.starts_with(interface.as_str()));
     begins.max_by_key(|interface| interface.len()).map_or(name, String::as_str)
@@ -99,9 +100,13 @@ mod tests {
     #[test]
     fn a_label_is_its_interfaces_address() {
         let interfaces = ["eth0.5", "eth", "eth0", "lo"].map(String::from);
-        for (name, interface) in
-            [("eth0", "eth0"), ("eth0:vip", "eth0"), ("eth0vip", "eth0"), ("eth0.5", "eth0.5"), ("lo", "lo")]
-        {
+        for (name, interface) in [
+            ("eth0", "eth0"),
+            ("eth0:vip", "eth0"),
+            ("eth0vip", "eth0"),
+            ("eth0.5", "eth0.5"),
+            ("lo", "lo"),
+        ] {
             assert_eq!(interface_of(name, &interfaces), interface);
         }
         assert_eq!(interface_of("gone0", &interfaces), "gone0");

@@ -1,6 +1,7 @@
 //! Committing: writing copies into the kernel's table, and removing them.
 //!
-//! A batch is not a transaction: each request succeeds or fails alone ([`entries`](super::entries)). What may happen to one entry, round after round:
+//! A batch is not a transaction: each request succeeds or fails alone
+//! ([`entries`](super::entries)). What may happen to one entry, round after round:
 //!
 //! ```text
 //!  write --> CREATE --ok--------------------------------> Written
@@ -17,20 +18,23 @@
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
 //!
-//! A **clash**: the kernel has no entry with this original tuple, and still refuses it,
-//! because another connection holds the translated tuple (two gateways behind one address
-//! that hand out the same ports). Comparing the reply tuples matters since an update by
-//! original tuple succeeds on an entry with another translation, and a translation cannot be changed.
+//! A **clash**: the kernel has no entry with this original tuple, and still refuses it, because
+//! another connection holds the translated tuple (two gateways behind one address that hand out the
+//! same ports). Comparing the reply tuples matters since an update by original tuple succeeds on an
+//! entry with another translation, and a translation cannot be changed.
 //!
-//! **What packets have passed** is somebody's connection, who may be alive. An entry with the original tuple and another translation, which
-//! has not the timeout of copies and has not ended, is never removed for a copy: that is a clash as well.
+//! **What packets have passed** is somebody's connection, who may be alive. An entry with the
+//! original tuple and another translation, which has not the timeout of copies and has not ended,
+//! is never removed for a copy: that is a clash as well.
 //!
-//! A **shift** of sequence numbers that the kernel has made further is never taken back: its helper did that, with a packet that passed
-//! here. A connection that is shifted, and of which nobody knows by how much, is not written, and an entry
-//! that is there is removed: its stream is cut rather than altered ([`Outcome::Unshifted`]).
+//! A **shift** of sequence numbers that the kernel has made further is never taken back: its helper
+//! did that, with a packet that passed here. A connection that is shifted, and of which nobody
+//! knows by how much, is not written, and an entry that is there is removed: its stream is cut
+//! rather than altered ([`Outcome::Unshifted`]).
 //!
-//! A **helper** can be given to a new entry only, and only if this kernel has it: an entry without it is
-//! replaced, and where there is no such helper the entry is written without, which is counted.
+//! A **helper** can be given to a new entry only, and only if this kernel has it: an entry without
+//! it is replaced, and where there is no such helper the entry is written without, which is
+//! counted.
 
 use super::KernelError;
 use super::codec::{GIVEN_MAX_S, status};
@@ -47,17 +51,19 @@ use crate::limits::COMMIT_PER_PASS;
 /// behind goes away by itself.
 pub const KEPT_TIMEOUT_S: u32 = 24 * 24 * 3600;
 
-/// Whether a packet has passed an entry since it was written as a copy: it no longer has the timeout that only we give. What GRE
-/// entries show is always ours.
+/// Whether a packet has passed an entry since it was written as a copy: it no longer has the
+/// timeout that only we give. What GRE entries show is always ours.
 pub fn is_touched(there: &Connection) -> bool {
     there.state.timeout_s <= GIVEN_MAX_S && there.original.protocol != GRE
 }
 
-/// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is fixed, since the kernel
-/// lets nobody set those that GRE entries carry. The packet after that begins a new one.
+/// How long a restored GRE entry lives once its active is dead, whatever passes: its timeout is
+/// fixed, since the kernel lets nobody set those that GRE entries carry. The packet after that
+/// begins a new one.
 pub const GRE_TIMEOUT_S: u32 = 3600;
 
-/// What an entry has left is known to so many seconds: whole ones are told, and some time after the pass began.
+/// What an entry has left is known to so many seconds: whole ones are told, and some time after the
+/// pass began.
 const READ_LATE_S: u32 = 2;
 
 /// Helpers remembered as refused: a kernel has about a dozen.
@@ -71,8 +77,8 @@ const ROUNDS_MAX: usize = 6;
 pub enum Lifetime {
     /// Until the active closes it.
     Kept,
-    /// As long as this kernel gives a connection in this state, or as the active's kernel had last given it, if that
-    /// is more: the active is dead.
+    /// As long as this kernel gives a connection in this state, or as the active's kernel had last
+    /// given it, if that is more: the active is dead.
     Normal,
 }
 
@@ -118,7 +124,8 @@ pub struct CommitResult {
 pub struct Tally {
     /// Entries that were there already and were brought up to date.
     pub updated: u64,
-    /// Entries that were there with another translation, or without their helper or any shift, and were replaced.
+    /// Entries that were there with another translation, or without their helper or any shift, and
+    /// were replaced.
     pub replaced: u64,
     /// Entries that went away while they were brought up to date.
     pub vanished: u64,
@@ -141,7 +148,8 @@ enum Step {
     Create,
     /// As it is, if packets have passed it.
     Keep {
-        /// What it has left at most if it was given its normal timeout and no packet has passed since; 0: it was not given that.
+        /// What it has left at most if it was given its normal timeout and no packet has passed
+        /// since; 0: it was not given that.
         silent_s: u32,
     },
     Look,
@@ -219,9 +227,10 @@ impl<E: Entries> Committer<E> {
         self.kernel.timeouts()
     }
 
-    /// The timeout of an entry whose active is dead. What the active's kernel had last given it, by a timeout policy perhaps,
-    /// which cannot be restored, is what it last reported: kernels report the timeout with every change of state, and so
-    /// right after the packet that brought it about. One that was read at another time had run down, and is less.
+    /// The timeout of an entry whose active is dead. What the active's kernel had last given it, by
+    /// a timeout policy perhaps, which cannot be restored, is what it last reported: kernels report
+    /// the timeout with every change of state, and so right after the packet that brought it about.
+    /// One that was read at another time had run down, and is less.
     fn normal_timeout(&self, connection: &Connection) -> u32 {
         let own = match connection.original.protocol {
             GRE => GRE_TIMEOUT_S,
@@ -243,28 +252,43 @@ impl<E: Entries> Committer<E> {
         self.add_written(connection, lifetime, Step::Create)
     }
 
-    /// Adds an entry to be written in place of whatever has its original tuple: for what an update cannot change.
-    pub fn replace(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+    /// Adds an entry to be written in place of whatever has its original tuple: for what an update
+    /// cannot change.
+    pub fn replace(
+        &mut self,
+        connection: &Connection,
+        lifetime: Lifetime,
+    ) -> Result<(), FlushFirst> {
         self.add_written(connection, lifetime, Step::Replace)
     }
 
-    /// Adds an entry to be written unless packets have passed it since it was: then the kernel knows it better. One that was given its
-    /// normal timeout has at most `silent_s` left if none has; 0: it was not.
+    /// Adds an entry to be written unless packets have passed it since it was: then the kernel
+    /// knows it better. One that was given its normal timeout has at most `silent_s` left if none
+    /// has; 0: it was not.
     pub fn keep(
         &mut self,
         connection: &Connection,
         lifetime: Lifetime,
         silent_s: u32,
     ) -> Result<(), FlushFirst> {
-        // What a packet gives may be what is left without one, as in the first second after that: then nothing tells of it.
+        // What a packet gives may be what is left without one, as in the first second after that:
+        // then nothing tells of it.
         let given_s = self.kernel.timeouts().of(connection);
         let is_told = silent_s + 1 < self.normal_timeout(connection)
             && !(silent_s.saturating_sub(READ_LATE_S)..=silent_s + 1).contains(&given_s);
-        self.add_written(connection, lifetime, Step::Keep { silent_s: if is_told { silent_s } else { 0 } })
+        self.add_written(
+            connection,
+            lifetime,
+            Step::Keep { silent_s: if is_told { silent_s } else { 0 } },
+        )
     }
 
     /// Adds an entry to be brought up to date if it is there.
-    pub fn update(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
+    pub fn update(
+        &mut self,
+        connection: &Connection,
+        lifetime: Lifetime,
+    ) -> Result<(), FlushFirst> {
         self.add_written(connection, lifetime, Step::Look)
     }
 
@@ -334,7 +358,8 @@ impl<E: Entries> Committer<E> {
             };
             let (original, was_there) = (entry.connection.original, entry.was_there);
             let is_silent = outcome == Outcome::Written && !entry.is_touched;
-            let silent_s = if is_silent && entry.timeout_s <= GIVEN_MAX_S { entry.timeout_s } else { 0 };
+            let silent_s =
+                if is_silent && entry.timeout_s <= GIVEN_MAX_S { entry.timeout_s } else { 0 };
             results(CommitResult { index, original, outcome, was_there, silent_s });
         }
         std::mem::take(&mut self.tally)
@@ -395,8 +420,8 @@ impl<E: Entries> Committer<E> {
     }
 }
 
-/// Whether this entry of the kernel translates anything: one that was made with a translated reply tuple and
-/// without a translation looks as if it did.
+/// Whether this entry of the kernel translates anything: one that was made with a translated reply
+/// tuple and without a translation looks as if it did.
 pub fn translates(entry: &Connection) -> bool {
     entry.state.status & (status::SRC_NAT | status::DST_NAT) != 0
 }
@@ -415,13 +440,20 @@ impl Entry {
     fn has_packets(&self, there: &Connection) -> bool {
         // A packet may give it less than the active's kernel had.
         let is_silent = |silent_s: u32| {
-            silent_s > 0 && (silent_s.saturating_sub(READ_LATE_S)..=silent_s).contains(&there.state.timeout_s)
+            silent_s > 0
+                && (silent_s.saturating_sub(READ_LATE_S)..=silent_s)
+                    .contains(&there.state.timeout_s)
         };
         is_touched(there) && !matches!(self.step, Step::Keep { silent_s } if is_silent(silent_s))
     }
 
     /// Without its helper, if it has one and this is how a kernel refuses a helper.
-    fn drop_helper(&mut self, errno: i32, tally: &mut Tally, refused: &mut Vec<[u8; HELPER_NAME]>) -> bool {
+    fn drop_helper(
+        &mut self,
+        errno: i32,
+        tally: &mut Tally,
+        refused: &mut Vec<[u8; HELPER_NAME]>,
+    ) -> bool {
         let is_helpers_fault = matches!(errno, libc::EOPNOTSUPP | libc::EAGAIN);
         let extra = &mut self.connection.extra;
         if !is_helpers_fault || !extra.has(parts::HELPER) {
@@ -430,7 +462,10 @@ impl Entry {
         extra.parts &= !parts::HELPER;
         tally.without_helper += 1;
         // EAGAIN: a module was loaded just now, and the next one may have it.
-        if errno == libc::EOPNOTSUPP && refused.len() < HELPERS_MAX && !refused.contains(&extra.helper) {
+        if errno == libc::EOPNOTSUPP
+            && refused.len() < HELPERS_MAX
+            && !refused.contains(&extra.helper)
+        {
             refused.push(extra.helper);
         }
         true
@@ -439,29 +474,34 @@ impl Entry {
     /// Whether the entry that is there lacks the helper that this one should have.
     fn wants_a_helper_besides(&self, there: &Connection) -> bool {
         let wanted = &self.connection.extra;
-        wanted.has(parts::HELPER) && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
+        wanted.has(parts::HELPER)
+            && (!there.extra.has(parts::HELPER) || there.extra.helper != wanted.helper)
     }
 
-    /// Whether the entry that is there has no shift, and perhaps no room for one, of which no answer would tell.
+    /// Whether the entry that is there has no shift, and perhaps no room for one, of which no
+    /// answer would tell.
     fn wants_a_shift_besides(&self, there: &Connection) -> bool {
         self.connection.extra.has(parts::SEQADJ) && !there.extra.has(parts::SEQADJ)
     }
 
-    /// Whether the entry that is there is this connection's, and packets have passed it. One that has ended is no living copy's.
+    /// Whether the entry that is there is this connection's, and packets have passed it. One that
+    /// has ended is no living copy's.
     fn is_known_better(&self, there: &Connection) -> bool {
         there.reply == self.connection.reply
             && self.has_packets(there)
             && (self.timeout_s != KEPT_TIMEOUT_S || there.phase() != Phase::Over)
     }
 
-    /// Whether the entry that is there would go before its time: its active is dead, whose last packet may have been this moment.
+    /// Whether the entry that is there would go before its time: its active is dead, whose last
+    /// packet may have been this moment.
     fn lasts_longer_than(&self, there: &Connection) -> bool {
         self.timeout_s != KEPT_TIMEOUT_S
             && self.timeout_s > there.state.timeout_s
             && self.connection.state.tcp_state == there.state.tcp_state
     }
 
-    /// Whether the entry that is there is another connection's, and packets have passed it: whether that lives nobody knows here.
+    /// Whether the entry that is there is another connection's, and packets have passed it: whether
+    /// that lives nobody knows here.
     fn is_anothers(&self, there: &Connection) -> bool {
         there.reply != self.connection.reply && is_touched(there) && there.phase() != Phase::Over
     }
@@ -471,7 +511,8 @@ impl Entry {
         self.connection.is_translated() && !translates(there)
     }
 
-    /// Whether the entry that is there has a fixed timeout that is not, or will not be for long, the wanted one.
+    /// Whether the entry that is there has a fixed timeout that is not, or will not be for long,
+    /// the wanted one.
     fn wants_another_fixed_timeout(&self, there: &Connection) -> bool {
         let rest = there.state.timeout_s;
         there.state.status & status::FIXED_TIMEOUT != 0
@@ -501,10 +542,16 @@ impl Entry {
                 tally.replaced += 1;
                 Step::Done(Outcome::Written)
             }
-            (Step::Create, [errno, _]) if self.drop_helper(errno, tally, refused_helpers) => Step::Create,
-            (Step::Replace, [_, errno]) if self.drop_helper(errno, tally, refused_helpers) => Step::Create,
+            (Step::Create, [errno, _]) if self.drop_helper(errno, tally, refused_helpers) => {
+                Step::Create
+            }
+            (Step::Replace, [_, errno]) if self.drop_helper(errno, tally, refused_helpers) => {
+                Step::Create
+            }
             // The entry has no room for labels; everything else was applied.
-            (Step::Update { .. }, [libc::ENOSPC, _]) if self.connection.extra.has(parts::LABELS) => {
+            (Step::Update { .. }, [libc::ENOSPC, _])
+                if self.connection.extra.has(parts::LABELS) =>
+            {
                 tally.without_labels += 1;
                 Step::Done(Outcome::Written)
             }
@@ -531,7 +578,8 @@ impl Entry {
                 Step::Done(Outcome::Clash)
             }
             (Step::Keep { .. } | Step::Look, [0, _]) => match answers.found {
-                // A translation, a helper, a first shift or a fixed timeout cannot be given to an entry that is there.
+                // A translation, a helper, a first shift or a fixed timeout cannot be given to an
+                // entry that is there.
                 Some(there)
                     if there.reply == self.connection.reply
                         && !self.wants_a_translation_besides(&there)

@@ -72,12 +72,22 @@ impl Dump {
     }
 
     /// Reads pieces until `cap` entries were looked at; `f` says whether it used the entry.
-    pub(super) fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent) -> bool) -> DumpProgress {
-        let mut progress =
-            DumpProgress { events: 0, entries: 0, malformed: 0, skipped: 0, state: DumpState::Done };
+    pub(super) fn drain(
+        &mut self,
+        cap: usize,
+        f: &mut dyn FnMut(SourceEvent) -> bool,
+    ) -> DumpProgress {
+        let mut progress = DumpProgress {
+            events: 0,
+            entries: 0,
+            malformed: 0,
+            skipped: 0,
+            state: DumpState::Done,
+        };
         while self.is_running && progress.entries < cap {
             match self.mailbox.receive(&self.socket, 1) {
-                // Every piece is there as soon as the one before it was read: an empty queue is a lost piece.
+                // Every piece is there as soon as the one before it was read: an empty queue is a
+                // lost piece.
                 Ok(0) => return self.fail(progress, libc::ENODATA),
                 Ok(_) => {}
                 Err(e) => return self.fail(progress, e.raw_os_error().unwrap_or(libc::EIO)),

@@ -1,8 +1,9 @@
-//! The kernel's entries, one request at a time: what [`Committer`](super::commit::Committer) decides, carried out.
+//! The kernel's entries, one request at a time: what [`Committer`](super::commit::Committer)
+//! decides, carried out.
 //!
-//! Requests are gathered and sent together; the kernel acts on all of them before the call returns, and its answers
-//! are waiting by then, so nothing here blocks. Only failures are answered (and the last request, which
-//! shows that the answers are complete).
+//! Requests are gathered and sent together; the kernel acts on all of them before the call returns,
+//! and its answers are waiting by then, so nothing here blocks. Only failures are answered (and the
+//! last request, which shows that the answers are complete).
 //!
 //! A trait, so that the simulator can put a model of the kernel in place of netlink.
 
@@ -60,11 +61,12 @@ pub struct Answers {
 
 /// Somebody's entries.
 pub trait Entries {
-    /// Adds a request about the entry at this place of a batch of at most [`COMMIT_PER_PASS`], in rising order. A second
-    /// one about the same entry is carried out after the first.
+    /// Adds a request about the entry at this place of a batch of at most [`COMMIT_PER_PASS`], in
+    /// rising order. A second one about the same entry is carried out after the first.
     fn put(&mut self, index: usize, request: Request<'_>);
 
-    /// Carries out what was put, and tells what became of it by the entries' places; or why none of it can be known.
+    /// Carries out what was put, and tells what became of it by the entries' places; or why none of
+    /// it can be known.
     fn carry_out(&mut self) -> Result<[Answers; COMMIT_PER_PASS], i32>;
 
     /// Entries that may still be inserted, and entries that are allowed (0: any number).
@@ -122,7 +124,11 @@ impl NetlinkEntries {
         request_ack(&mut self.requests);
         self.socket.send(&self.requests[..length]).map_err(|e| KernelError::new(DOING, &e))?;
         let mut errno = libc::ENODATA;
-        while self.mailbox.receive(&self.socket, Mailbox::BATCH).map_err(|e| KernelError::new(DOING, &e))? > 0
+        while self
+            .mailbox
+            .receive(&self.socket, Mailbox::BATCH)
+            .map_err(|e| KernelError::new(DOING, &e))?
+            > 0
         {
             for answer in self.mailbox.messages().filter_map(codec::answer) {
                 if answer.kind == TYPE_ERROR {
@@ -186,7 +192,9 @@ impl Entries for NetlinkEntries {
         };
         let to = &mut self.requests[self.end..];
         let length = match request {
-            Request::Create { connection, timeout_s } => encode_create(to, sequence, connection, timeout_s),
+            Request::Create { connection, timeout_s } => {
+                encode_create(to, sequence, connection, timeout_s)
+            }
             Request::Update { connection, timeout_s, present } => {
                 encode_update(to, sequence, connection, timeout_s, present)
             }

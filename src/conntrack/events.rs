@@ -68,7 +68,8 @@ pub(super) struct Share {
 }
 
 impl Share {
-    /// Whether the caller wants to hear of this: its shard, and an entry that is in the table and stays there.
+    /// Whether the caller wants to hear of this: its shard, and an entry that is in the table and
+    /// stays there.
     pub(super) fn wants(&self, event: &SourceEvent) -> bool {
         let original = match event {
             SourceEvent::Seen { connection, known } => {
@@ -120,8 +121,8 @@ impl<Q: Queue> Source<Q> {
         }
     }
 
-    /// Takes up to `cap` waiting messages from the kernel. It pauses while [`next_expecting`](Self::next_expecting) has
-    /// too many to tell.
+    /// Takes up to `cap` waiting messages from the kernel. It pauses while
+    /// [`next_expecting`](Self::next_expecting) has too many to tell.
     pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent, Origin)) -> Drained {
         let mut drained = Drained::default();
         let Source { queue, share, recent, expecting } = self;
@@ -161,8 +162,8 @@ impl<Q: Queue> Source<Q> {
         drained
     }
 
-    /// The next connection, by its original tuple without its zone, that a helper expects another one for, in the
-    /// order in which [`drain`](Self::drain) met them.
+    /// The next connection, by its original tuple without its zone, that a helper expects another
+    /// one for, in the order in which [`drain`](Self::drain) met them.
     pub fn next_expecting(&mut self) -> Option<Tuple> {
         self.expecting.pop_front()
     }
@@ -183,16 +184,17 @@ impl<Q: Queue> Source<Q> {
         self.queue.start_dump().map(|()| true)
     }
 
-    /// An entry was deleted by this program, of which no event is heard: a piece of a dump that the kernel has prepared may still
-    /// show it. At most a pass's share of them between two calls of [`drain_dump`](Self::drain_dump).
+    /// An entry was deleted by this program, of which no event is heard: a piece of a dump that the
+    /// kernel has prepared may still show it. At most a pass's share of them between two calls of
+    /// [`drain_dump`](Self::drain_dump).
     pub fn deleted(&mut self, original: &Tuple) {
         if self.queue.is_dumping() {
             self.recent.insert(*original);
         }
     }
 
-    /// Takes the next pieces of the dump, until at least `cap` entries have been looked at or the dump
-    /// is done; a piece has up to 200. While a dump runs, call this in every pass.
+    /// Takes the next pieces of the dump, until at least `cap` entries have been looked at or the
+    /// dump is done; a piece has up to 200. While a dump runs, call this in every pass.
     pub fn drain_dump(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent)) -> DumpProgress {
         let Source { queue, share, recent, .. } = self;
         let progress = queue.drain_dump(cap, &mut |event| {
@@ -253,8 +255,8 @@ mod tests {
         }
     }
 
-    /// Traffic seed 966001785: what was closed elsewhere while a dump ran was deleted here, read out of that dump, and taken for a connection that had
-    /// begun. It had no entry, and so no end.
+    /// Traffic seed 966001785: what was closed elsewhere while a dump ran was deleted here, read
+    /// out of that dump, and taken for a connection that had begun. It had no entry, and so no end.
     #[test]
     fn what_was_deleted_here_is_not_read_out_of_an_older_dump() {
         let entry = |port| {

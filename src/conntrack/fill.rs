@@ -6,7 +6,8 @@ use std::os::unix::fs::FileExt;
 use super::KernelError;
 use super::sysctl::{failed, path};
 
-/// Inserts stop when the table is this full, per cent: what is left is for the gateway's own traffic.
+/// Inserts stop when the table is this full, per cent: what is left is for the gateway's own
+/// traffic.
 pub const FILL_MAX_PERCENT: u64 = 90;
 
 /// How full the kernel's table is. The files stay open: asking takes two reads.

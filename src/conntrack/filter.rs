@@ -103,10 +103,20 @@ struct Layout {
 /// Where the subsystem is: in the high byte of the type, which is in the host's order.
 const SUBSYSTEM: u32 = if cfg!(target_endian = "little") { 5 } else { 4 };
 const SOURCE: u32 = 32;
-const V4: Layout =
-    Layout { destination: 40, address_words: 1, protocol: 52, source_port: 60, destination_port: 68 };
-const V6: Layout =
-    Layout { destination: 52, address_words: 4, protocol: 76, source_port: 84, destination_port: 92 };
+const V4: Layout = Layout {
+    destination: 40,
+    address_words: 1,
+    protocol: 52,
+    source_port: 60,
+    destination_port: 68,
+};
+const V6: Layout = Layout {
+    destination: 52,
+    address_words: 4,
+    protocol: 76,
+    source_port: 84,
+    destination_port: 92,
+};
 
 /// The program for one shard of `shards`. `own_port_ids` are those of every socket in this
 /// process that writes to conntrack.
@@ -153,7 +163,12 @@ fn shard_test(at: &Layout, shard: u8, shards: u8) -> Vec<Instruction> {
     for (i, protocol) in with_ports.into_iter().enumerate() {
         let is_last = i + 1 == with_ports.len();
         let tests_left = (with_ports.len() - 1 - i) as u8;
-        p.push(test(IF_EQUAL, protocol as u32, tests_left, if is_last { ports.len() as u8 } else { 0 }));
+        p.push(test(
+            IF_EQUAL,
+            protocol as u32,
+            tests_left,
+            if is_last { ports.len() as u8 } else { 0 },
+        ));
     }
     p.extend(ports);
     p.extend([plain(LOAD_CONSTANT, 0), plain(STORE, 0)]);
@@ -164,7 +179,12 @@ fn shard_test(at: &Layout, shard: u8, shards: u8) -> Vec<Instruction> {
         for word in 1..at.address_words {
             p.extend([plain(TO_X, 0), plain(LOAD_WORD, address + 4 * word), plain(XOR_X, 0)]);
         }
-        p.extend([plain(MULTIPLY, multiplier), plain(TO_X, 0), plain(LOAD_SCRATCH, 0), plain(ADD_X, 0)]);
+        p.extend([
+            plain(MULTIPLY, multiplier),
+            plain(TO_X, 0),
+            plain(LOAD_SCRATCH, 0),
+            plain(ADD_X, 0),
+        ]);
         p.push(plain(STORE, 0));
     }
 
@@ -243,16 +263,24 @@ mod tests {
     fn a_message_passes_at_its_own_shard_and_nowhere_else() {
         let mut rng = 7u64;
         let mut next = || {
-            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            rng =
+                rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             rng >> 16
         };
         for n in 0..20_000u32 {
             let (a, b) = (next() as u128, next() as u128);
-            let protocol = [TCP, UDP, DCCP, SCTP, UDPLITE, 1, 47, 50, 58, 89, 115][next() as usize % 11];
+            let protocol =
+                [TCP, UDP, DCCP, SCTP, UDPLITE, 1, 47, 50, 58, 89, 115][next() as usize % 11];
             let ports = (next() as u16, next() as u16);
             let mut original = match n % 3 {
-                0 => Tuple::v6(protocol, ((a << 71 ^ b).into(), ports.0), ((b << 64 | a).into(), ports.1)),
-                _ => Tuple::v4(protocol, ((a as u32).into(), ports.0), ((b as u32).into(), ports.1)),
+                0 => Tuple::v6(
+                    protocol,
+                    ((a << 71 ^ b).into(), ports.0),
+                    ((b << 64 | a).into(), ports.1),
+                ),
+                _ => {
+                    Tuple::v4(protocol, ((a as u32).into(), ports.0), ((b as u32).into(), ports.1))
+                }
             };
             original.zone = (n % 5) as u16;
             let message = message(original, 0);
@@ -290,7 +318,8 @@ mod tests {
             assert!(codec::is_expectation(&expectation));
             assert_eq!(codec::decode(&expectation).err(), Some(codec::Malformed::Type));
             assert!(
-                !codec::is_expectation(&message(original, 0)) && !codec::is_expectation(&expectation[..5])
+                !codec::is_expectation(&message(original, 0))
+                    && !codec::is_expectation(&expectation[..5])
             );
         }
     }

@@ -60,8 +60,8 @@ impl LocalAddresses {
         }
     }
 
-    /// Says which interfaces' addresses are told apart, at most [`RULE_INTERFACES_MAX`]. Once, before
-    /// the first list is published; without it none are.
+    /// Says which interfaces' addresses are told apart, at most [`RULE_INTERFACES_MAX`]. Once,
+    /// before the first list is published; without it none are.
     pub fn watch(&self, interfaces: &[String]) {
         assert!(interfaces.len() <= RULE_INTERFACES_MAX, "the rules name no more");
         assert!(self.watched.set(interfaces.to_vec()).is_ok(), "interfaces are named once");
@@ -69,14 +69,16 @@ impl LocalAddresses {
 
     /// The bit of an interface; none if it is not watched.
     pub fn bit_of(&self, interface: &str) -> Interfaces {
-        let at = self.watched.get().and_then(|names| names.iter().position(|name| name == interface));
+        let at =
+            self.watched.get().and_then(|names| names.iter().position(|name| name == interface));
         at.map_or(0, |at| 1 << at)
     }
 
-    /// Publishes a list: addresses, each with the interfaces that have it. One that occurs more than
-    /// once, like a link-local address, has the interfaces of all. For one thread only.
+    /// Publishes a list: addresses, each with the interfaces that have it. One that occurs more
+    /// than once, like a link-local address, has the interfaces of all. For one thread only.
     pub fn publish(&self, addresses: impl IntoIterator<Item = (IpAddr, Interfaces)>) {
-        let mut list: Vec<(u128, Interfaces)> = addresses.into_iter().map(|(a, i)| (number(a), i)).collect();
+        let mut list: Vec<(u128, Interfaces)> =
+            addresses.into_iter().map(|(a, i)| (number(a), i)).collect();
         list.sort_unstable();
         list.dedup_by(|later, kept| {
             let is_same = later.0 == kept.0;
@@ -135,7 +137,12 @@ impl Default for LocalView {
 impl LocalView {
     /// An empty copy, which follows nothing yet.
     pub const fn new() -> LocalView {
-        LocalView { version: 0, count: 0, sorted: [0; ADDRESSES_MAX], interfaces: [0; ADDRESSES_MAX] }
+        LocalView {
+            version: 0,
+            count: 0,
+            sorted: [0; ADDRESSES_MAX],
+            interfaces: [0; ADDRESSES_MAX],
+        }
     }
 
     /// Takes over the published list if it has changed; one load if it has not. Returns
@@ -159,8 +166,8 @@ impl LocalView {
         true
     }
 
-    /// Whether this host opened or answers the connection, or it is to many: neighbours' routing protocols, and the group's own
-    /// heartbeats, which no address of ours shows.
+    /// Whether this host opened or answers the connection, or it is to many: neighbours' routing
+    /// protocols, and the group's own heartbeats, which no address of ours shows.
     pub fn is_local(&self, connection: &Connection) -> bool {
         let (original, reply) = (&connection.original, &connection.reply);
         original.src_ip().is_loopback()
@@ -218,7 +225,8 @@ mod tests {
         let published = LocalAddresses::new();
         let inside = Ipv4Addr::new(10, 0, 0, 1);
         published.watch(&["wan0".into(), "lan0".into(), "lan1".into()]);
-        let (wan, lan) = (published.bit_of("wan0"), published.bit_of("lan0") | published.bit_of("lan1"));
+        let (wan, lan) =
+            (published.bit_of("wan0"), published.bit_of("lan0") | published.bit_of("lan1"));
         assert_eq!((wan, lan, published.bit_of("lan")), (0b001, 0b110, 0));
         published.publish([
             (IpAddr::from(OURS), wan),
@@ -236,9 +244,21 @@ mod tests {
     fn forwarded_connections_are_not_local_however_they_are_translated() {
         let view = view();
         for (what, original, reply) in [
-            ("routed", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 10.0.0.5:1000"),
-            ("masquerade", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 203.0.113.1:1000"),
-            ("DNAT", "tcp 198.51.100.7:1000 > 203.0.113.1:80", "tcp 10.0.0.5:8080 > 198.51.100.7:1000"),
+            (
+                "routed",
+                "tcp 10.0.0.5:1000 > 198.51.100.7:80",
+                "tcp 198.51.100.7:80 > 10.0.0.5:1000",
+            ),
+            (
+                "masquerade",
+                "tcp 10.0.0.5:1000 > 198.51.100.7:80",
+                "tcp 198.51.100.7:80 > 203.0.113.1:1000",
+            ),
+            (
+                "DNAT",
+                "tcp 198.51.100.7:1000 > 203.0.113.1:80",
+                "tcp 10.0.0.5:8080 > 198.51.100.7:1000",
+            ),
             ("hairpin", "tcp 10.0.0.5:1000 > 203.0.113.1:80", "tcp 10.0.0.6:80 > 10.0.0.1:1000"),
         ] {
             assert!(!view.is_local(&connection(original, reply)), "{what}");
@@ -255,10 +275,26 @@ mod tests {
                 "tcp 198.51.100.7:80 > 203.0.113.1:1000",
             ),
             ("ssh to us", "tcp 10.0.0.5:1000 > 10.0.0.1:22", "tcp 10.0.0.1:22 > 10.0.0.5:1000"),
-            ("redirect", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 10.0.0.1:3128 > 10.0.0.5:1000"),
-            ("loopback", "tcp 127.0.0.1:1000 > 127.0.0.53:53", "tcp 127.0.0.53:53 > 127.0.0.1:1000"),
-            ("heartbeats", "udp 10.9.0.2:1000 > 224.0.0.116:8116", "udp 224.0.0.116:8116 > 10.9.0.2:1000"),
-            ("IPv6", "tcp [2001:db8::9]:1 > [2001:db8::1]:2", "tcp [2001:db8::1]:2 > [2001:db8::9]:1"),
+            (
+                "redirect",
+                "tcp 10.0.0.5:1000 > 198.51.100.7:80",
+                "tcp 10.0.0.1:3128 > 10.0.0.5:1000",
+            ),
+            (
+                "loopback",
+                "tcp 127.0.0.1:1000 > 127.0.0.53:53",
+                "tcp 127.0.0.53:53 > 127.0.0.1:1000",
+            ),
+            (
+                "heartbeats",
+                "udp 10.9.0.2:1000 > 224.0.0.116:8116",
+                "udp 224.0.0.116:8116 > 10.9.0.2:1000",
+            ),
+            (
+                "IPv6",
+                "tcp [2001:db8::9]:1 > [2001:db8::1]:2",
+                "tcp [2001:db8::1]:2 > [2001:db8::9]:1",
+            ),
         ] {
             assert!(view.is_local(&connection(original, reply)), "{what}");
         }
@@ -269,30 +305,60 @@ mod tests {
         let view = view();
         let (wan, lan0, lan1) = (0b001, 0b010, 0b100);
         for (what, original, reply, interfaces) in [
-            ("routed", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 10.0.0.5:1000", 0),
-            ("masquerade", "tcp 10.0.0.5:1000 > 198.51.100.7:80", "tcp 198.51.100.7:80 > 203.0.113.1:1", wan),
-            ("DNAT", "tcp 198.51.100.7:1 > 203.0.113.1:80", "tcp 10.0.0.5:8080 > 198.51.100.7:1", wan),
+            (
+                "routed",
+                "tcp 10.0.0.5:1000 > 198.51.100.7:80",
+                "tcp 198.51.100.7:80 > 10.0.0.5:1000",
+                0,
+            ),
+            (
+                "masquerade",
+                "tcp 10.0.0.5:1000 > 198.51.100.7:80",
+                "tcp 198.51.100.7:80 > 203.0.113.1:1",
+                wan,
+            ),
+            (
+                "DNAT",
+                "tcp 198.51.100.7:1 > 203.0.113.1:80",
+                "tcp 10.0.0.5:8080 > 198.51.100.7:1",
+                wan,
+            ),
             (
                 "hairpin",
                 "tcp 10.0.0.5:1000 > 203.0.113.1:80",
                 "tcp 10.0.0.6:80 > 10.0.0.1:1000",
                 wan | lan0 | lan1,
             ),
-            ("redirect", "tcp 10.0.0.5:1 > 198.51.100.7:80", "tcp 10.0.0.1:3128 > 10.0.0.5:1", lan0 | lan1),
+            (
+                "redirect",
+                "tcp 10.0.0.5:1 > 198.51.100.7:80",
+                "tcp 10.0.0.1:3128 > 10.0.0.5:1",
+                lan0 | lan1,
+            ),
             (
                 "opened here",
                 "tcp 203.0.113.1:1 > 198.51.100.7:80",
                 "tcp 198.51.100.7:80 > 203.0.113.1:1",
                 wan,
             ),
-            ("loopback", "tcp 127.0.0.1:1000 > 127.0.0.53:53", "tcp 127.0.0.53:53 > 127.0.0.1:1000", 0),
+            (
+                "loopback",
+                "tcp 127.0.0.1:1000 > 127.0.0.53:53",
+                "tcp 127.0.0.53:53 > 127.0.0.1:1000",
+                0,
+            ),
             (
                 "IPv6",
                 "udp [2001:db8::9]:1 > [2001:db8:1::1]:2",
                 "udp [2001:db8:1::1]:2 > [2001:db8::9]:1",
                 wan,
             ),
-            ("IPv6 too", "udp [2001:db8::9]:1 > [2001:db8::1]:2", "udp [2001:db8::1]:2 > [2001:db8::9]:1", 0),
+            (
+                "IPv6 too",
+                "udp [2001:db8::9]:1 > [2001:db8::1]:2",
+                "udp [2001:db8::1]:2 > [2001:db8::9]:1",
+                0,
+            ),
         ] {
             let connection = connection(original, reply);
             for interface in [wan, lan0, lan1, 1 << 31] {
@@ -325,7 +391,9 @@ mod tests {
     #[test]
     fn more_addresses_than_fit_raise_the_flag() {
         let published = LocalAddresses::new();
-        published.publish((0..ADDRESSES_MAX as u32 + 1).map(|n| (Ipv4Addr::from(0x0a00_0000 + n).into(), 0)));
+        published.publish(
+            (0..ADDRESSES_MAX as u32 + 1).map(|n| (Ipv4Addr::from(0x0a00_0000 + n).into(), 0)),
+        );
         assert!(published.is_overfull());
         let mut view = LocalView::new();
         assert!(view.follow(&published));
@@ -347,7 +415,9 @@ mod tests {
                 view.follow(&published);
                 let first = view.sorted[0] >> 8;
                 assert!(view.sorted[..view.count].iter().all(|a| a >> 8 == first));
-                assert!(view.interfaces[..view.count].iter().all(|i| *i == first as Interfaces & 0xff));
+                assert!(
+                    view.interfaces[..view.count].iter().all(|i| *i == first as Interfaces & 0xff)
+                );
             }
         });
     }

@@ -9,7 +9,8 @@
 //! - [`codec`]: messages, bytes to meaning and back; pure
 //! - [`filter`]: the program by which the kernel gives each shard its own connections only
 //! - [`netlink`]: the socket's system calls
-//! - [`queue`], [`dump`]: the kernel's events, and its whole table; [`events`]: what a shard makes of them
+//! - [`queue`], [`dump`]: the kernel's events, and its whole table; [`events`]: what a shard makes
+//!   of them
 //! - [`entries`]: requests to the kernel; [`commit`]: what is to be asked, and what became of it
 //! - [`local`]: which connections are this host's own; pure. [`addresses`] reads what makes them so
 //! - [`sysctl`]: settings that restored connections need
@@ -83,7 +84,10 @@ impl std::fmt::Display for KernelError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             KernelError::NotPermitted { doing } => {
-                write!(f, "cannot {doing}: CAP_NET_ADMIN is missing; run as root or grant it to the process")
+                write!(
+                    f,
+                    "cannot {doing}: CAP_NET_ADMIN is missing; run as root or grant it to the process"
+                )
             }
             KernelError::NoConntrack { doing } => write!(
                 f,
@@ -92,7 +96,10 @@ impl std::fmt::Display for KernelError {
             ),
             KernelError::Refused { doing, errno } => {
                 let reason = std::io::Error::from_raw_os_error(*errno);
-                write!(f, "cannot {doing}: {reason}; netlink may be closed to this process by seccomp or LSM")
+                write!(
+                    f,
+                    "cannot {doing}: {reason}; netlink may be closed to this process by seccomp or LSM"
+                )
             }
             KernelError::Setting { name, errno } => {
                 let reason = std::io::Error::from_raw_os_error(*errno);

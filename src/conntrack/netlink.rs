@@ -69,7 +69,8 @@ impl Socket {
     }
 
     fn set_option<T: Copy>(&self, level: i32, name: i32, value: &T) -> io::Result<()> {
-        // SAFETY: pointer and length describe `value`, which outlives the call; the kernel only reads it.
+        // SAFETY: pointer and length describe `value`, which outlives the call; the kernel only
+        // reads it.
         let result = unsafe {
             libc::setsockopt(
                 self.fd.as_raw_fd(),
@@ -83,11 +84,17 @@ impl Socket {
     }
 
     /// Sets an option of netlink itself, a switch or a group to join.
-    pub fn set_netlink_option(&self, name: i32, value: i32, doing: &'static str) -> Result<(), KernelError> {
+    pub fn set_netlink_option(
+        &self,
+        name: i32,
+        value: i32,
+        doing: &'static str,
+    ) -> Result<(), KernelError> {
         self.set_option(libc::SOL_NETLINK, name, &value).map_err(|e| KernelError::new(doing, &e))
     }
 
-    /// Makes room for `bytes` of waiting messages, beyond net.core.rmem_max where that is permitted.
+    /// Makes room for `bytes` of waiting messages, beyond net.core.rmem_max where that is
+    /// permitted.
     pub fn set_receive_buffer(&self, bytes: usize) -> Result<(), KernelError> {
         let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
         self.set_option(libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &bytes)
@@ -128,14 +135,19 @@ impl Socket {
     pub fn send(&self, requests: &[u8]) -> io::Result<()> {
         // SAFETY: pointer and length describe `requests`.
         let sent = unsafe {
-            libc::send(self.fd.as_raw_fd(), requests.as_ptr().cast(), requests.len(), libc::MSG_DONTWAIT)
+            libc::send(
+                self.fd.as_raw_fd(),
+                requests.as_ptr().cast(),
+                requests.len(),
+                libc::MSG_DONTWAIT,
+            )
         };
         if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
-/// A number for the calling thread's network namespace that no other one of this boot ever has; the inode
-/// number of its file is given to another one once it is gone.
+/// A number for the calling thread's network namespace that no other one of this boot ever has; the
+/// inode number of its file is given to another one once it is gone.
 pub fn namespace_cookie() -> Result<u64, KernelError> {
     const SO_NETNS_COOKIE: libc::c_int = 71; // Linux 5.14
     // SAFETY: takes no pointers.
@@ -149,8 +161,9 @@ pub fn namespace_cookie() -> Result<u64, KernelError> {
     let mut length = size_of::<u64>() as libc::socklen_t;
     let pointer = (&raw mut cookie).cast();
     // SAFETY: pointer and length describe `cookie`, which outlives the call.
-    let result =
-        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, pointer, &mut length) };
+    let result = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_NETNS_COOKIE, pointer, &mut length)
+    };
     match result {
         0 => Ok(cookie),
         _ => Err(KernelError::last("ask for the cookie of the network namespace")),
@@ -185,7 +198,8 @@ impl Mailbox {
         // SAFETY: as above.
         let mut headers: [libc::mmsghdr; Mailbox::BATCH] = unsafe { std::mem::zeroed() };
         for (i, buffer) in self.bytes.chunks_exact_mut(self.size).take(most).enumerate() {
-            vectors[i] = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+            vectors[i] =
+                libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
             headers[i].msg_hdr.msg_iov = &mut vectors[i];
             headers[i].msg_hdr.msg_iovlen = 1;
         }

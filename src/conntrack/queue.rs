@@ -1,4 +1,5 @@
-//! The queue of events: what the kernel says, message by message, and its table when it is asked to dump it.
+//! The queue of events: what the kernel says, message by message, and its table when it is asked to
+//! dump it.
 //!
 //! A trait, so that the simulator can put a model of the kernel in place of netlink.
 
@@ -63,7 +64,8 @@ pub trait Queue {
     /// Asks for the whole table; only when no dump is under way.
     fn start_dump(&mut self) -> Result<(), KernelError>;
 
-    /// Reads pieces of the dump until `cap` entries were looked at; `f` says whether it used the entry.
+    /// Reads pieces of the dump until `cap` entries were looked at; `f` says whether it used the
+    /// entry.
     fn drain_dump(&mut self, cap: usize, f: &mut dyn FnMut(SourceEvent) -> bool) -> DumpProgress;
 }
 
@@ -87,7 +89,11 @@ impl NetlinkQueue {
         // The filter before the groups: nothing of other shards is ever queued.
         socket.attach_filter(&filter::program(own_port_ids, shard, shards))?;
         for group in GROUPS.into_iter().chain([EXPECTATIONS]) {
-            socket.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen to conntrack events")?;
+            socket.set_netlink_option(
+                libc::NETLINK_ADD_MEMBERSHIP,
+                group,
+                "listen to conntrack events",
+            )?;
         }
         let mailbox = Mailbox::new(Mailbox::BATCH, EVENT_MAX);
         Ok(NetlinkQueue { socket, mailbox, dump: Dump::open()? })
@@ -106,10 +112,8 @@ impl Queue for NetlinkQueue {
             f(if is_expectation(message) {
                 expecting(message).map_or(Heard::Malformed, Heard::Expects)
             } else {
-                decode(message).map_or(Heard::Malformed, |Decoded { event, skipped }| Heard::Event {
-                    event,
-                    origin: origin(message),
-                    skipped,
+                decode(message).map_or(Heard::Malformed, |Decoded { event, skipped }| {
+                    Heard::Event { event, origin: origin(message), skipped }
                 })
             });
         }

@@ -18,7 +18,8 @@ pub const EVENTS: &str = "net.netfilter.nf_conntrack_events";
 ///   never raises an event, not even when it closes.
 /// - `nf_conntrack_tcp_be_liberal=1`: TCP windows are not replicated, and a flow that moves to
 ///   another gateway and back would be judged by old ones.
-pub const NEEDED: [(&str, u64); 2] = [(EVENTS, 1), ("net.netfilter.nf_conntrack_tcp_be_liberal", 1)];
+pub const NEEDED: [(&str, u64); 2] =
+    [(EVENTS, 1), ("net.netfilter.nf_conntrack_tcp_be_liberal", 1)];
 
 const _: () = assert!(NEEDED.len() == SYSCTLS);
 
@@ -47,7 +48,8 @@ pub(super) fn failed(name: &'static str, error: &io::Error) -> KernelError {
 pub struct Changed<'r>(OldValues<'r>);
 
 impl Changed<'_> {
-    /// Puts the old values back, in the network namespace of the calling thread, and strikes them out.
+    /// Puts the old values back, in the network namespace of the calling thread, and strikes them
+    /// out.
     pub fn put_back(self) -> Result<(), KernelError> {
         // All of them, whatever becomes of one; the first error is told.
         let put_back = |(i, (name, _)): (usize, &(&'static str, u64))| match self.0.get(i) {
@@ -58,9 +60,9 @@ impl Changed<'_> {
     }
 }
 
-/// Gives every setting of [`NEEDED`] its value in the network namespace of the calling thread. What it was is
-/// recorded first; or it was by a run that a crash kept from putting it back, and then that counts. If one
-/// cannot be set, those before it are put back.
+/// Gives every setting of [`NEEDED`] its value in the network namespace of the calling thread. What
+/// it was is recorded first; or it was by a run that a crash kept from putting it back, and then
+/// that counts. If one cannot be set, those before it are put back.
 pub fn set_needed(record: OldValues<'_>) -> Result<Changed<'_>, KernelError> {
     let here = netlink::namespace_cookie()?;
     if record.namespace() != here {
@@ -88,7 +90,9 @@ fn set(record: OldValues<'_>, i: usize, name: &'static str, value: u64) -> Resul
     let now = read(name)?;
     match record.get(i) {
         Some(old) if now == value => {
-            log::info!("an earlier run did not put sysctl {name} back: it will be {old} again at the end");
+            log::info!(
+                "an earlier run did not put sysctl {name} back: it will be {old} again at the end"
+            );
             Ok(())
         }
         _ if now == value => Ok(()),

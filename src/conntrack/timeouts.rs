@@ -1,5 +1,6 @@
-//! The timeouts that the kernel gives a connection when a packet of it passes: its settings in this network namespace, as
-//! they are at the moment. They are read again a few at a time, without waiting and without memory.
+//! The timeouts that the kernel gives a connection when a packet of it passes: its settings in this
+//! network namespace, as they are at the moment. They are read again a few at a time, without
+//! waiting and without memory.
 
 use std::fs::File;
 use std::io::Read;
@@ -83,10 +84,14 @@ impl Timeouts {
         timeouts
     }
 
-    /// What somebody says of each setting, by its name behind `nf_conntrack_`; the kernel's own defaults for the rest.
+    /// What somebody says of each setting, by its name behind `nf_conntrack_`; the kernel's own
+    /// defaults for the rest.
     pub fn told(by: &dyn Fn(&str) -> Option<u32>) -> Timeouts {
         let name = |path: &'static str| path.trim_start_matches(DIRECTORY);
-        Timeouts { seconds: SETTINGS.map(|(path, default)| by(name(path)).unwrap_or(default)), next: 0 }
+        Timeouts {
+            seconds: SETTINGS.map(|(path, default)| by(name(path)).unwrap_or(default)),
+            next: 0,
+        }
     }
 
     /// Reads so many of them again, in turn.
@@ -102,7 +107,8 @@ impl Timeouts {
     pub fn of(&self, connection: &Connection) -> u32 {
         let state = &connection.state;
         let is_assured = state.status & status::ASSURED != 0;
-        let by_state = |first: usize, states: usize| match connection.extra.protoinfo.state as usize {
+        let by_state = |first: usize, states: usize| match connection.extra.protoinfo.state as usize
+        {
             state if (1..=states).contains(&state) => first + state - 1,
             // A state that was never reported.
             _ => GENERIC,
@@ -110,8 +116,11 @@ impl Timeouts {
         self.seconds[match connection.original.protocol {
             TCP => {
                 // Offloaded flows are reported without their state: ASSURED means established.
-                let known =
-                    if state.tcp_state == 0 && is_assured { ESTABLISHED } else { state.tcp_state as usize };
+                let known = if state.tcp_state == 0 && is_assured {
+                    ESTABLISHED
+                } else {
+                    state.tcp_state as usize
+                };
                 // NONE and SYN_SENT2 are like SYN_SENT.
                 if (1..=8).contains(&known) { TCP_FIRST + known - 1 } else { TCP_FIRST }
             }
@@ -144,8 +153,10 @@ mod tests {
     fn every_state_has_its_own_setting() {
         let timeouts = Timeouts { seconds: std::array::from_fn(|i| 1000 + i as u32), next: 0 };
         let setting = |protocol: u8, tcp_state: u8, status: u32, state: u8| {
-            let original =
-                Tuple { protocol, ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2)) };
+            let original = Tuple {
+                protocol,
+                ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2))
+            };
             let of = State { tcp_state, status, ..State::default() };
             let mut connection = Connection::new(original, original.mirrored(), of);
             connection.extra =

@@ -17,7 +17,8 @@
 //! ```
 //!
 //! A connection of a **survivor** must be active there and backed up at the other one, both exactly
-//! as the load told last; a closed one must be nowhere; no short-lived one may have a copy anywhere.
+//! as the load told last; a closed one must be nowhere; no short-lived one may have a copy
+//! anywhere.
 
 use std::collections::HashMap;
 
@@ -108,7 +109,8 @@ impl Verdict {
     }
 }
 
-/// Where the living hold a connection: at two different members, as it should be, and what there is beside.
+/// Where the living hold a connection: at two different members, as it should be, and what there is
+/// beside.
 #[derive(Default)]
 struct Places<'a> {
     copies: [Option<&'a Found>; 2],
@@ -118,7 +120,8 @@ struct Places<'a> {
 
 impl<'a> Places<'a> {
     fn note(&mut self, found: &'a Found) {
-        let is_twice = self.copies.iter().flatten().any(|copy| copy.at.member() == found.at.member());
+        let is_twice =
+            self.copies.iter().flatten().any(|copy| copy.at.member() == found.at.member());
         match self.copies.iter_mut().find(|copy| copy.is_none()) {
             Some(copy) if !is_twice => *copy = Some(found),
             _ => self.further = Some(found),
@@ -134,7 +137,8 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Checks the tables of a whole group at rest, of two members at least, against what the load told: nobody died.
+/// Checks the tables of a whole group at rest, of two members at least, against what the load told:
+/// nobody died.
 pub fn check_at_rest(members: &[&TableCopy], open: &[Open<'_>]) -> Verdict {
     check(&TableCopy { member: NOBODY, found: Vec::new() }, members, open)
 }
@@ -144,15 +148,22 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
     let mut verdict = Verdict::default();
     for found in std::iter::once(&victim).chain(survivors).flat_map(|table| &table.found) {
         if found.kind == Kind::Backup && !found.is_torn && is_short(&found.connection.original) {
-            verdict.blame(&found.connection.original, Wrong::ShortCopied, format!("backup at {}", found.at));
+            verdict.blame(
+                &found.connection.original,
+                Wrong::ShortCopied,
+                format!("backup at {}", found.at),
+            );
         }
     }
     let mut places: HashMap<Tuple, Places<'_>> = HashMap::new();
-    for found in survivors.iter().flat_map(|table| &table.found).filter(|found| found.kind.is_connection()) {
+    for found in
+        survivors.iter().flat_map(|table| &table.found).filter(|found| found.kind.is_connection())
+    {
         places.entry(found.connection.original).or_default().note(found);
     }
     let owned = victim.found.iter().filter(|found| found.is_torn || found.kind != Kind::Backup);
-    let mut left: HashMap<Tuple, &Found> = owned.map(|found| (found.connection.original, found)).collect();
+    let mut left: HashMap<Tuple, &Found> =
+        owned.map(|found| (found.connection.original, found)).collect();
     verdict.torn = victim.found.iter().filter(|found| found.is_torn).count() as u64;
 
     for open in open {
@@ -179,9 +190,17 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
     for (original, at) in places.iter().filter(|(_, at)| !at.is_open) {
         let Some(found) = at.any() else { continue };
         if !left.contains_key(original) {
-            verdict.blame(original, Wrong::ClosedPresent, format!("{} at {}", found.kind.name(), found.at));
+            verdict.blame(
+                original,
+                Wrong::ClosedPresent,
+                format!("{} at {}", found.kind.name(), found.at),
+            );
         } else if at.both().is_none() {
-            verdict.blame(original, Wrong::Missing, format!("only at {}, its close was exposed", found.at));
+            verdict.blame(
+                original,
+                Wrong::Missing,
+                format!("only at {}, its close was exposed", found.at),
+            );
         }
     }
     verdict
@@ -192,7 +211,11 @@ fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, a
     let some_state = |found: &Found| compare_any(found, flow);
     let Some(left) = left else {
         if !open.is_recent {
-            verdict.blame(&flow.original, Wrong::Missing, "it is not in the victim's own memory".into());
+            verdict.blame(
+                &flow.original,
+                Wrong::Missing,
+                "it is not in the victim's own memory".into(),
+            );
         }
         verdict.exposed_unread += !flow.is_short as u64;
         return require_none(verdict, flow, at);
@@ -207,7 +230,9 @@ fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, a
             verdict.young += 1;
             require_none(verdict, flow, at);
         }
-        Kind::Active if !flow.had(state.state.mark) || flow.connection_at(state.state.mark) != state => {
+        Kind::Active
+            if !flow.had(state.state.mark) || flow.connection_at(state.state.mark) != state =>
+        {
             let found = format!("the victim's own memory has {:?}", state.state);
             verdict.blame(&flow.original, Wrong::Differs, found);
         }
@@ -226,7 +251,8 @@ fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, a
                     std::cmp::Ordering::Greater => compare_any(found, flow),
                 };
                 let (epoch, version) = (left.stamp.epoch, left.stamp.version);
-                let wanted = format!("acknowledged was {epoch}.{version} {:?}", left.connection.state);
+                let wanted =
+                    format!("acknowledged was {epoch}.{version} {:?}", left.connection.state);
                 require_pair(verdict, flow, at, None, &wanted, &acknowledged);
             }
             Acknowledged::Earlier => {
@@ -247,7 +273,8 @@ fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, a
     }
 }
 
-/// Whether a copy is exactly `expected`; otherwise, whether it is an older state or none that ever was.
+/// Whether a copy is exactly `expected`; otherwise, whether it is an older state or none that ever
+/// was.
 fn compare(found: &Found, expected: &Connection, flow: &Flow) -> Result<(), Wrong> {
     if found.connection == *expected {
         return Ok(());
@@ -279,7 +306,8 @@ fn require_pair_or_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>, com
     }
 }
 
-/// Both survivors hold it, one as active (`active`, if that is said) and one as backup, and both copies pass.
+/// Both survivors hold it, one as active (`active`, if that is said) and one as backup, and both
+/// copies pass.
 fn require_pair(
     verdict: &mut Verdict,
     flow: &Flow,
@@ -299,8 +327,11 @@ fn require_pair(
     for found in pair {
         verdict.compared += 1;
         if let Err(wrong) = compare(found) {
-            let known =
-                if flow.had(found.connection.state.mark) { "a mark it had" } else { "no mark it had" };
+            let known = if flow.had(found.connection.state.mark) {
+                "a mark it had"
+            } else {
+                "no mark it had"
+            };
             let (a, b) = (pair[0].stamp, pair[1].stamp);
             let found = format!(
                 "{} at {} has {:?} ({known}), told was {:?}; {wanted}; stamps {}.{} and {}.{}",
@@ -317,9 +348,11 @@ fn require_pair(
         }
     }
     let [a, b] = if pair[0].kind == Kind::Active { pair } else { [pair[1], pair[0]] };
-    let is_pair = a.kind == Kind::Active && b.kind == Kind::Backup && a.peer == b.at && b.peer == a.at;
+    let is_pair =
+        a.kind == Kind::Active && b.kind == Kind::Backup && a.peer == b.at && b.peer == a.at;
     if !is_pair || active.is_some_and(|member| a.at.member() != member) {
-        let of = |found: &Found| format!("{} at {} with {}", found.kind.name(), found.at, found.peer);
+        let of =
+            |found: &Found| format!("{} at {} with {}", found.kind.name(), found.at, found.peer);
         verdict.blame(&flow.original, Wrong::Roles, format!("{}, {}", of(pair[0]), of(pair[1])));
     }
 }

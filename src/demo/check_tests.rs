@@ -24,8 +24,12 @@ impl World {
     }
 
     fn flow(&mut self, member: MemberId, is_short: bool) -> usize {
-        let traits =
-            Traits { is_short, is_nat: self.flows.len().is_multiple_of(2), is_v6: false, is_tcp: true };
+        let traits = Traits {
+            is_short,
+            is_nat: self.flows.len().is_multiple_of(2),
+            is_v6: false,
+            is_tcp: true,
+        };
         let n = self.flows.len() as u64;
         let mut flow = Flow::new(member, n, traits, Duration::ZERO, &mut self.rng);
         flow.change(&mut self.rng);
@@ -49,7 +53,10 @@ impl World {
     /// On both survivors, active at `active`.
     fn pair(&mut self, n: usize, active: MemberId) {
         let other = 4 - active;
-        let (a, b) = (self.found(n, active, Kind::Active, other), self.found(n, other, Kind::Backup, active));
+        let (a, b) = (
+            self.found(n, active, Kind::Active, other),
+            self.found(n, other, Kind::Backup, active),
+        );
         for (table, member) in self.survivors.iter_mut().zip([1, 3]) {
             table.found.push(if member == active { a } else { b });
         }
@@ -106,7 +113,10 @@ fn a_group_in_which_everything_holds_passes() {
     let verdict = w.check();
     assert_eq!(verdict.violations, []);
     assert_eq!((verdict.protected, verdict.exposed_state, verdict.exposed_whole), (1, 1, 1));
-    assert_eq!((verdict.exposed(), verdict.exposed_alive, verdict.young, verdict.own), (2, 1, 1, 2));
+    assert_eq!(
+        (verdict.exposed(), verdict.exposed_alive, verdict.young, verdict.own),
+        (2, 1, 1, 2)
+    );
     assert_eq!(verdict.compared, 8);
 }
 
@@ -128,8 +138,10 @@ fn a_missing_copy_is_found() {
 fn a_further_copy_is_found() {
     let mut w = World::new();
     let n = w.own(1);
-    let further =
-        Found { at: Coordinate::new(3, 1, 9, Default::default()), ..w.found(n, 3, Kind::Backup, 1) };
+    let further = Found {
+        at: Coordinate::new(3, 1, 9, Default::default()),
+        ..w.found(n, 3, Kind::Backup, 1)
+    };
     w.survivors[1].found.push(further);
     assert_eq!(w.wrongs(), [Wrong::Further]);
 }

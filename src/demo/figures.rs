@@ -23,7 +23,9 @@ pub struct Figures {
 
 /// The sum of one counter over a member's shards.
 pub fn sum(view: &RegionView, counter: Counter) -> u64 {
-    (0..view.header().sizes.shards).map(|shard| Counters::new(view.shard(shard).counters).get(counter)).sum()
+    (0..view.header().sizes.shards)
+        .map(|shard| Counters::new(view.shard(shard).counters).get(counter))
+        .sum()
 }
 
 impl Figures {

@@ -42,7 +42,8 @@ impl Group {
     /// # Errors
     /// One line that says what went wrong.
     pub fn start(options: &DemoOptions) -> Result<Group, String> {
-        let dir = Directory::new(options.keep).map_err(|e| format!("cannot make a directory: {e}"))?;
+        let dir =
+            Directory::new(options.keep).map_err(|e| format!("cannot make a directory: {e}"))?;
         if options.keep {
             eprintln!("hypersync demo: the directory is {}", dir.path().display());
         }
@@ -57,8 +58,8 @@ impl Group {
             // In the end two members hold everything, and leases need room as well.
             let capacity = 2 * options.connections + 20_000;
             let start = Start { member, shards, capacity, dir: group._dir.path(), more: &more };
-            let appliance =
-                Appliance::start(&start).map_err(|e| format!("cannot start member {member}: {e}"))?;
+            let appliance = Appliance::start(&start)
+                .map_err(|e| format!("cannot start member {member}: {e}"))?;
             group.appliances.push(appliance);
         }
         let begun = clock::now();
@@ -99,7 +100,8 @@ impl Group {
     /// Since when both survivors have held the victim for dead, if they do and every shard knows.
     pub fn detected(&self) -> Option<Time> {
         let dead = SURVIVORS.map(|viewer| {
-            let member = self.sees(viewer, VICTIM).filter(|member| member.status == Status::Dead)?;
+            let member =
+                self.sees(viewer, VICTIM).filter(|member| member.status == Status::Dead)?;
             has_acted(&self.views[viewer]).then_some(member.since)
         });
         Some(dead[0]?.max(dead[1]?))
@@ -170,7 +172,8 @@ impl Group {
         Ok(at)
     }
 
-    /// Ends the load on the survivors: what is short-lived closes, the rest stays as it was last told.
+    /// Ends the load on the survivors: what is short-lived closes, the rest stays as it was last
+    /// told.
     pub fn finish_load(&mut self) {
         for member in SURVIVORS {
             self.loads[member].flows.finish(true);

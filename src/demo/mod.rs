@@ -25,7 +25,9 @@ use crate::load::interrupt;
 /// Tells the story; success only if everything holds that it claims.
 pub fn main(options: DemoOptions) -> ExitCode {
     if options.connections < 300 || options.connections > 10_000_000 || options.rate < 300 {
-        eprintln!("hypersync demo: it takes 300 to 10000000 connections and at least 300 events a second");
+        eprintln!(
+            "hypersync demo: it takes 300 to 10000000 connections and at least 300 events a second"
+        );
         return ExitCode::from(2);
     }
     interrupt::catch();

@@ -21,14 +21,16 @@ pub const SURVIVORS: [usize; 2] = [0, 2];
 /// The hold time that the appliances are given.
 pub const HOLD: Duration = Duration::from_secs(3);
 
-/// Runs a group of three on this machine, kills one under load, and checks what became of its connections.
+/// Runs a group of three on this machine, kills one under load, and checks what became of its
+/// connections.
 #[derive(FromArgs, Clone, Debug)]
 #[argh(subcommand, name = "demo")]
 pub struct DemoOptions {
     /// connections that are open at any time, over the three members (default: 100000)
     #[argh(option, default = "100_000")]
     pub connections: usize,
-    /// events a second: connections opened, changed and closed, over the three members (default: 24000)
+    /// events a second: connections opened, changed and closed, over the three members
+    /// (default: 24000)
     #[argh(option, default = "24_000")]
     pub rate: u32,
     /// everything random follows from this number (default: 1)

@@ -1,8 +1,8 @@
 //! Processes and their directory: nothing of a demo outlives it.
 //!
 //! Each appliance is a child with a handle, which is killed when the handle is dropped; a child
-//! whose parent dies in any other way is killed by the kernel (PR_SET_PDEATHSIG). The directory is fresh,
-//! private, and removed when dropped.
+//! whose parent dies in any other way is killed by the kernel (PR_SET_PDEATHSIG). The directory is
+//! fresh, private, and removed when dropped.
 #![allow(unsafe_code)]
 
 use std::fs::{self, File};
@@ -87,20 +87,31 @@ impl Appliance {
         let shm = start.dir.join(format!("member-{member}"));
         let log = start.dir.join(format!("member-{member}.log"));
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["run", "--group", "7", "--source", "ring", "--commit", "off", "--hold", "3s"]);
+        command
+            .args(["run", "--group", "7", "--source", "ring", "--commit", "off", "--hold", "3s"]);
         command.args(["--heartbeat", "100ms", "--dead-after", "3", "--reprotect-after", "2s"]);
         command.args(["--priority", "100", "--arena", "524288"]);
         command.args(["--member", &member.to_string(), "--sync", &format!("127.0.0.{member}")]);
         for peer in super::MEMBERS.iter().filter(|peer| **peer != member) {
             command.args(["--peer", &format!("127.0.0.{peer}")]);
         }
-        command.args(["--shards", &start.shards.to_string(), "--capacity", &start.capacity.to_string()]);
+        command.args([
+            "--shards",
+            &start.shards.to_string(),
+            "--capacity",
+            &start.capacity.to_string(),
+        ]);
         command.arg("--shm").arg(&shm).args(start.more);
         // A group of its own: Ctrl-C is for the demo, which then ends its children itself.
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log)?).process_group(0);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?)
+            .process_group(0);
         let parent = std::process::id();
         let follow = move || {
-            // SAFETY: prctl with these arguments and getppid touch no memory and are async-signal-safe.
+            // SAFETY: prctl with these arguments and getppid touch no memory and are
+            // async-signal-safe.
             let parent_now = unsafe {
                 if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
                     return Err(io::Error::last_os_error());
@@ -108,7 +119,11 @@ impl Appliance {
                 libc::getppid()
             };
             // It may have died before the call.
-            if parent_now as u32 == parent { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+            if parent_now as u32 == parent {
+                Ok(())
+            } else {
+                Err(io::ErrorKind::Interrupted.into())
+            }
         };
         // SAFETY: the closure runs between fork and exec and only makes the two calls above; it
         // allocates nothing and takes no lock (an error is made of a number).
@@ -123,7 +138,9 @@ impl Appliance {
     pub fn try_view(&self) -> Result<Option<RegionView>, ShmError> {
         match RegionView::open(&self.shm) {
             Ok(view) => Ok(Some(view)),
-            Err(ShmError::Missing(_) | ShmError::NotReady(_) | ShmError::Abandoned { .. }) => Ok(None),
+            Err(ShmError::Missing(_) | ShmError::NotReady(_) | ShmError::Abandoned { .. }) => {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -132,7 +149,8 @@ impl Appliance {
     pub fn ended(&mut self) -> Option<String> {
         let status = self.child.try_wait().ok()??;
         let log = fs::read_to_string(&self.log).unwrap_or_default();
-        let words = log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        let words =
+            log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
         Some(format!("member {} ended with {status}: {words}", self.member))
     }
 

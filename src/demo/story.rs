@@ -55,8 +55,13 @@ pub fn tell(options: &DemoOptions, out: &mut dyn Write) -> Result<bool, String> 
     group.load(options)?;
     let started = clock::now();
     let deadline = started.after(Duration::from_secs(60));
-    group.drive(|group, now| group.loads.iter().all(|l| l.flows.is_ramped()) || deadline.reached(now))?;
-    say("opened", format!("{} connections in {}", commas(group.open()), span(clock::now().since(started))));
+    group.drive(|group, now| {
+        group.loads.iter().all(|l| l.flows.is_ramped()) || deadline.reached(now)
+    })?;
+    say(
+        "opened",
+        format!("{} connections in {}", commas(group.open()), span(clock::now().since(started))),
+    );
     let until = clock::now().after(HOLD);
     group.drive(|_, now| until.reached(now))?;
     let before = group.figures();
@@ -110,7 +115,10 @@ fn introduce(group: &Group, begun: Time, say: Say<'_>) {
     let slots = sizes.memory.capacity as u64 * sizes.shards as u64;
     let bytes = crate::shm::layout::total_bytes(&sizes) as u64;
     let each = bytes.div_ceil(slots);
-    say("memory", format!("{each} bytes a slot: {} slots in {} MB at member 1", commas(slots), bytes >> 20));
+    say(
+        "memory",
+        format!("{each} bytes a slot: {} slots in {} MB at member 1", commas(slots), bytes >> 20),
+    );
 }
 
 /// Kills the victim and waits until the survivors are at rest.
@@ -132,7 +140,8 @@ fn die(group: &mut Group) -> Result<Recovery, String> {
         let at_rest = group.is_all_read()
             && group.survivors(Counter::ConnectionsHeld) == 0
             && killed.after(HOLD + Duration::from_millis(200)).reached(now);
-        if let (Some(detected), Some(recovered), true, 0) = (detected, recovered, at_rest, exposure) {
+        if let (Some(detected), Some(recovered), true, 0) = (detected, recovered, at_rest, exposure)
+        {
             // Closes are not exposure: the last ones get a moment to arrive.
             group.pause(Duration::from_millis(300))?;
             return Ok(Recovery { killed, detected, recovered, settled: now, most_exposed });
@@ -159,7 +168,10 @@ fn audit(group: &Group, recovery: &Recovery) -> Verdict {
         let kill = load.age(recovery.killed);
         let of = |flow| Open { member, flow, is_recent: false };
         open.extend(
-            load.flows.open().map(of).map(|o| Open { is_recent: o.flow.opened + RECENT > kill, ..o }),
+            load.flows
+                .open()
+                .map(of)
+                .map(|o| Open { is_recent: o.flow.opened + RECENT > kill, ..o }),
         );
     }
     let victim = copy(&group.views[VICTIM]);
@@ -169,16 +181,22 @@ fn audit(group: &Group, recovery: &Recovery) -> Verdict {
 
 fn steady(figures: &Figures, took: Duration, open: u64, group: &Group, say: Say<'_>) {
     let a_second = |n: u64| commas((n as f64 / took.as_secs_f64()) as u64);
-    let text = format!("{} alive; 30 % of new ones short-lived, 20 % NATed, 10 % IPv6", commas(open));
+    let text =
+        format!("{} alive; 30 % of new ones short-lived, 20 % NATed, 10 % IPv6", commas(open));
     say("connections", text);
     let full: u64 = group.loads.iter().map(|load| load.full()).sum();
-    let text =
-        format!("{} a second opened, changed or closed; {full} waits for a ring", a_second(figures.events));
+    let text = format!(
+        "{} a second opened, changed or closed; {full} waits for a ring",
+        a_second(figures.events)
+    );
     say("changes", text);
     let each = figures.bytes as f64 / figures.deltas.max(1) as f64;
     say(
         "deltas",
-        format!("{} a second; {each:.1} bytes each, with CCP headers and leases", a_second(figures.deltas)),
+        format!(
+            "{} a second; {each:.1} bytes each, with CCP headers and leases",
+            a_second(figures.deltas)
+        ),
     );
     let [p50, p99, p999, max] = [0.5, 0.99, 0.999, 1.0].map(|share| span(figures.delay(share)));
     say("change to ack", format!("p50 {p50}, p99 {p99}, p99.9 {p999}, max {max} (bucket edges)"));
@@ -188,8 +206,11 @@ fn aftermath(r: &Recovery, v: &Verdict, say: Say<'_>) {
     let after = |at: Time| span(at.since(r.killed));
     say("killed", "member 2, with SIGKILL, in the midst of its load".into());
     let of = v.protected + v.exposed();
-    let text =
-        format!("{} of its {} connections had a change not acknowledged", commas(v.exposed()), commas(of));
+    let text = format!(
+        "{} of its {} connections had a change not acknowledged",
+        commas(v.exposed()),
+        commas(of)
+    );
     say("exposed at the kill", text);
     let text = format!(
         "{} their newest state, {} all of it, {} not read from the ring; {} live on",
@@ -198,7 +219,10 @@ fn aftermath(r: &Recovery, v: &Verdict, say: Say<'_>) {
     say("", text);
     say("", format!("{} closes not acknowledged, {} slots half written", v.exposed_closes, v.torn));
     say("detected", format!("after {} by both survivors", after(r.detected)));
-    say("two copies again", format!("after {} (new backups begin 2 s after a death)", after(r.recovered)));
+    say(
+        "two copies again",
+        format!("after {} (new backups begin 2 s after a death)", after(r.recovered)),
+    );
     say("most exposed", format!("{} connections in between", commas(r.most_exposed)));
     say("at rest", format!("after {}", after(r.settled)));
 }
@@ -207,10 +231,18 @@ fn aftermath(r: &Recovery, v: &Verdict, say: Say<'_>) {
 fn clues(group: &Group, say: Say<'_>) {
     for view in &group.views {
         use Counter::{
-            Conflicts, DatagramsGivenUp, DatagramsResent, MembersDied, Refused, StreamsLost, TableFull,
+            Conflicts, DatagramsGivenUp, DatagramsResent, MembersDied, Refused, StreamsLost,
+            TableFull,
         };
-        let counters =
-            [DatagramsResent, DatagramsGivenUp, StreamsLost, MembersDied, Refused, Conflicts, TableFull];
+        let counters = [
+            DatagramsResent,
+            DatagramsGivenUp,
+            StreamsLost,
+            MembersDied,
+            Refused,
+            Conflicts,
+            TableFull,
+        ];
         let counted = counters.map(|counter| format!("{counter:?} {}", sum(view, counter)));
         say("clue", format!("member {}: {}", view.header().member, counted.join(", ")));
     }
@@ -222,7 +254,8 @@ fn clues(group: &Group, say: Say<'_>) {
 fn conclude(group: &Group, v: &Verdict, say: Say<'_>) {
     let closed: u64 = group.loads.iter().map(|load| load.flows.told().closed).sum();
     let short: u64 = group.loads.iter().map(|load| load.flows.told().opened_short).sum();
-    let text = format!("{} acknowledged connections of the victim on both survivors", commas(v.protected));
+    let text =
+        format!("{} acknowledged connections of the victim on both survivors", commas(v.protected));
     say("checked", text);
     say("", format!("{} connections of the survivors on both, as last told", commas(v.own)));
     say("", format!("{} copies compared field by field", commas(v.compared)));

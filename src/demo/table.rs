@@ -69,7 +69,8 @@ pub fn copy(view: &RegionView) -> TableCopy {
             if matches!(line.kind(), Kind::Free | Kind::Leased) {
                 continue;
             }
-            // `last` names the datagram of the newest delta, and is none while a change waits to be sent.
+            // `last` names the datagram of the newest delta, and is none while a change waits to be
+            // sent.
             let acknowledged = match line.last().is_passed_by(floor(line.peer())) {
                 true => Acknowledged::Newest,
                 // The tuples stay in the mask until a delta that carried them was acknowledged.

@@ -9,8 +9,8 @@ use crate::source::SourceEvent;
 use crate::sync::Replica;
 use crate::time::Time;
 
-/// Whether the protocol is told of this event. A connection of ours that a rule skips from now on (its mark
-/// has changed, say) is let go, here and at its backup.
+/// Whether the protocol is told of this event. A connection of ours that a rule skips from now on
+/// (its mark has changed, say) is let go, here and at its backup.
 pub(super) fn admits(
     now: Time,
     rules: &Rules,

@@ -16,9 +16,9 @@ pub(super) const CHECK_PERIOD: Duration = Duration::from_millis(100);
 /// Look-ups that may wait.
 pub(super) const LOOKS_MAX: usize = 8192;
 
-/// What the answer to a question tells of the connection in this slot, besides its mark and extra. Its timeout says nothing new: it
-/// runs down, and grows with every packet; but one that has gone over to another state has that state's. The kernel
-/// tells neither of offloaded flows.
+/// What the answer to a question tells of the connection in this slot, besides its mark and extra.
+/// Its timeout says nothing new: it runs down, and grows with every packet; but one that has gone
+/// over to another state has that state's. The kernel tells neither of offloaded flows.
 pub(super) fn told_by_answer(slot: u32, there: &Connection, replica: &Replica<'_>) -> u8 {
     let known = replica.table().line(slot).state();
     if there.original.protocol == TCP && there.state.tcp_state == 0 {

@@ -1,8 +1,10 @@
-//! Claims: an event at a copy says that something happened to its entry here, perhaps that its traffic is here now.
+//! Claims: an event at a copy says that something happened to its entry here, perhaps that its
+//! traffic is here now.
 //!
-//! Events are read late: those of a process that stood still tell of a connection that ended long ago, whose ports are used by
-//! another one since, and whose copy lies in this very entry. And an entry changes without any packet: an operator marks it, or deletes
-//! it. So nothing is believed of a copy whose active lives before the kernel was asked for its entry as it is now:
+//! Events are read late: those of a process that stood still tell of a connection that ended long
+//! ago, whose ports are used by another one since, and whose copy lies in this very entry. And an
+//! entry changes without any packet: an operator marks it, or deletes it. So nothing is believed of
+//! a copy whose active lives before the kernel was asked for its entry as it is now:
 //!
 //! | there is | the event is |
 //! |---|---|
@@ -13,8 +15,9 @@
 //! | none, and its end was not seen | a copy without its entry: it is written again |
 //! | none, and the event was another | nothing is done: the event of its end comes behind |
 //!
-//! If its active is dead an end is asked about as well: the entry may have been written again since. Where there is none the copy has ended, unless
-//! the entry ran out that was left as it was when its active lived.
+//! If its active is dead an end is asked about as well: the entry may have been written again
+//! since. Where there is none the copy has ended, unless the entry ran out that was left as it was
+//! when its active lived.
 
 use std::collections::VecDeque;
 
@@ -76,7 +79,8 @@ impl Claims {
         self.questions.is_empty()
     }
 
-    /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`: too many wait.
+    /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`:
+    /// too many wait.
     pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
@@ -126,7 +130,8 @@ pub(super) fn found(
     let lives = replica.is_living_copy(slot);
     let (original, state) = (replica.table().tuples(slot).0, replica.table().line(slot).state());
     match (there, told) {
-        // A timeout or a mark that another program writes is no packet; its active says what belongs there.
+        // A timeout or a mark that another program writes is no packet; its active says what
+        // belongs there.
         (Some(there), Told::Written) if lives && there.state.tcp_state == state.tcp_state => {
             counters.count(Counter::ClaimsUnfounded);
             replica.recommit(now, slot);
@@ -137,7 +142,9 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Told::Ended(End::Unseen)) if lives || replica.table().written(slot) == Written::AsItWas => {
+        (None, Told::Ended(End::Unseen))
+            if lives || replica.table().written(slot) == Written::AsItWas =>
+        {
             replica.recommit(now, slot)
         }
         (None, Told::Ended(end @ End::Unseen)) => {

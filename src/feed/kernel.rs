@@ -1,7 +1,7 @@
 //! The kernel's conntrack, as a shard reads and writes it.
 //!
-//! Waking up per event is what costs: under load events are drained in batches a millisecond apart, at
-//! once when a single one arrives after silence.
+//! Waking up per event is what costs: under load events are drained in batches a millisecond apart,
+//! at once when a single one arrives after silence.
 
 use std::time::Duration;
 
@@ -46,10 +46,11 @@ pub struct KernelParts<Q = NetlinkQueue, E = NetlinkEntries> {
     pub rules: Rules,
     /// When copies are written.
     pub commit: CommitMode,
-    /// Whether connections may exist that raise no events, because they were born while nobody listened.
+    /// Whether connections may exist that raise no events, because they were born while nobody
+    /// listened.
     pub may_be_unheard: bool,
-    /// How long the walk takes that checks the kernel's entries of copies; zero: there is none. Only where
-    /// copies are written at once.
+    /// How long the walk takes that checks the kernel's entries of copies; zero: there is none.
+    /// Only where copies are written at once.
     pub verify: Duration,
     /// The table was not empty at the start: this process goes on with what an earlier one held.
     pub resumed: bool,
@@ -67,7 +68,8 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     /// When to drain; `NEVER` while the socket is watched.
     drain_at: Time,
     overruns: u32,
-    /// Events were lost behind those that wait: a dump must not show what these would take back. Until then they are read first.
+    /// Events were lost behind those that wait: a dump must not show what these would take back.
+    /// Until then they are read first.
     behind_until: Option<Time>,
     /// When entries are deleted although there is more to hear; `NEVER` if there is not.
     deletes_at: Time,
@@ -118,24 +120,40 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     }
 
     /// Takes what the source has, up to the cap of a pass. Returns whether that was hit.
-    pub fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    pub fn ingest(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> bool {
         self.local.follow(self.addresses);
         let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
         }
-        if !has_more && self.drain_at != now || self.behind_until.is_some_and(|until| until.reached(now)) {
+        if !has_more && self.drain_at != now
+            || self.behind_until.is_some_and(|until| until.reached(now))
+        {
             self.behind_until = None;
         }
         let admission = (&self.rules, &self.local);
         let may_begin = self.behind_until.is_none();
-        self.repair.step(now, may_begin, &mut self.source, admission, &mut self.shifts, replica, counters);
+        self.repair.step(
+            now,
+            may_begin,
+            &mut self.source,
+            admission,
+            &mut self.shifts,
+            replica,
+            counters,
+        );
         has_more
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
-        // Of copies that are written to the kernel: the entry as it is now says what an event about it means.
+        // Of copies that are written to the kernel: the entry as it is now says what an event about
+        // it means.
         let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
             let copy = match told {
                 Told::Ended(_) => replica.copy(original),
@@ -152,7 +170,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
                     }
-                    let told = if origin == Origin::Program { Told::Written } else { Told::Changed };
+                    let told =
+                        if origin == Origin::Program { Told::Written } else { Told::Changed };
                     if ask(&connection.original, told, replica) {
                         return;
                     }
@@ -226,9 +245,14 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         writer.deleted().iter().for_each(|original| source.deleted(original));
     }
 
-    /// An entry is deleted by its tuple, and may be another connection's by now: what the source has to tell until now is heard before. A source that
-    /// always has more is not waited for.
-    fn may_delete(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    /// An entry is deleted by its tuple, and may be another connection's by now: what the source
+    /// has to tell until now is heard before. A source that always has more is not waited for.
+    fn may_delete(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> bool {
         let has_more = replica.has_deletes() && self.drain(now, replica, counters);
         if !has_more {
             self.deletes_at = Time::NEVER;

@@ -65,8 +65,14 @@ impl<'m> Feed<'m> {
         }
     }
 
-    /// Takes what the source has, up to the cap of a pass. Returns whether that was hit, so that more may wait.
-    pub fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    /// Takes what the source has, up to the cap of a pass. Returns whether that was hit, so that
+    /// more may wait.
+    pub fn ingest(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> bool {
         match self {
             Feed::Ring(ring) => ring.ingest(now, replica, counters),
             Feed::Kernel(kernel) => kernel.ingest(now, replica, counters),
@@ -82,7 +88,12 @@ impl<'m> Feed<'m> {
     }
 
     /// Writes up to a pass's share of commits. Returns whether more wait.
-    pub fn commit(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    pub fn commit(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> bool {
         if let Feed::Kernel(kernel) = self {
             kernel.commit(now, replica, counters);
         }

@@ -1,20 +1,23 @@
 //! Repair: what events did not tell.
 //!
-//! Events are lost when too many wait, and connections that were born while nobody listened never raise
-//! any. A **dump** of the kernel's table finds the connections that are missing here; a **sweep** over our
-//! own table finds those that the dump did not show. A dump walks the table while it changes, so what it
-//! did not show may be there all the same: each is **looked up** before anything is believed. The
-//! same look-ups follow, once a minute, connections that raise no events, or may raise none: a copy whose entry was there before it is written, and
-//! what goes on in another slot because packets were found to pass.
+//! Events are lost when too many wait, and connections that were born while nobody listened never
+//! raise any. A **dump** of the kernel's table finds the connections that are missing here; a
+//! **sweep** over our own table finds those that the dump did not show. A dump walks the table
+//! while it changes, so what it did not show may be there all the same: each is **looked up**
+//! before anything is believed. The same look-ups follow, once a minute, connections that raise no
+//! events, or may raise none: a copy whose entry was there before it is written, and what goes on
+//! in another slot because packets were found to pass.
 //!
-//! **After a warm restart** the table is there and nobody listened for a while: connections have changed, closed and
-//! begun. So the first dump is followed by a sweep as well, and the source counts as read to its end when all the
-//! look-ups of that are answered. Entries that only we write, of connections that the table does not have, are deletes
-//! that the earlier process owed: they are made up for. What is a copy, or was taken over without traffic,
-//! is no business of that sweep: `verify` walks over all of those then, at once.
+//! **After a warm restart** the table is there and nobody listened for a while: connections have
+//! changed, closed and begun. So the first dump is followed by a sweep as well, and the source
+//! counts as read to its end when all the look-ups of that are answered. Entries that only we
+//! write, of connections that the table does not have, are deletes that the earlier process owed:
+//! they are made up for. What is a copy, or was taken over without traffic, is no business of that
+//! sweep: `verify` walks over all of those then, at once.
 //!
 //! Dumps are a repair: after the one at the start, which finds what was there before, there is none
-//! unless events were lost, or that one found [leftovers](super::leftovers). They are counted (`source_dumps`).
+//! unless events were lost, or that one found [leftovers](super::leftovers). They are counted
+//! (`source_dumps`).
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -49,8 +52,8 @@ const _: () = assert!(REWRITE_PERIOD.as_secs() as u32 * 2 < KEPT_TIMEOUT_S - GIV
 
 /// How long it takes to look up every connection that raises no events.
 const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
-/// The first round after the start, and each further one takes twice as long: those that were found in the middle of opening or closing
-/// are asked for soon, as their state goes on without an event.
+/// The first round after the start, and each further one takes twice as long: those that were found
+/// in the middle of opening or closing are asked for soon, as their state goes on without an event.
 const UNHEARD_FIRST: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -138,7 +141,8 @@ impl Repair {
         self.complete && self.stage == Stage::Idle && self.looks.is_empty()
     }
 
-    /// The table was taken over from an earlier process, and not all of what that one may have missed is known yet.
+    /// The table was taken over from an earlier process, and not all of what that one may have
+    /// missed is known yet.
     fn is_resuming(&self) -> bool {
         self.resumed && !self.complete
     }
@@ -158,7 +162,9 @@ impl Repair {
         let at = match self.stage {
             Stage::Wanted => self.dump_at.max(now.after(BATCH_PAUSE)),
             Stage::Dumping | Stage::Sweeping(_) => now.after(BATCH_PAUSE),
-            Stage::Idle if !self.looks.is_empty() || !self.leftovers.is_empty() || !self.complete => {
+            Stage::Idle
+                if !self.looks.is_empty() || !self.leftovers.is_empty() || !self.complete =>
+            {
                 now.after(BATCH_PAUSE)
             }
             Stage::Idle => self.leftovers.look_back_at(),
@@ -166,7 +172,8 @@ impl Repair {
         at.min(self.unheard_at)
     }
 
-    /// Goes on with whatever is under way. A dump begins only if it `may`: what was told before it has been read.
+    /// Goes on with whatever is under way. A dump begins only if it `may`: what was told before it
+    /// has been read.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn step<Q: Queue>(
         &mut self,
@@ -228,7 +235,8 @@ impl Repair {
                 Some(slot) => {
                     set(shown, slot);
                     shifts.note(now, slot, connection);
-                    // An entry that we committed is in the dump as well: it says nothing about traffic.
+                    // An entry that we committed is in the dump as well: it says nothing about
+                    // traffic.
                     if !replica.is_no_news(slot) {
                         replica.handle_source(now, &event);
                     }
@@ -238,8 +246,8 @@ impl Repair {
                 }
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
-                    // What the process before had no time to remove goes; what a run left whose table is no more may have
-                    // traffic that is yet to come.
+                    // What the process before had no time to remove goes; what a run left whose
+                    // table is no more may have traffic that is yet to come.
                     let step = match is_resuming && *commit == CommitMode::Eager {
                         true => LeftoverStep::Look,
                         false => LeftoverStep::Age,
@@ -269,7 +277,9 @@ impl Repair {
             }
             DumpState::Failed(errno) => {
                 counters.count(Counter::SourceDumpsFailed);
-                self.complain(&format_args!("reading the kernel's table broke off (errno {errno})"));
+                self.complain(&format_args!(
+                    "reading the kernel's table broke off (errno {errno})"
+                ));
                 self.stage = Stage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
             }
@@ -306,7 +316,8 @@ impl Repair {
         let mut slot = from;
         while slot < end && self.looks.len() < LOOKS_MAX {
             let line = replica.table().line(slot);
-            let is_shown = is_set(&self.shown, slot) || self.is_resuming() && replica.is_unclaimed(slot);
+            let is_shown =
+                is_set(&self.shown, slot) || self.is_resuming() && replica.is_unclaimed(slot);
             if !is_shown && self.belongs_in_the_kernel(slot, line.kind(), replica) {
                 self.looks.push_back((slot, line.generation()));
             }
@@ -348,7 +359,8 @@ impl Repair {
                 let line = replica.table().line(slot);
                 let stands = matches!(line.state().tcp_state, 0 | TCP_ESTABLISHED);
                 match line.kind() {
-                    Kind::Held | Kind::Active if stands && self.unheard_period < UNHEARD_PERIOD => {}
+                    Kind::Held | Kind::Active if stands && self.unheard_period < UNHEARD_PERIOD => {
+                    }
                     Kind::Held | Kind::Active => self.looks.push_back((slot, line.generation())),
                     Kind::Backup => {} // Should it become ours, it raises no events either.
                     _ => self.unheard[slot as usize / 64] &= !(1 << (slot % 64)),
@@ -365,7 +377,8 @@ impl Repair {
         self.unheard_at = now.after(pause);
     }
 
-    /// The entry of the connection in this slot was there before the connection, or its copy, had this slot: whether it raises events is not known.
+    /// The entry of the connection in this slot was there before the connection, or its copy, had
+    /// this slot: whether it raises events is not known.
     pub(super) fn may_be_unheard(&mut self, slot: u32) {
         if !self.unheard.is_empty() {
             set(&mut self.unheard, slot);
@@ -433,7 +446,8 @@ impl Repair {
     }
 }
 
-/// The connection with this tuple may raise no events. (Another slot may have it by now than the one that was looked up.)
+/// The connection with this tuple may raise no events. (Another slot may have it by now than the
+/// one that was looked up.)
 fn mark_unheard(unheard: &mut [u64], original: &Tuple, replica: &Replica<'_>) {
     if let Some(slot) = replica.table().find_original(original)
         && !unheard.is_empty()

@@ -18,7 +18,8 @@ fn connection(n: u16, tcp_state: u8) -> Connection {
 }
 
 fn replica(memory: &OwnedMemory) -> Replica<'_> {
-    let config = ReplicaConfig { hold: Duration::from_secs(1), commit: CommitMode::Eager, ..test_config() };
+    let config =
+        ReplicaConfig { hold: Duration::from_secs(1), commit: CommitMode::Eager, ..test_config() };
     Replica::new(config, memory.parts())
 }
 
@@ -43,7 +44,8 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     assert!(repair.stage == Stage::Idle);
     let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();
     assert_eq!(asked.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots[7..]);
-    // One is there, in another state; one is gone; one ended and its slot is used again before the answer comes.
+    // One is there, in another state; one is gone; one ended and its slot is used again before the
+    // answer comes.
     repair.found(NOW, asked[0].0, asked[0].1, Some(&connection(7, 5)), &mut replica);
     assert_eq!(replica.table().line(asked[0].0).state().tcp_state, 5);
     repair.found(NOW, asked[1].0, asked[1].1, None, &mut replica);
@@ -113,7 +115,8 @@ fn an_answer_tells_a_timeout_only_of_another_state() {
     let slot = ten(&mut replica)[0];
     let generation = replica.table().line(slot).generation();
     let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
-    // Run down; closing, with the time of that state; and a flow that is offloaded, of which the state is not told.
+    // Run down; closing, with the time of that state; and a flow that is offloaded, of which the
+    // state is not told.
     for (tcp_state, timeout_s, expected) in
         [(3, 100, (3, 300)), (3, 400, (3, 300)), (5, 60, (5, 60)), (0, 0, (5, 60))]
     {

@@ -28,7 +28,12 @@ impl<'m> RingFeed<'m> {
     }
 
     /// Returns whether the cap was hit.
-    pub(super) fn ingest(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
+    pub(super) fn ingest(
+        &mut self,
+        now: Time,
+        replica: &mut Replica<'_>,
+        counters: &Counters<'_>,
+    ) -> bool {
         self.consumer.awake();
         let RingFeed { consumer, rules, cap } = self;
         let taken = consumer.drain(*cap, &mut |record| match record {

@@ -1,22 +1,25 @@
 //! Shifts: by how much helpers have moved sequence numbers, of which no event tells.
 //!
-//! A helper (FTP, SIP, IRC ...) that writes a translated address into a TCP stream makes it longer or shorter,
-//! and from there on the kernel shifts the sequence numbers of the connection. A copy without that shift, or with an
-//! older one, is worse than none: bytes would vanish from the stream, or come twice, and nobody would
-//! notice. The kernel raises no event when a helper shifts, so connections that have a helper are asked for:
+//! A helper (FTP, SIP, IRC ...) that writes a translated address into a TCP stream makes it longer
+//! or shorter, and from there on the kernel shifts the sequence numbers of the connection. A copy
+//! without that shift, or with an older one, is worse than none: bytes would vanish from the
+//! stream, or come twice, and nobody would notice. The kernel raises no event when a helper shifts,
+//! so connections that have a helper are asked for:
 //!
-//! - right after an **expectation** of theirs. That has an event, and what a helper writes is mostly the address of
-//!   a connection that it expects: so the shift is known within milliseconds;
+//! - right after an **expectation** of theirs. That has an event, and what a helper writes is
+//!   mostly the address of a connection that it expects: so the shift is known within milliseconds;
 //! - after an **event** that says that they are shifted, and does not say by how much;
-//! - by a **walk** over all of them, once a second: there are protocols in which helpers write without expecting
-//!   anything (SIP), and a question may come too early or find no place.
+//! - by a **walk** over all of them, once a second: there are protocols in which helpers write
+//!   without expecting anything (SIP), and a question may come too early or find no place.
 //!
-//! What only may be carried here is asked for as well: copies whose active is silent, and what was taken over from it.
-//! Their entries were written by us and say nothing about traffic, except if they are shifted further than
-//! the copy: then the helper of this kernel did that, with a packet that passed here.
+//! What only may be carried here is asked for as well: copies whose active is silent, and what was
+//! taken over from it. Their entries were written by us and say nothing about traffic, except if
+//! they are shifted further than the copy: then the helper of this kernel did that, with a packet
+//! that passed here.
 //!
-//! **Cost.** A question takes some 7 us. The walk asks 8 in a pass and 500 a second at most; with more connections that have
-//! helpers it takes longer than a second. `shift_looks` counts the questions, `shifts` the answers that were news.
+//! **Cost.** A question takes some 7 us. The walk asks 8 in a pass and 500 a second at most; with
+//! more connections that have helpers it takes longer than a second. `shift_looks` counts the
+//! questions, `shifts` the answers that were news.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -91,7 +94,8 @@ impl Shifts {
         self.wake_at().reached(now)
     }
 
-    /// The connection in this slot has, or is given, this: it is asked for from now on, if it has a helper that may shift.
+    /// The connection in this slot has, or is given, this: it is asked for from now on, if it has a
+    /// helper that may shift.
     pub(super) fn note(&mut self, now: Time, slot: u32, connection: &Connection) {
         if connection.extra.has(parts::HELPER) && may_shift(connection) {
             self.helped[slot as usize / 64] |= 1 << (slot % 64);
@@ -101,10 +105,11 @@ impl Shifts {
         }
     }
 
-    /// An event of the connection in this slot was acted on. One that says that it is shifted, and not by how
-    /// much, makes it be asked for in this very pass: before the change travels.
+    /// An event of the connection in this slot was acted on. One that says that it is shifted, and
+    /// not by how much, makes it be asked for in this very pass: before the change travels.
     pub(super) fn saw(&mut self, now: Time, seen: &Connection, replica: &Replica<'_>) {
-        let is_shifted = seen.state.status & status::SEQ_ADJUST != 0 && !seen.extra.has(parts::SEQADJ);
+        let is_shifted =
+            seen.state.status & status::SEQ_ADJUST != 0 && !seen.extra.has(parts::SEQADJ);
         if !seen.extra.has(parts::HELPER) && !is_shifted {
             return;
         }
@@ -117,8 +122,8 @@ impl Shifts {
         }
     }
 
-    /// A helper expects a connection, on behalf of the one with this original tuple. In which zone that is the event
-    /// does not tell.
+    /// A helper expects a connection, on behalf of the one with this original tuple. In which zone
+    /// that is the event does not tell.
     pub(super) fn expected(&mut self, now: Time, master: &Tuple, replica: &Replica<'_>) {
         match replica.table().find_original(master) {
             Some(slot) => self.ask(now.after(PAUSE), slot, replica),
@@ -156,7 +161,11 @@ impl Shifts {
     }
 
     /// The next connection to be asked for.
-    pub(super) fn next_look(&mut self, now: Time, replica: &Replica<'_>) -> Option<(u32, Generation)> {
+    pub(super) fn next_look(
+        &mut self,
+        now: Time,
+        replica: &Replica<'_>,
+    ) -> Option<(u32, Generation)> {
         while let Some((at, slot, generation)) = self.due.front().copied()
             && at.reached(now)
         {
@@ -205,7 +214,9 @@ impl Shifts {
         let first = self.slot as usize / 64;
         let words = self.helped.iter().enumerate().skip(first);
         words
-            .map(|(i, word)| (i, if i == first { word & u64::MAX << (self.slot % 64) } else { *word }))
+            .map(|(i, word)| {
+                (i, if i == first { word & u64::MAX << (self.slot % 64) } else { *word })
+            })
             .find(|(_, word)| *word != 0)
             .map(|(i, word)| 64 * i as u32 + word.trailing_zeros())
     }
@@ -249,7 +260,8 @@ impl Shifts {
     }
 }
 
-/// Whether a helper of this connection could shift: helpers write where something is translated, and only TCP counts bytes.
+/// Whether a helper of this connection could shift: helpers write where something is translated,
+/// and only TCP counts bytes.
 fn may_shift(connection: &Connection) -> bool {
     connection.original.protocol == TCP && connection.is_translated()
 }

@@ -16,7 +16,8 @@ const SLOTS: usize = 4096;
 /// A translated connection, with a helper.
 fn helped(n: u16) -> Connection {
     let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), n), (Ipv4Addr::new(10, 0, 0, 2), 21));
-    let reply = Tuple { dst: u32::from(Ipv4Addr::new(203, 0, 113, 1)) as u128, ..original.mirrored() };
+    let reply =
+        Tuple { dst: u32::from(Ipv4Addr::new(203, 0, 113, 1)) as u128, ..original.mirrored() };
     let state = State { status: 0x19e, tcp_state: 3, timeout_s: 300, ..State::default() };
     let mut extra = Extra { parts: parts::HELPER, ..Extra::NONE };
     extra.helper[..3].copy_from_slice(b"ftp");
@@ -41,10 +42,17 @@ struct World<'m> {
 
 impl<'m> World<'m> {
     fn new(memory: &'m OwnedMemory) -> World<'m> {
-        let config =
-            ReplicaConfig { hold: Duration::from_secs(1), commit: CommitMode::Eager, ..test_config() };
+        let config = ReplicaConfig {
+            hold: Duration::from_secs(1),
+            commit: CommitMode::Eager,
+            ..test_config()
+        };
         let counters = Counters::new(memory.parts().counters);
-        World { replica: Replica::new(config, memory.parts()), shifts: Shifts::new(SLOTS as u32), counters }
+        World {
+            replica: Replica::new(config, memory.parts()),
+            shifts: Shifts::new(SLOTS as u32),
+            counters,
+        }
     }
 
     /// An event, as the feed acts on it.

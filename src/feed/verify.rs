@@ -1,31 +1,35 @@
 //! Verify: a walk that asks the kernel for the entry of every copy whose active lives.
 //!
-//! Everything else here goes by what was done: an entry was written, and no event said that it went away.
-//! This goes by what is there. Slowly, once a period over the whole table, each copy's entry is asked for and
-//! compared: is it there, does it translate as the copy says, are status, mark, labels and TCP state those
-//! of the copy, and will it last until the next walk? What is not so is written again and counted.
+//! Everything else here goes by what was done: an entry was written, and no event said that it went
+//! away. This goes by what is there. Slowly, once a period over the whole table, each copy's entry
+//! is asked for and compared: is it there, does it translate as the copy says, are status, mark,
+//! labels and TCP state those of the copy, and will it last until the next walk? What is not so is
+//! written again and counted.
 //!
-//! **What may be somebody else's.** An entry with the copy's original tuple and another translation may be a
-//! connection that this kernel opened itself, whose event was lost. Destroying it would break whoever uses it, so
-//! it must first be dead weight: either it has the long timeout that only we give and that any packet puts back,
-//! or its timeout has done nothing but run down since the walk before. If packets pass it, it stays and
-//! is counted; its next event decides, as ever.
+//! **What may be somebody else's.** An entry with the copy's original tuple and another translation
+//! may be a connection that this kernel opened itself, whose event was lost. Destroying it would
+//! break whoever uses it, so it must first be dead weight: either it has the long timeout that only
+//! we give and that any packet puts back, or its timeout has done nothing but run down since the
+//! walk before. If packets pass it, it stays and is counted; its next event decides, as ever.
 //!
-//! **A TCP state that a packet gave**, to an entry that was written since, is news that no event told: it is taken like one. Such an entry was there
-//! before anybody listened, and may be another connection's by now.
+//! **A TCP state that a packet gave**, to an entry that was written since, is news that no event
+//! told: it is taken like one. Such an entry was there before anybody listened, and may be another
+//! connection's by now.
 //!
-//! **A timeout that a packet gave** says, more often than not, that the copy's traffic is here now: an established
-//! connection that moves raises no event. It is counted and no claim. Where the two directions of a connection
-//! take different gateways it is the same at both of them, for ever, and each walk would turn the pair around; an
-//! entry that was written while the active was silent has such a timeout too. It is left so: should its active lose the
-//! connection, that packets passed here is what keeps it. If it runs out, its DESTROY is the copy's loss, and it is written again.
+//! **A timeout that a packet gave** says, more often than not, that the copy's traffic is here now:
+//! an established connection that moves raises no event. It is counted and no claim. Where the two
+//! directions of a connection take different gateways it is the same at both of them, for ever, and
+//! each walk would turn the pair around; an entry that was written while the active was silent has
+//! such a timeout too. It is left so: should its active lose the connection, that packets passed
+//! here is what keeps it. If it runs out, its DESTROY is the copy's loss, and it is written again.
 //!
-//! **Cost.** A step asks for 32 entries at most, steps are 16 ms apart at least, and one waits while traffic
-//! keeps the shard busy: then, or with a table too large for its period, a walk takes longer.
+//! **Cost.** A step asks for 32 entries at most, steps are 16 ms apart at least, and one waits
+//! while traffic keeps the shard busy: then, or with a table too large for its period, a walk takes
+//! longer.
 //!
-//! **After a warm restart** the first walk goes over everything of which the kernel's entry says nothing about traffic (also
-//! what was taken over, and copies whose active is not heard yet), and fast: what waited to be written in the process
-//! before is lost.
+//! **After a warm restart** the first walk goes over everything of which the kernel's entry says
+//! nothing about traffic (also what was taken over, and copies whose active is not heard yet), and
+//! fast: what waited to be written in the process before is lost.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -55,8 +59,8 @@ const PAUSE_RESUMED: Duration = Duration::from_millis(4);
 const STEP_RESUMED: u32 = 4096;
 /// Entries of other connections remembered from one walk to the next.
 const SUSPECTS_MAX: usize = 1024;
-/// The kernel tells timeouts in whole seconds: over less than this, one that runs down cannot be told from one that
-/// a packet has put back.
+/// The kernel tells timeouts in whole seconds: over less than this, one that runs down cannot be
+/// told from one that a packet has put back.
 const SILENCE_MIN: Duration = Duration::from_secs(5);
 /// Pause between two lines in the log.
 const TELL_PAUSE: Duration = Duration::from_secs(10);
@@ -103,14 +107,15 @@ pub(super) struct Verify {
     /// Found in the walk before, and in this one.
     suspects_before: Vec<Suspect>,
     suspects: Vec<Suspect>,
-    /// What no commit of the protocol's does: entries to be replaced, and those of connections taken over.
+    /// What no commit of the protocol's does: entries to be replaced, and those of connections
+    /// taken over.
     writes: VecDeque<(u32, Generation)>,
     lines: Sparse,
 }
 
 impl Verify {
-    /// A walk over `capacity` slots in each `period`; without one (zero) there is only the walk after a warm
-    /// restart, if `resumed`.
+    /// A walk over `capacity` slots in each `period`; without one (zero) there is only the walk
+    /// after a warm restart, if `resumed`.
     pub(super) fn new(capacity: u32, period: Duration, resumed: bool) -> Verify {
         let walks = resumed || !period.is_zero();
         Verify {
@@ -195,8 +200,11 @@ impl Verify {
 
     fn is_wanted(&self, slot: u32, replica: &Replica<'_>) -> bool {
         let table = replica.table();
-        let is_of_interest =
-            if self.is_resuming { replica.is_unclaimed(slot) } else { replica.is_living_copy(slot) };
+        let is_of_interest = if self.is_resuming {
+            replica.is_unclaimed(slot)
+        } else {
+            replica.is_living_copy(slot)
+        };
         is_of_interest
             // What is left of a copy is being asked about.
             && table.kind(slot) != Kind::Held
@@ -234,7 +242,8 @@ impl Verify {
             return;
         }
         if line.kind() == Kind::Active {
-            // Taken over by the process before: the kernel knows it better, if it knows it and may let it go.
+            // Taken over by the process before: the kernel knows it better, if it knows it and may
+            // let it go.
             if there.is_none_or(|there| there.state.timeout_s > GIVEN_MAX_S) {
                 counters.count(if there.is_none() {
                     Counter::VerifyMissing
@@ -271,7 +280,9 @@ impl Verify {
                 counters.count(Counter::VerifyTouched);
             }
             // Since it was written, and no event told: it raises none.
-            (Some(Finding::WentOn), Some(there)) if replica.table().written(slot) != Written::No => {
+            (Some(Finding::WentOn), Some(there))
+                if replica.table().written(slot) != Written::No =>
+            {
                 counters.count(Counter::VerifyWentOn);
                 let known = groups::MARK | told_by_answer(slot, there, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
@@ -289,7 +300,11 @@ impl Verify {
                     timeout_s: there.state.timeout_s,
                     at: now,
                 };
-                match self.suspicion(&suspect, there.state.status & status::OFFLOADED != 0, counters) {
+                match self.suspicion(
+                    &suspect,
+                    there.state.status & status::OFFLOADED != 0,
+                    counters,
+                ) {
                     Suspicion::Early => {}
                     Suspicion::Silent => {
                         counters.count(Counter::VerifyDiffered);
@@ -312,13 +327,20 @@ impl Verify {
         }
     }
 
-    /// What is known of another connection's entry since the walk before; remembers it for the next.
-    fn suspicion(&mut self, now: &Suspect, is_offloaded: bool, counters: &Counters<'_>) -> Suspicion {
+    /// What is known of another connection's entry since the walk before; remembers it for the
+    /// next.
+    fn suspicion(
+        &mut self,
+        now: &Suspect,
+        is_offloaded: bool,
+        counters: &Counters<'_>,
+    ) -> Suspicion {
         if is_offloaded {
             return Suspicion::Alive;
         }
-        let is_same =
-            |s: &&Suspect| s.slot == now.slot && s.generation == now.generation && s.reply == now.reply;
+        let is_same = |s: &&Suspect| {
+            s.slot == now.slot && s.generation == now.generation && s.reply == now.reply
+        };
         let before = self.suspects_before.iter().find(is_same).copied();
         let (keep, suspicion) = match before {
             None => (*now, Suspicion::Early),
@@ -342,7 +364,8 @@ impl Verify {
         suspicion
     }
 
-    /// Says what was found, at most once in a while: of many the first, and how many there were since.
+    /// Says what was found, at most once in a while: of many the first, and how many there were
+    /// since.
     fn tell(&mut self, now: Time, slot: u32, replica: &Replica<'_>, what: &str, deed: &str) {
         let Some(more) = self.lines.tell(now) else { return };
         let (copy, original) = (replica.coordinate(slot), replica.table().tuples(slot).0);
@@ -373,8 +396,9 @@ fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
     if wanted.is_translated() && !translates(there) {
         return Finding::MustGo("had no translation");
     }
-    let has_other_state =
-        wanted.state.tcp_state != 0 && !is_offloaded && wanted.state.tcp_state != there.state.tcp_state;
+    let has_other_state = wanted.state.tcp_state != 0
+        && !is_offloaded
+        && wanted.state.tcp_state != there.state.tcp_state;
     if has_other_state && lives && !is_ours {
         return Finding::WentOn;
     }
@@ -398,10 +422,12 @@ fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
     if lives && !is_ours && !is_offloaded { Finding::Touched } else { Finding::Same }
 }
 
-/// Whether an entry with this reply tuple translates as the copy says. Keys of GRE cannot be translated here.
+/// Whether an entry with this reply tuple translates as the copy says. Keys of GRE cannot be
+/// translated here.
 fn has_reply(wanted: &Connection, reply: &Tuple) -> bool {
     if wanted.original.protocol == GRE {
-        return Tuple { sport: 0, dport: 0, ..wanted.reply } == Tuple { sport: 0, dport: 0, ..*reply };
+        return Tuple { sport: 0, dport: 0, ..wanted.reply }
+            == Tuple { sport: 0, dport: 0, ..*reply };
     }
     wanted.reply == *reply
 }

@@ -13,7 +13,8 @@ const NOW: Time = Time(1_000_000_000);
 const NORMAL_S: u32 = 432_000;
 
 fn snat() -> Connection {
-    let original = Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
+    let original =
+        Tuple::v4(6, (Ipv4Addr::new(10, 0, 0, 1), 1000), (Ipv4Addr::new(10, 0, 0, 2), 80));
     let reply = Tuple { dst: 0x0a03_0001, ..original.mirrored() };
     let state = State { status: 0x19e, tcp_state: 3, timeout_s: 300, mark: 7, ..State::default() };
     Connection::new(original, reply, state)
@@ -66,7 +67,8 @@ fn every_difference_that_matters_is_found_and_no_other() {
     let dead = compare(&snat(), &with(|e| e.state.timeout_s = NORMAL_S), false);
     assert_eq!(dead, Finding::Same, "once its active is dead that is its timeout");
 
-    // A copy that was never assured, and an entry that claims to be: by its own packets, or by none.
+    // A copy that was never assured, and an entry that claims to be: by its own packets, or by
+    // none.
     let mut young = snat();
     young.state.status &= !status::ASSURED;
     assert!(matches!(compare(&young, &entry(), true), Finding::MustGo(_)));
@@ -112,7 +114,9 @@ fn another_connections_entry_is_replaced_only_if_it_was_silent_for_a_walk() {
 
 #[test]
 fn the_pace_fits_the_period_and_never_exceeds_its_limit() {
-    for (capacity, seconds) in [(256, 600), (10_000, 1), (562_756, 600), (562_756, 1), (1 << 26, 600)] {
+    for (capacity, seconds) in
+        [(256, 600), (10_000, 1), (562_756, 600), (562_756, 1), (1 << 26, 600)]
+    {
         let period = Duration::from_secs(seconds);
         let (slots, pause) = Verify::new(capacity, period, false).pace();
         assert!(pause >= PAUSE_MIN && slots >= LOOKS_PER_STEP);

@@ -10,7 +10,9 @@ use super::verify::Verify;
 use crate::ccp::message::Fault;
 use crate::conn::table::Written;
 use crate::conn::{Generation, Kind, Tuple};
-use crate::conntrack::commit::{CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched};
+use crate::conntrack::commit::{
+    CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched,
+};
 use crate::conntrack::entries::Entries;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
@@ -64,16 +66,16 @@ pub(super) struct Writer<E> {
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
-    /// Of each slot: the millisecond in which the entry of its copy runs out that was given its normal timeout, its active being silent, if no
-    /// packet passes; 0: it was not given that.
+    /// Of each slot: the millisecond in which the entry of its copy runs out that was given its
+    /// normal timeout, its active being silent, if no packet passes; 0: it was not given that.
     runs_out: Vec<u32>,
     /// Entries that the last [`write`](Self::write) deleted.
     deleted: Vec<Tuple>,
     lines: Sparse,
 }
 
-/// An entry is written up to so many milliseconds after the time that its pass is said to have. (If it took longer, packets are believed that there were
-/// not.)
+/// An entry is written up to so many milliseconds after the time that its pass is said to have. (If
+/// it took longer, packets are believed that there were not.)
 const WRITTEN_LATE: u32 = 20;
 
 /// The millisecond that a time is in; they wrap after 49 days.
@@ -94,8 +96,9 @@ impl<E: Entries> Writer<E> {
         }
     }
 
-    /// Whether the kernel's table has room for further copies: a pass's share, and after it had none a
-    /// fiftieth of the table, so that a table that is nearly full does not change its mind all the time.
+    /// Whether the kernel's table has room for further copies: a pass's share, and after it had
+    /// none a fiftieth of the table, so that a table that is nearly full does not change its mind
+    /// all the time.
     pub(super) fn has_room(&mut self) -> bool {
         let (room, limit) = self.committer.room_and_limit();
         let least = if self.had_room { 0 } else { limit / 50 };
@@ -108,7 +111,8 @@ impl<E: Entries> Writer<E> {
         self.committer.read_timeouts_again(count)
     }
 
-    /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too many questions wait.
+    /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too
+    /// many questions wait.
     pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
         self.claims.ask(slot, replica, told)
     }
@@ -123,7 +127,8 @@ impl<E: Entries> Writer<E> {
         &self.deleted
     }
 
-    /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an entry is deleted was heard.
+    /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an
+    /// entry is deleted was heard.
     pub(super) fn write(
         &mut self,
         (now, may_delete): (Time, bool),
@@ -179,8 +184,8 @@ impl<E: Entries> Writer<E> {
         self.flush(now, repair, verify, shifts, replica, counters);
     }
 
-    /// Entries that an earlier process owed a delete: asked for first, then removed. Those of a run whose table is no more get the
-    /// timeout that the kernel gives a connection in their state.
+    /// Entries that an earlier process owed a delete: asked for first, then removed. Those of a run
+    /// whose table is no more get the timeout that the kernel gives a connection in their state.
     fn remove_leftovers(&mut self, now: Time, leftovers: &mut Leftovers, replica: &Replica<'_>) {
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((there, step)) = leftovers.next(now, replica)
@@ -189,7 +194,9 @@ impl<E: Entries> Writer<E> {
                 LeftoverStep::Remove => (self.committer.delete(&there.original), For::LeftoverGone),
                 LeftoverStep::RemoveCopys => (self.committer.delete(&there.original), For::Nobody),
                 LeftoverStep::Look => (self.committer.look(&there.original), For::Leftover),
-                LeftoverStep::Age => (self.committer.update(&there, Lifetime::Normal), For::LeftoverAged),
+                LeftoverStep::Age => {
+                    (self.committer.update(&there, Lifetime::Normal), For::LeftoverAged)
+                }
             };
             if added.is_err() {
                 return leftovers.later((there, step));
@@ -199,19 +206,30 @@ impl<E: Entries> Writer<E> {
     }
 
     /// What the walk that verifies has to write, then what it has to ask.
-    fn verify(&mut self, now: Time, verify: &mut Verify, replica: &Replica<'_>, counters: &Counters<'_>) {
+    fn verify(
+        &mut self,
+        now: Time,
+        verify: &mut Verify,
+        replica: &Replica<'_>,
+        counters: &Counters<'_>,
+    ) {
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((slot, generation)) = verify.next_write(replica)
         {
             let connection = replica.table().connection(slot);
             let (added, entry) = match replica.table().kind(slot) {
-                Kind::Backup if replica.is_living_copy(slot) => {
-                    (self.committer.replace(&connection, Lifetime::Kept), For::Copy(slot, generation))
-                }
-                Kind::Backup => {
-                    (self.committer.replace(&connection, Lifetime::Normal), For::Copy(slot, generation))
-                }
-                _ => (self.committer.write(&connection, Lifetime::Normal), For::Own(slot, generation)),
+                Kind::Backup if replica.is_living_copy(slot) => (
+                    self.committer.replace(&connection, Lifetime::Kept),
+                    For::Copy(slot, generation),
+                ),
+                Kind::Backup => (
+                    self.committer.replace(&connection, Lifetime::Normal),
+                    For::Copy(slot, generation),
+                ),
+                _ => (
+                    self.committer.write(&connection, Lifetime::Normal),
+                    For::Own(slot, generation),
+                ),
             };
             if added.is_err() {
                 return verify.write_later(slot, generation); // It is being written just now.
@@ -255,11 +273,14 @@ impl<E: Entries> Writer<E> {
                 let connection = replica.table().connection(*slot);
                 match commit {
                     Commit::Write { .. } => self.committer.write(&connection, lifetime)?,
-                    _ if is(Mutation::KeepOverwrites) => self.committer.write(&connection, lifetime)?,
+                    _ if is(Mutation::KeepOverwrites) => {
+                        self.committer.write(&connection, lifetime)?
+                    }
                     _ => {
                         let silent_s = match self.runs_out[*slot as usize] {
                             0 => 0,
-                            // The kernel tells what is left in whole seconds, what is begun left out.
+                            // The kernel tells what is left in whole seconds, what is begun left
+                            // out.
                             at => (at.wrapping_sub(millisecond(now)) as i32).max(0) as u32 / 1000,
                         };
                         self.committer.keep(&connection, lifetime, silent_s)?;
@@ -318,7 +339,13 @@ impl<E: Entries> Writer<E> {
                     return repair.found(now, slot, generation, None, replica);
                 }
                 (Outcome::Present(connection), For::Verify(slot, generation)) => {
-                    return verify.found(now, (slot, generation), Some(&connection), replica, counters);
+                    return verify.found(
+                        now,
+                        (slot, generation),
+                        Some(&connection),
+                        replica,
+                        counters,
+                    );
                 }
                 (Outcome::Removed, For::Verify(slot, generation)) => {
                     return verify.found(now, (slot, generation), None, replica, counters);
@@ -348,7 +375,9 @@ impl<E: Entries> Writer<E> {
                 (Outcome::Removed, For::Claim(question)) => {
                     return claims::found(now, question, None, replica, counters);
                 }
-                (Outcome::Written, For::LeftoverAged) => return counters.count(Counter::LeftoversAged),
+                (Outcome::Written, For::LeftoverAged) => {
+                    return counters.count(Counter::LeftoversAged);
+                }
                 (_, For::LeftoverAged) => return, // It has gone by itself.
                 // That it is there no more, or cannot be asked for, leaves nothing to keep.
                 (_, For::Rest(slot, generation)) => {
@@ -359,10 +388,16 @@ impl<E: Entries> Writer<E> {
                 }
                 (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
                 (Outcome::Present(connection), For::Untouched) => {
-                    return repair.leftovers().remove(&connection, LeftoverStep::RemoveCopys, counters);
+                    return repair.leftovers().remove(
+                        &connection,
+                        LeftoverStep::RemoveCopys,
+                        counters,
+                    );
                 }
                 (Outcome::Removed, For::Leftover | For::Untouched) => return,
-                (Outcome::Removed, For::LeftoverGone) => return counters.count(Counter::LeftoversDeleted),
+                (Outcome::Removed, For::LeftoverGone) => {
+                    return counters.count(Counter::LeftoversDeleted);
+                }
                 (Outcome::Written, _) => {
                     counters.count(Counter::Commits);
                     Ok(Written::Yes)
@@ -400,7 +435,9 @@ impl<E: Entries> Writer<E> {
             if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
                 runs_out[slot as usize] = match result.silent_s {
                     0 => 0,
-                    silent_s => (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1),
+                    silent_s => {
+                        (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1)
+                    }
                 };
                 let is_first = replica.table().written(slot) == Written::No;
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {

@@ -23,7 +23,8 @@ pub struct Detector {
 }
 
 impl Detector {
-    /// A member is dead after `silence`, and no backup after `full_size_silence` without a full-size heartbeat.
+    /// A member is dead after `silence`, and no backup after `full_size_silence` without a
+    /// full-size heartbeat.
     pub fn new(silence: Duration, full_size_silence: Duration) -> Detector {
         Detector {
             silence,
@@ -56,8 +57,9 @@ impl Detector {
         self.last = self.last.max(Time(now.0.saturating_sub(spared.as_nanos() as u64)));
     }
 
-    /// The listener was paused: excused the same way, but not for longer than silence may last. A listener that is
-    /// late at each of its passes reads its mail all the same, and a dead member would be excused for ever.
+    /// The listener was paused: excused the same way, but not for longer than silence may last. A
+    /// listener that is late at each of its passes reads its mail all the same, and a dead member
+    /// would be excused for ever.
     pub fn excuse_pause(&mut self, now: Time, interval: Duration) {
         let first = *self.excused.get_or_insert(now);
         if now.since(first) <= self.silence {
@@ -85,7 +87,8 @@ impl Detector {
         self.last_full_size.map(|last| last.after(self.full_size_silence))
     }
 
-    /// Whether heartbeats arrive, and none of full size for so long that the path must be losing those.
+    /// Whether heartbeats arrive, and none of full size for so long that the path must be losing
+    /// those.
     pub fn hears_only_small(&self, now: Time) -> bool {
         let since = self.last_full_size.or(self.first);
         since.is_some_and(|since| now.since(since) > self.full_size_silence)

@@ -1,10 +1,10 @@
 //! Why members do not find each other, as far as heartbeats tell.
 //!
-//! A heartbeat says whom its sender hears. So a member that is heard but does not hear this one points at
-//! the way there, and one that was named as a peer and never was heard points at the way back. One of which only
-//! small heartbeats arrive points at an MTU that is too small. Each is told
-//! once, when it has lasted too long to be the start of somebody or a lost datagram. That nobody at all is heard
-//! who should be is told again and again, for nothing is copied as long as it lasts.
+//! A heartbeat says whom its sender hears. So a member that is heard but does not hear this one
+//! points at the way there, and one that was named as a peer and never was heard points at the way
+//! back. One of which only small heartbeats arrive points at an MTU that is too small. Each is told
+//! once, when it has lasted too long to be the start of somebody or a lost datagram. That nobody at
+//! all is heard who should be is told again and again, for nothing is copied as long as it lasts.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -17,7 +17,8 @@ use crate::time::Time;
 /// The shortest time after the start by which the others should have been heard.
 const EXPECTED_MIN: Duration = Duration::from_secs(10);
 
-/// The shortest time after which a member should hear this one, and its full-size heartbeats should arrive.
+/// The shortest time after which a member should hear this one, and its full-size heartbeats should
+/// arrive.
 const DEAF_MIN: Duration = Duration::from_secs(2);
 
 /// How often it is told that nobody is heard.
@@ -94,7 +95,8 @@ impl Lasting {
 }
 
 impl Hearing {
-    /// These peers should be heard, or anybody if there is no list. `silence`: after which a member is dead.
+    /// These peers should be heard, or anybody if there is no list. `silence`: after which a member
+    /// is dead.
     pub fn new(peers: Vec<IpAddr>, silence: Duration, now: Time) -> Hearing {
         Hearing {
             started: now,
@@ -122,12 +124,19 @@ impl Hearing {
         self.is_lonely
     }
 
-    /// Whether nobody is heard, and not even this member's own heartbeats come back from the multicast group.
+    /// Whether nobody is heard, and not even this member's own heartbeats come back from the
+    /// multicast group.
     pub fn is_deaf(&self) -> bool {
         self.is_deaf
     }
 
-    fn note_lonely(&mut self, now: Time, view: &View, own_heard: Time, tell: &mut dyn FnMut(Trouble)) {
+    fn note_lonely(
+        &mut self,
+        now: Time,
+        view: &View,
+        own_heard: Time,
+        tell: &mut dyn FnMut(Trouble),
+    ) {
         let is = |status: fn(Status) -> bool| view.others().any(|(_, m)| status(m.status));
         let nobody = !is(Status::is_alive);
         let never = !is(|status| status != Status::Absent);
@@ -145,8 +154,9 @@ impl Hearing {
         tell(if self.is_deaf { Trouble::Deaf } else { Trouble::Nobody });
     }
 
-    /// Tells what has lasted too long by now. `own_heard`: when this member's own heartbeats came back last, if they go to a
-    /// multicast group. `only_small`: whether only small heartbeats of a member arrive.
+    /// Tells what has lasted too long by now. `own_heard`: when this member's own heartbeats came
+    /// back last, if they go to a multicast group. `only_small`: whether only small heartbeats of a
+    /// member arrive.
     pub fn tick(
         &mut self,
         now: Time,
@@ -169,7 +179,10 @@ impl Hearing {
             return;
         }
         let heard = |peer: IpAddr| view.others().any(|(_, m)| m.address == Some(peer));
-        self.awaited.drain(..).filter(|peer| !heard(*peer)).for_each(|p| tell(Trouble::NothingFrom(p)));
+        self.awaited
+            .drain(..)
+            .filter(|peer| !heard(*peer))
+            .for_each(|p| tell(Trouble::NothingFrom(p)));
         // Who does not even hear itself cannot say so.
         if self.anybody && !self.is_deaf {
             self.anybody = false;
@@ -233,7 +246,9 @@ mod tests {
         let mut told = |at_s: u64, only_small: bool| {
             let mut told = Vec::new();
             let now = Time(at_s * SECOND);
-            hearing.tick(now, &view, now, &|id| id == 2 && only_small, &mut |trouble| told.push(trouble));
+            hearing.tick(now, &view, now, &|id| id == 2 && only_small, &mut |trouble| {
+                told.push(trouble)
+            });
             told
         };
         let trap = vec![Trouble::OnlySmallFrom { member: 2, address }];
@@ -250,7 +265,8 @@ mod tests {
     fn peers_that_were_never_heard_are_told_once() {
         let mut view = View::new(1);
         let three = IpAddr::from([10, 9, 0, 3]);
-        let mut hearing = Hearing::new(vec![[10, 9, 0, 2].into(), three], Duration::from_secs(1), Time(0));
+        let mut hearing =
+            Hearing::new(vec![[10, 9, 0, 2].into(), three], Duration::from_secs(1), Time(0));
         heard(&mut view, 2, Status::Dead, false);
         assert_eq!(troubles(&mut hearing, 10, &view), []);
         assert_eq!(troubles(&mut hearing, 11, &view), [Trouble::NothingFrom(three)]);
@@ -293,7 +309,11 @@ mod tests {
         assert_eq!(told(13, 0, &view), (true, vec![Trouble::Deaf]), "not that it is alone");
         assert_eq!(told(14, 14, &view), (false, vec![Trouble::Alone]));
         heard(&mut view, 2, Status::Ready, true);
-        assert_eq!(told(30, 14, &view), (false, vec![]), "this host's filter may drop its own only");
+        assert_eq!(
+            told(30, 14, &view),
+            (false, vec![]),
+            "this host's filter may drop its own only"
+        );
     }
 
     #[test]

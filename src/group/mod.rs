@@ -28,7 +28,8 @@ pub const FULL_SIZE_EVERY: u32 = 4;
 /// How many such heartbeats may be missing in a row before the sender is no backup any more.
 pub const FULL_SIZE_MISSED: u32 = 3;
 
-/// How far apart the heartbeats are with which a member says that it restarts, and how many they are.
+/// How far apart the heartbeats are with which a member says that it restarts, and how many they
+/// are.
 const ANNOUNCE_PAUSE: Duration = Duration::from_millis(10);
 const ANNOUNCEMENTS: u8 = 3;
 
@@ -106,7 +107,8 @@ pub struct Group {
     namesake: Option<Namesake>,
     /// When this member's own heartbeats came back last, as they do with multicast.
     own_heard: Time,
-    /// Members of which it was told that they are ready, and that have not said otherwise since, as bits.
+    /// Members of which it was told that they are ready, and that have not said otherwise since, as
+    /// bits.
     told_ready: u64,
     /// Within which time this member said that it will be back, and how often it has said it.
     restart: Option<(Duration, u8)>,
@@ -161,8 +163,8 @@ impl Group {
         }
     }
 
-    /// What this member's last process knew of another: one that was alive has its dead time to be heard again.
-    /// For the start only.
+    /// What this member's last process knew of another: one that was alive has its dead time to be
+    /// heard again. For the start only.
     pub fn remember(&mut self, now: Time, id: MemberId, known: &Member) {
         if id == self.me.member || known.status == Status::Absent {
             return;
@@ -171,7 +173,8 @@ impl Group {
         if known.status.is_alive() {
             member.status = Status::Joining;
             member.last_heard = now;
-            // Whether it hears this member is asked anew: what was so in between counts for nothing.
+            // Whether it hears this member is asked anew: what was so in between counts for
+            // nothing.
             member.since = now;
             self.told_ready |= u64::from(known.status == Status::Ready) << id;
             self.detectors[id as usize].heard(now, false);
@@ -187,7 +190,8 @@ impl Group {
 
     /// Whether it was said often enough.
     pub fn has_announced(&self, now: Time) -> bool {
-        self.restart.is_some_and(|(_, said)| said == ANNOUNCEMENTS) && self.next_heartbeat.reached(now)
+        self.restart.is_some_and(|(_, said)| said == ANNOUNCEMENTS)
+            && self.next_heartbeat.reached(now)
     }
 
     /// The view now.
@@ -204,7 +208,8 @@ impl Group {
     pub fn poll_at(&self) -> Time {
         let alive = (1..=MEMBERS_MAX).filter(|m| self.view.members[*m].status.is_alive());
         alive.fold(self.next_heartbeat, |at, m| {
-            let ready = self.view.members[m].status.is_able() && !self.view.members[m].is_restarting();
+            let ready =
+                self.view.members[m].status.is_able() && !self.view.members[m].is_restarting();
             let missed = self.detectors[m].full_size_missed_at().filter(|_| ready);
             at.min(self.dead_at(m)).min(missed.unwrap_or(Time::NEVER))
         })
@@ -215,7 +220,8 @@ impl Group {
         self.detectors[id].silent_at().max(self.view.members[id].back_by)
     }
 
-    /// A heartbeat of this group arrived. `false` if it came from another host with a number in use.
+    /// A heartbeat of this group arrived. `false` if it came from another host with a number in
+    /// use.
     pub fn handle_heartbeat(&mut self, now: Time, source: IpAddr, heartbeat: &Heartbeat) -> bool {
         let id = heartbeat.from;
         if id == self.me.member {
@@ -274,44 +280,50 @@ impl Group {
         self.namesake = Some(Namesake { address, since, last: now, silence, confirmed });
     }
 
-    /// Another host that has this member's number, and since when it is heard, unless the others take this one for the member.
-    /// They say so within one of the other's dead times.
+    /// Another host that has this member's number, and since when it is heard, unless the others
+    /// take this one for the member. They say so within one of the other's dead times.
     pub fn namesake(&self, now: Time) -> Option<(IpAddr, Time)> {
         let namesake = self.namesake.filter(|namesake| namesake.is_there(now))?;
         let is_confirmed = namesake.confirmed.is_some_and(|at| now.since(at) < namesake.silence);
         (!is_confirmed).then_some((namesake.address, namesake.since))
     }
 
-    /// When this member heard its own heartbeats last, as it does where they go to a multicast group.
+    /// When this member heard its own heartbeats last, as it does where they go to a multicast
+    /// group.
     pub fn own_heard(&self) -> Time {
         self.own_heard
     }
 
-    /// Which of two hosts with one number is heard here: of all such numbers, another at each heartbeat.
+    /// Which of two hosts with one number is heard here: of all such numbers, another at each
+    /// heartbeat.
     fn accepted(&self, now: Time) -> Option<Accepted> {
         let is_there = |id: &usize| {
             let rival = self.rivals[*id].filter(|_| self.view.members[*id].status.is_alive());
-            rival.is_some_and(|rival| now.since(rival.last) < self.me.heartbeat * self.me.dead_after)
+            rival
+                .is_some_and(|rival| now.since(rival.last) < self.me.heartbeat * self.me.dead_after)
         };
         let numbers = (1..=MEMBERS_MAX).filter(is_there).count();
         let id = (1..=MEMBERS_MAX).filter(is_there).nth(self.sent as usize % numbers.max(1))?;
         Some(Accepted::new(id as MemberId, self.view.members[id].incarnation))
     }
 
-    /// Whether a new incarnation may replace the known one: only once that has missed a heartbeat, or if it
-    /// said that it restarts, and this has its table.
+    /// Whether a new incarnation may replace the known one: only once that has missed a heartbeat,
+    /// or if it said that it restarts, and this has its table.
     fn admit_rival(&mut self, now: Time, source: IpAddr, heartbeat: &Heartbeat) -> bool {
         let id = heartbeat.from as usize;
         let known = &self.view.members[id];
         if known.is_restarting() && known.table_id == heartbeat.table_id {
             return true;
         }
-        let patience = self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms as u64)) * 3 / 2;
+        let patience =
+            self.me.heartbeat.max(Duration::from_millis(heartbeat.interval_ms as u64)) * 3 / 2;
         if now.since(self.detectors[id].last_heard()) > patience {
             return true;
         }
         let rival = match self.rivals[id] {
-            Some(rival) if rival.incarnation == heartbeat.incarnation => Rival { last: now, ..rival },
+            Some(rival) if rival.incarnation == heartbeat.incarnation => {
+                Rival { last: now, ..rival }
+            }
             _ => Rival { incarnation: heartbeat.incarnation, since: now, last: now, told: false },
         };
         let tell = !rival.told && now.since(rival.since) > patience * 2;
@@ -360,7 +372,8 @@ impl Group {
         if !old.status.is_alive() {
             self.push(Event::MemberUp(id));
         }
-        // Told when it becomes ready. That for a moment either did not hear the other is no news of that kind.
+        // Told when it becomes ready. That for a moment either did not hear the other is no news of
+        // that kind.
         if !heartbeat.ready || heartbeat.leaving {
             self.told_ready &= !(1 << id);
         } else if status == Status::Ready && self.told_ready >> id & 1 == 0 {
@@ -384,16 +397,18 @@ impl Group {
         self.told_ready &= !(1 << member);
     }
 
-    /// Whether a member is heard, but not its full-size heartbeats: the way here passes small datagrams only.
+    /// Whether a member is heard, but not its full-size heartbeats: the way here passes small
+    /// datagrams only.
     pub fn hears_only_small(&self, now: Time, member: MemberId) -> bool {
         self.view.members[member as usize].status.is_alive()
             && self.detectors[member as usize].hears_only_small(now)
     }
 
-    /// A pass begins, before [`tick`](Self::tick) and after what arrived was handled. If this member could not listen,
-    /// everybody gets one more interval to be heard: because mail lies unread (`behind`), or because it was paused. It was
-    /// if its own heartbeat is overdue: [`poll_at`](Self::poll_at) asked for a pass by then. That a loop wakes a little late
-    /// is no pause, however short the interval is.
+    /// A pass begins, before [`tick`](Self::tick) and after what arrived was handled. If this
+    /// member could not listen, everybody gets one more interval to be heard: because mail lies
+    /// unread (`behind`), or because it was paused. It was if its own heartbeat is overdue:
+    /// [`poll_at`](Self::poll_at) asked for a pass by then. That a loop wakes a little late is no
+    /// pause, however short the interval is.
     pub fn begin_pass(&mut self, now: Time, behind: bool) {
         let interval = self.me.heartbeat;
         let paused = now.since(self.next_heartbeat) > interval / 4;
@@ -459,8 +474,10 @@ impl Group {
                 continue;
             }
             let member = &self.view.members[id as usize];
-            // Whose full-size heartbeats get lost on the way here is told that it is not heard: what it sends gets lost as well.
-            let only_small = self.detectors[id as usize].hears_only_small(now) && !member.is_restarting();
+            // Whose full-size heartbeats get lost on the way here is told that it is not heard:
+            // what it sends gets lost as well.
+            let only_small =
+                self.detectors[id as usize].hears_only_small(now) && !member.is_restarting();
             if member.status.is_alive() && !only_small {
                 hears |= 1u64 << id;
             }
@@ -473,9 +490,9 @@ impl Group {
             };
             shown.push((state, age.min(127) as u8));
         }
-        let used = (1..=MEMBERS_MAX)
-            .rev()
-            .find(|id| *id == self.me.member as usize || self.view.members[*id].status != Status::Absent);
+        let used = (1..=MEMBERS_MAX).rev().find(|id| {
+            *id == self.me.member as usize || self.view.members[*id].status != Status::Absent
+        });
         shown.truncate(used.unwrap_or(1));
         let interval_ms = self.me.heartbeat.as_millis() as u32;
         let heartbeat = Heartbeat {

@@ -6,21 +6,23 @@
 //!             listened for the dead time        and the copies are in the kernel
 //! ```
 //!
-//! As long as another host has its number, and nobody takes this one for the member, it is starting.
+//! As long as another host has its number, and nobody takes this one for the member, it is
+//! starting.
 //!
-//! A starting member takes no copies. A syncing one does, and waits for every other member that is heard and has
-//! begun itself (is syncing, ready or leaving) to say in its heartbeats that all is here. Whether it says so depends on
-//! its own sending and on this member's leases, never on anybody being ready: so no two can wait for each other. Whoever
-//! can send nothing (it does not hear this member, or only its small heartbeats; or this member is full) is waited for only
-//! as long as there is progress.
+//! A starting member takes no copies. A syncing one does, and waits for every other member that is
+//! heard and has begun itself (is syncing, ready or leaving) to say in its heartbeats that all is
+//! here. Whether it says so depends on its own sending and on this member's leases, never on
+//! anybody being ready: so no two can wait for each other. Whoever can send nothing (it does not
+//! hear this member, or only its small heartbeats; or this member is full) is waited for only as
+//! long as there is progress.
 
 use std::time::Duration;
 
 use super::view::{Status, View};
 use crate::time::Time;
 
-/// Without a further copy, and without anybody saying that all is here, for so long (or three dead times), a
-/// syncing member is ready with what it has.
+/// Without a further copy, and without anybody saying that all is here, for so long (or three dead
+/// times), a syncing member is ready with what it has.
 pub const STALL: Duration = Duration::from_secs(5);
 
 /// What a member knows of itself.
@@ -57,7 +59,8 @@ pub struct Readiness {
     since: Time,
     /// Since when nobody else is heard.
     alone: Option<Time>,
-    /// Members that were heard to say that not all is here: so what they say now is about this life.
+    /// Members that were heard to say that not all is here: so what they say now is about this
+    /// life.
     denied: u64,
     awaited: u64,
     most: u64,
@@ -92,14 +95,16 @@ impl Readiness {
         self.awaited
     }
 
-    /// Another host has this member's number: it begins again once that has ended. Returns whether it was ready.
+    /// Another host has this member's number: it begins again once that has ended. Returns whether
+    /// it was ready.
     pub fn dispute(&mut self, now: Time) -> bool {
         let was_ready = self.stage == Stage::Ready;
         *self = Readiness::new(self.settle, now);
         was_ready
     }
 
-    /// Looks at the group again. Returns the next stage when it is reached: to be called until it returns none.
+    /// Looks at the group again. Returns the next stage when it is reached: to be called until it
+    /// returns none.
     pub fn tick(&mut self, now: Time, view: &View, own: &Own) -> Option<Stage> {
         let mut alone = true;
         for (id, member) in view.others().filter(|(_, m)| m.status.is_alive()) {
@@ -110,7 +115,9 @@ impl Readiness {
         }
         self.alone = alone.then(|| self.alone.unwrap_or(now));
         let (is_over, next) = match self.stage {
-            Stage::Starting => (own.complete && now.since(self.since) >= self.settle, Stage::Syncing),
+            Stage::Starting => {
+                (own.complete && now.since(self.since) >= self.settle, Stage::Syncing)
+            }
             Stage::Syncing => (self.has_all(now, view, own), Stage::Ready),
             Stage::Ready => (false, Stage::Ready),
         };
@@ -178,7 +185,10 @@ mod tests {
     fn alone_it_is_ready_after_the_dead_time_and_not_before_its_source_is_read() {
         let (mut r, nobody) = (Readiness::new(SETTLE, at(0)), view(&[]));
         assert_eq!(stage_at(&mut r, 299, &nobody, &OWN), Stage::Starting);
-        assert_eq!(stage_at(&mut r, 300, &nobody, &Own { complete: false, ..OWN }), Stage::Starting);
+        assert_eq!(
+            stage_at(&mut r, 300, &nobody, &Own { complete: false, ..OWN }),
+            Stage::Starting
+        );
         assert_eq!(stage_at(&mut r, 301, &nobody, &OWN), Stage::Ready);
     }
 
@@ -209,12 +219,22 @@ mod tests {
             starting,
         ]);
         assert_eq!(stage_at(&mut r, 310, &one, &OWN), Stage::Syncing);
-        let done =
-            view(&[(1, member(Status::Ready, true, true)), (2, member(Status::Ready, true, true)), starting]);
+        let done = view(&[
+            (1, member(Status::Ready, true, true)),
+            (2, member(Status::Ready, true, true)),
+            starting,
+        ]);
         let owes = Own { version: 7, settled: 6, ..OWN };
-        assert_eq!(stage_at(&mut r, 320, &done, &owes), Stage::Syncing, "the kernel does not have all");
+        assert_eq!(
+            stage_at(&mut r, 320, &done, &owes),
+            Stage::Syncing,
+            "the kernel does not have all"
+        );
         // The group goes on, and so does what is committed for it.
-        assert_eq!(stage_at(&mut r, 330, &done, &Own { version: 9, settled: 7, ..OWN }), Stage::Ready);
+        assert_eq!(
+            stage_at(&mut r, 330, &done, &Own { version: 9, settled: 7, ..OWN }),
+            Stage::Ready
+        );
         assert_eq!(r.awaited(), 0);
         assert_eq!(stage_at(&mut r, 340, &waits, &OWN), Stage::Ready, "it stays so");
     }
@@ -247,8 +267,10 @@ mod tests {
     #[test]
     fn who_sends_nothing_more_is_not_waited_for_for_ever_and_slow_progress_is_progress() {
         let mut r = Readiness::new(SETTLE, at(0));
-        let deaf =
-            view(&[(1, member(Status::Joining, true, false)), (2, member(Status::Ready, true, false))]);
+        let deaf = view(&[
+            (1, member(Status::Joining, true, false)),
+            (2, member(Status::Ready, true, false)),
+        ]);
         for second in 1..20 {
             let own = Own { copies: second, ..OWN };
             assert_eq!(stage_at(&mut r, 4000 * second, &deaf, &own), Stage::Syncing);

@@ -1,27 +1,29 @@
 //! Where a backup should be: where the traffic will go.
 //!
-//! Policy `priority`: the able member (syncing or ready) with the highest priority besides this one, as in VRRP:
-//! who takes my address takes my connections. Among equals one at another site is preferred,
-//! then one that is not short of room, then the next number after this member's own, so that equals spread.
+//! Policy `priority`: the able member (syncing or ready) with the highest priority besides this
+//! one, as in VRRP: who takes my address takes my connections. Among equals one at another site is
+//! preferred, then one that is not short of room, then the next number after this member's own, so
+//! that equals spread.
 //!
-//! Room counts as enough or not, and not by how much. All members see the same rooms: if each went for the most room,
-//! all would go to the same few at once, lease slots there, and go on as soon as those are a little fuller. By the
-//! numbers a member that joins, or falls short, concerns the one before it. Datagrams to one backup fill up, too.
+//! Room counts as enough or not, and not by how much. All members see the same rooms: if each went
+//! for the most room, all would go to the same few at once, lease slots there, and go on as soon as
+//! those are a little fuller. By the numbers a member that joins, or falls short, concerns the one
+//! before it. Datagrams to one backup fill up, too.
 
 use super::view::View;
 use crate::conn::MemberId;
 use crate::few::Few;
 use crate::limits::MEMBERS_MAX;
 
-/// A member whose empty slots are fewer than this is short of room, in 32nds of its table: of 5 it lends one,
-/// for an eighth of the table is never lent.
+/// A member whose empty slots are fewer than this is short of room, in 32nds of its table: of 5 it
+/// lends one, for an eighth of the table is never lent.
 const SHORT: u64 = 5;
 
 /// With so many it is so no longer.
 const ENOUGH: u64 = 8;
 
-/// The members that can be a backup for `view.me`, best first. `short`: who was short of room so far, as bits,
-/// and is now.
+/// The members that can be a backup for `view.me`, best first. `short`: who was short of room so
+/// far, as bits, and is now.
 pub fn ranked(view: &View, my_site: u8, short: &mut u64) -> Few<MemberId, MEMBERS_MAX> {
     let mut able = Few::new();
     let with_room = view.others().filter(|(_, m)| m.status.is_able() && m.room > 0);
@@ -98,7 +100,8 @@ mod tests {
             others.for_each(|id| view.set(*id, member(100, 0, if *id == 17 { 800 } else { 250 })));
             ranked(&view, 0, &mut 0)[0]
         };
-        let (before, after): (Vec<MemberId>, Vec<MemberId>) = ((1..=16).collect(), (1..=17).collect());
+        let (before, after): (Vec<MemberId>, Vec<MemberId>) =
+            ((1..=16).collect(), (1..=17).collect());
         let changed = before.iter().filter(|me| choice(**me, &before) != choice(**me, &after));
         assert_eq!(changed.collect::<Vec<_>>(), [&16]);
     }

@@ -97,14 +97,16 @@ fn a_path_that_passes_only_small_heartbeats_makes_no_backup() {
 #[test]
 fn a_second_host_with_the_same_number_changes_nothing_and_is_told_once() {
     let mut a = Group::new(identity(1, 11), at(0));
-    let (mut b, mut twin) = (Group::new(identity(2, 22), at(0)), Group::new(identity(2, 99), at(0)));
+    let (mut b, mut twin) =
+        (Group::new(identity(2, 22), at(0)), Group::new(identity(2, 99), at(0)));
     for n in 0..20 {
         beat(&mut b, &mut a, at(n));
         let (heartbeat, _) = twin.poll_heartbeat(at(n), &READY).unwrap();
         assert!(!a.handle_heartbeat(at(n), address(7), &heartbeat));
     }
     assert_eq!(a.view().members[2].incarnation, 22);
-    let duplicates = events(&mut a).into_iter().filter(|e| matches!(e, Event::Duplicate { .. })).count();
+    let duplicates =
+        events(&mut a).into_iter().filter(|e| matches!(e, Event::Duplicate { .. })).count();
     assert_eq!(duplicates, 1);
     // And each of the two hears of the other.
     let (heartbeat, _) = twin.poll_heartbeat(at(20), &READY).unwrap();
@@ -153,8 +155,8 @@ fn pass(group: &mut Group, now: Time) {
     group.poll_heartbeat(now, &READY);
 }
 
-/// Passes of a member whose only peer is dead, each at the time that `wake` makes of the one asked for;
-/// when the death is noticed.
+/// Passes of a member whose only peer is dead, each at the time that `wake` makes of the one asked
+/// for; when the death is noticed.
 fn noticed_at(wake: impl Fn(u32, Time) -> Time) -> Time {
     let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
     beat(&mut b, &mut a, at(0));
@@ -195,7 +197,8 @@ fn goodbye_is_no_death() {
     assert_eq!(events(&mut a), [Event::MemberLeft(2)]);
 }
 
-/// A pair whose second member has said, at the tick 1, that it restarts and is back within this time.
+/// A pair whose second member has said, at the tick 1, that it restarts and is back within this
+/// time.
 fn announced(back: Duration) -> (Group, Group) {
     let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
     beat(&mut a, &mut b, at(0));
@@ -305,7 +308,11 @@ fn a_process_that_took_the_table_up_gives_those_that_were_there_their_dead_time(
         resumed.remember(at(1000), id, member);
     }
     let seen = resumed.view().members[2];
-    assert_eq!((seen.status, seen.table_id, seen.incarnation), (Status::Joining, 22, 22), "no backup yet");
+    assert_eq!(
+        (seen.status, seen.table_id, seen.incarnation),
+        (Status::Joining, 22, 22),
+        "no backup yet"
+    );
     assert_eq!((seen.since, seen.last_heard), (at(1000), at(1000)));
     resumed.tick(at(1002));
     assert_eq!(events(&mut resumed), []);
@@ -342,13 +349,17 @@ fn that_a_member_is_ready_is_told_once_however_well_the_two_hear_each_other_mean
     // A death ends it.
     next.tick(at(17));
     next.handle_heartbeat(at(17), address(2), &heartbeat);
-    assert_eq!(events(&mut next), [Event::MemberDead(2), Event::MemberUp(2), Event::MemberReady(2)]);
+    assert_eq!(
+        events(&mut next),
+        [Event::MemberDead(2), Event::MemberUp(2), Event::MemberReady(2)]
+    );
 }
 
 #[test]
 fn of_two_hosts_with_one_number_the_one_that_others_hear_learns_it_and_the_other_does_not() {
     let mut one = Group::new(identity(1, 11), at(0));
-    let (mut first, mut second) = (Group::new(identity(2, 22), at(0)), Group::new(identity(2, 99), at(0)));
+    let (mut first, mut second) =
+        (Group::new(identity(2, 22), at(0)), Group::new(identity(2, 99), at(0)));
     beat(&mut first, &mut one, at(0));
     for n in 1..10 {
         for from in [2, 7] {

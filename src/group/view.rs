@@ -90,8 +90,8 @@ pub struct Member {
     pub address: Option<IpAddr>,
     /// Whether it says that it hears this member.
     pub hears_me: bool,
-    /// Whether it says that it gives and takes copies, whatever of it can be heard: it is syncing, ready or
-    /// leaving.
+    /// Whether it says that it gives and takes copies, whatever of it can be heard: it is syncing,
+    /// ready or leaving.
     pub has_begun: bool,
     /// Whether it says that this member has every copy that it should have of it.
     pub has_synced_me: bool,
@@ -99,8 +99,8 @@ pub struct Member {
     pub last_heard: Time,
     /// Since when it has this status.
     pub since: Time,
-    /// It said that it restarts with its table and is back by then: until then its silence is no death, and it
-    /// stays what it was. `Time(0)`: it did not.
+    /// It said that it restarts with its table and is back by then: until then its silence is no
+    /// death, and it stays what it was. `Time(0)`: it did not.
     pub back_by: Time,
 }
 
@@ -143,6 +143,8 @@ impl View {
 
     /// The other members, with their numbers.
     pub fn others(&self) -> impl Iterator<Item = (MemberId, &Member)> {
-        (1..=MEMBERS_MAX as MemberId).filter(|id| *id != self.me).map(|id| (id, &self.members[id as usize]))
+        (1..=MEMBERS_MAX as MemberId)
+            .filter(|id| *id != self.me)
+            .map(|id| (id, &self.members[id as usize]))
     }
 }

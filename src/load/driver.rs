@@ -26,7 +26,12 @@ impl Load {
     /// # Errors
     /// The appliance is not there, or its rings have a producer.
     pub fn open(dir: &Path, config: FlowsConfig, now: Time) -> Result<Load, ShmError> {
-        Ok(Load { flows: Flows::new(config), producers: Producers::open(dir)?, started: now, full: 0 })
+        Ok(Load {
+            flows: Flows::new(config),
+            producers: Producers::open(dir)?,
+            started: now,
+            full: 0,
+        })
     }
 
     /// How long the load has been running.
@@ -34,8 +39,8 @@ impl Load {
         now.since(self.started)
     }
 
-    /// Tells what is due, and publishes it. Returns whether the rings took it; what they did not take comes
-    /// first the next time.
+    /// Tells what is due, and publishes it. Returns whether the rings took it; what they did not
+    /// take comes first the next time.
     pub fn batch(&mut self, now: Time) -> bool {
         let age = self.age(now);
         let producers = &mut self.producers;

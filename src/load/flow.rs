@@ -63,7 +63,8 @@ pub struct Traits {
 
 impl Flow {
     /// Flow number `n` of data plane `plane`. No two numbers or planes share an original or a reply
-    /// tuple: client and source port name the number, the second byte of the address names the plane.
+    /// tuple: client and source port name the number, the second byte of the address names the
+    /// plane.
     pub fn new(plane: u8, n: u64, traits: Traits, opened: Duration, rng: &mut Rng) -> Flow {
         let protocol = if traits.is_tcp { TCP } else { UDP };
         let port = 1024 + (n % PORTS) as u16;
@@ -73,13 +74,17 @@ impl Flow {
         let dport = if traits.is_short { SHORT_PORT } else { LONG_PORT };
         let (original, outside) = if traits.is_v6 {
             let of = |prefix, x| Ipv6Addr::new(prefix, 0xdb8, plane as u16, 0, 0, 0, 0, x);
-            let original =
-                Tuple::v6(protocol, (of(0x2001, client), port), (of(0x2001, server | 0x8000), dport));
+            let original = Tuple::v6(
+                protocol,
+                (of(0x2001, client), port),
+                (of(0x2001, server | 0x8000), dport),
+            );
             (original, u128::from(of(0xfd00, client)))
         } else {
             let [s1, s0] = server.to_be_bytes();
             let source = Ipv4Addr::new(10, plane, high, low);
-            let original = Tuple::v4(protocol, (source, port), (Ipv4Addr::new(198, 18, s1, s0), dport));
+            let original =
+                Tuple::v4(protocol, (source, port), (Ipv4Addr::new(198, 18, s1, s0), dport));
             (original, u32::from(Ipv4Addr::new(100, plane, high, low)) as u128)
         };
         let mut reply = original.mirrored();

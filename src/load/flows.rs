@@ -1,11 +1,11 @@
 //! Flows: which made-up connection opens, changes or closes next. Pure: time is an argument.
 //!
-//! Events happen on a fixed beat, `rate` a second, and what the n-th event is follows from the
-//! seed alone. First the long-lived connections open, over the ramp. Then, of a hundred
-//! events, twenty are turnover (one long-lived closes, another opens, short-lived ones open in
-//! their share) and the others change a connection; the close of a short-lived one has precedence
-//! once its time has come. An event that finds its ring full is kept and offered first the next time,
-//! so no order is lost and nothing piles up: the beat then waits, and catches up afterwards.
+//! Events happen on a fixed beat, `rate` a second, and what the n-th event is follows from the seed
+//! alone. First the long-lived connections open, over the ramp. Then, of a hundred events, twenty
+//! are turnover (one long-lived closes, another opens, short-lived ones open in their share) and
+//! the others change a connection; the close of a short-lived one has precedence once its time has
+//! come. An event that finds its ring full is kept and offered first the next time, so no order is
+//! lost and nothing piles up: the beat then waits, and catches up afterwards.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -27,7 +27,8 @@ pub struct FlowsConfig {
     pub plane: u8,
     /// Everything random follows from this.
     pub seed: u64,
-    /// Long-lived connections that are open at any time after the ramp (one less while one is renewed).
+    /// Long-lived connections that are open at any time after the ramp (one less while one is
+    /// renewed).
     pub connections: usize,
     /// Events a second after the ramp: opened, changed and closed together.
     pub rate: u32,
@@ -124,8 +125,8 @@ impl Flows {
         self.phase != Phase::Ramp
     }
 
-    /// No more beat: from now on `run` closes the short-lived connections (`keep`) or all of them, as
-    /// fast as they are taken.
+    /// No more beat: from now on `run` closes the short-lived connections (`keep`) or all of them,
+    /// as fast as they are taken.
     pub fn finish(&mut self, keep: bool) {
         self.phase = if keep { Phase::CloseShort } else { Phase::CloseAll };
     }
@@ -145,9 +146,15 @@ impl Flows {
         closed && self.pending.is_none()
     }
 
-    /// Hands every event that is due at `now` (since the start) to `push`, at most `most`. `push` says
-    /// whether it took the event; if not, this one comes first the next time. Returns whether all were taken.
-    pub fn run(&mut self, now: Duration, most: usize, push: &mut dyn FnMut(&SourceEvent) -> bool) -> bool {
+    /// Hands every event that is due at `now` (since the start) to `push`, at most `most`. `push`
+    /// says whether it took the event; if not, this one comes first the next time. Returns whether
+    /// all were taken.
+    pub fn run(
+        &mut self,
+        now: Duration,
+        most: usize,
+        push: &mut dyn FnMut(&SourceEvent) -> bool,
+    ) -> bool {
         for _ in 0..most {
             let event = match self.pending.take() {
                 Some(event) => event,
@@ -168,7 +175,8 @@ impl Flows {
     fn next(&mut self, now: Duration) -> Option<SourceEvent> {
         if self.is_finishing() {
             let last = self.phase == Phase::CloseAll;
-            let flow = self.short.pop_front().or_else(|| if last { self.long.pop() } else { None })?;
+            let flow =
+                self.short.pop_front().or_else(|| if last { self.long.pop() } else { None })?;
             return Some(self.close(&flow));
         }
         if self.due > now {
@@ -191,7 +199,8 @@ impl Flows {
         if !self.rng.chance(TURNOVER_PERCENT) {
             return Some(self.change_one());
         }
-        // At the full number one closes; until another has opened, short-lived ones open in their share.
+        // At the full number one closes; until another has opened, short-lived ones open in their
+        // share.
         if self.long.len() < self.config.connections {
             let is_short = self.rng.chance(self.config.short_percent);
             return Some(self.open_one(at, is_short));

@@ -54,14 +54,19 @@ fn the_rate_and_the_shares_are_those_asked_for() {
     assert!(flows.long_lived().abs_diff(500) <= 1 && !flows.is_ramped());
     flows.run(Duration::from_secs(1), usize::MAX, &mut |e| table.take(e));
     let before = flows.told();
-    assert_eq!((before.opened, before.changed), (1000, before.changed.min(1)), "the ramp opens only");
+    assert_eq!(
+        (before.opened, before.changed),
+        (1000, before.changed.min(1)),
+        "the ramp opens only"
+    );
     flows.run(Duration::from_secs(11), usize::MAX, &mut |e| table.take(e));
     let told = flows.told();
     assert!((told.events() - before.events()).abs_diff(100_000) <= 1);
     let (opened, short) = (told.opened - before.opened, told.opened_short);
     assert!((25..35).contains(&(100 * short / opened)), "{short} of {opened} are short-lived");
     assert!(flows.long_lived().abs_diff(1000) <= 1);
-    let share = |is_it: &dyn Fn(&Flow) -> bool| 100 * flows.open().filter(|f| is_it(f)).count() / 1000;
+    let share =
+        |is_it: &dyn Fn(&Flow) -> bool| 100 * flows.open().filter(|f| is_it(f)).count() / 1000;
     assert!((15..26).contains(&share(&|f| f.connection().is_translated())));
     assert!((6..15).contains(&share(&|f| f.original.family == Family::V6)));
     assert!(flows.open().all(|f| f.is_short == is_short(&f.original)));

@@ -13,8 +13,8 @@ extern "C" fn note(_signal: libc::c_int) {
 pub fn catch() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         let handler: extern "C" fn(libc::c_int) = note;
-        // SAFETY: the handler does nothing but store to an atomic, which is async-signal-safe, and it has
-        // the type that signal() asks for.
+        // SAFETY: the handler does nothing but store to an atomic, which is async-signal-safe, and
+        // it has the type that signal() asks for.
         unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     }
 }

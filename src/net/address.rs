@@ -1,4 +1,5 @@
-//! Addresses as people write them: `10.9.0.1`, `fd00::1`, or `fe80::1%sy0`, with the interface on which it means something.
+//! Addresses as people write them: `10.9.0.1`, `fd00::1`, or `fe80::1%sy0`, with the interface on
+//! which it means something.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -37,7 +38,9 @@ impl FromStr for ScopedAddress {
             Some("") => return Err(format!("'{text}': write the interface's name behind the %")),
             // Who deletes an interface and makes it anew gives it another number.
             Some(number) if number.bytes().all(|b| b.is_ascii_digit()) => {
-                return Err(format!("'{text}': write the interface's name behind the %, not its number"));
+                return Err(format!(
+                    "'{text}': write the interface's name behind the %, not its number"
+                ));
             }
             Some(_) if is_link_local(ip) || matches!(ip, IpAddr::V6(a) if is_of_a_link(a)) => {}
             Some(scope) => {

@@ -41,10 +41,13 @@ pub enum NetError {
 }
 
 impl NetError {
-    /// Whether that can come right by itself, as at boot: an interface or address that is not there yet.
+    /// Whether that can come right by itself, as at boot: an interface or address that is not there
+    /// yet.
     pub fn can_come_right(&self) -> bool {
         match self {
-            NetError::NoInterface(_) | NetError::AddressNotLocal(_) | NetError::AddressTentative(_) => true,
+            NetError::NoInterface(_)
+            | NetError::AddressNotLocal(_)
+            | NetError::AddressTentative(_) => true,
             // The interface went away, or has no addresses of the family yet.
             NetError::Socket { errno, .. } => matches!(*errno, libc::ENODEV | libc::EADDRNOTAVAIL),
             _ => false,
@@ -104,7 +107,9 @@ impl fmt::Display for NetError {
                     libc::EMFILE | libc::ENFILE => {
                         "raise the limit of open files (ulimit -n, or LimitNOFILE= in the unit)"
                     }
-                    libc::ENETUNREACH | libc::EHOSTUNREACH => "check the route to it with `ip route get`",
+                    libc::ENETUNREACH | libc::EHOSTUNREACH => {
+                        "check the route to it with `ip route get`"
+                    }
                     libc::EACCES | libc::EPERM => {
                         "a security policy or firewall forbids it: allow UDP for hypersync"
                     }
@@ -116,7 +121,11 @@ impl fmt::Display for NetError {
                     }
                     _ => "check the addresses and interfaces in the configuration",
                 };
-                write!(f, "could not {what} ({address}): {}; {advice}", io::Error::from_raw_os_error(*errno))
+                write!(
+                    f,
+                    "could not {what} ({address}): {}; {advice}",
+                    io::Error::from_raw_os_error(*errno)
+                )
             }
             NetError::Ring(error) => error.fmt(f),
         }

@@ -47,7 +47,8 @@ impl Interface {
     }
 }
 
-/// The interface that owns a local address. Of a link-local one, which many may have, it is the `wanted` one.
+/// The interface that owns a local address. Of a link-local one, which many may have, it is the
+/// `wanted` one.
 pub fn interface_of(address: IpAddr, wanted: Option<&str>) -> Result<Interface, NetError> {
     let mut names = names_of(address);
     if is_link_local(address) {
@@ -128,9 +129,11 @@ fn mtu_of(name: &CStr) -> Option<u32> {
     }
     let socket = super::sockets::udp(Ipv4Addr::LOCALHOST.into(), 0).ok()?;
     // SAFETY: SIOCGIFMTU reads the name and writes the MTU into the ifreq, both within it.
-    let result =
-        unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCGIFMTU, &mut request) };
-    // SAFETY: after success the union holds the MTU, before it zeroes, and an integer takes any bits.
+    let result = unsafe {
+        libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&socket), libc::SIOCGIFMTU, &mut request)
+    };
+    // SAFETY: after success the union holds the MTU, before it zeroes, and an integer takes any
+    // bits.
     let mtu = unsafe { request.ifr_ifru.ifru_mtu } as u32;
     (result == 0).then_some(mtu)
 }

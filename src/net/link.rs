@@ -1,9 +1,10 @@
 //! The sync link: which interface it is, and the sockets that listen on it.
 //!
-//! Network tools delete interfaces and make them anew. The new one has another index, and what was bound
-//! to the old one or had joined a group there hears nothing any more: sockets of link-local addresses, and of the multicast
-//! group. So the main thread looks at the link now and then, makes such sockets anew (joining
-//! waits for a lock of the kernel's, so it is nothing for a shard), and hands them over.
+//! Network tools delete interfaces and make them anew. The new one has another index, and what was
+//! bound to the old one or had joined a group there hears nothing any more: sockets of link-local
+//! addresses, and of the multicast group. So the main thread looks at the link now and then, makes
+//! such sockets anew (joining waits for a lock of the kernel's, so it is nothing for a shard), and
+//! hands them over.
 
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -57,8 +58,8 @@ impl Link {
             None => owner,
         };
         interface.check_mtu()?;
-        let shards =
-            bind_group(config.local, config.udp_port, config.shards, interface.index).map_err(is_listed)?;
+        let shards = bind_group(config.local, config.udp_port, config.shards, interface.index)
+            .map_err(is_listed)?;
         let mut link = Link { config, interface, joined: None };
         let group = link.join()?;
         Ok((link, Receivers { shards, group }))
@@ -69,8 +70,9 @@ impl Link {
         &self.interface
     }
 
-    /// New receive sockets, if the interface is another than before, or if `deaf`: the group's socket does not hear what
-    /// is sent to it. As long as there is no interface or no address, the old ones stay.
+    /// New receive sockets, if the interface is another than before, or if `deaf`: the group's
+    /// socket does not hear what is sent to it. As long as there is no interface or no address, the
+    /// old ones stay.
     pub fn renew(&mut self, deaf: bool) -> Result<Option<Receivers>, NetError> {
         let LinkConfig { local, udp_port, shards, .. } = self.config;
         let interface = match &self.config.interface {
@@ -97,9 +99,9 @@ impl Link {
         }
     }
 
-    /// Joins the multicast group with a new socket. The one of before leaves it: closing that
-    /// would wait for the kernel's lock in the shard. First, for on an interface that forgot its groups, leaving takes away
-    /// what was joined since.
+    /// Joins the multicast group with a new socket. The one of before leaves it: closing that would
+    /// wait for the kernel's lock in the shard. First, for on an interface that forgot its groups,
+    /// leaving takes away what was joined since.
     fn join(&mut self) -> Result<Option<OwnedFd>, NetError> {
         let Some(address) = self.config.multicast else { return Ok(None) };
         if let Some((old, group)) = self.joined.take() {
@@ -146,7 +148,8 @@ pub struct Handover {
 }
 
 impl Handover {
-    /// Leaves it for the shard; a socket in one that was not taken yet stays, if the new one has none in its place.
+    /// Leaves it for the shard; a socket in one that was not taken yet stays, if the new one has
+    /// none in its place.
     pub fn put(&self, mut renewal: Renewal) {
         let Ok(mut place) = self.renewal.lock() else { return };
         if let Some(earlier) = place.take() {

@@ -8,8 +8,9 @@
 //!   group:8116 ── heartbeats, shard 0 ────────────────────────────┴─> Train ──> datagrams
 //! ```
 //!
-//! [`Port`] is the one object that a shard holds. Before the shards start, one thread makes the [`Link`],
-//! because the sockets of a steered group must be bound in shard order; it keeps an eye on it from then on.
+//! [`Port`] is the one object that a shard holds. Before the shards start, one thread makes the
+//! [`Link`], because the sockets of a steered group must be bound in shard order; it keeps an eye
+//! on it from then on.
 //!
 //! What the bytes mean is left to `ccp` and `sync`; when to send is left to the loop.
 

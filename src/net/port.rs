@@ -26,7 +26,8 @@ use crate::time::Time;
 
 /// Descriptors that can be watched at once.
 const WATCHES_MAX: usize = 64;
-/// Receive sockets that can wait for their end; the link is not made anew more often than a pass is made.
+/// Receive sockets that can wait for their end; the link is not made anew more often than a pass is
+/// made.
 const RETIRED_MAX: usize = 8;
 /// Failed sends that can wait for `reap`.
 const FAILED_MAX: usize = 4 * (PEERS_MAX + 1);
@@ -145,8 +146,8 @@ pub struct Port<'m> {
 }
 
 impl<'m> Port<'m> {
-    /// The port of a shard, with its socket of those that the [`Link`](super::Link) made, and for shard 0 with the
-    /// multicast group's. Call it on the shard's own thread.
+    /// The port of a shard, with its socket of those that the [`Link`](super::Link) made, and for
+    /// shard 0 with the multicast group's. Call it on the shard's own thread.
     pub fn new(
         config: &PortConfig<'m>,
         receiver: OwnedFd,
@@ -154,8 +155,14 @@ impl<'m> Port<'m> {
     ) -> Result<Port<'m>, NetError> {
         let mut ring = Ring::new(config.features, config.receive_buffers)?;
         ring.register_arena(config.arena)?;
-        let mut senders =
-            Senders::new(config.local, config.udp_port, config.interface, config.arena, config.send, &ring);
+        let mut senders = Senders::new(
+            config.local,
+            config.udp_port,
+            config.interface,
+            config.arena,
+            config.send,
+            &ring,
+        );
         let receivers: Vec<Receiver> =
             [Some(receiver), group].into_iter().flatten().map(Receiver::new).collect();
         if config.shard == 0 {
@@ -199,8 +206,8 @@ impl<'m> Port<'m> {
         self.senders.mode()
     }
 
-    /// Targets for `Target::Heartbeat`, from 0: the multicast group if there is one, then the peers.
-    /// None on shards other than 0.
+    /// Targets for `Target::Heartbeat`, from 0: the multicast group if there is one, then the
+    /// peers. None on shards other than 0.
     pub fn heartbeat_targets(&self) -> usize {
         self.senders.heartbeat_targets()
     }
@@ -210,7 +217,8 @@ impl<'m> Port<'m> {
         self.counts
     }
 
-    /// Datagrams that the kernel dropped because a receive socket was full. One system call a socket.
+    /// Datagrams that the kernel dropped because a receive socket was full. One system call a
+    /// socket.
     pub fn receive_drops(&self) -> u64 {
         let drops = |receiver: &Receiver| u64::from(sockets::drops(&receiver.fd));
         self.drops_before + self.receivers.iter().map(drops).sum::<u64>()
@@ -236,8 +244,9 @@ impl<'m> Port<'m> {
         self.senders.close(stream);
     }
 
-    /// The sync link was made anew: takes the new receive sockets in place of the old ones. Send sockets that may be bound to
-    /// the old interface are made anew; those of streams are the caller's to open again.
+    /// The sync link was made anew: takes the new receive sockets in place of the old ones. Send
+    /// sockets that may be bound to the old interface are made anew; those of streams are the
+    /// caller's to open again.
     pub fn renew(&mut self, renewal: Renewal) {
         // An error here will come again from the next wait, which reports it.
         let _ = self.submit();
@@ -255,9 +264,9 @@ impl<'m> Port<'m> {
         }
     }
 
-    /// Sends `len` bytes at `offset` of the arena, as a train of full datagrams of which the last may
-    /// be short. The bytes must stay as they are until `Event::Sent` with this token, which comes
-    /// exactly once. A stream that is not open is reported that way too (ENOTCONN).
+    /// Sends `len` bytes at `offset` of the arena, as a train of full datagrams of which the last
+    /// may be short. The bytes must stay as they are until `Event::Sent` with this token, which
+    /// comes exactly once. A stream that is not open is reported that way too (ENOTCONN).
     pub fn send(&mut self, to: Target, offset: u32, len: u32, token: u64) -> Result<(), Full> {
         let entry = self.operations.vacant_entry();
         match self.senders.send(&mut self.ring, entry.key() as u64, to, (offset, len), token) {
@@ -289,8 +298,8 @@ impl<'m> Port<'m> {
         }
     }
 
-    /// Takes a descriptor that [`watch`](Self::watch) will name by this key, and keeps it open. A duplicate of the one
-    /// that is read from does: what is watched is the open file.
+    /// Takes a descriptor that [`watch`](Self::watch) will name by this key, and keeps it open. A
+    /// duplicate of the one that is read from does: what is watched is the open file.
     pub fn add_watch(&mut self, key: u64, fd: OwnedFd) {
         assert!(self.watched.iter().all(|(other, _)| *other != key), "a key names one descriptor");
         self.watched.push((key, fd));
@@ -298,7 +307,10 @@ impl<'m> Port<'m> {
 
     /// Reports once, as `Event::Ready`, when the descriptor of this key is readable.
     pub fn watch(&mut self, key: u64) {
-        assert!(self.watches.len() < WATCHES_MAX, "a watch is asked for again only after it was reported");
+        assert!(
+            self.watches.len() < WATCHES_MAX,
+            "a watch is asked for again only after it was reported"
+        );
         let index = self.watched.iter().position(|(other, _)| *other == key);
         self.watches.push_back(index.expect("the descriptor was added before"));
     }
@@ -334,7 +346,8 @@ impl<'m> Port<'m> {
         }
         let key = self.operations.insert(InFlight::Futex);
         let operation = Operation::FutexWait { word: word.as_ptr().cast_const(), expected };
-        // SAFETY: the kernel only reads the word, which is there as long as `'m`, and checks its address itself.
+        // SAFETY: the kernel only reads the word, which is there as long as `'m`, and checks its
+        // address itself.
         self.futex_armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
         if !self.futex_armed {
             self.operations.remove(key);
@@ -399,8 +412,8 @@ impl<'m> Port<'m> {
             let key = self.operations.insert(InFlight::Receive);
             let operation =
                 Operation::Receive { fd: receiver.fd.as_raw_fd(), header: &raw const *self.header };
-            // SAFETY: the header lives as long as the port, whose ring is dropped first, and the socket until the
-            // operation has ended.
+            // SAFETY: the header lives as long as the port, whose ring is dropped first, and the
+            // socket until the operation has ended.
             let is_armed = unsafe { self.ring.push(operation, key as u64) }.is_ok();
             receiver.operation = is_armed.then_some(key);
             if !is_armed {
@@ -450,7 +463,8 @@ impl<'m> Port<'m> {
                 self.operations.remove(key);
             }
             InFlight::Send(sending) => {
-                let result = self.senders.complete(&mut self.ring, key as u64, sending, &completion);
+                let result =
+                    self.senders.complete(&mut self.ring, key as u64, sending, &completion);
                 if let Some(result) = result {
                     let (token, address) = (sending.token, sending.address);
                     self.operations.remove(key);

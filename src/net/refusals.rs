@@ -1,7 +1,7 @@
 //! Sends that this host itself refuses: told with their cause, once and not once a datagram.
 //!
-//! What the kernel says of a send is the caller's to count; here an operator is told what to do about it. A dead
-//! peer's ECONNREFUSED is no refusal of ours.
+//! What the kernel says of a send is the caller's to count; here an operator is told what to do
+//! about it. A dead peer's ECONNREFUSED is no refusal of ours.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -11,7 +11,8 @@ use std::time::Duration;
 use crate::limits::PEERS_MAX;
 use crate::time::Time;
 
-/// A target is told about at most once in this time; what did not happen for so long is news when it does.
+/// A target is told about at most once in this time; what did not happen for so long is news when
+/// it does.
 const PAUSE: Duration = Duration::from_secs(10);
 
 struct Refusal {
@@ -21,7 +22,8 @@ struct Refusal {
     last: Time,
 }
 
-/// Targets remembered: every peer and the multicast group. Addresses that members had before are not worth more.
+/// Targets remembered: every peer and the multicast group. Addresses that members had before are
+/// not worth more.
 const TARGETS_MAX: usize = PEERS_MAX + 1;
 
 /// What was told; one for all shards of a member. Touched by nobody as long as sends succeed.
@@ -76,9 +78,10 @@ impl Refusals {
 
 fn cause(errno: i32) -> Option<(&'static str, &'static str)> {
     Some(match errno {
-        libc::EPERM => {
-            ("EPERM", "is refused by this host's packet filter: let UDP port 8116 out on the sync link")
-        }
+        libc::EPERM => (
+            "EPERM",
+            "is refused by this host's packet filter: let UDP port 8116 out on the sync link",
+        ),
         libc::EACCES => ("EACCES", "is forbidden by a route or a security policy of this host"),
         libc::ENETUNREACH => {
             ("ENETUNREACH", "fails, there is no route: is the sync link up, with its address?")
@@ -104,7 +107,10 @@ mod tests {
         let (two, three) = (IpAddr::from([10, 9, 0, 2]), IpAddr::from([10, 9, 0, 3]));
         let told = |at_ms: u64, to, errno| refusals.note(Time(at_ms * 1_000_000), to, errno);
         let line = told(1, two, libc::EPERM).unwrap().to_string();
-        assert!(line.starts_with("sending to 10.9.0.2 is refused by this host's packet filter"), "{line}");
+        assert!(
+            line.starts_with("sending to 10.9.0.2 is refused by this host's packet filter"),
+            "{line}"
+        );
         assert!(told(1, three, libc::EPERM).is_some());
         assert!((1..300).all(|n| told(n * 100, two, libc::EPERM).is_none()), "not once a datagram");
         assert!(told(30_000, two, libc::ENETUNREACH).is_some(), "another cause");

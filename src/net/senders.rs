@@ -116,7 +116,8 @@ pub(super) struct Senders<'m> {
 }
 
 impl<'m> Senders<'m> {
-    /// Senders from `local` to `port` of whoever is opened, on the interface with the index `scope`.
+    /// Senders from `local` to `port` of whoever is opened, on the interface with the index
+    /// `scope`.
     pub(super) fn new(
         local: IpAddr,
         port: u16,
@@ -173,11 +174,12 @@ impl<'m> Senders<'m> {
         self.closing.extend(self.streams[stream].take().map(|socket| socket.fd));
     }
 
-    /// The sync link's interface has this index now. Sockets that may be bound to the old one are made anew when they are
-    /// needed; those of streams are the caller's to open again.
+    /// The sync link's interface has this index now. Sockets that may be bound to the old one are
+    /// made anew when they are needed; those of streams are the caller's to open again.
     pub(super) fn renew(&mut self, scope: u32) {
         self.scope = scope;
-        self.closing.extend(self.heartbeats.iter_mut().filter_map(|h| h.socket.take()).map(|s| s.fd));
+        self.closing
+            .extend(self.heartbeats.iter_mut().filter_map(|h| h.socket.take()).map(|s| s.fd));
     }
 
     /// Lets go of closed sockets, once the kernel has seen every operation.
@@ -212,7 +214,10 @@ impl<'m> Senders<'m> {
         token: u64,
     ) -> Result<Sending, NotSent> {
         let (offset, len) = bytes;
-        assert!(len > 0 && offset as usize + len as usize <= size_of_val(self.arena), "within the arena");
+        assert!(
+            len > 0 && offset as usize + len as usize <= size_of_val(self.arena),
+            "within the arena"
+        );
         let most = match to {
             Target::Stream(_) => SEGMENTS_MAX * DATAGRAM_MAX,
             Target::Heartbeat(_) => DATAGRAM_MAX,
@@ -221,8 +226,9 @@ impl<'m> Senders<'m> {
         if let Target::Heartbeat(target) = to
             && self.heartbeats[target].socket.is_none()
         {
-            let socket =
-                self.heartbeat_socket(self.heartbeats[target].to).map_err(|e| NotSent::Failed(-e.errno()))?;
+            let socket = self
+                .heartbeat_socket(self.heartbeats[target].to)
+                .map_err(|e| NotSent::Failed(-e.errno()))?;
             self.heartbeats[target].socket = Some(socket);
         }
         let Some(socket) = self.socket(to) else { return Err(NotSent::Failed(-libc::ENOTCONN)) };
@@ -258,7 +264,9 @@ impl<'m> Senders<'m> {
             return Err(Full);
         }
         ring.reserve(count)?;
-        let Some(fd) = self.socket(sending.to).map(|socket| socket.fd.as_raw_fd()) else { return Err(Full) };
+        let Some(fd) = self.socket(sending.to).map(|socket| socket.fd.as_raw_fd()) else {
+            return Err(Full);
+        };
         let start = self.arena.as_ptr().cast::<u8>().wrapping_add(sending.offset as usize);
         for at in (0..sending.len as usize).step_by(step) {
             let len = step.min(sending.len as usize - at) as u32;
@@ -321,13 +329,18 @@ impl<'m> Senders<'m> {
     fn adapt(&mut self, sending: &mut Sending) -> bool {
         let errno = -sending.result;
         let (id, used_gso) = (sending.socket, sending.gso);
-        let Some(socket) = self.socket(sending.to).filter(|socket| socket.id == id) else { return false };
+        let Some(socket) = self.socket(sending.to).filter(|socket| socket.id == id) else {
+            return false;
+        };
         // EINVAL can mean either; segmentation is refused more often, by tunnels and small paths.
         if used_gso && matches!(errno, libc::EIO | libc::EINVAL | libc::EMSGSIZE) {
             if socket.gso {
                 sockets::set_gso(&socket.fd, false);
                 socket.gso = false;
-                log::warn!("the path of {:?} refuses UDP segmentation, sending datagrams singly", sending.to);
+                log::warn!(
+                    "the path of {:?} refuses UDP segmentation, sending datagrams singly",
+                    sending.to
+                );
             }
             sending.gso = false;
             return true;
@@ -345,7 +358,8 @@ impl<'m> Senders<'m> {
     #[cfg(test)]
     pub(super) fn refuse_segmentation(&mut self, stream: usize) {
         let socket = self.streams[stream].as_ref().expect("the test opened it");
-        sockets::set(&socket.fd, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1).expect("Linux has SO_NO_CHECK");
+        sockets::set(&socket.fd, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1)
+            .expect("Linux has SO_NO_CHECK");
     }
 
     /// How the next send would leave: for tests and for those who want to show it.
@@ -409,7 +423,12 @@ impl Choice {
     fn refused(&mut self, how: SendMode, errno: i32) -> Option<SendMode> {
         let refusal = matches!(
             errno,
-            libc::EINVAL | libc::EOPNOTSUPP | libc::EFAULT | libc::ENOMEM | libc::ENXIO | libc::EBADFD
+            libc::EINVAL
+                | libc::EOPNOTSUPP
+                | libc::EFAULT
+                | libc::ENOMEM
+                | libc::ENXIO
+                | libc::EBADFD
         );
         if !self.auto || !refusal {
             return None;

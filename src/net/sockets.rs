@@ -63,7 +63,8 @@ pub(super) fn receiver(local: IpAddr) -> Result<OwnedFd, NetError> {
         IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MULTICAST_ALL),
         IpAddr::V6(_) => (libc::IPPROTO_IPV6, IPV6_MULTICAST_ALL),
     };
-    set(&fd, level, option, 0).map_err(|errno| error("switch off IP_MULTICAST_ALL", local, errno))?;
+    set(&fd, level, option, 0)
+        .map_err(|errno| error("switch off IP_MULTICAST_ALL", local, errno))?;
     Ok(fd)
 }
 
@@ -77,7 +78,8 @@ pub(super) fn group_receiver(group: Group, port: u16) -> Result<OwnedFd, NetErro
     let fd = receiver(group.address)?;
     let what = "join the multicast group";
     // Every member on this host gets a copy: tests and demos run several.
-    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).map_err(|errno| error(what, group.address, errno))?;
+    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)
+        .map_err(|errno| error(what, group.address, errno))?;
     bind(&fd, SocketAddr::new(group.address, port), group.interface)?;
     join(&fd, group).map_err(|errno| error(what, group.address, errno))?;
     Ok(fd)
@@ -114,9 +116,13 @@ fn membership(fd: &OwnedFd, group: Group, v4: i32, v6: i32) -> Result<(), i32> {
 }
 
 /// A send socket of a stream: from `local` and any port to `peer`. It blocks in the eyes of
-/// io_uring, which then waits for room in the socket and not in our thread. Link-local addresses are those of the
-/// interface with the index `scope`.
-pub(super) fn stream_sender(local: IpAddr, peer: SocketAddr, scope: u32) -> Result<OwnedFd, NetError> {
+/// io_uring, which then waits for room in the socket and not in our thread. Link-local addresses
+/// are those of the interface with the index `scope`.
+pub(super) fn stream_sender(
+    local: IpAddr,
+    peer: SocketAddr,
+    scope: u32,
+) -> Result<OwnedFd, NetError> {
     let fd = udp(local, 0)?;
     enlarge(&fd, libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, SEND_BUFFER);
     bind(&fd, SocketAddr::new(local, 0), scope)?;
@@ -130,9 +136,13 @@ pub(super) fn set_gso(fd: &OwnedFd, on: bool) -> bool {
     set(fd, libc::IPPROTO_UDP, UDP_SEGMENT, size).is_ok()
 }
 
-/// A send socket for heartbeats to a peer or a group on the interface with the index `scope`. A heartbeat that
-/// finds no room is dropped: a late one says the wrong thing.
-pub(super) fn heartbeat_sender(local: IpAddr, to: SocketAddr, scope: u32) -> Result<OwnedFd, NetError> {
+/// A send socket for heartbeats to a peer or a group on the interface with the index `scope`. A
+/// heartbeat that finds no room is dropped: a late one says the wrong thing.
+pub(super) fn heartbeat_sender(
+    local: IpAddr,
+    to: SocketAddr,
+    scope: u32,
+) -> Result<OwnedFd, NetError> {
     let fd = udp(local, libc::SOCK_NONBLOCK)?;
     let (level, option) = match local {
         IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
@@ -177,7 +187,13 @@ pub(super) fn drops(fd: &OwnedFd) -> u32 {
     let mut len = size_of::<[u32; MEMINFO_WORDS]>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, which is the array's size.
     unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_MEMINFO, words.as_mut_ptr().cast(), &mut len);
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_MEMINFO,
+            words.as_mut_ptr().cast(),
+            &mut len,
+        );
     }
     words[MEMINFO_DROPS]
 }

@@ -16,13 +16,18 @@ use super::sockets;
 /// Where the destination shard stands in a datagram: the low byte of the CPHA header's filler.
 const SHARD_OFFSET: u32 = 19;
 
-/// The receive sockets of all shards on `local:port`, in shard order. A link-local address is that of the
-/// interface with the index `scope`.
+/// The receive sockets of all shards on `local:port`, in shard order. A link-local address is that
+/// of the interface with the index `scope`.
 ///
 /// SO_REUSEPORT lets any process of the same user join a group in silence, so a plain bind is
 /// tried first, which fails if anybody holds the port. (Two appliances that start at the same
 /// moment are kept apart by the lock on the shared memory, which is taken before.)
-pub fn bind_group(local: IpAddr, port: u16, shards: u8, scope: u32) -> Result<Vec<OwnedFd>, NetError> {
+pub fn bind_group(
+    local: IpAddr,
+    port: u16,
+    shards: u8,
+    scope: u32,
+) -> Result<Vec<OwnedFd>, NetError> {
     assert!(shards > 0, "a member has at least one shard");
     let address = SocketAddr::new(local, port);
     sockets::bind(&sockets::udp(local, 0)?, address, scope)?;

@@ -58,7 +58,8 @@ impl BufferPool {
         let count = count.clamp(1, BUFFERS_MAX).next_power_of_two();
         let ring_len = (count * size_of::<Entry>()).next_multiple_of(4096);
         // Populated, so that no page is missing when the first datagrams arrive.
-        let mut memory = MmapOptions::new().len(ring_len + count * BUFFER_SIZE).populate().map_anon()?;
+        let mut memory =
+            MmapOptions::new().len(ring_len + count * BUFFER_SIZE).populate().map_anon()?;
         let entries = memory.as_mut_ptr().cast::<Entry>();
         // SAFETY: the mapping is ring_len and more bytes long.
         let buffers = unsafe { memory.as_mut_ptr().add(ring_len) };
@@ -94,7 +95,8 @@ impl BufferPool {
     }
 
     fn start(&self, id: u16) -> *mut u8 {
-        // SAFETY: id < count (checked in `take`, counted in `new`), and the mapping holds count buffers.
+        // SAFETY: id < count (checked in `take`, counted in `new`), and the mapping holds count
+        // buffers.
         unsafe { self.buffers.add(usize::from(id) * BUFFER_SIZE) }
     }
 

@@ -59,7 +59,11 @@ impl RingError {
             return RingError::memory_lock("the ring's queues", 128 << 10);
         }
         let sysctl = fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok();
-        RingError::Refused { errno, sysctl: sysctl.map(|s| s.trim().to_owned()), kernel: kernel_release() }
+        RingError::Refused {
+            errno,
+            sysctl: sysctl.map(|s| s.trim().to_owned()),
+            kernel: kernel_release(),
+        }
     }
 
     /// A refused registration of `needed` bytes for `what`.
@@ -149,7 +153,10 @@ impl fmt::Display for RingError {
                 )
             }
             RingError::Missing { what, kernel } => {
-                write!(f, "io_uring on Linux {kernel} has no {what}; hypersync needs Linux 6.1 or later")
+                write!(
+                    f,
+                    "io_uring on Linux {kernel} has no {what}; hypersync needs Linux 6.1 or later"
+                )
             }
             RingError::Enter { errno } => write!(
                 f,
@@ -169,8 +176,12 @@ mod tests {
     #[test]
     fn every_error_is_one_line_that_says_what_to_do() {
         let refused = RingError::refused(&io::Error::from_raw_os_error(libc::EPERM)).to_string();
-        assert!(refused.contains("os error 1") && refused.contains("kernel.io_uring_disabled="), "{refused}");
-        let memory = RingError::register("the arena", 16 << 20, &io::Error::from_raw_os_error(libc::ENOMEM));
+        assert!(
+            refused.contains("os error 1") && refused.contains("kernel.io_uring_disabled="),
+            "{refused}"
+        );
+        let memory =
+            RingError::register("the arena", 16 << 20, &io::Error::from_raw_os_error(libc::ENOMEM));
         let memory = memory.to_string();
         assert!(
             memory.contains("16777216")

@@ -82,17 +82,22 @@ impl Operation {
             Operation::WriteFixed { fd, bytes, len } => {
                 opcode::WriteFixed::new(types::Fd(fd), bytes, len, ARENA).build()
             }
-            Operation::SendZeroCopy { fd, bytes, len } => opcode::SendZc::new(types::Fd(fd), bytes, len)
-                .buf_index(Some(ARENA))
-                .zc_flags(REPORT_USAGE)
-                .build(),
+            Operation::SendZeroCopy { fd, bytes, len } => {
+                opcode::SendZc::new(types::Fd(fd), bytes, len)
+                    .buf_index(Some(ARENA))
+                    .zc_flags(REPORT_USAGE)
+                    .build()
+            }
             Operation::Send { fd, bytes, len } => {
                 opcode::Send::new(types::Fd(fd), bytes, len).flags(libc::MSG_DONTWAIT).build()
             }
             Operation::Cancel { token } => opcode::AsyncCancel::new(token).build(),
-            Operation::Readable { fd } => opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build(),
+            Operation::Readable { fd } => {
+                opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build()
+            }
             Operation::FutexWait { word, expected } => {
-                opcode::FutexWait::new(word, expected.into(), FUTEX_MATCH_ANY, FUTEX_SHARED_U32).build()
+                opcode::FutexWait::new(word, expected.into(), FUTEX_MATCH_ANY, FUTEX_SHARED_U32)
+                    .build()
             }
         }
     }

@@ -74,8 +74,12 @@ impl Features {
 
     /// Drops the newest setup flag that is still wanted; false if none is left.
     fn drop_setup_flag(&mut self) -> bool {
-        let newest_first =
-            [&mut self.no_sqarray, &mut self.defer_taskrun, &mut self.single_issuer, &mut self.coop_taskrun];
+        let newest_first = [
+            &mut self.no_sqarray,
+            &mut self.defer_taskrun,
+            &mut self.single_issuer,
+            &mut self.coop_taskrun,
+        ];
         for flag in newest_first {
             if *flag {
                 *flag = false;

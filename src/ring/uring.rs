@@ -45,12 +45,15 @@ impl Ring {
         let (uring, features) = build(SUBMISSIONS as u32, COMPLETIONS as u32, wanted)?;
         let needed = (buffers * (64 << 10)) as u64;
         let what = "the receive buffers";
-        let pool = BufferPool::new(buffers).map_err(|error| RingError::register(what, needed, &error))?;
+        let pool =
+            BufferPool::new(buffers).map_err(|error| RingError::register(what, needed, &error))?;
         let (address, count) = pool.ring();
         // SAFETY: the pool maps `count` entries at `address` and lives until after the ring (drop
         // order of the fields; `drop` leaks it if the kernel does not let go).
-        unsafe { uring.submitter().register_buf_ring_with_flags(address, count, super::buffers::GROUP, 0) }
-            .map_err(|error| RingError::register(what, needed, &error))?;
+        unsafe {
+            uring.submitter().register_buf_ring_with_flags(address, count, super::buffers::GROUP, 0)
+        }
+        .map_err(|error| RingError::register(what, needed, &error))?;
         let collected = VecDeque::with_capacity(COMPLETIONS);
         Ok(Ring { uring, pool, features, collected })
     }
@@ -124,8 +127,11 @@ impl Ring {
         let mut flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
         flags.set(EnterFlags::NO_IOWAIT, self.features.no_iowait);
         flags.set(EnterFlags::ABS_TIMER, self.features.abs_timer);
-        let until =
-            if self.features.abs_timer { Duration::from_nanos(deadline.0) } else { deadline.since(now) };
+        let until = if self.features.abs_timer {
+            Duration::from_nanos(deadline.0)
+        } else {
+            deadline.since(now)
+        };
         let timespec = Timespec::from(until);
         let mut arguments = SubmitArgs::new().timespec(&timespec);
         let mut want = 1;
@@ -152,10 +158,11 @@ impl Ring {
         arguments: Option<&SubmitArgs>,
     ) -> Result<(), RingError> {
         let submissions = self.uring.submission().len() as u32;
-        // SAFETY: with EXT_ARG the argument is a live SubmitArgs (the kernel's io_uring_getevents_arg)
-        // whose timespec the caller keeps on its stack; without, there is none. What the queued
-        // operations point to is promised by the callers of `push`.
-        let result = unsafe { self.uring.submitter().enter(submissions, want, flags.bits(), arguments) };
+        // SAFETY: with EXT_ARG the argument is a live SubmitArgs (the kernel's
+        // io_uring_getevents_arg) whose timespec the caller keeps on its stack; without, there is
+        // none. What the queued operations point to is promised by the callers of `push`.
+        let result =
+            unsafe { self.uring.submitter().enter(submissions, want, flags.bits(), arguments) };
         match result {
             Ok(_) => Ok(()),
             Err(error) => match errno_of(&error) {
@@ -184,7 +191,8 @@ impl Ring {
 }
 
 impl Drop for Ring {
-    /// Cancels everything in flight, so that the kernel writes to no buffer that is about to be freed.
+    /// Cancels everything in flight, so that the kernel writes to no buffer that is about to be
+    /// freed.
     fn drop(&mut self) {
         self.collected.clear();
         let submitter = self.uring.submitter();

@@ -126,7 +126,8 @@ pub struct GroupWords<W = AtomicU64> {
 // No padding: every byte of it is part of an atomic, as `shm::mapping` asks.
 const _: () = assert!(size_of::<LineWords>() == 16 * size_of::<AtomicU64>());
 const _: () = assert!(
-    size_of::<GroupWords>() == (1 + MEMBERS_MAX + 1 + SHARDS_MAX + UNUSED_LINES) * size_of::<LineWords>()
+    size_of::<GroupWords>()
+        == (1 + MEMBERS_MAX + 1 + SHARDS_MAX + UNUSED_LINES) * size_of::<LineWords>()
 );
 
 impl Default for GroupWords {
@@ -142,7 +143,8 @@ impl Default for GroupWords {
 }
 
 impl<W: Word> GroupWords<W> {
-    /// Raised by every change; whoever reads a version and then the records sees at least that change.
+    /// Raised by every change; whoever reads a version and then the records sees at least that
+    /// change.
     pub fn version(&self) -> u64 {
         let version = self.version.0[0].get();
         // Pairs with the release in `write`.
@@ -180,7 +182,8 @@ impl GroupWords {
         let new = to_words(record);
         let odd = before | 1;
         words[0].store(odd, Ordering::Relaxed);
-        // Pairs with the second fence in `read`: whoever sees a word written below also sees the odd count.
+        // Pairs with the second fence in `read`: whoever sees a word written below also sees the
+        // odd count.
         fence(Ordering::Release);
         for i in 1..MEMBER_WORDS {
             words[i].store(new[i], Ordering::Relaxed);
@@ -194,9 +197,10 @@ impl GroupWords {
         }
     }
 
-    /// A new process goes on with the table of one that is gone: records that it left torn are taken as they
-    /// are (each word is of before or of after the write, and heartbeats will tell), and `shards` shards have
-    /// done nothing yet. For what the kernel is owed is still known: `settled_version` stays.
+    /// A new process goes on with the table of one that is gone: records that it left torn are
+    /// taken as they are (each word is of before or of after the write, and heartbeats will tell),
+    /// and `shards` shards have done nothing yet. For what the kernel is owed is still known:
+    /// `settled_version` stays.
     pub fn resume(&self, shards: u8) {
         for member in &self.members {
             let seqlock = member.0[0].load(Ordering::Relaxed);
@@ -378,7 +382,11 @@ mod tests {
         assert_eq!((group.read(52), group.version()), (Some(record()), 1));
         let later = Member { last_heard: Time(9), ..record() };
         group.write(52, &later);
-        assert_eq!((group.read(52), group.version()), (Some(later), 1), "a heartbeat changes nothing else");
+        assert_eq!(
+            (group.read(52), group.version()),
+            (Some(later), 1),
+            "a heartbeat changes nothing else"
+        );
         let v4 = Member { address: Some("192.0.2.1".parse().unwrap()), ..record() };
         group.write(52, &v4);
         assert_eq!((group.read(52), group.version()), (Some(v4), 2));
@@ -444,7 +452,10 @@ mod tests {
         line.set_view_version(2);
         line.set_settled_version(3);
         let seen = group.shard(63);
-        assert_eq!((seen.last_pass(), seen.view_version(), seen.settled_version()), (Time(1), 2, 3));
+        assert_eq!(
+            (seen.last_pass(), seen.view_version(), seen.settled_version()),
+            (Time(1), 2, 3)
+        );
         assert_eq!(group.shard(0).last_pass(), Time(0));
         line.set_synced(1 << 52);
         line.set_awaited(6);
@@ -456,7 +467,8 @@ mod tests {
         }
         line.set_troubles(&Troubles { deaf: true, ..Troubles::default() });
         assert_eq!(seen.troubles(), Troubles { deaf: true, ..Troubles::default() });
-        for standing in [Standing::Syncing, Standing::Ready, Standing::Leaving, Standing::Starting] {
+        for standing in [Standing::Syncing, Standing::Ready, Standing::Leaving, Standing::Starting]
+        {
             line.set_standing(standing);
             assert_eq!(seen.standing(), standing);
         }

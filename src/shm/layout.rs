@@ -63,7 +63,8 @@ pub const PAGE: usize = 4096;
 /// What the READY word holds once the region may be read.
 const READY: u64 = u64::from_be_bytes(*b"ready\0\0\0");
 
-/// What it holds while a start takes the region up again, plus how often in a row one did so in vain.
+/// What it holds while a start takes the region up again, plus how often in a row one did so in
+/// vain.
 const RESUMING: u64 = u64::from_be_bytes(*b"resume\0\0");
 
 /// A region that as many starts in a row could not bring to READY is not taken up once more.
@@ -79,7 +80,8 @@ pub const PID: usize = 9;
 pub const INCARNATION: usize = 13;
 
 /// The words behind READY that hold the old values of sysctls.
-pub const OLD_VALUES: std::ops::Range<usize> = HEADER_WORDS + 1..HEADER_WORDS + 1 + OLD_VALUES_WORDS;
+pub const OLD_VALUES: std::ops::Range<usize> =
+    HEADER_WORDS + 1..HEADER_WORDS + 1 + OLD_VALUES_WORDS;
 
 /// The word that says that the member left the group: its table is not taken up again.
 pub const ENDED: usize = OLD_VALUES.end;
@@ -277,7 +279,11 @@ impl Header {
         let byte = |word: u64| u8::try_from(word).map_err(|_| NotAHeader::OtherBuild);
         let sizes = Sizes {
             shards: byte(w[4])?,
-            memory: MemorySize { capacity: w[5] as usize, arena: w[6] as usize, extras: w[18] as usize },
+            memory: MemorySize {
+                capacity: w[5] as usize,
+                arena: w[6] as usize,
+                extras: w[18] as usize,
+            },
             ring_records: w[7] as usize,
         };
         let member = byte(w[16])?;
@@ -331,8 +337,8 @@ pub fn publish_ready(words: &[AtomicU64]) {
     words[HEADER_WORDS].store(READY, Ordering::Release);
 }
 
-/// Says that nobody may read the region for now, because a start takes it up. What is written after this is
-/// not seen by who saw READY.
+/// Says that nobody may read the region for now, because a start takes it up. What is written after
+/// this is not seen by who saw READY.
 pub fn begin_resume(words: &[AtomicU64]) {
     let ready = words[HEADER_WORDS].load(Ordering::Relaxed);
     let tries = if ready == READY { 0 } else { ready.wrapping_sub(RESUMING) };
@@ -341,7 +347,8 @@ pub fn begin_resume(words: &[AtomicU64]) {
     fence(Ordering::Release);
 }
 
-/// Whether a READY word is that of a region that was ready, or that too few starts in a row failed to take up.
+/// Whether a READY word is that of a region that was ready, or that too few starts in a row failed
+/// to take up.
 pub fn may_resume(ready: u64) -> bool {
     ready == READY || ready.wrapping_sub(RESUMING) < TRIES
 }

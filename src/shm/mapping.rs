@@ -1,10 +1,10 @@
 //! The one cast from mapped bytes to atomics.
 //!
-//! Nothing else in the crate turns an address of shared memory into a reference. Only types
-//! made of atomics come out of here ([`Words`]), so a reference never claims that the memory
-//! behind it stands still, whatever other threads and processes do to it. A mapping and all that comes out of it
-//! is of one kind of word: of `AtomicU64` if it was mapped for writing, and otherwise of [`ReadWord`], which can
-//! only be loaded. So no safe code can store to a read-only mapping.
+//! Nothing else in the crate turns an address of shared memory into a reference. Only types made of
+//! atomics come out of here ([`Words`]), so a reference never claims that the memory behind it
+//! stands still, whatever other threads and processes do to it. A mapping and all that comes out of
+//! it is of one kind of word: of `AtomicU64` if it was mapped for writing, and otherwise of
+//! [`ReadWord`], which can only be loaded. So no safe code can store to a read-only mapping.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -24,8 +24,8 @@ use crate::word::{ReadHalf, ReadWord, Word};
 /// A type that may lie in shared memory, in a mapping of words `W`.
 ///
 /// # Safety
-/// It consists of such words, or of `W::Half`, and of nothing else: no padding either. So every bit pattern is a
-/// value, and a change by another process is no data race. It owns nothing.
+/// It consists of such words, or of `W::Half`, and of nothing else: no padding either. So every bit
+/// pattern is a value, and a change by another process is no data race. It owns nothing.
 pub unsafe trait Words<W: Word> {}
 
 // SAFETY: the word itself.
@@ -83,14 +83,16 @@ impl<W: Word> Mapping<W> {
         assert!(at.cast::<T>().is_aligned(), "parts start on pages");
         // SAFETY: `address` has checked that `items` lie inside the mapping, which lives as long as
         // `self`; the address is aligned; T is `Words<W>`: any bytes are a value and changes from
-        // outside are no data race; and what is mapped read-only is of `ReadWord`s, whose one operation, a relaxed
-        // load of at most 8 bytes, is defined there. The file keeps its length: this crate never cuts one
-        // (a new region is a new file), and a stranger who did would cause SIGBUS, nothing worse.
+        // outside are no data race; and what is mapped read-only is of `ReadWord`s, whose one
+        // operation, a relaxed load of at most 8 bytes, is defined there. The file keeps its
+        // length: this crate never cuts one (a new region is a new file), and a stranger who did
+        // would cause SIGBUS, nothing worse.
         unsafe { std::slice::from_raw_parts(at.cast::<T>(), part.items) }
     }
 
     fn address(&self, part: Part, bytes_each: usize) -> *const u8 {
-        let from = part.offset.checked_sub(self.starts_at).expect("the part lies in the mapped range");
+        let from =
+            part.offset.checked_sub(self.starts_at).expect("the part lies in the mapped range");
         let end = part.items.checked_mul(bytes_each).and_then(|bytes| bytes.checked_add(from));
         assert!(end.is_some_and(|end| end <= self.map.len()), "the part lies in the mapped range");
         // `wrapping_add` keeps the mapping's provenance; the range was checked above.

@@ -6,9 +6,9 @@
 //!  DIR/hypersync.lock   held (flock) by the appliance, with its pid inside
 //! ```
 //!
-//! Reading order: [`layout`] (where what lies), [`mapping`] (the one cast from bytes to
-//! atomics), [`region`] (the appliance's side), [`view`] (the reader's side), [`group`] (the
-//! table that shard 0 publishes), [`ingest`] (the ring source), [`old_values`] (sysctls to be put back).
+//! Reading order: [`layout`] (where what lies), [`mapping`] (the one cast from bytes to atomics),
+//! [`region`] (the appliance's side), [`view`] (the reader's side), [`group`] (the table that shard
+//! 0 publishes), [`ingest`] (the ring source), [`old_values`] (sysctls to be put back).
 //!
 //! Everything is a slice of atomics, whoever looks: no reader can make a writer wait, and no
 //! writer can make a reader's program undefined. Who may open the file may read and write all
@@ -121,14 +121,20 @@ impl ShmError {
 impl std::fmt::Display for ShmError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            ShmError::Io { what, path, error } => write!(f, "cannot {what} {}: {error}", path.display()),
+            ShmError::Io { what, path, error } => {
+                write!(f, "cannot {what} {}: {error}", path.display())
+            }
             ShmError::Held { dir, pid: Some(pid) } => write!(
                 f,
                 "{} is in use by process {pid}: stop that one first, or give this one another --shm",
                 dir.display()
             ),
             ShmError::Held { dir, pid: None } => {
-                write!(f, "{} is in use by a process that is just starting: try again", dir.display())
+                write!(
+                    f,
+                    "{} is in use by a process that is just starting: try again",
+                    dir.display()
+                )
             }
             ShmError::Public(dir) => {
                 write!(
@@ -138,7 +144,11 @@ impl std::fmt::Display for ShmError {
                 )
             }
             ShmError::Missing(path) => {
-                write!(f, "there is no {}: is hypersync running, and with this --shm?", path.display())
+                write!(
+                    f,
+                    "there is no {}: is hypersync running, and with this --shm?",
+                    path.display()
+                )
             }
             ShmError::Foreign(path) => write!(
                 f,
@@ -178,7 +188,10 @@ impl std::fmt::Display for ShmError {
                 path.display()
             ),
             ShmError::RingTaken { shard, pid } => {
-                write!(f, "the ring of shard {shard} has a producer, process {pid}: stop that one first")
+                write!(
+                    f,
+                    "the ring of shard {shard} has a producer, process {pid}: stop that one first"
+                )
             }
             ShmError::NoSuchShard { shard, shards } => {
                 write!(f, "there is no shard {shard}: this appliance has {shards}, counted from 0")

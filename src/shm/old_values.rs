@@ -5,9 +5,10 @@
 //!              21,22  one for each sysctl of `conntrack::sysctl::NEEDED`: what it was, plus one; 0: nothing
 //! ```
 //!
-//! A value is written down before its sysctl is changed and struck out after it was put back, so whenever the
-//! process ends, either nothing is to be done or it says here what. A new region takes the record over from
-//! the one whose place it takes, if that is of the same boot: sysctls do not outlive one.
+//! A value is written down before its sysctl is changed and struck out after it was put back, so
+//! whenever the process ends, either nothing is to be done or it says here what. A new region takes
+//! the record over from the one whose place it takes, if that is of the same boot: sysctls do not
+//! outlive one.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,8 +20,8 @@ pub const SYSCTLS: usize = 2;
 /// Words of a record.
 pub const OLD_VALUES_WORDS: usize = 1 + SYSCTLS;
 
-/// The record. Relaxed order is enough: it is read by the one thread that writes it, and by others once the
-/// process is gone.
+/// The record. Relaxed order is enough: it is read by the one thread that writes it, and by others
+/// once the process is gone.
 #[derive(Debug)]
 pub struct OldValues<'m, W = AtomicU64>(&'m [W]);
 

@@ -1,12 +1,12 @@
 //! The appliance's side: making the region or taking it up again, and being the only one that does.
 //!
-//! A lock file (flock, released by the kernel however the process ends) keeps a second
-//! appliance out. The region of a process that was killed or restarts is [taken up](Region::resume) where it
-//! lies, if it fits ([`Fresh`] says when not): table, streams and history go on, and so do producers and
-//! readers that have it mapped. Otherwise a new one is written beside the old one and renamed into its place,
-//! so whoever still has the old one mapped goes on reading it. All memory is reserved before it
-//! is mapped: tmpfs answers a lack of memory with SIGBUS otherwise. What is not ours, or of
-//! another layout version, is refused and left alone.
+//! A lock file (flock, released by the kernel however the process ends) keeps a second appliance
+//! out. The region of a process that was killed or restarts is [taken up](Region::resume) where it
+//! lies, if it fits ([`Fresh`] says when not): table, streams and history go on, and so do
+//! producers and readers that have it mapped. Otherwise a new one is written beside the old one and
+//! renamed into its place, so whoever still has the old one mapped goes on reading it. All memory
+//! is reserved before it is mapped: tmpfs answers a lack of memory with SIGBUS otherwise. What is
+//! not ours, or of another layout version, is refused and left alone.
 #![allow(unsafe_code)]
 
 use std::fs::{self, File, OpenOptions};
@@ -59,8 +59,8 @@ impl Deref for Region {
     }
 }
 
-/// The right to put a region into a directory: nobody else has it as long as this lives. What lies there
-/// is as it was until [`Region::create_in`] or [`Region::resume`].
+/// The right to put a region into a directory: nobody else has it as long as this lives. What lies
+/// there is as it was until [`Region::create_in`] or [`Region::resume`].
 pub struct Place {
     dir: PathBuf,
     lock: File,
@@ -124,8 +124,8 @@ impl Place {
     /// Takes the directory, which is made (0700) if it is missing.
     ///
     /// # Errors
-    /// Another appliance has it; an existing file is not a region of this layout version; or the system
-    /// refuses.
+    /// Another appliance has it; an existing file is not a region of this layout version; or the
+    /// system refuses.
     pub fn claim(dir: &Path) -> Result<Place, ShmError> {
         make_directory(dir)?;
         let lock = take_lock(dir)?;
@@ -133,7 +133,8 @@ impl Place {
         Ok(Place { dir: dir.into(), lock, lying })
     }
 
-    /// Whether the region that lies here can be taken up by an appliance like this, or why it cannot.
+    /// Whether the region that lies here can be taken up by an appliance like this, or why it
+    /// cannot.
     ///
     /// # Errors
     /// It cannot: make a new one.
@@ -168,7 +169,8 @@ impl Place {
 
     /// What the region that lies here says of sysctls; zeros if it says nothing that still counts.
     fn old_values(&self) -> Result<[u64; OLD_VALUES_WORDS], ShmError> {
-        // Counted in words, not read as a header: another build's region has the record in the same place.
+        // Counted in words, not read as a header: another build's region has the record in the same
+        // place.
         match &self.lying {
             Some(lying) if layout::boot_id_of(&lying.header()) == boot_id()? => {
                 Ok(std::array::from_fn(|i| lying.words[layout::OLD_VALUES.start + i]))
@@ -187,9 +189,9 @@ impl Region {
         Region::create_in(Place::claim(dir)?, config)
     }
 
-    /// Makes a new, zeroed region with a new table id, in the place of the one that may be there. Only
-    /// [what sysctls were](super::old_values) is taken over from that.
-    /// Readers refuse it until [`publish_ready`](Region::publish_ready).
+    /// Makes a new, zeroed region with a new table id, in the place of the one that may be there.
+    /// Only [what sysctls were](super::old_values) is taken over from that. Readers refuse it until
+    /// [`publish_ready`](Region::publish_ready).
     ///
     /// # Errors
     /// There is not enough memory, or the system refuses.
@@ -221,7 +223,8 @@ impl Region {
         // Under the lock, so a file of this name is what a killed start left.
         let fresh = dir.join(format!("{FILE}.new"));
         let mapping = write_file(&fresh, &header, &old_values).and_then(|mapping| {
-            fs::rename(&fresh, &path).map_err(ShmError::io("put the new region in the place of", &path))?;
+            fs::rename(&fresh, &path)
+                .map_err(ShmError::io("put the new region in the place of", &path))?;
             Ok(mapping)
         });
         if mapping.is_err() {
@@ -232,8 +235,8 @@ impl Region {
     }
 
     /// Takes up the region that lies in the place, which is [resumable](Place::resumable) with this
-    /// configuration: the same file, table id and index key. Only pid, incarnation and start are written anew,
-    /// and what the shards said of their progress. Readers refuse it until
+    /// configuration: the same file, table id and index key. Only pid, incarnation and start are
+    /// written anew, and what the shards said of their progress. Readers refuse it until
     /// [`publish_ready`](Region::publish_ready); those that have it mapped go on reading.
     ///
     /// # Errors
@@ -247,10 +250,11 @@ impl Region {
         let path = dir.join(FILE);
         let file = open_file(&path, OpenOptions::new().read(true).write(true))?;
         let bytes = file_bytes(&file, &path)?;
-        let mapping = Mapping::read_write(&file, 0, bytes as usize).map_err(ShmError::io("map", &path))?;
+        let mapping =
+            Mapping::read_write(&file, 0, bytes as usize).map_err(ShmError::io("map", &path))?;
         let words = mapping.slice(HEADER);
-        let old =
-            Header::read(&layout::copy_words(words), bytes).map_err(|why| refusal(why, &path, bytes))?;
+        let old = Header::read(&layout::copy_words(words), bytes)
+            .map_err(|why| refusal(why, &path, bytes))?;
         let header = Header {
             pid: std::process::id(),
             incarnation: config.incarnation,
@@ -270,14 +274,17 @@ impl Region {
         self.resumed
     }
 
-    /// Says that this table is not to be taken up again: the member leaves the group, or the table is broken.
+    /// Says that this table is not to be taken up again: the member leaves the group, or the table
+    /// is broken.
     pub fn end(&self) {
         self.view.mapping().slice::<AtomicU64>(HEADER)[layout::ENDED].store(1, Ordering::Relaxed);
     }
 
-    /// How long a restart that was asked for may take, in ms; 0 if nobody has said. Asking forgets it.
+    /// How long a restart that was asked for may take, in ms; 0 if nobody has said. Asking forgets
+    /// it.
     pub fn take_back_within(&self) -> u64 {
-        self.view.mapping().slice::<AtomicU64>(HEADER)[layout::BACK_WITHIN].swap(0, Ordering::Relaxed)
+        self.view.mapping().slice::<AtomicU64>(HEADER)[layout::BACK_WITHIN]
+            .swap(0, Ordering::Relaxed)
     }
 
     /// Says that the region may be read.
@@ -294,7 +301,8 @@ pub fn ask_back_within(dir: &Path, within: std::time::Duration) -> Result<(), Sh
     let path = dir.join(FILE);
     let file = open_file(&path, OpenOptions::new().write(true))?;
     let ms = within.as_millis() as u64;
-    file.write_all_at(&ms.to_ne_bytes(), 8 * layout::BACK_WITHIN as u64).map_err(ShmError::io("write", &path))
+    file.write_all_at(&ms.to_ne_bytes(), 8 * layout::BACK_WITHIN as u64)
+        .map_err(ShmError::io("write", &path))
 }
 
 fn make_directory(dir: &Path) -> Result<(), ShmError> {
@@ -310,7 +318,8 @@ fn make_directory(dir: &Path) -> Result<(), ShmError> {
     }
     // SAFETY: the call takes nothing and only returns a number.
     let us = unsafe { libc::geteuid() };
-    // In a public directory, or one of another user's, somebody else could put a file or a link in our place.
+    // In a public directory, or one of another user's, somebody else could put a file or a link in
+    // our place.
     let foreign = about.uid() != us && about.uid() != 0;
     if foreign || about.permissions().mode() & 0o002 != 0 {
         return Err(ShmError::Public(dir.into()));
@@ -383,7 +392,8 @@ fn write_file(
     OldValues::new(&mapping.slice(HEADER)[layout::OLD_VALUES]).copy_from(old_values);
     for shard in 0..header.sizes.shards {
         let l = layout::shard_layout(&header.sizes, shard);
-        mapping.slice::<super::ingest::RingWords>(l.ring)[0].set_up(header.sizes.ring_records as u64);
+        mapping.slice::<super::ingest::RingWords>(l.ring)[0]
+            .set_up(header.sizes.ring_records as u64);
     }
     Ok(mapping)
 }

@@ -103,7 +103,8 @@ fn a_new_table_takes_the_old_ones_place_and_old_readers_keep_the_old_one() {
     assert!(!dir.0.join("hypersync.shm.new").exists());
 }
 
-/// Changes the file at `at`, expects both sides to refuse it in these words, and the file untouched.
+/// Changes the file at `at`, expects both sides to refuse it in these words, and the file
+/// untouched.
 fn refused_and_untouched(name: &str, spoil: impl FnOnce(&File), words: &str) {
     let dir = TestDir::new(name);
     Region::create(&dir.0, &config()).unwrap().publish_ready();
@@ -172,7 +173,9 @@ fn a_region_larger_than_memory_is_refused_with_the_bytes_it_needs() {
     large.sizes.shards = 64;
     large.sizes.memory.capacity = crate::limits::SLOTS_MAX;
     let error = Region::create(&dir.0, &large).err().expect("half a terabyte is not there");
-    assert!(matches!(error, ShmError::NoSpace { needed, .. } if needed == total_bytes(&large.sizes) as u64));
+    assert!(
+        matches!(error, ShmError::NoSpace { needed, .. } if needed == total_bytes(&large.sizes) as u64)
+    );
     assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 1, "only the lock file stays");
 }
 

@@ -12,14 +12,17 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::group::GroupWords;
 use super::ingest::Ring;
-use super::layout::{self, GROUP, HEADER, HEADER_BYTES, Header, NotAHeader, ShardLayout, shard_layout};
+use super::layout::{
+    self, GROUP, HEADER, HEADER_BYTES, Header, NotAHeader, ShardLayout, shard_layout,
+};
 use super::mapping::{Mapping, Words};
 use super::old_values::OldValues;
 use super::{FILE, ShmError};
 use crate::memory::Memory;
 use crate::word::{ReadWord, Word};
 
-/// A region, mapped. What comes out of it is of its words `W`: those of a view that was opened can only be loaded.
+/// A region, mapped. What comes out of it is of its words `W`: those of a view that was opened can
+/// only be loaded.
 ///
 /// ```
 /// use hypersync::{counters::{Counter, Counters}, shm::RegionView, word::Word};
@@ -85,10 +88,12 @@ impl RegionView {
     /// A view over an open file; `path` is for messages.
     pub(super) fn over(file: &File, path: &Path) -> Result<RegionView, ShmError> {
         let bytes = file_bytes(file, path)?;
-        let mapping = Mapping::read_only(file, bytes as usize).map_err(ShmError::io("map", path))?;
+        let mapping =
+            Mapping::read_only(file, bytes as usize).map_err(ShmError::io("map", path))?;
         let words = mapping.slice::<ReadWord>(HEADER);
         let ready = layout::is_ready(words);
-        let header = Header::read(&layout::copy_words(words), bytes).map_err(|e| refusal(e, path, bytes))?;
+        let header =
+            Header::read(&layout::copy_words(words), bytes).map_err(|e| refusal(e, path, bytes))?;
         // A start that takes the region up withdraws READY before it writes the header.
         fence(Ordering::Acquire);
         let ready = ready && layout::is_ready(words);
@@ -164,7 +169,8 @@ where
         boot_id().is_ok_and(|id| id == self.header.boot_id)
     }
 
-    /// The process that has the region now: that of the header, or one that has taken it up since this was opened.
+    /// The process that has the region now: that of the header, or one that has taken it up since
+    /// this was opened.
     pub fn pid(&self) -> u32 {
         self.word(layout::PID) as u32
     }
@@ -196,7 +202,9 @@ where
 pub(super) fn open_file(path: &Path, options: &mut OpenOptions) -> Result<File, ShmError> {
     // NONBLOCK: a pipe put in the file's place must not make us wait.
     match options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ShmError::Missing(path.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(ShmError::Missing(path.into()))
+        }
         other => other.map_err(ShmError::io("open", path)),
     }
 }

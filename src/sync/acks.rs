@@ -21,7 +21,12 @@ use crate::time::Time;
 
 impl Replica<'_> {
     /// Messages of an unsequenced datagram.
-    pub(super) fn control(&mut self, now: Time, stream: usize, mut r: Reader<'_>) -> Result<(), Reject> {
+    pub(super) fn control(
+        &mut self,
+        now: Time,
+        stream: usize,
+        mut r: Reader<'_>,
+    ) -> Result<(), Reject> {
         let session = self.durable(stream).session();
         let mut refused = Seq::NONE;
         while let Some(message) = Message::decode(&mut r)? {
@@ -52,7 +57,9 @@ impl Replica<'_> {
                 Message::Digest { session, seq, unverified, sums } => {
                     self.handle_digest(stream, (session, seq), unverified, sums)?;
                 }
-                Message::Differ { session, seq, mask } => self.handle_differ(stream, (session, seq), mask)?,
+                Message::Differ { session, seq, mask } => {
+                    self.handle_differ(stream, (session, seq), mask)?
+                }
                 Message::Resend { target, doubt } => self.handle_resend(now, stream, target, doubt),
                 Message::Goodbye => self.goodbyes |= 1 << stream_member(stream),
                 _ => return Err(Reject::Message),
@@ -63,7 +70,13 @@ impl Replica<'_> {
         Ok(())
     }
 
-    fn handle_ack(&mut self, now: Time, stream: usize, floor: Seq, beyond: Bitmap<'_>) -> Result<(), Reject> {
+    fn handle_ack(
+        &mut self,
+        now: Time,
+        stream: usize,
+        floor: Seq,
+        beyond: Bitmap<'_>,
+    ) -> Result<(), Reject> {
         if floor.is_after(self.durable(stream).sent()) {
             return Err(Reject::Message);
         }
@@ -100,7 +113,8 @@ impl Replica<'_> {
         }
     }
 
-    /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent again.
+    /// A backup refused a delta: its connection finds another one, the rest of the datagram is sent
+    /// again.
     pub(super) fn handle_refusal(&mut self, now: Time, stream: usize, refusal: Refusal) {
         let Refusal { seq, target, reason, own } = refusal;
         let Some(datagram) = self.outbox.find(stream, seq) else { return }; // Settled before.
@@ -112,14 +126,17 @@ impl Replica<'_> {
                 continue; // A place that stands in the lease twice: only one of the two was refused.
             }
             let line = self.table.line(place.slot);
-            // It was claimed there and claimed back here since: what was refused was of before all that.
+            // It was claimed there and claimed back here since: what was refused was of before all
+            // that.
             let is_current = epoch == EpochBits::of(line.stamp());
-            let is_ours =
-                line.generation() == place.generation && line.peer() == backup && line.kind() == Kind::Active;
+            let is_ours = line.generation() == place.generation
+                && line.peer() == backup
+                && line.kind() == Kind::Active;
             if is_ours && is_current {
-                // Another delta of it may be on its way and find that slot as it should be: whatever it
-                // leaves there must go. (A slot that is not leased any more takes nothing.) It may have been claimed there with
-                // an equal stamp, and the release come first: the higher member's counts.
+                // Another delta of it may be on its way and find that slot as it should be:
+                // whatever it leaves there must go. (A slot that is not leased any more takes
+                // nothing.) It may have been claimed there with an equal stamp, and the release
+                // come first: the higher member's counts.
                 let told = match self.config.member > member {
                     true => line.stamp().changed(),
                     false => line.stamp(),
@@ -130,7 +147,8 @@ impl Replica<'_> {
                 self.counters.count(Counter::RefusedByPeer);
                 self.unassign(place.slot);
                 match reason {
-                    // Nobody's packets were seen here, and somebody carries it on who knows it better.
+                    // Nobody's packets were seen here, and somebody carries it on who knows it
+                    // better.
                     Reason::Superseded if self.is_presumed(place.slot) => {
                         self.doubt_presumed(now, place.slot, backup.member())
                     }

@@ -1,7 +1,7 @@
 //! Arrivals: news and updates become copies; whoever must gives way.
 //!
-//! What a receiver does in each case is the table of docs/PROTOCOL.md. Where two members both have a connection, it is
-//! [`super::contest`] that asks who sees its packets.
+//! What a receiver does in each case is the table of docs/PROTOCOL.md. Where two members both have
+//! a connection, it is [`super::contest`] that asks who sees its packets.
 
 use super::contests::Rival;
 use super::mutation::{Mutation, is};
@@ -39,29 +39,33 @@ impl Replica<'_> {
         }
         let slot = target.slot;
         self.epoch = self.epoch.max(stamp.epoch);
-        let here =
-            line.kind().is_connection() && self.table.tuples(slot) == (connection.original, connection.reply);
+        let here = line.kind().is_connection()
+            && self.table.tuples(slot) == (connection.original, connection.reply);
         let verdict = match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => self.fill_lease(now, new),
             Kind::Backup if here && line.peer() == own => self.renew_copy(new),
-            // Another member is the active now: the one that took over, or that claimed. Of two that claimed at once the other one counts
-            // on this copy as well, and is told; with equal stamps it has the copy.
+            // Another member is the active now: the one that took over, or that claimed. Of two
+            // that claimed at once the other one counts on this copy as well, and is told; with
+            // equal stamps it has the copy.
             Kind::Backup
                 if here
-                    && (stamp > line.stamp() || stamp == line.stamp() && !self.is_of_another(slot, own)) =>
+                    && (stamp > line.stamp()
+                        || stamp == line.stamp() && !self.is_of_another(slot, own)) =>
             {
                 self.change_active(new)
             }
             Kind::Active if here => self.give_way_to_pair(now, new),
             Kind::Backup if here && stamp == line.stamp() => {
-                // Nothing that follows would tell the one that comes second: nobody else knows of both.
+                // Nothing that follows would tell the one that comes second: nobody else knows of
+                // both.
                 if !self.release(Rank::Consequence, own, stamp.changed()) {
                     return Busy;
                 }
                 return Refused(Reason::Superseded);
             }
             Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
-            // Another connection's place by now, or nobody's; or closed here while it was claimed there.
+            // Another connection's place by now, or nobody's; or closed here while it was claimed
+            // there.
             _ => return Refused(Reason::NotLeased),
         };
         match verdict {
@@ -109,7 +113,8 @@ impl Replica<'_> {
         if stamp <= known && !is(Mutation::OlderWins) {
             self.counters.count(Counter::DeltasOld);
             if stamp == known {
-                // Its active may be back from another backup, and believe an old decline: what is so is told again.
+                // Its active may be back from another backup, and believe an old decline: what is
+                // so is told again.
                 self.table.set_declined(slot, true);
                 self.commit(Commit::Write { slot, generation });
             }
@@ -119,7 +124,8 @@ impl Replica<'_> {
         Changed
     }
 
-    /// The copy in this slot has another active from now on. Who had it before is told, if that lives elsewhere.
+    /// The copy in this slot has another active from now on. Who had it before is told, if that
+    /// lives elsewhere.
     fn change_active(&mut self, new: &New<'_>) -> Outcome {
         let New { target: Place { slot, .. }, stamp, own, .. } = *new;
         let former = self.table.line(slot).peer();
@@ -134,8 +140,8 @@ impl Replica<'_> {
         Changed
     }
 
-    /// The connection in this slot is active here, and its backup, or who else knows its place, has claimed it. If that outranks
-    /// this active, it is the copy from now on.
+    /// The connection in this slot is active here, and its backup, or who else knows its place, has
+    /// claimed it. If that outranks this active, it is the copy from now on.
     fn give_way_to_pair(&mut self, now: Time, new: &New<'_>) -> Outcome {
         let New { target: Place { slot, .. }, stamp, own, .. } = *new;
         let line = self.table.line(slot);
@@ -170,7 +176,13 @@ impl Replica<'_> {
 
     fn overwrite_whole(&mut self, new: &New<'_>) {
         let New { target, stamp, previous, connection, .. } = *new;
-        self.overwrite(target.slot, stamp, previous, (&connection.state, &connection.extra), groups::ALL);
+        self.overwrite(
+            target.slot,
+            stamp,
+            previous,
+            (&connection.state, &connection.extra),
+            groups::ALL,
+        );
     }
 
     /// Whether the active of the copy in this slot lives, and is at another member than this one.
@@ -195,7 +207,8 @@ impl Replica<'_> {
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             let is_kept = previous == Some(self.coordinate(slot));
             if line.peer() == own && stamp > line.stamp() && !is_kept {
-                // Its active took this member for silent, turned away, and is back with a newer state.
+                // Its active took this member for silent, turned away, and is back with a newer
+                // state.
                 self.end_missing(slot);
                 self.end_copy(slot);
                 self.table.forget(slot);
@@ -203,8 +216,9 @@ impl Replica<'_> {
             } else if line.peer().member() != own.member()
                 && self.table.tuples(slot) == (connection.original, connection.reply)
             {
-                // Two members carry on one connection, and may not know of each other. Of two that know as much one may
-                // have taken over from the other, and it is not for the third to say which.
+                // Two members carry on one connection, and may not know of each other. Of two that
+                // know as much one may have taken over from the other, and it is not for the third
+                // to say which.
                 if stamp < line.stamp() {
                     self.counters.count(Counter::Conflicts);
                     return Err(Refused(Reason::Superseded));
@@ -228,7 +242,8 @@ impl Replica<'_> {
             return Ok(false);
         }
         if line.kind() == Kind::Held && !is_same {
-            // Another life of the tuple. The one that comes in had outlived its hold before it was sent: it is the elder.
+            // Another life of the tuple. The one that comes in had outlived its hold before it was
+            // sent: it is the elder.
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
@@ -236,7 +251,8 @@ impl Replica<'_> {
         // (Of a copy what is remembered is its previous backup.)
         let presumed = line.kind() == Kind::Active && self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
-        // What began here is younger than anything that outlived its hold before it was sent; and stamps say nothing of two connections.
+        // What began here is younger than anything that outlived its hold before it was sent; and
+        // stamps say nothing of two connections.
         let knows_as_much = line.kind() == Kind::Held
             || !is_same
             || stamp.epoch == line.stamp().epoch
@@ -269,8 +285,9 @@ impl Replica<'_> {
         Ok(is_same && !presumed && line.kind() != Kind::Backup)
     }
 
-    /// Traffic showed up at the active of this copy. Another member that carries on the same connection, and has its copy here
-    /// as well, is told. `false` if there is no room for a request.
+    /// Traffic showed up at the active of this copy. Another member that carries on the same
+    /// connection, and has its copy here as well, is told. `false` if there is no room for a
+    /// request.
     fn outrank(&mut self, slot: u32, stamp: Stamp) -> bool {
         let (original, reply) = self.table.tuples(slot);
         let active = self.table.line(slot).peer().member();
@@ -288,14 +305,16 @@ impl Replica<'_> {
         told
     }
 
-    /// An active connection here gives way to `winner`: its backup is released, it stands in no list.
+    /// An active connection here gives way to `winner`: its backup is released, it stands in no
+    /// list.
     pub(super) fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
         self.commits.may_hold_entries();
         self.end_move(slot);
         let line = self.table.line(slot);
         let peer = line.peer();
-        // Where it was taken over from stays until the slot is something else: what ends it may come once more.
+        // Where it was taken over from stays until the slot is something else: what ends it may
+        // come once more.
         self.unassign(slot);
         if peer.is_somewhere() && peer != winner && !is(Mutation::LoserKeepsBackup) {
             let taken = self.release(Rank::Consequence, peer, stamp);
@@ -303,9 +322,11 @@ impl Replica<'_> {
         }
     }
 
-    /// The active in this slot refuses a claim that does not outrank it. Who sent it is told so, unless it is the backup by now, perhaps in another slot,
-    /// or the previous one: nothing else would tell it. Of an earlier epoch it may be another connection's: traffic here is to decide first, if there is
-    /// a kernel to ask. Of two within one epoch that know a different number of changes the next claims decide. `false`: there is no room for a request.
+    /// The active in this slot refuses a claim that does not outrank it. Who sent it is told so,
+    /// unless it is the backup by now, perhaps in another slot, or the previous one: nothing else
+    /// would tell it. Of an earlier epoch it may be another connection's: traffic here is to decide
+    /// first, if there is a kernel to ask. Of two within one epoch that know a different number of
+    /// changes the next claims decide. `false`: there is no room for a request.
     fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
         let line = self.table.line(slot);
         let hears_otherwise = line.kind() != Kind::Active
@@ -338,7 +359,8 @@ impl Replica<'_> {
         self.table.update(slot, |line| {
             let old = line.state();
             let mut new = if mask & groups::STATE != 0 { *state } else { old };
-            new.timeout_s = if mask & groups::TIMEOUT != 0 { state.timeout_s } else { old.timeout_s };
+            new.timeout_s =
+                if mask & groups::TIMEOUT != 0 { state.timeout_s } else { old.timeout_s };
             new.mark = if mask & groups::MARK != 0 && !is(Mutation::UpdateIncomplete) {
                 state.mark
             } else {
@@ -387,11 +409,12 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether the sender of this stream is still to hear that the connection in this slot is active here. If it refused to,
-    /// it must not believe that its copy is here.
+    /// Whether the sender of this stream is still to hear that the connection in this slot is
+    /// active here. If it refused to, it must not believe that its copy is here.
     fn tells(&self, slot: u32, stream: usize) -> bool {
         let peer = self.table.line(slot).peer();
-        peer.is_somewhere() && self.stream_of(peer) == stream || self.table.former(slot).is_somewhere()
+        peer.is_somewhere() && self.stream_of(peer) == stream
+            || self.table.former(slot).is_somewhere()
     }
 }
 

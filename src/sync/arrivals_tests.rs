@@ -17,7 +17,8 @@ fn with_an_active(memory: &OwnedMemory, config: ReplicaConfig) -> (Replica<'_>, 
     let mut view = View::new(config.member);
     let mut replica = Replica::new(config, memory.parts());
     for member in 2..=4 {
-        let there = Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
+        let there =
+            Member { status: Status::Ready, table_id: 7, shards: 1, room: 1, ..Member::default() };
         view.set(member, there);
     }
     replica.handle_view(NOW, &view);
@@ -35,8 +36,9 @@ fn with_an_active(memory: &OwnedMemory, config: ReplicaConfig) -> (Replica<'_>, 
     (replica, connection, slot)
 }
 
-/// Seed 984000798: a refused claim was followed by another one and by a release, which came first. There the connection was claimed with the same stamp: the
-/// release was taken for an echo, and the claim of the higher member for a copy that nobody sent.
+/// Seed 984000798: a refused claim was followed by another one and by a release, which came first.
+/// There the connection was claimed with the same stamp: the release was taken for an echo, and the
+/// claim of the higher member for a copy that nobody sent.
 #[test]
 fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
     for (member, is_above) in [(6, true), (1, false)] {
@@ -62,12 +64,15 @@ fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
     }
 }
 
-/// Seeds 990000121 and 990000647: both members of a pair had claimed. The release of the higher one, above both claims, came back to it with that stamp,
-/// for the copy of the one that had given way, and ended its claim as well: nobody had the connection.
+/// Seeds 990000121 and 990000647: both members of a pair had claimed. The release of the higher
+/// one, above both claims, came back to it with that stamp, for the copy of the one that had given
+/// way, and ended its claim as well: nobody had the connection.
 #[test]
 fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
-    let (backup, elsewhere) =
-        (Coordinate::new(2, 0, 5, Default::default()), Coordinate::new(3, 0, 6, Default::default()));
+    let (backup, elsewhere) = (
+        Coordinate::new(2, 0, 5, Default::default()),
+        Coordinate::new(3, 0, 6, Default::default()),
+    );
     for (from, is_back) in [(backup, true), (elsewhere, false)] {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, _, slot) = with_an_active(&memory, test_config());
@@ -84,8 +89,9 @@ fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
     }
 }
 
-/// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a connection that both agreed on; a claim at the backup at the
-/// same moment had the same stamp, and was not told.
+/// Seed 983001239: it outlived that, and the next packet here raised the epoch for it, of a
+/// connection that both agreed on; a claim at the backup at the same moment had the same stamp, and
+/// was not told.
 #[test]
 fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
@@ -109,8 +115,10 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     assert!(!replica.contests.has(slot, generation));
 }
 
-/// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to other epochs, and who had sent it was not told.
-/// Seeds 980004041 and 980006249: that one had the previous copy, or was about to have a copy in another slot; 981000656: it had claimed in the same epoch.
+/// Seeds 980001502 and 980002006: an old claim was refused where the connection had gone on to
+/// other epochs, and who had sent it was not told. Seeds 980004041 and 980006249: that one had the
+/// previous copy, or was about to have a copy in another slot; 981000656: it had claimed in the
+/// same epoch.
 #[test]
 fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_one() {
     let backup = Coordinate::new(2, 0, 5, Default::default());
@@ -118,7 +126,8 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
     let elsewhere = Coordinate::new(4, 0, 7, Default::default());
     let in_another_slot = Coordinate::new(2, 0, 8, Default::default());
     let own = Stamp { epoch: 21, version: 17 };
-    let (older, of_the_epoch) = (Stamp { epoch: 19, version: 12 }, Stamp { epoch: 21, version: 12 });
+    let (older, of_the_epoch) =
+        (Stamp { epoch: 19, version: 12 }, Stamp { epoch: 21, version: 12 });
     let cases = [
         (elsewhere, older, true),
         (elsewhere, own, true),
@@ -127,8 +136,9 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         (former, older, false),
         (in_another_slot, older, false),
     ];
-    let all =
-        [CommitMode::Off, CommitMode::Eager].into_iter().flat_map(|commit| cases.map(|case| (commit, case)));
+    let all = [CommitMode::Off, CommitMode::Eager]
+        .into_iter()
+        .flat_map(|commit| cases.map(|case| (commit, case)));
     for (commit, (from, stamp, is_told)) in all {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let config = ReplicaConfig { member: 6, commit, ..test_config() };

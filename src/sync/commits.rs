@@ -1,15 +1,19 @@
 //! Commits: what the kernel is to be told, in order; what it is owed; how much of it is done.
 //!
-//! The protocol asks for commits, the source adapter takes them, and a commit that was taken is done as far as this
-//! part knows: what became of it comes back by [`Replica::handle_commit`](super::Replica::handle_commit).
+//! The protocol asks for commits, the source adapter takes them, and a commit that was taken is
+//! done as far as this part knows: what became of it comes back by
+//! [`Replica::handle_commit`](super::Replica::handle_commit).
 //!
 //! What always holds:
 //!
-//! 1. *Nothing is asked for that the mode does not make*: with `--commit off` nothing; with `takeover` no entry of a copy
-//!    whose active lives, and no delete of what cannot be there.
-//! 2. *The queue never grows*: a datagram is taken only while there is [room](Commits::room) for all that it may ask for.
-//! 3. *A delete is not carried out* once its tuple has come to life again: the entry is that connection's.
-//! 4. *What is done was asked for*, in the same order; only deletes that wait for the source come later, in any order.
+//! 1. *Nothing is asked for that the mode does not make*: with `--commit off` nothing; with
+//!    `takeover` no entry of a copy whose active lives, and no delete of what cannot be there.
+//! 2. *The queue never grows*: a datagram is taken only while there is [room](Commits::room) for
+//!    all that it may ask for.
+//! 3. *A delete is not carried out* once its tuple has come to life again: the entry is that
+//!    connection's.
+//! 4. *What is done was asked for*, in the same order; only deletes that wait for the source come
+//!    later, in any order.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -54,8 +58,8 @@ pub(super) struct Commits {
     /// What that was when the last walk that writes copies of a dead member was done.
     taken_over_at: u64,
     owed: VecDeque<Owed>,
-    /// Whether the kernel may have entries of copies although they are not written while their active lives: an active died,
-    /// or one of ours gave way.
+    /// Whether the kernel may have entries of copies although they are not written while their
+    /// active lives: an active died, or one of ours gave way.
     may_hold_entries: bool,
     /// The next slots whose entries are written again, and when.
     rewrite_slot: u32,
@@ -87,7 +91,8 @@ impl Commits {
         self.mode == CommitMode::Eager
     }
 
-    /// Asks for a commit if it is one that this mode makes. `is_silent` tells of a copy to be written whether its active is.
+    /// Asks for a commit if it is one that this mode makes. `is_silent` tells of a copy to be
+    /// written whether its active is.
     pub(super) fn ask(&mut self, commit: Commit, is_silent: impl FnOnce() -> bool) {
         let is_due = match (self.mode, commit) {
             (CommitMode::Off, _) => false,
@@ -110,9 +115,14 @@ impl Commits {
         self.asked += 1;
     }
 
-    /// The next commit. With `may_delete` false deletes stay for later: the source has more to tell, and what they name may
-    /// be another connection's entry by now. A delete whose tuple `lives` again is dropped.
-    pub(super) fn poll(&mut self, may_delete: bool, lives: impl Fn(&Tuple) -> bool) -> Option<Commit> {
+    /// The next commit. With `may_delete` false deletes stay for later: the source has more to
+    /// tell, and what they name may be another connection's entry by now. A delete whose tuple
+    /// `lives` again is dropped.
+    pub(super) fn poll(
+        &mut self,
+        may_delete: bool,
+        lives: impl Fn(&Tuple) -> bool,
+    ) -> Option<Commit> {
         for _ in 0..self.queue.len() {
             match self.queue.pop_front()? {
                 Commit::Delete { original } if lives(&original) => self.deletes -= 1,
@@ -151,12 +161,14 @@ impl Commits {
         COMMIT_QUEUE.saturating_sub(self.queue.len()) / MANIFEST_PER_DATAGRAM
     }
 
-    /// Whether so little waits that what may be refused again can be tried. (What arrives comes first.)
+    /// Whether so little waits that what may be refused again can be tried. (What arrives comes
+    /// first.)
     pub(super) fn may_try(&self) -> bool {
         self.queue.len() < TRIES_PER_TICK
     }
 
-    /// The kernel may have entries of copies from now on although they are not written while their active lives.
+    /// The kernel may have entries of copies from now on although they are not written while their
+    /// active lives.
     pub(super) fn may_hold_entries(&mut self) {
         self.may_hold_entries = true;
     }
@@ -171,8 +183,8 @@ impl Commits {
         self.done() >= self.taken_over_at
     }
 
-    /// A connection taken over has no entry: it is to be written again, as ours now. `false` beyond the limit: it is left
-    /// to its own traffic and to the next sweep.
+    /// A connection taken over has no entry: it is to be written again, as ours now. `false` beyond
+    /// the limit: it is left to its own traffic and to the next sweep.
     pub(super) fn owe(&mut self, now: Time, slot: u32, generation: Generation) -> bool {
         let has_room = self.owed.len() < OWED_MAX;
         if has_room {
@@ -205,8 +217,8 @@ impl Commits {
         }
     }
 
-    /// The slots, of so many, whose copies are to be written again now, long before their timeout ends; none if it is not
-    /// time yet.
+    /// The slots, of so many, whose copies are to be written again now, long before their timeout
+    /// ends; none if it is not time yet.
     pub(super) fn rewrite(&mut self, now: Time, capacity: u32) -> Range<u32> {
         if !self.are_eager() || !self.rewrite_at.reached(now) || self.room() == 0 {
             return 0..0;
@@ -254,7 +266,8 @@ mod tests {
     fn each_mode_makes_its_own_commits() {
         let slot = 1;
         let (generation, original) = (ANY, tuple(1));
-        // Commit, of a silent active; whether entries may be there; made with `eager` and with `takeover`.
+        // Commit, of a silent active; whether entries may be there; made with `eager` and with
+        // `takeover`.
         let cases = [
             (Commit::Write { slot, generation }, false, true, (true, false)),
             (Commit::Write { slot, generation }, true, false, (true, true)),
@@ -342,7 +355,10 @@ mod tests {
         assert_eq!((commits.waiting(), commits.owed_since()), (0, Some(at(0))));
         commits.tick_owed(at(1), |slot, _| slot == 2);
         // Whatever the mode: it is ours, and has no entry.
-        assert_eq!(commits.poll(true, |_| false), Some(Commit::Refresh { slot: 2, generation: ANY }));
+        assert_eq!(
+            commits.poll(true, |_| false),
+            Some(Commit::Refresh { slot: 2, generation: ANY })
+        );
         assert_eq!((commits.owed(), commits.owed_since()), (0, None));
         while commits.owe(at(2), 3, ANY) {}
         assert_eq!(commits.owed(), OWED_MAX);

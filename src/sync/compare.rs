@@ -1,17 +1,21 @@
 //! Compare: how far the two sides of each stream are with finding out what differs.
 //!
-//! A digest is a question: "after number n my copies at you add up to this". An answer names the buckets that differ. Then
-//! the active's side names what it has there, a **round** of items and an end, and the backup's side asks again for what it
-//! does not hold so, and offers what was not named.
+//! A digest is a question: "after number n my copies at you add up to this". An answer names the
+//! buckets that differ. Then the active's side names what it has there, a **round** of items and an
+//! end, and the backup's side asks again for what it does not hold so, and offers what was not
+//! named.
 //!
 //! What always holds:
 //!
-//! 1. *A difference counts only if the next digest shows it again, in the same bucket*: claims and releases on their way make
-//!    sums differ for a moment. While a pair is unverified, or was apart, one is enough.
-//! 2. *An answer to a digest before the first that is unanswered says nothing*, and a comparison is asked for once at a time.
-//! 3. *A copy that came after a comparison was asked for is not judged by its end*: its active may have named its copies before
-//!    it sent this one.
-//! 4. *What cannot be repaired is looked at ever more rarely*; what differs anew does not wait for that.
+//! 1. *A difference counts only if the next digest shows it again, in the same bucket*: claims and
+//!    releases on their way make sums differ for a moment. While a pair is unverified, or was
+//!    apart, one is enough.
+//! 2. *An answer to a digest before the first that is unanswered says nothing*, and a comparison is
+//!    asked for once at a time.
+//! 3. *A copy that came after a comparison was asked for is not judged by its end*: its active may
+//!    have named its copies before it sent this one.
+//! 4. *What cannot be repaired is looked at ever more rarely*; what differs anew does not wait for
+//!    that.
 //! 5. *Lines, resends and findings have room for what is asked for at once*, and never grow.
 
 use std::collections::VecDeque;
@@ -23,12 +27,13 @@ use crate::limits::{FINDINGS_MAX, ITEMS_MAX, MOVES_MAX, RESENDS_MAX};
 use crate::seq::Seq;
 use crate::time::Time;
 
-/// How often a comparison was asked for is counted modulo this: walks that judge copies may be behind, or dropped with their
-/// member, and a copy that came so many times ago must not be taken for one that came just now.
+/// How often a comparison was asked for is counted modulo this: walks that judge copies may be
+/// behind, or dropped with their member, and a copy that came so many times ago must not be taken
+/// for one that came just now.
 const ASKS: u8 = 128;
 
-/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for when it came. (Rounds are
-/// seen as 1 to 64.)
+/// Seen of a copy that was not compared yet: this and how often a comparison had been asked for
+/// when it came. (Rounds are seen as 1 to 64.)
 const FRESH: u8 = u8::MAX - (ASKS - 1);
 const _: () = assert!(ROUNDS < FRESH);
 
@@ -47,7 +52,8 @@ const ROUNDS: u8 = 64;
 /// What an answer to a digest means.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Answer {
-    /// Nothing: it is one to a question of before, or the walk that names what is there is under way.
+    /// Nothing: it is one to a question of before, or the walk that names what is there is under
+    /// way.
     Nothing,
     /// Both sides agree.
     Agreed,
@@ -80,7 +86,8 @@ pub(super) enum Judgement {
 /// How far the comparisons of one stream are.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Comparing {
-    /// Sending: whether some of what was sent may not be what the sums say, until everything dirty went out.
+    /// Sending: whether some of what was sent may not be what the sums say, until everything dirty
+    /// went out.
     is_unsure: bool,
     /// Sending: whether the pair must agree before its connections count as protected.
     is_unverified: bool,
@@ -101,7 +108,8 @@ pub struct Comparing {
     suspect: Mask,
     /// Receiving: buckets that were compared since they differ.
     compared: Mask,
-    /// Receiving: how often a comparison was asked for, modulo [`ASKS`]; all that is asked between two ends counts as once.
+    /// Receiving: how often a comparison was asked for, modulo [`ASKS`]; all that is asked between
+    /// two ends counts as once.
     asks: u8,
     /// Receiving: whether one was since the last end.
     is_asked: bool,
@@ -114,14 +122,16 @@ pub struct Comparing {
     /// Receiving: what is left to be offered after the end of a round.
     unseen: Mask,
     unseen_seen: u8,
-    /// Receiving: whether this side took the other for silent, or either let go of something, and no digest agreed since.
+    /// Receiving: whether this side took the other for silent, or either let go of something, and
+    /// no digest agreed since.
     is_apart: bool,
     /// Receiving: whether differences are no surprise, since the pair was apart.
     is_expected: bool,
 }
 
 impl Comparing {
-    /// What was sent may not be what the sums say: a datagram was given up, or memory taken up again.
+    /// What was sent may not be what the sums say: a datagram was given up, or memory taken up
+    /// again.
     pub(super) fn doubt_sums(&mut self) {
         self.is_unsure = true;
     }
@@ -149,7 +159,8 @@ impl Comparing {
         self.is_unverified
     }
 
-    /// The member is not there: nothing is compared with it. What is counted of rounds goes on: an end may still be on its way.
+    /// The member is not there: nothing is compared with it. What is counted of rounds goes on: an
+    /// end may still be on its way.
     pub(super) fn cut_off(&mut self) {
         let Comparing { round, asks, is_asked, asked_before, .. } = *self;
         let asked_before = asked_before.or(is_asked.then_some(asks));
@@ -159,7 +170,8 @@ impl Comparing {
 
     // The active's side.
 
-    /// Time passes, of which a stream that carries connections sends a digest after four sweeps. Whether one is due.
+    /// Time passes, of which a stream that carries connections sends a digest after four sweeps.
+    /// Whether one is due.
     pub(super) fn rest(&mut self, carries: bool) -> bool {
         self.rested += 1;
         let enough = match (self.is_unverified, carries) {
@@ -182,8 +194,8 @@ impl Comparing {
         self.is_due && !self.is_unsure
     }
 
-    /// A digest was sent, at this number. Whether it is hopeless that this pair will agree: what differs still cannot be mended,
-    /// and must not keep the rest exposed.
+    /// A digest was sent, at this number. Whether it is hopeless that this pair will agree: what
+    /// differs still cannot be mended, and must not keep the rest exposed.
     pub(super) fn asked(&mut self, seq: Seq) -> bool {
         (self.is_due, self.rested, self.tries) = (false, 0, self.tries.saturating_add(1));
         self.asked.get_or_insert(seq);
@@ -219,8 +231,8 @@ impl Comparing {
 
     // The backup's side.
 
-    /// The active's digest, as of this number, differs from what is held here in these buckets; `unverified`: it must agree
-    /// before its connections count as protected.
+    /// The active's digest, as of this number, differs from what is held here in these buckets;
+    /// `unverified`: it must agree before its connections count as protected.
     pub(super) fn on_digest(&mut self, seq: Seq, mask: Mask, unverified: bool) -> Heard {
         if mask == Mask::default() {
             (self.differed, self.suspect, self.compared) = (0, mask, mask);
@@ -270,7 +282,8 @@ impl Comparing {
         round + 1
     }
 
-    /// What is to be noted of a copy that was judged, so that it is not taken for a fresh one when the count comes round.
+    /// What is to be noted of a copy that was judged, so that it is not taken for a fresh one when
+    /// the count comes round.
     pub(super) fn seen_aged(seen: u8) -> u8 {
         if seen >= FRESH { 0 } else { seen }
     }
@@ -299,7 +312,8 @@ impl Comparing {
         }
     }
 
-    /// Whether what differs here is no surprise: the pair was apart, or one of its processes was killed.
+    /// Whether what differs here is no surprise: the pair was apart, or one of its processes was
+    /// killed.
     pub(super) fn is_expected(&self) -> bool {
         self.is_expected || self.is_apart
     }
@@ -333,8 +347,8 @@ pub enum Finding {
     },
 }
 
-/// What waits of all streams' comparisons: lines, of one stream after the other; connections that their active has to send again;
-/// and what was found, for the log.
+/// What waits of all streams' comparisons: lines, of one stream after the other; connections that
+/// their active has to send again; and what was found, for the log.
 pub(super) struct Comparisons {
     pub(super) lines: VecDeque<(u16, Line)>,
     pub(super) resends: Vec<(u16, Place, Doubt)>,
@@ -382,7 +396,8 @@ impl Comparisons {
         self.resends.iter().any(|(of, ..)| *of as usize == stream)
     }
 
-    /// Notes what was found, for the log; of what is found faster than it is logged the rest is left out.
+    /// Notes what was found, for the log; of what is found faster than it is logged the rest is
+    /// left out.
     pub(super) fn find(&mut self, finding: Finding, is_expected: bool) {
         if self.findings.len() < FINDINGS_MAX {
             self.findings.push_back((finding, is_expected));
@@ -418,7 +433,11 @@ mod tests {
     fn a_difference_counts_if_the_next_digest_shows_it_in_the_same_bucket() {
         let mut backup = agreed();
         assert_eq!(backup.on_digest(seq(2), SOME, false), Heard::MayDiffer);
-        assert_eq!(backup.on_digest(seq(3), OTHER, false), Heard::MayDiffer, "another one, for a moment");
+        assert_eq!(
+            backup.on_digest(seq(3), OTHER, false),
+            Heard::MayDiffer,
+            "another one, for a moment"
+        );
         assert_eq!(backup.on_digest(seq(4), NONE, false), Heard::Agrees);
         assert_eq!(backup.on_digest(seq(5), SOME, false), Heard::MayDiffer);
         assert!(!backup.has_answer());
@@ -513,12 +532,16 @@ mod tests {
         assert_eq!(backup.judge(0, before), Judgement::Unseen);
         assert_eq!(backup.judge(0, after), Judgement::TooLate);
         assert_eq!(backup.judge(0, Comparing::seen_in(3)), Judgement::Stands);
-        assert_eq!(backup.judge(0, Comparing::seen_in(2)), Judgement::Unseen, "named once, and not now");
+        assert_eq!(
+            backup.judge(0, Comparing::seen_in(2)),
+            Judgement::Unseen,
+            "named once, and not now"
+        );
         assert_eq!(backup.judge(1, before), Judgement::Stands, "not in these buckets");
     }
 
-    /// Seed 992010016: the walks that judge copies were behind, and a copy that nobody counted on came to look as if it had just
-    /// come, since a comparison had been asked for four times.
+    /// Seed 992010016: the walks that judge copies were behind, and a copy that nobody counted on
+    /// came to look as if it had just come, since a comparison had been asked for four times.
     #[test]
     fn a_copy_does_not_grow_young_while_the_walks_that_judge_it_are_behind() {
         for asked in 2..100 {
@@ -543,7 +566,11 @@ mod tests {
         backup.on_digest(seq(3), SOME, true);
         backup.take_answer();
         backup.on_end(1, SOME);
-        assert_eq!(backup.judge(0, late), Judgement::TooLate, "it may be the end of the one before");
+        assert_eq!(
+            backup.judge(0, late),
+            Judgement::TooLate,
+            "it may be the end of the one before"
+        );
         assert!(backup.is_expected());
     }
 }

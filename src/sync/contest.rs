@@ -1,11 +1,15 @@
-//! Contests: two members that each take a connection for theirs, while neither knows how the other came by it.
+//! Contests: two members that each take a connection for theirs, while neither knows how the other
+//! came by it.
 //!
-//! (epoch, version, member) orders the states of one connection. It says nothing about two that have one tuple after the other (a member
-//! stood still while its connection ended elsewhere, and its port was used again), nor about two members that heard nothing of each
-//! other's claims. There the later traffic decides, and nobody's kernel entry is touched before: with equal epochs whoever is asked to take the
-//! other's copy refuses (*superseded*), and both watch their own entry. Its timeout runs down by itself and goes up
-//! with a packet; so does what an event tells. Who has traffic claims the connection once more and tells the other one at once, which gives way
-//! to the higher epoch. Where nobody has any, both stay as they are: what has ended goes by its own time.
+//! (epoch, version, member) orders the states of one connection. It says nothing about two that
+//! have one tuple after the other (a member stood still while its connection ended elsewhere, and
+//! its port was used again), nor about two members that heard nothing of each other's claims. There
+//! the later traffic decides, and nobody's kernel entry is touched before: with equal epochs
+//! whoever is asked to take the other's copy refuses (*superseded*), and both watch their own
+//! entry. Its timeout runs down by itself and goes up with a packet; so does what an event tells.
+//! Who has traffic claims the connection once more and tells the other one at once, which gives way
+//! to the higher epoch. Where nobody has any, both stay as they are: what has ended goes by its own
+//! time.
 
 use super::contests::{Doubt, Rival, Shown};
 use super::mutation::{Mutation, is};
@@ -18,8 +22,8 @@ use crate::source::{Commit, CommitMode, End};
 use crate::time::Time;
 
 impl Replica<'_> {
-    /// Somebody else takes the connection in this slot for its own, and knows as much. Whether traffic is to decide; without a kernel
-    /// to ask for any, the stamp does.
+    /// Somebody else takes the connection in this slot for its own, and knows as much. Whether
+    /// traffic is to decide; without a kernel to ask for any, the stamp does.
     pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Option<Rival>) -> bool {
         let line = self.table.line(slot);
         let is_ours = match line.kind() {
@@ -33,8 +37,9 @@ impl Replica<'_> {
             && self.contests.note(now, (slot, line.generation()), line.stamp(), rival, None)
     }
 
-    /// An active here was told that its connection was claimed elsewhere, with this stamp, and closed or let go there. Packets that pass here
-    /// say otherwise: it is held above that until they have had time to. Where nobody can be asked it ends here as well.
+    /// An active here was told that its connection was claimed elsewhere, with this stamp, and
+    /// closed or let go there. Packets that pass here say otherwise: it is held above that until
+    /// they have had time to. Where nobody can be asked it ends here as well.
     pub(super) fn doubt(&mut self, now: Time, connection: &Connection, over: Stamp, doubt: Doubt) {
         if self.config.commit == CommitMode::Eager
             && self.contests.has_room()
@@ -46,8 +51,9 @@ impl Replica<'_> {
         }
     }
 
-    /// The connection in this slot was only taken over, and another member refuses it, for it has it itself: packets that pass here, of which no event
-    /// tells, are looked for before that one's copy takes their entry.
+    /// The connection in this slot was only taken over, and another member refuses it, for it has
+    /// it itself: packets that pass here, of which no event tells, are looked for before that one's
+    /// copy takes their entry.
     pub(super) fn doubt_presumed(&mut self, now: Time, slot: u32, refused_by: MemberId) {
         let (connection, stamp) = (self.table.connection(slot), self.table.line(slot).stamp());
         self.drop_presumed(slot);
@@ -56,7 +62,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Another member brings the connection in this slot, which is looked for packets here. Whether it has to wait.
+    /// Another member brings the connection in this slot, which is looked for packets here. Whether
+    /// it has to wait.
     pub(super) fn is_looked_for(&mut self, now: Time, slot: u32, rival: Rival) -> bool {
         let line = self.table.line(slot);
         self.contests.is_looked_for(slot, line.generation())
@@ -98,8 +105,9 @@ impl Replica<'_> {
         rival.place.is_somewhere() && self.is_up(rival.place.member())
     }
 
-    /// Packets of the connection in this slot, which is active here, decided its contest. The other one is told at once, before the connection may
-    /// end: by the delta that it now has the copy, or, if somebody else has that, by a release.
+    /// Packets of the connection in this slot, which is active here, decided its contest. The other
+    /// one is told at once, before the connection may end: by the delta that it now has the copy,
+    /// or, if somebody else has that, by a release.
     pub(super) fn tell_rival(&mut self, now: Time, slot: u32, rival: Rival) {
         let peer = self.table.line(slot).peer();
         if !peer.is_somewhere() {
@@ -111,7 +119,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Who had the connection in this slot is dead, and no packets showed elsewhere: it is presumed to be ours, as when its copy was taken over.
+    /// Who had the connection in this slot is dead, and no packets showed elsewhere: it is presumed
+    /// to be ours, as when its copy was taken over.
     fn presume_again(&mut self, now: Time, slot: u32, generation: Generation) {
         let Some(rival) = self.contests.decide(slot, generation) else { return };
         self.counters.count(Counter::Promotions);
@@ -126,11 +135,18 @@ impl Replica<'_> {
     }
 
     /// The kernel's entry of a contested connection, as it is.
-    pub fn handle_watch(&mut self, now: Time, slot: u32, generation: Generation, there: Option<&Connection>) {
+    pub fn handle_watch(
+        &mut self,
+        now: Time,
+        slot: u32,
+        generation: Generation,
+        there: Option<&Connection>,
+    ) {
         let tuples = self.table.tuples(slot);
         let is_ours = matches!(self.table.kind(slot), Kind::Held | Kind::Active);
-        let is_it =
-            |there: &&Connection| (there.original, there.reply) == tuples && there.phase() != Phase::Over;
+        let is_it = |there: &&Connection| {
+            (there.original, there.reply) == tuples && there.phase() != Phase::Over
+        };
         let entry = there.filter(is_it);
         let left_s = entry.map(|entry| entry.state.timeout_s);
         match (self.contests.on_entry(now, (slot, generation), there.is_some(), left_s), entry) {
@@ -138,7 +154,8 @@ impl Replica<'_> {
                 let known = groups::TUPLES | groups::STATE | groups::TIMEOUT | groups::MARK;
                 self.change(now, slot, entry, known);
             }
-            // Of what is ours an event tells; but not if this member's own delete, asked for before the connection began, has hit it.
+            // Of what is ours an event tells; but not if this member's own delete, asked for before
+            // the connection began, has hit it.
             (Some(Shown::Gone), _) if is_ours => {
                 self.contests.decide(slot, generation);
                 self.gone(now, slot, End::Unseen);
@@ -175,7 +192,10 @@ mod tests {
 
     fn replica(memory: &OwnedMemory) -> Replica<'_> {
         let hold = Duration::from_secs(3600);
-        Replica::new(ReplicaConfig { hold, commit: CommitMode::Eager, ..test_config() }, memory.parts())
+        Replica::new(
+            ReplicaConfig { hold, commit: CommitMode::Eager, ..test_config() },
+            memory.parts(),
+        )
     }
 
     fn connection(timeout_s: u32) -> Connection {
@@ -268,7 +288,11 @@ mod tests {
             let slot = replica.table.find_original(&original).expect("it is held");
             assert!(replica.is_unclaimed(slot), "its entry is no news");
             watch(&mut replica, slot, &told);
-            assert_eq!(replica.table.find_original(&original).is_some(), lives, "{doubt:?} {told:?}");
+            assert_eq!(
+                replica.table.find_original(&original).is_some(),
+                lives,
+                "{doubt:?} {told:?}"
+            );
             let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit(true)).collect();
             assert_eq!(asked.contains(&Commit::Delete { original }), deletes, "{doubt:?} {told:?}");
             if lives {
@@ -278,7 +302,8 @@ mod tests {
         }
     }
 
-    /// A shard that has taken the connection over from 2, which is there and has refused it: it is held, in this slot.
+    /// A shard that has taken the connection over from 2, which is there and has refused it: it is
+    /// held, in this slot.
     fn refused(memory: &OwnedMemory) -> (Replica<'_>, u32) {
         let (mut replica, slot) = held(memory);
         replica.peers[2] = PeerState::Up;
@@ -288,12 +313,16 @@ mod tests {
         assert!(replica.is_presumed(slot));
         replica.doubt_presumed(at(0), slot, 2);
         let slot = replica.table.find_original(&connection(0).original).expect("it is held");
-        assert!(replica.is_looked_for(at(1), slot, rival(5, 1)), "the other one's copy has to wait");
+        assert!(
+            replica.is_looked_for(at(1), slot, rival(5, 1)),
+            "the other one's copy has to wait"
+        );
         (replica, slot)
     }
 
-    /// Traffic seeds 600001570, 910001754: a member came back without its table, and refused for its idle entry who had taken the connection over and
-    /// had its packets. Its copy took the place of their entry at once.
+    /// Traffic seeds 600001570, 910001754: a member came back without its table, and refused for
+    /// its idle entry who had taken the connection over and had its packets. Its copy took the
+    /// place of their entry at once.
     #[test]
     fn what_was_taken_over_and_is_refused_is_looked_for_packets_before_a_copy_takes_its_entry() {
         for (told, goes_on) in [
@@ -310,7 +339,8 @@ mod tests {
             watch(&mut replica, slot, &[(11, Some(289))]);
             assert_eq!(replica.table.find_original(&original).is_some(), goes_on);
             assert!(
-                !std::iter::from_fn(|| replica.poll_commit(true)).any(|c| c == Commit::Delete { original })
+                !std::iter::from_fn(|| replica.poll_commit(true))
+                    .any(|c| c == Commit::Delete { original })
             );
         }
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
@@ -318,8 +348,8 @@ mod tests {
         assert!(!replica.is_looked_for(at(1), slot, rival(5, 1)), "nobody looks");
     }
 
-    /// Traffic seeds 920002157, 920002106: who had refused it died before its copy was here. Nobody had the connection any more, and the packets that
-    /// came here passed an entry without a copy.
+    /// Traffic seeds 920002157, 920002106: who had refused it died before its copy was here. Nobody
+    /// had the connection any more, and the packets that came here passed an entry without a copy.
     #[test]
     fn what_was_refused_by_a_member_that_died_is_presumed_to_be_ours_again() {
         for dies_at in [1, 5, 11] {
@@ -343,17 +373,23 @@ mod tests {
         }
     }
 
-    /// Traffic seed 920002725: a delete that was asked for before the connection began hit its entry. No event tells of that, and it stayed for good.
+    /// Traffic seed 920002725: a delete that was asked for before the connection began hit its
+    /// entry. No event tells of that, and it stayed for good.
     #[test]
     fn what_is_contested_and_has_no_entry_for_two_looks_is_gone() {
-        for (told, stays) in
-            [([(0, Some(300)), (1, None), (2, None)], false), ([(0, None), (1, Some(300)), (2, None)], true)]
-        {
+        for (told, stays) in [
+            ([(0, Some(300)), (1, None), (2, None)], false),
+            ([(0, None), (1, Some(300)), (2, None)], true),
+        ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, slot) = held(&memory);
             assert!(replica.contest(at(0), slot, Some(rival(7, 9))));
             watch(&mut replica, slot, &told);
-            assert_eq!(replica.table.find_original(&connection(0).original).is_some(), stays, "{told:?}");
+            assert_eq!(
+                replica.table.find_original(&connection(0).original).is_some(),
+                stays,
+                "{told:?}"
+            );
         }
     }
 }

@@ -1,14 +1,16 @@
-//! Contests: connections that two members take for theirs, and what their kernel entries have shown of packets.
+//! Contests: connections that two members take for theirs, and what their kernel entries have shown
+//! of packets.
 //!
-//! What a contest means is [`super::contest`]'s. Here is kept who contests what, above which stamp, and whether the entry's
-//! timeout, which runs down by itself, was put back by a packet.
+//! What a contest means is [`super::contest`]'s. Here is kept who contests what, above which stamp,
+//! and whether the entry's timeout, which runs down by itself, was put back by a packet.
 //!
 //! What always holds:
 //!
 //! 1. *A slot has one contest at most*, and one of an earlier life of the slot counts as none.
 //! 2. *Their number is bounded*; of further ones the stamp decides.
 //! 3. *A contest of which nobody speaks is forgotten*; a doubt lasts until the entry has told.
-//! 4. *A single look that finds no entry says nothing of what is ours*: a delete of this member's own may have hit it.
+//! 4. *A single look that finds no entry says nothing of what is ours*: a delete of this member's
+//!    own may have hit it.
 
 use std::time::Duration;
 
@@ -24,18 +26,20 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// A contest that nobody spoke of for so long is over: members ask again each second.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
-/// How long a member that took a connection over looks for its packets when another one has it, before it takes that one's copy.
+/// How long a member that took a connection over looks for its packets when another one has it,
+/// before it takes that one's copy.
 const PRESUMED_FOR: Duration = Duration::from_secs(4);
 
-/// Timeouts are told in whole seconds: one that is higher by so many than it would be without a packet was put back by one. So was one that is
-/// lower: at a takeover an entry may have been given more than this kernel gives it.
+/// Timeouts are told in whole seconds: one that is higher by so many than it would be without a
+/// packet was put back by one. So was one that is lower: at a takeover an entry may have been given
+/// more than this kernel gives it.
 const MARGIN_S: u64 = 2;
 
 struct Contest {
     slot: u32,
     generation: Generation,
-    /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes on; what the entry itself is to
-    /// become if not.
+    /// It was ended or let go elsewhere, and is held here until the entry has told whether it goes
+    /// on; what the entry itself is to become if not.
     doubt: Option<Doubt>,
     /// The stamp that was heard of first for the other one, and the highest.
     first: Option<Stamp>,
@@ -61,8 +65,9 @@ pub(super) struct Rival {
 }
 
 impl Rival {
-    /// The stamp of a claim by this member, which has that one, above it. Two that outdo each other at once never have equal ones: of two equal
-    /// stamps the higher member's new is taken, and its release is not, which may come first.
+    /// The stamp of a claim by this member, which has that one, above it. Two that outdo each other
+    /// at once never have equal ones: of two equal stamps the higher member's new is taken, and its
+    /// release is not, which may come first.
     pub(super) fn outdone(&self, own: Stamp, by: MemberId) -> Stamp {
         let mut stamp = own.max(self.stamp).claimed();
         if self.place.is_somewhere() && by > self.place.member() {
@@ -72,15 +77,17 @@ impl Rival {
     }
 }
 
-/// What becomes of the kernel's entry of a connection that had an active here, was claimed elsewhere, and shows no packets.
+/// What becomes of the kernel's entry of a connection that had an active here, was claimed
+/// elsewhere, and shows no packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Doubt {
     /// It was closed there: it goes.
     Closed,
     /// Another member has it: it stays for its own time, and may become a copy's.
     Taken,
-    /// It was only taken over, and this member has it and refused it, perhaps without packets either: the same, but it becomes a copy's not at once. If
-    /// that member dies it is presumed to be ours again.
+    /// It was only taken over, and this member has it and refused it, perhaps without packets
+    /// either: the same, but it becomes a copy's not at once. If that member dies it is presumed to
+    /// be ours again.
     Presumed(MemberId),
 }
 
@@ -102,8 +109,8 @@ impl Contests {
         self.contests.len() < CONTESTS_MAX
     }
 
-    /// The connection in this slot is contested, or doubted. `false`: the other one was claimed meanwhile, above this stamp; or
-    /// there are too many.
+    /// The connection in this slot is contested, or doubted. `false`: the other one was claimed
+    /// meanwhile, above this stamp; or there are too many.
     pub(super) fn note(
         &mut self,
         now: Time,
@@ -119,7 +126,8 @@ impl Contests {
                     contest.at = now;
                 }
                 let Some(rival) = rival else { return true };
-                contest.rival = Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
+                contest.rival =
+                    Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
                 let first = *contest.first.get_or_insert(rival.stamp);
                 return rival.stamp.epoch <= first.epoch.max(own.epoch);
             }
@@ -165,12 +173,14 @@ impl Contests {
         self.place_of(slot, generation).is_some()
     }
 
-    /// Whether the connection in this slot is contested by somebody whose stamp is known. It goes on when what was held is sent.
+    /// Whether the connection in this slot is contested by somebody whose stamp is known. It goes
+    /// on when what was held is sent.
     pub(super) fn has_rival(&self, slot: u32, generation: Generation) -> bool {
         self.place_of(slot, generation).is_some_and(|at| self.contests[at].first.is_some())
     }
 
-    /// The contest about the connection in this slot is over; whom it is to outdo, if there was one.
+    /// The contest about the connection in this slot is over; whom it is to outdo, if there was
+    /// one.
     pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Rival> {
         let at = self.place_of(slot, generation)?;
         Some(self.contests.remove(at).rival)
@@ -178,12 +188,15 @@ impl Contests {
 
     /// What this member had is no more: its places are nobody's, or somebody else's.
     pub(super) fn forget_places(&mut self, member: MemberId) {
-        for contest in self.contests.iter_mut().filter(|contest| contest.rival.place.member() == member) {
+        for contest in
+            self.contests.iter_mut().filter(|contest| contest.rival.place.member() == member)
+        {
             contest.rival.place = Coordinate::NOWHERE;
         }
     }
 
-    /// Whether the connection in this slot was only taken over, and its packets are still looked for.
+    /// Whether the connection in this slot was only taken over, and its packets are still looked
+    /// for.
     pub(super) fn is_looked_for(&self, slot: u32, generation: Generation) -> bool {
         self.place_of(slot, generation).is_some_and(|at| {
             let contest = &self.contests[at];
@@ -196,7 +209,8 @@ impl Contests {
         if self.contests.is_empty() { Time::NEVER } else { self.look_at }
     }
 
-    /// Contests of connections that are no more, and those of which nobody spoke for long, are over.
+    /// Contests of connections that are no more, and those of which nobody spoke for long, are
+    /// over.
     pub(super) fn drop_those(&mut self, now: Time, is_void: impl Fn(u32, Generation) -> bool) {
         self.contests.retain(|contest| {
             let is_spoken_of = contest.doubt.is_some() || now.since(contest.at) < FORGOTTEN_AFTER;
@@ -216,8 +230,9 @@ impl Contests {
         }
     }
 
-    /// What the entry of the connection in this slot shows: seconds that it has left, if it is there and the connection's. `exists`:
-    /// whether there is one at all. `None`: nobody contests or doubts it.
+    /// What the entry of the connection in this slot shows: seconds that it has left, if it is
+    /// there and the connection's. `exists`: whether there is one at all. `None`: nobody contests
+    /// or doubts it.
     pub(super) fn on_entry(
         &mut self,
         now: Time,
@@ -303,7 +318,9 @@ mod tests {
         assert!(!contests.has(1, next));
         assert!(contests.note(at(0), (1, next), STAMP, None, NONE));
         assert!(
-            contests.has(1, next) && !contests.has_rival(1, next) && !contests.has(1, Generation::default())
+            contests.has(1, next)
+                && !contests.has_rival(1, next)
+                && !contests.has(1, Generation::default())
         );
     }
 
@@ -315,7 +332,13 @@ mod tests {
         for slot in (0..CONTESTS_MAX as u32).rev() {
             assert!(contests.note(at(0), (slot, generation), rival.stamp, Some(rival), None));
         }
-        assert!(!contests.note(at(0), (CONTESTS_MAX as u32, generation), rival.stamp, Some(rival), None));
+        assert!(!contests.note(
+            at(0),
+            (CONTESTS_MAX as u32, generation),
+            rival.stamp,
+            Some(rival),
+            None
+        ));
         assert!(
             contests.note(at(1), (5, generation.next()), rival.stamp, Some(rival), None),
             "the slot has another connection"
@@ -325,11 +348,13 @@ mod tests {
         assert_eq!(contests.decide(6, generation), Some(rival));
     }
 
-    /// Seed 800000784: of two equal stamps the release of a new that was still on its way was ignored, and the new then taken.
+    /// Seed 800000784: of two equal stamps the release of a new that was still on its way was
+    /// ignored, and the new then taken.
     #[test]
     fn two_claims_at_once_differ_in_epoch() {
         let stamp = Stamp { epoch: 3, version: 7 };
-        let at_member = |member| Rival { stamp, place: Coordinate::new(member, 0, 5, Generation::default()) };
+        let at_member =
+            |member| Rival { stamp, place: Coordinate::new(member, 0, 5, Generation::default()) };
         assert!(at_member(1).outdone(stamp, 2).epoch > at_member(2).outdone(stamp, 1).epoch);
         let unknown = Rival { stamp, place: Coordinate::NOWHERE };
         assert!(unknown.outdone(stamp, 1).epoch > stamp.epoch);
@@ -362,7 +387,11 @@ mod tests {
             (5, 120, Shown::Packets), // Put back, by another kind of packet.
             (400, 0, Shown::Nothing),
         ] {
-            assert_eq!(contests.on_entry(at(second), slot(1), true, Some(left)), Some(shown), "{second}");
+            assert_eq!(
+                contests.on_entry(at(second), slot(1), true, Some(left)),
+                Some(shown),
+                "{second}"
+            );
         }
         assert_eq!(contests.on_entry(at(6), slot(2), true, Some(9)), None, "nobody contests that");
     }

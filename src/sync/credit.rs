@@ -1,13 +1,15 @@
 //! Credit: the slots at peers that this member may fill, and those here that peers may.
 //!
-//! Each stream has an account. A lessee asks for slots before it runs out, for as many as it will soon need, and gives back
-//! what it turns out not to need; a lessor grants what is asked for. What lies in memory that outlives the process is the
-//! pool of leases ([`super::lease`]) and, of each stream, how many slots were granted either way; the rest is built again.
+//! Each stream has an account. A lessee asks for slots before it runs out, for as many as it will
+//! soon need, and gives back what it turns out not to need; a lessor grants what is asked for. What
+//! lies in memory that outlives the process is the pool of leases ([`super::lease`]) and, of each
+//! stream, how many slots were granted either way; the rest is built again.
 //!
 //! What always holds, and is asserted where it could break:
 //!
-//! 1. *A wish is a total.* `want` counts from the session's begin, as `granted_to_us` does, so that one that is said twice
-//!    grants once. It grows until both begin anew, and a wish for no more than was granted is none.
+//! 1. *A wish is a total.* `want` counts from the session's begin, as `granted_to_us` does, so that
+//!    one that is said twice grants once. It grows until both begin anew, and a wish for no more
+//!    than was granted is none.
 //! 2. *Nobody is asked in vain too often*: the pause doubles until what was asked for is there.
 //! 3. *What is given back lies in the lease*: never more than its length.
 //! 4. *A lessor owes no more than was asked for*, and a grant lowers what it owes.
@@ -21,7 +23,8 @@ use crate::limits::{LEASE_WANT_MAX, LEASE_WANT_MIN, STREAMS_MAX};
 use crate::memory::{LeaseWords, StreamWords};
 use crate::time::Time;
 
-/// How long after it a member that did not grant what was wanted is asked again: twice as long each time, up to 16 times.
+/// How long after it a member that did not grant what was wanted is asked again: twice as long each
+/// time, up to 16 times.
 const ASK_AGAIN: Duration = Duration::from_millis(20);
 
 /// How often leases are reviewed: what was not needed for so long is given back.
@@ -79,7 +82,8 @@ impl Account {
         }
     }
 
-    /// How many slots the lease should have: twice what was taken in a tenth of a second, and what waits for a backup.
+    /// How many slots the lease should have: twice what was taken in a tenth of a second, and what
+    /// waits for a backup.
     fn target(&mut self, now: Time, waiting: u64) -> u64 {
         if now.since(self.rate_since) >= RATE {
             (self.taken_before, self.taken, self.rate_since) = (self.taken, 0, now);
@@ -111,7 +115,8 @@ impl<'m> Credit<'m> {
         Credit::over(LeasePool::new(leases), words)
     }
 
-    /// The leases that a killed process left behind; one that `keep` does not want is none any more.
+    /// The leases that a killed process left behind; one that `keep` does not want is none any
+    /// more.
     pub(super) fn resume(
         leases: &'m [LeaseWords],
         words: &'m [StreamWords],
@@ -162,8 +167,8 @@ impl<'m> Credit<'m> {
         self.accounts[stream].taken = self.accounts[stream].taken.saturating_sub(1);
     }
 
-    /// A slot is (again) one that this member may fill: the last to be used. A grant never exceeds what was asked for, so
-    /// only a wrong peer overfills the pool, and loses what has no room.
+    /// A slot is (again) one that this member may fill: the last to be used. A grant never exceeds
+    /// what was asked for, so only a wrong peer overfills the pool, and loses what has no room.
     pub(super) fn put(&mut self, stream: usize, place: Place) {
         self.pool.put(stream, &mut self.accounts[stream].lease, place);
     }
@@ -173,8 +178,8 @@ impl<'m> Credit<'m> {
         now.since(*self.accounts[stream].starved_since.get_or_insert(now))
     }
 
-    /// Wants more before the lease runs out, also for the connections that wait for a backup, of which `waiting` are this
-    /// stream's share. Whether it is to be asked for now.
+    /// Wants more before the lease runs out, also for the connections that wait for a backup, of
+    /// which `waiting` are this stream's share. Whether it is to be asked for now.
     pub(super) fn replenish(&mut self, now: Time, stream: usize, waiting: u64) -> bool {
         let granted = self.durable(stream).granted_to_us();
         let room = self.pool.room() as u64;
@@ -189,7 +194,8 @@ impl<'m> Credit<'m> {
         self.ask(now, stream)
     }
 
-    /// What was asked for is here, and more is wanted: it is asked for at once. Otherwise the time to ask again stands.
+    /// What was asked for is here, and more is wanted: it is asked for at once. Otherwise the time
+    /// to ask again stands.
     fn ask(&mut self, now: Time, stream: usize) -> bool {
         let granted = self.durable(stream).granted_to_us();
         let account = &mut self.accounts[stream];
@@ -223,7 +229,12 @@ impl<'m> Credit<'m> {
     }
 
     /// These slots were granted. Whether more is to be asked for now.
-    pub(super) fn on_grant(&mut self, now: Time, stream: usize, places: impl Iterator<Item = Place>) -> bool {
+    pub(super) fn on_grant(
+        &mut self,
+        now: Time,
+        stream: usize,
+        places: impl Iterator<Item = Place>,
+    ) -> bool {
         let mut count = 0;
         for place in places {
             self.put(stream, place);
@@ -234,8 +245,8 @@ impl<'m> Credit<'m> {
         self.ask(now, stream)
     }
 
-    /// Whether a second has passed since the leases were reviewed. If so, each stream that [has any](Self::has_leases) is to be
-    /// [reviewed](Self::review) now.
+    /// Whether a second has passed since the leases were reviewed. If so, each stream that [has
+    /// any](Self::has_leases) is to be [reviewed](Self::review) now.
     pub(super) fn begin_review(&mut self, now: Time) -> bool {
         let is_due = self.review_at.reached(now);
         if is_due {
@@ -254,10 +265,16 @@ impl<'m> Credit<'m> {
         !self.accounts[stream].lease.is_empty()
     }
 
-    /// What the stream has not needed since the last review it gives back: all of it, if none was used and the member is not
-    /// the first choice; otherwise what is beyond twice the target. `waiting`: its share of what waits for a backup. Whether
-    /// there is something to give back.
-    pub(super) fn review(&mut self, now: Time, stream: usize, is_first_choice: bool, waiting: u64) -> bool {
+    /// What the stream has not needed since the last review it gives back: all of it, if none was
+    /// used and the member is not the first choice; otherwise what is beyond twice the target.
+    /// `waiting`: its share of what waits for a backup. Whether there is something to give back.
+    pub(super) fn review(
+        &mut self,
+        now: Time,
+        stream: usize,
+        is_first_choice: bool,
+        waiting: u64,
+    ) -> bool {
         let account = &mut self.accounts[stream];
         let target = account.target(now, waiting) as u32;
         let kept = if account.is_used || is_first_choice { 2 * target } else { 0 };
@@ -275,8 +292,8 @@ impl<'m> Credit<'m> {
         self.accounts[stream].to_give_back()
     }
 
-    /// The slots to be given back next, as many as there are and `into` has room for. They are leases until
-    /// [`given_back`](Self::given_back).
+    /// The slots to be given back next, as many as there are and `into` has room for. They are
+    /// leases until [`given_back`](Self::given_back).
     pub(super) fn first_to_give_back(&self, stream: usize, into: &mut [Place]) -> usize {
         let account = &self.accounts[stream];
         let due = (account.to_give_back() as usize).min(into.len());
@@ -325,11 +342,13 @@ impl<'m> Credit<'m> {
 
     // Sessions.
 
-    /// Our half of the stream begins anew, or ends: what the peer had leased to us it takes back, and nothing is wanted yet.
+    /// Our half of the stream begins anew, or ends: what the peer had leased to us it takes back,
+    /// and nothing is wanted yet.
     pub(super) fn drop_leases(&mut self, stream: usize) {
         let account = &mut self.accounts[stream];
         self.pool.drop_all(&mut account.lease);
-        (account.want, account.asked, account.asked_in_vain, account.ask_at) = (0, 0, 0, Time::NEVER);
+        (account.want, account.asked, account.asked_in_vain, account.ask_at) =
+            (0, 0, 0, Time::NEVER);
         (account.low, account.give_back, account.starved_since) = (0, 0, None);
     }
 
@@ -432,16 +451,22 @@ mod tests {
 
     #[test]
     fn what_lay_unused_for_a_second_is_given_back_and_a_first_choice_keeps_twice_its_target() {
-        for (is_used, is_first_choice, kept) in
-            [(false, false, 0), (false, true, 2 * LEASE_WANT_MIN), (true, false, 2 * LEASE_WANT_MIN)]
-        {
+        for (is_used, is_first_choice, kept) in [
+            (false, false, 0),
+            (false, true, 2 * LEASE_WANT_MIN),
+            (true, false, 2 * LEASE_WANT_MIN),
+        ] {
             let (leases, words) = memory();
             let mut credit = Credit::new(&leases, &words);
             with(&mut credit, 1000);
             let have = if is_used { credit.take(STREAM).map_or(1000, |_| 999) } else { 1000 };
             assert!(!credit.begin_review(at(999)) && credit.begin_review(at(1000)));
             assert!(credit.review(at(1000), STREAM, is_first_choice, 0));
-            assert_eq!(credit.to_give_back(STREAM) as u64, have - kept, "{is_used} {is_first_choice}");
+            assert_eq!(
+                credit.to_give_back(STREAM) as u64,
+                have - kept,
+                "{is_used} {is_first_choice}"
+            );
             assert!(credit.has_places(STREAM));
         }
     }
@@ -495,7 +520,10 @@ mod tests {
         credit.replenish(at(0), STREAM, 100);
         credit.on_want(STREAM, 7);
         credit.drop_leases(STREAM);
-        assert_eq!((credit.take(STREAM), credit.ask_at(STREAM), credit.owed(STREAM)), (None, Time::NEVER, 7));
+        assert_eq!(
+            (credit.take(STREAM), credit.ask_at(STREAM), credit.owed(STREAM)),
+            (None, Time::NEVER, 7)
+        );
         credit.drop_all(STREAM);
         assert!(!credit.is_busy(STREAM));
     }
@@ -505,10 +533,12 @@ mod tests {
         let (leases, words) = memory();
         let mut credit = Credit::new(&leases, &words);
         grant(&mut credit, at(0), 40);
-        let mut credit = Credit::resume(&leases, &words, |stream, at| stream == STREAM && at != place(3));
+        let mut credit =
+            Credit::resume(&leases, &words, |stream, at| stream == STREAM && at != place(3));
         credit.resume_want(STREAM);
         assert_eq!(credit.ask_due(at(0), STREAM), None);
-        let left: Vec<_> = std::iter::from_fn(|| credit.take(STREAM)).map(|place| place.slot).collect();
+        let left: Vec<_> =
+            std::iter::from_fn(|| credit.take(STREAM)).map(|place| place.slot).collect();
         assert_eq!(left.len(), 39);
         assert!(!left.contains(&3));
     }

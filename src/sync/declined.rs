@@ -1,10 +1,10 @@
 //! Copies that the kernel does not take: told to their active, tried again, and shown.
 //!
-//! An ack says that a copy is in the table. Its entry in the kernel is written a little later, and may be
-//! refused: the kernel's table is full, or another connection holds the translated tuple. Such a copy
-//! cannot carry traffic. The backup keeps it, tries again once a second, and **declines** it: its active
-//! counts the connection as exposed, and moves it to another backup if there is one. When the
-//! kernel takes the entry after all, the backup says that too.
+//! An ack says that a copy is in the table. Its entry in the kernel is written a little later, and
+//! may be refused: the kernel's table is full, or another connection holds the translated tuple.
+//! Such a copy cannot carry traffic. The backup keeps it, tries again once a second, and
+//! **declines** it: its active counts the connection as exposed, and moves it to another backup if
+//! there is one. When the kernel takes the entry after all, the backup says that too.
 //!
 //! Entries that are there are written again long before their timeout ends, for refreshes raise no
 //! events, and no event means alive.
@@ -49,11 +49,13 @@ impl Replica<'_> {
         };
         match outcome {
             Ok(written) => {
-                // (Written while its active is silent it has the normal timeout, which says nothing.)
+                // (Written while its active is silent it has the normal timeout, which says
+                // nothing.)
                 match self.is_living_copy(slot) {
                     false => self.table.set_written(slot, Written::No),
                     // As it was since it was written.
-                    true if written == Written::AsItWas && self.table.written(slot) == Written::Yes => {}
+                    true if written == Written::AsItWas
+                        && self.table.written(slot) == Written::Yes => {}
                     true => self.table.set_written(slot, written),
                 }
                 if is_missing {
@@ -62,11 +64,13 @@ impl Replica<'_> {
                 if self.table.is_declined(slot) {
                     match self.decline(slot, None) {
                         true => self.table.set_declined(slot, false),
-                        // There is no room for a request, or nobody hears it: it is tried, and told, again.
+                        // There is no room for a request, or nobody hears it: it is tried, and
+                        // told, again.
                         false if self.may_return(line.peer().member()) => {
                             self.table.push(&mut self.missing, On::Missing, slot, now);
                         }
-                        // Lost: when it is back all its copies are written again, and this is told then.
+                        // Lost: when it is back all its copies are written again, and this is told
+                        // then.
                         false => {}
                     }
                 }
@@ -82,7 +86,8 @@ impl Replica<'_> {
         }
     }
 
-    /// The kernel's entry of this living copy is gone, or there was no time to write it: it is written again.
+    /// The kernel's entry of this living copy is gone, or there was no time to write it: it is
+    /// written again.
     pub(super) fn miss(&mut self, now: Time, slot: u32) {
         let generation = self.table.line(slot).generation();
         if self.config.commit != CommitMode::Eager {
@@ -103,8 +108,8 @@ impl Replica<'_> {
         self.table.set_declined(slot, false);
     }
 
-    /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the limit it is left to
-    /// its own traffic and to the next sweep.
+    /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the
+    /// limit it is left to its own traffic and to the next sweep.
     pub(super) fn owe(&mut self, now: Time, slot: u32) {
         if !self.commits.owe(now, slot, self.table.line(slot).generation()) {
             self.counters.count(Counter::CommitOwedFull);
@@ -117,8 +122,8 @@ impl Replica<'_> {
             return true; // It counts on no entry while it lives.
         }
         if !self.is_up(line.peer().member()) {
-            // Nobody to tell; who takes over sees by itself. But one that comes back still believes what it
-            // was told before.
+            // Nobody to tell; who takes over sees by itself. But one that comes back still believes
+            // what it was told before.
             return fault.is_some();
         }
         let own = Place { slot, generation: line.generation() };
@@ -145,7 +150,10 @@ impl Replica<'_> {
         }
         let slot = target.slot;
         let line = self.table.line(slot);
-        if line.generation() != target.generation || line.kind() != Kind::Active || line.peer() != own {
+        if line.generation() != target.generation
+            || line.kind() != Kind::Active
+            || line.peer() != own
+        {
             return; // It has another backup by now, or none.
         }
         let heard = self.table.hear_decline(slot, number);
@@ -171,8 +179,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether the backup's kernel has this connection is not known for sure. Who is sent what it has already writes it to its
-    /// kernel once more, and tells what became of that.
+    /// Whether the backup's kernel has this connection is not known for sure. Who is sent what it
+    /// has already writes it to its kernel once more, and tells what became of that.
     fn ask_again(&mut self, now: Time, slot: u32) {
         if matches!(self.table.on(slot), On::None | On::Dirty) {
             self.mark_dirty(now, slot, groups::ALL);
@@ -182,7 +190,10 @@ impl Replica<'_> {
     /// One slot of the walk over what a member declined before its process was killed.
     pub(super) fn ask_declined(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
         let line = self.table.line(slot);
-        if line.kind() == Kind::Active && line.peer().member() == member && self.table.is_declined(slot) {
+        if line.kind() == Kind::Active
+            && line.peer().member() == member
+            && self.table.is_declined(slot)
+        {
             self.ask_again(now, slot);
         }
         true
@@ -218,8 +229,10 @@ impl Replica<'_> {
         });
         for _ in 0..TRIES_PER_TICK {
             // What arrives comes first: only a short queue takes what may be refused again.
-            let due =
-                self.missing.first().is_some_and(|slot| self.table.since(slot).after(TRY_AGAIN).reached(now));
+            let due = self
+                .missing
+                .first()
+                .is_some_and(|slot| self.table.since(slot).after(TRY_AGAIN).reached(now));
             if !due || !self.commits.may_try() {
                 break;
             }

@@ -1,8 +1,9 @@
 //! Digests: two copies that differ find that out, whatever made them differ.
 //!
-//! For each stream the active's side keeps sums over what it has **sent**, and the backup's side over what it
-//! **holds**: of every copy a hash over both coordinates, the stamp and all fields, added up (exclusive or) in 256
-//! buckets by the backup's slot. A delta that is built or applied moves its sums; nothing is ever summed up anew.
+//! For each stream the active's side keeps sums over what it has **sent**, and the backup's side
+//! over what it **holds**: of every copy a hash over both coordinates, the stamp and all fields,
+//! added up (exclusive or) in 256 buckets by the backup's slot. A delta that is built or applied
+//! moves its sums; nothing is ever summed up anew.
 //!
 //! ```text
 //!  active                                            backup
@@ -13,13 +14,15 @@
 //!                                                    held and not named: offered to its active
 //! ```
 //!
-//! Sums are comparable at one moment only: when the backup has applied exactly what was sent before the digest. They differ for a
-//! moment when a claim or a release is on its way; so a difference counts only if the next digest shows it in
-//! the same bucket again. What follows is proportional to the buckets that differ, and every step of
-//! it is one that may be taken at any time: a delta sent again, an offer.
+//! Sums are comparable at one moment only: when the backup has applied exactly what was sent before
+//! the digest. They differ for a moment when a claim or a release is on its way; so a difference
+//! counts only if the next digest shows it in the same bucket again. What follows is proportional
+//! to the buckets that differ, and every step of it is one that may be taken at any time: a delta
+//! sent again, an offer.
 //!
-//! After an absence in which either side let go of something (or a process was killed), a pair is **unverified** until
-//! a digest agreed: one difference is enough then, and connections of that stream count as exposed.
+//! After an absence in which either side let go of something (or a process was killed), a pair is
+//! **unverified** until a digest agreed: one difference is enough then, and connections of that
+//! stream count as exposed.
 
 use std::time::Duration;
 
@@ -289,7 +292,8 @@ impl Replica<'_> {
         Ok(())
     }
 
-    /// One slot of the walk that names what the backup should hold. `false`: no room for another line.
+    /// One slot of the walk that names what the backup should hold. `false`: no room for another
+    /// line.
     pub(super) fn compare_slot(&mut self, stream: usize, slot: u32) -> bool {
         let comparing = &self.streams[stream].comparing;
         let round = self.item(stream, slot).and_then(|(target, _)| comparing.round_of(target.slot));
@@ -324,7 +328,8 @@ impl Replica<'_> {
         self.wake(stream);
     }
 
-    /// Where on this stream the connection at `own` has a copy that waits for its release, whatever stands beside its slot.
+    /// Where on this stream the connection at `own` has a copy that waits for its release, whatever
+    /// stands beside its slot.
     fn kept_item(&self, stream: usize, own: Place) -> Option<(Place, u32)> {
         let mut previous = self.requests.previous_backups().filter(|(of, _)| *of == own);
         previous.find(|(_, at)| self.stream_of(*at) == stream).map(|(_, at)| (Place::of(at), KEPT))
@@ -335,14 +340,15 @@ impl Replica<'_> {
         self.comparisons.next_stream() == Some(stream)
     }
 
-    /// Writes lines of this stream into a datagram, as many as fit. The last of a comparison waits until all that ends copies
-    /// has left: what it did not name nobody counts on.
+    /// Writes lines of this stream into a datagram, as many as fit. The last of a comparison waits
+    /// until all that ends copies has left: what it did not name nobody counts on.
     pub(super) fn build_lines(&mut self, stream: usize, w: &mut Writer<'_>) {
         while let Some(line) = self.comparisons.next_line(stream)
             && w.room() >= END_BYTES
         {
             if matches!(line, Line::End { .. })
-                && (self.requests.first_due(stream).is_some() || !self.streams[stream].dirty.is_empty())
+                && (self.requests.first_due(stream).is_some()
+                    || !self.streams[stream].dirty.is_empty())
             {
                 return;
             }
@@ -350,7 +356,8 @@ impl Replica<'_> {
                 // As it is now: a delta may have left since the walk passed it.
                 Line::Item { own, round } => {
                     let line = self.table.line(own.slot);
-                    let named = self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
+                    let named =
+                        self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
                     if let Some((target, hash)) = named.or_else(|| self.kept_item(stream, own)) {
                         Message::Item { target, own, hash, round }.encode(w);
                     }
@@ -375,7 +382,8 @@ impl Replica<'_> {
             _ if self.table.is_moving(slot) && is_on_it(self.table.former(slot)) => {
                 Some((Place::of(self.table.former(slot)), KEPT))
             }
-            // One that went back to it may find its copy still there, and has no digest before its delta is acknowledged.
+            // One that went back to it may find its copy still there, and has no digest before its
+            // delta is acknowledged.
             _ if is_on_it(line.peer()) => Some((Place::of(line.peer()), KEPT)),
             _ => None,
         }
@@ -389,7 +397,8 @@ impl Replica<'_> {
     /// Whether this datagram is applied right after all before it, and before all behind it.
     pub(super) fn is_in_order(&self, stream: usize, seq: Seq) -> bool {
         let durable = self.durable(stream);
-        durable.receive_floor().next() == seq && durable.beyond(&mut [0; (WINDOW / 64) as usize]) == 0
+        durable.receive_floor().next() == seq
+            && durable.beyond(&mut [0; (WINDOW / 64) as usize]) == 0
     }
 
     /// The active has a connection at `own` and takes the copy at `target` for this.
@@ -438,7 +447,8 @@ impl Replica<'_> {
         self.wake(stream);
     }
 
-    /// The active has named all its copies in these buckets: what else is here it does not count on.
+    /// The active has named all its copies in these buckets: what else is here it does not count
+    /// on.
     pub(super) fn apply_end(&mut self, stream: usize, round: u8, mask: Mask) {
         self.streams[stream].comparing.on_end(round, mask);
         self.walks.push(Walk::Unseen { stream });
@@ -481,8 +491,8 @@ impl Replica<'_> {
             && self.stream_of(line.peer()) == stream;
         if ours {
             self.counters.count(Counter::CompareResent);
-            // Only here it is known that the copy should be what was named: the other side may have claimed it, and closed
-            // it, while the item was on its way.
+            // Only here it is known that the copy should be what was named: the other side may have
+            // claimed it, and closed it, while the item was on its way.
             if doubt != Doubt::Order {
                 let (here, active) = (line.peer(), self.coordinate(own.slot));
                 let is_unverified = self.streams[stream].comparing.is_unverified();
@@ -490,16 +500,16 @@ impl Replica<'_> {
                 self.comparisons.find(Finding::Differs { here, active }, is_expected);
             }
             self.mark_dirty(now, own.slot, groups::ALL);
-            // It may hold something else under the same stamp, and takes nothing that is not newer. What is only
-            // presumed here does not become newer than what its former active has.
+            // It may hold something else under the same stamp, and takes nothing that is not newer.
+            // What is only presumed here does not become newer than what its former active has.
             if !self.is_presumed(own.slot) {
                 self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
             }
         }
     }
 
-    /// The next copy that differed, for the log; and whether that is no surprise, since the pair was apart or one of
-    /// its processes was killed.
+    /// The next copy that differed, for the log; and whether that is no surprise, since the pair
+    /// was apart or one of its processes was killed.
     pub fn poll_finding(&mut self) -> Option<(Finding, bool)> {
         self.comparisons.poll_finding()
     }
@@ -521,7 +531,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether the sums, and the counts beside them, are what the table says; for tests: it looks at every slot.
+    /// Whether the sums, and the counts beside them, are what the table says; for tests: it looks
+    /// at every slot.
     #[cfg(any(test, feature = "mutations"))]
     pub fn check_sums(&self) -> Result<(), String> {
         let (mut sent, mut held) = (Sums::new(), Sums::new());
@@ -529,8 +540,11 @@ impl Replica<'_> {
         for slot in 0..self.table.capacity() {
             let (line, digest) = (self.table.line(slot), self.table.digest(slot));
             let (peer, own) = (line.peer(), Place { slot, generation: line.generation() });
-            let at = || format!("slot {slot}, {:?} of {peer}, on {:?}", line.kind(), self.table.on(slot));
-            let now = |backup, active| hash(backup, active, line.stamp(), &self.table.connection(slot));
+            let at = || {
+                format!("slot {slot}, {:?} of {peer}, on {:?}", line.kind(), self.table.on(slot))
+            };
+            let now =
+                |backup, active| hash(backup, active, line.stamp(), &self.table.connection(slot));
             match line.kind() {
                 Kind::Backup => {
                     let stream = self.stream_of(peer);
@@ -592,8 +606,8 @@ mod tests {
     use crate::source::SourceEvent;
     use crate::sync::test_config;
 
-    /// Seed 941004509: a connection that went back to the copy that its previous backup still has was not named before its delta was acknowledged, and
-    /// that copy counted as one too many.
+    /// Seed 941004509: a connection that went back to the copy that its previous backup still has
+    /// was not named before its delta was acknowledged, and that copy counted as one too many.
     #[test]
     fn what_is_not_acknowledged_is_named_as_kept() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
@@ -609,6 +623,9 @@ mod tests {
         replica.table.update(slot, |line| line.set_kind(Kind::Active));
         assert_eq!(replica.item(stream, slot), None, "it has no backup");
         replica.table.update(slot, |line| line.set_peer(copy));
-        assert_eq!(replica.item(stream, slot).map(|(place, hash)| (place.slot, hash)), Some((5, KEPT)));
+        assert_eq!(
+            replica.item(stream, slot).map(|(place, hash)| (place.slot, hash)),
+            Some((5, KEPT))
+        );
     }
 }

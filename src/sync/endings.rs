@@ -19,32 +19,36 @@ use crate::time::Time;
 enum Rest {
     /// Its active saw it end.
     Nothing,
-    /// Its packets may take their way through here, although its active has it no more, or another backup. With the stamp that it
-    /// had there, whether this member's own source saw it, and what becomes of its entry if no packets show.
+    /// Its packets may take their way through here, although its active has it no more, or another
+    /// backup. With the stamp that it had there, whether this member's own source saw it, and what
+    /// becomes of its entry if no packets show.
     Perhaps(Stamp, bool, Doubt),
 }
 
 impl Replica<'_> {
-    /// The slot that a close or a release is for, if it still is in the life that it names. If not, what
-    /// should end has ended.
+    /// The slot that a close or a release is for, if it still is in the life that it names. If not,
+    /// what should end has ended.
     fn ending(&self, target: Place) -> Option<Line> {
         let line = self.target(target);
         let counter = if line.is_none() { Counter::RejectTarget } else { Counter::DeltasClosed };
-        let line =
-            line.filter(|line| line.generation() == target.generation || is(Mutation::NoGenerationCheck));
+        let line = line.filter(|line| {
+            line.generation() == target.generation || is(Mutation::NoGenerationCheck)
+        });
         if line.is_none() {
             self.counters.count(counter);
         }
         line
     }
 
-    /// Whether this active connection was only presumed dead at the sender: no traffic was seen here since.
+    /// Whether this active connection was only presumed dead at the sender: no traffic was seen
+    /// here since.
     fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
         self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
     }
 
-    /// Whether a close or release with this stamp comes from who claimed the connection in this slot, which is active here: above what is here, and
-    /// after it, or at the same time. (An equal stamp may be one's own that comes back.)
+    /// Whether a close or release with this stamp comes from who claimed the connection in this
+    /// slot, which is active here: above what is here, and after it, or at the same time. (An equal
+    /// stamp may be one's own that comes back.)
     fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
         let own = self.table.line(slot).stamp();
         stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
@@ -64,10 +68,16 @@ impl Replica<'_> {
         let mut is_lease = true;
         match line.kind() {
             // The new never came and never will: its place remembers that.
-            Kind::Leased if self.is_leased_to(&line, stream) => self.table.update(target.slot, |line| {
-                let next = target.generation.next();
-                line.set_generation(if is(Mutation::NoTombstone) { target.generation } else { next });
-            }),
+            Kind::Leased if self.is_leased_to(&line, stream) => {
+                self.table.update(target.slot, |line| {
+                    let next = target.generation.next();
+                    line.set_generation(if is(Mutation::NoTombstone) {
+                        target.generation
+                    } else {
+                        next
+                    });
+                })
+            }
             Kind::Backup if from_pair => {
                 let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
                     true => Rest::Nothing,
@@ -75,9 +85,12 @@ impl Replica<'_> {
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
-            Kind::Active if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyCloseIgnored) => {
-                // Claimed and closed there. This member may have let go of the pair before it heard of that,
-                // or have found another slot for the copy.
+            Kind::Active
+                if self.is_claimed_above(target.slot, stamp)
+                    && !is(Mutation::EarlyCloseIgnored) =>
+            {
+                // Claimed and closed there. This member may have let go of the pair before it heard
+                // of that, or have found another slot for the copy.
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
@@ -85,7 +98,8 @@ impl Replica<'_> {
                 is_lease = from_pair;
             }
             Kind::Active
-                if self.is_presumed_from(target.slot, stream) && stamp.epoch >= line.stamp().epoch =>
+                if self.is_presumed_from(target.slot, stream)
+                    && stamp.epoch >= line.stamp().epoch =>
             {
                 // Presumed while the former active lived: closed means closed.
                 if !self.requests.has_room(Rank::Consequence) {
@@ -114,7 +128,13 @@ impl Replica<'_> {
         Applied
     }
 
-    pub(super) fn apply_release(&mut self, now: Time, stream: usize, target: Place, stamp: Stamp) -> Verdict {
+    pub(super) fn apply_release(
+        &mut self,
+        now: Time,
+        stream: usize,
+        target: Place,
+        stamp: Stamp,
+    ) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let member = stream_member(stream);
         match line.kind() {
@@ -131,11 +151,14 @@ impl Replica<'_> {
                 self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
             }
             Kind::Active
-                if self.is_claimed_above(target.slot, stamp) && !is(Mutation::EarlyReleaseIgnored)
-                    || self.is_presumed_from(target.slot, stream) && stamp.epoch == line.stamp().epoch =>
+                if self.is_claimed_above(target.slot, stamp)
+                    && !is(Mutation::EarlyReleaseIgnored)
+                    || self.is_presumed_from(target.slot, stream)
+                        && stamp.epoch == line.stamp().epoch =>
             {
-                // Presumed while the former active lived: its answer wins. Or claimed there, and moved on
-                // to another backup, before the claim arrived here: late, it must not find its place.
+                // Presumed while the former active lived: its answer wins. Or claimed there, and
+                // moved on to another backup, before the claim arrived here: late, it must not find
+                // its place.
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
@@ -161,14 +184,16 @@ impl Replica<'_> {
                 return Applied;
             }
         }
-        // Unlike a close: a release may be ignored, or come twice, and its sender does not learn which.
-        // So the slot is nobody's lease afterwards, and the name that one would have had never fits.
+        // Unlike a close: a release may be ignored, or come twice, and its sender does not learn
+        // which. So the slot is nobody's lease afterwards, and the name that one would have had
+        // never fits.
         self.table.recycle(target.slot);
         self.counters.count(Counter::DeltasApplied);
         Applied
     }
 
-    /// The copy in this slot is none any more. What its kernel entry shows of packets is asked first, where there is an entry.
+    /// The copy in this slot is none any more. What its kernel entry shows of packets is asked
+    /// first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
         let is_eager = self.config.commit == CommitMode::Eager;
         let is_missing = self.table.on(slot) == On::Missing;
@@ -185,7 +210,8 @@ impl Replica<'_> {
         }
     }
 
-    /// What is left of the copy in this slot, which goes, is held in another one while it is found out whether its packets pass here.
+    /// What is left of the copy in this slot, which goes, is held in another one while it is found
+    /// out whether its packets pass here.
     fn keep_rest(
         &mut self,
         now: Time,
@@ -206,11 +232,13 @@ impl Replica<'_> {
         }
     }
 
-    /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel is asked whether it still is.
+    /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel
+    /// is asked whether it still is.
     fn drop_active(&mut self, now: Time, slot: u32, stream: usize, stamp: Stamp, doubt: Doubt) {
         let (is_ours, connection) = (!self.is_presumed(slot), self.table.connection(slot));
         let line = self.table.line(slot);
-        // The backup's place may be the very claim that this gives way to: what outranks this active must not come back there and outrank that.
+        // The backup's place may be the very claim that this gives way to: what outranks this
+        // active must not come back there and outrank that.
         let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         self.step_down(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
         if is_ours && !self.lives_besides(slot, &connection.original) {
@@ -220,13 +248,14 @@ impl Replica<'_> {
         self.delete_entry(&original);
     }
 
-    /// The connection in this slot is no more; one life later the slot belongs to the sender's lease. Tells its original tuple: what becomes of the
-    /// kernel's entry is the caller's.
+    /// The connection in this slot is no more; one life later the slot belongs to the sender's
+    /// lease. Tells its original tuple: what becomes of the kernel's entry is the caller's.
     fn drop_to_lease(&mut self, slot: u32, stream: usize) -> Tuple {
         let original = self.table.tuples(slot).0;
         self.table.forget(slot);
         let session = self.durable(stream).peer_session();
-        let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
+        let lessee =
+            Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         self.table.update(slot, |line| {
             line.set_generation(line.generation().next());
             line.set_kind(Kind::Leased);
@@ -240,7 +269,8 @@ impl Replica<'_> {
         original
     }
 
-    /// The kernel is to forget a connection. Another one may have the same tuple by now: then its entry stays.
+    /// The kernel is to forget a connection. Another one may have the same tuple by now: then its
+    /// entry stays.
     pub(super) fn delete_entry(&mut self, original: &Tuple) {
         match self.table.find_original(original) {
             None => self.commit(Commit::Delete { original: *original }),
@@ -248,7 +278,8 @@ impl Replica<'_> {
         }
     }
 
-    /// The entry of a connection that is none here any more is that of another copy with this tuple, if there is one.
+    /// The entry of a connection that is none here any more is that of another copy with this
+    /// tuple, if there is one.
     fn write_besides(&mut self, original: &Tuple) {
         if let Some(slot) =
             self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
@@ -258,8 +289,8 @@ impl Replica<'_> {
         }
     }
 
-    /// A connection without a backup that is only presumed to be ours gives way to whoever else carries it on. Its kernel
-    /// entry stays: packets may pass it, of which no event tells.
+    /// A connection without a backup that is only presumed to be ours gives way to whoever else
+    /// carries it on. Its kernel entry stays: packets may pass it, of which no event tells.
     pub(super) fn drop_presumed(&mut self, slot: u32) {
         self.counters.count(Counter::ClaimsLost);
         self.end_move(slot);

@@ -1,9 +1,10 @@
-//! Full sync: how far this shard is with giving each member what it should have, and how much of it may stand
-//! before live deltas.
+//! Full sync: how far this shard is with giving each member what it should have, and how much of it
+//! may stand before live deltas.
 //!
-//! A full sync is nothing of its own on the wire: connections that wait for a backup get one, walks move
-//! backups to better places, and all of it travels as deltas do. What is done is acknowledged and stays done: an
-//! interrupted sync goes on with what is left. Here is only watched when all of it has arrived:
+//! A full sync is nothing of its own on the wire: connections that wait for a backup get one, walks
+//! move backups to better places, and all of it travels as deltas do. What is done is acknowledged
+//! and stays done: an interrupted sync goes on with what is left. Here is only watched when all of
+//! it has arrived:
 //!
 //! ```text
 //!   Idle -----------> Giving -----------> Draining ------------> Flying ------------> Done
@@ -42,7 +43,8 @@ pub enum Phase {
     Syncing = 1,
     /// The member has all that it should have.
     Done = 2,
-    /// The member has all that it takes: connections still wait for a backup, and it leases no more slots.
+    /// The member has all that it takes: connections still wait for a backup, and it leases no more
+    /// slots.
     Full = 3,
     /// The member fell silent, or takes no copies any more. It goes on when that is over.
     Interrupted = 4,
@@ -104,8 +106,8 @@ enum Stage {
 pub(super) trait Sight {
     /// Whether it takes copies.
     fn takes(&self) -> bool;
-    /// Whether all that is to go there is there, or dirty, but for what waits for a backup: nothing is unverified, and no walk
-    /// is under way.
+    /// Whether all that is to go there is there, or dirty, but for what waits for a backup: nothing
+    /// is unverified, and no walk is under way.
     fn is_given(&self) -> bool;
     /// Whether connections wait for a backup.
     fn has_waiting(&self) -> bool;
@@ -165,8 +167,9 @@ impl FullSyncs {
         is_due
     }
 
-    /// Looks at how far the member's is; [`go`](Self::go) follows. The figures are to be written down because it has begun or
-    /// ended, or because they are [published](Self::begin) while it is under way.
+    /// Looks at how far the member's is; [`go`](Self::go) follows. The figures are to be written
+    /// down because it has begun or ended, or because they are [published](Self::begin) while it is
+    /// under way.
     pub(super) fn look(
         &self,
         now: Time,
@@ -179,8 +182,8 @@ impl FullSyncs {
         if (stage, old) == (Stage::Idle, Stage::Idle) {
             return None;
         }
-        let has_changed =
-            (stage == Stage::Done) != (old == Stage::Done) || (stage == Stage::Idle) != (old == Stage::Idle);
+        let has_changed = (stage == Stage::Done) != (old == Stage::Done)
+            || (stage == Stage::Idle) != (old == Stage::Idle);
         let is_told = has_changed || is_published && stage != Stage::Done;
         if is_told {
             (figures.done, figures.to_do) = sight.counts();
@@ -201,7 +204,8 @@ impl FullSyncs {
         match stage {
             Stage::Idle if sight.takes() => {
                 let (before, _) = sight.counts();
-                *figures = Figures { phase: Phase::Syncing, begun: now, before, ..Figures::default() };
+                *figures =
+                    Figures { phase: Phase::Syncing, begun: now, before, ..Figures::default() };
                 Stage::Giving
             }
             Stage::Idle => Stage::Idle,
@@ -219,7 +223,9 @@ impl FullSyncs {
                     false => Stage::Giving,
                 }
             }
-            Stage::Draining(_, given_up) | Stage::Flying(_, given_up) if given_up != sight.given_up() => {
+            Stage::Draining(_, given_up) | Stage::Flying(_, given_up)
+                if given_up != sight.given_up() =>
+            {
                 Stage::Giving // What it carried is dirty again, or waits for a backup.
             }
             Stage::Draining(by, given_up) if sight.is_sent(by) => Stage::Flying(now, given_up),
@@ -313,8 +319,14 @@ mod tests {
         assert_eq!(step(&mut syncs, 6, &seen), None, "not acknowledged");
         (seen.outstanding_since, seen.copies) = (Some(at(6)), 10);
         let figures = figures(&mut syncs, 7, &seen, false).expect("it is done");
-        let expected =
-            Figures { phase: Phase::Done, begun: at(0), ended: at(7), before: 0, done: 10, to_do: 0 };
+        let expected = Figures {
+            phase: Phase::Done,
+            begun: at(0),
+            ended: at(7),
+            before: 0,
+            done: 10,
+            to_do: 0,
+        };
         assert_eq!((figures, syncs.done()), (expected, 1 << MEMBER));
         assert_eq!(step(&mut syncs, 8, &seen), None, "live traffic does not undo it");
     }
@@ -346,7 +358,11 @@ mod tests {
                 last = Some((ms, phase));
             }
         }
-        assert_eq!(last, Some((1503, Phase::Full)), "a second after the last one that found a place");
+        assert_eq!(
+            last,
+            Some((1503, Phase::Full)),
+            "a second after the last one that found a place"
+        );
     }
 
     #[test]

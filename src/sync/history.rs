@@ -6,12 +6,12 @@
 //! again if the datagram is given up. The oldest entry makes room for the newest, but only when
 //! the kernel is done with its bytes and it is acknowledged or given up.
 //!
-//! A shard that takes up its memory again goes on with all three: how many datagrams were entered and retired
-//! stands in the journal, the first written last when a datagram is entered. So one that a killed
-//! process was composing is not there.
+//! A shard that takes up its memory again goes on with all three: how many datagrams were entered
+//! and retired stands in the journal, the first written last when a datagram is entered. So one
+//! that a killed process was composing is not there.
 //!
-//! A manifest word is a tag in the top two bits, then (of a delta) the low ten bits of the epoch that it
-//! carried, then slot and generation (26 bits each), or the number of a control request.
+//! A manifest word is a tag in the top two bits, then (of a delta) the low ten bits of the epoch
+//! that it carried, then slot and generation (26 bits each), or the number of a control request.
 //!
 //! Behind the ring of datagrams lie the control buffers: heartbeats, acks and the like, which
 //! nobody repeats.
@@ -22,7 +22,9 @@ use crate::ccp::message::Place;
 use crate::conn::{Generation, Stamp};
 use crate::kill::kill_point;
 use crate::limits::{CONTROL_BUFFER_SIZE, CONTROL_BUFFERS, DATAGRAM_MAX};
-use crate::memory::{HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, write_arena};
+use crate::memory::{
+    HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, write_arena,
+};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -47,7 +49,8 @@ pub enum Content {
     GivenBack(Place),
 }
 
-/// The low bits of an epoch, as many as a manifest word has room for. Whether a connection was claimed since.
+/// The low bits of an epoch, as many as a manifest word has room for. Whether a connection was
+/// claimed since.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct EpochBits(u16);
 
@@ -62,7 +65,8 @@ impl EpochBits {
 
 impl Content {
     fn raw(self) -> u64 {
-        let word = |tag: u64, p: Place| tag << 62 | (p.slot as u64) << 26 | p.generation.raw() as u64;
+        let word =
+            |tag: u64, p: Place| tag << 62 | (p.slot as u64) << 26 | p.generation.raw() as u64;
         match self {
             Content::Delta { place, epoch } => word(0, place) | (epoch.0 as u64) << 52,
             Content::Granted(place) => word(1, place),
@@ -144,8 +148,8 @@ pub struct History<'m> {
 
 impl<'m> History<'m> {
     /// The history that a killed process left behind. Nothing of it is outstanding until
-    /// [`take_up`](Self::take_up) says so. If the newest datagram was not `counted` as sent it is taken out: its number
-    /// goes to another one.
+    /// [`take_up`](Self::take_up) says so. If the newest datagram was not `counted` as sent it is
+    /// taken out: its number goes to another one.
     pub fn resume(memory: &Memory<'m>, counted: impl Fn(&Entry) -> bool) -> History<'m> {
         let mut history = History::new(memory);
         let journal = |word: usize| memory.journal[word].load(Ordering::Relaxed);
@@ -287,7 +291,9 @@ impl<'m> History<'m> {
         oldest_change: Time,
         connections: u32,
     ) -> u32 {
-        assert!(bytes.len() == entry.len as usize && stride >= bytes.len() && stride <= DATAGRAM_MAX);
+        assert!(
+            bytes.len() == entry.len as usize && stride >= bytes.len() && stride <= DATAGRAM_MAX
+        );
         let offset = entry.offset as usize;
         write_arena(self.arena, offset, bytes);
         for word in &self.arena[(offset + bytes.len()).div_ceil(8)..(offset + stride).div_ceil(8)] {
@@ -298,8 +304,10 @@ impl<'m> History<'m> {
         self.head += 1;
         kill_point();
         let words = &self.entries[id as usize].0;
-        words[0]
-            .store((entry.stream as u64) << 48 | (entry.len as u64) << 32 | offset as u64, Ordering::Relaxed);
+        words[0].store(
+            (entry.stream as u64) << 48 | (entry.len as u64) << 32 | offset as u64,
+            Ordering::Relaxed,
+        );
         words[1].store((entry.session as u64) << 48 | entry.seq.raw(), Ordering::Relaxed);
         words[2].store(entry.first_sent.0, Ordering::Relaxed);
         words[3].store(self.manifest_head, Ordering::Relaxed);
@@ -349,7 +357,9 @@ impl<'m> History<'m> {
         };
         let manifest = self.manifest;
         (begin..end).map(move |at| {
-            Content::from_raw(manifest[(at % manifest.len() as u64) as usize].load(Ordering::Relaxed))
+            Content::from_raw(
+                manifest[(at % manifest.len() as u64) as usize].load(Ordering::Relaxed),
+            )
         })
     }
 

@@ -51,8 +51,12 @@ impl Replica<'_> {
 
     /// The connection has ended, though the source may keep its entry for minutes.
     fn ended(&mut self, now: Time, seen: &Connection, known: u8, found: Option<u32>) {
-        let is_it = |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
-        match (found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)), found) {
+        let is_it =
+            |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
+        match (
+            found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)),
+            found,
+        ) {
             (Some(slot), _) => {
                 // Its last packets passed here: who contested it is told.
                 if self.contests.has_rival(slot, self.table.line(slot).generation()) {
@@ -60,14 +64,15 @@ impl Replica<'_> {
                 }
                 self.gone(now, slot, End::Seen);
             }
-            // A source has one connection to a tuple: the one that it had before is no more, and nobody saw its end.
+            // A source has one connection to a tuple: the one that it had before is no more, and
+            // nobody saw its end.
             (None, Some(slot)) if !self.is_unclaimed(slot) => self.gone(now, slot, End::Unseen),
             (None, _) => self.counters.count(Counter::SourceUnknownGone),
         }
     }
 
-    /// The slot of a copy with this original tuple, if its active lives: its kernel entry is ours to
-    /// keep, and its disappearance is no close.
+    /// The slot of a copy with this original tuple, if its active lives: its kernel entry is ours
+    /// to keep, and its disappearance is no close.
     pub fn living_copy(&self, original: &Tuple) -> Option<u32> {
         self.table.find_original(original).filter(|slot| self.is_living_copy(*slot))
     }
@@ -83,8 +88,9 @@ impl Replica<'_> {
         line.kind() == Kind::Backup && self.is_up(line.peer().member())
     }
 
-    /// Whether the connection in this slot is a copy, or what is left of one, or was taken over without any traffic of it seen here
-    /// since: that the kernel has an entry says nothing about its traffic.
+    /// Whether the connection in this slot is a copy, or what is left of one, or was taken over
+    /// without any traffic of it seen here since: that the kernel has an entry says nothing about
+    /// its traffic.
     pub fn is_unclaimed(&self, slot: u32) -> bool {
         match self.table.kind(slot) {
             Kind::Backup => true,
@@ -94,7 +100,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether that the kernel has an entry of the connection in this slot is no news: it would be taken for traffic, and says nothing of it.
+    /// Whether that the kernel has an entry of the connection in this slot is no news: it would be
+    /// taken for traffic, and says nothing of it.
     pub fn is_no_news(&self, slot: u32) -> bool {
         self.is_unclaimed(slot) || self.contests.has(slot, self.table.line(slot).generation())
     }
@@ -110,16 +117,17 @@ impl Replica<'_> {
         }
     }
 
-    /// A connection begins. If it has the tuple of another one that members may still hold (`over` is that one's
-    /// stamp, or it is closing here), it begins above it: whatever of that one is still on its way, or
-    /// looks for a place here, is older.
+    /// A connection begins. If it has the tuple of another one that members may still hold (`over`
+    /// is that one's stamp, or it is closing here), it begins above it: whatever of that one is
+    /// still on its way, or looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
         if let Some(slot) = self.fill_held(connection, over, false) {
             self.table.push(&mut self.held, On::Held, slot, now);
         }
     }
 
-    /// What is left of a copy is held above its stamp until the kernel has told whether packets pass its entry here.
+    /// What is left of a copy is held above its stamp until the kernel has told whether packets
+    /// pass its entry here.
     pub(super) fn ask_for_packets(&mut self, connection: &Connection, over: Stamp) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
             let generation = self.table.line(slot).generation();
@@ -157,8 +165,8 @@ impl Replica<'_> {
         let mut line = self.table.line(slot);
         let (original, reply) = self.table.tuples(slot);
         if reply != seen.reply && known & groups::TUPLES != 0 {
-            // The same original tuple with another translation is another connection: one that has a copy here
-            // beside that of the one before, or a new one.
+            // The same original tuple with another translation is another connection: one that has
+            // a copy here beside that of the one before, or a new one.
             self.gone(now, slot, End::Seen);
             return match self.table.find_exact(&original, &seen.reply) {
                 Some(copy) => self.change(now, copy, seen, known),
@@ -171,7 +179,8 @@ impl Replica<'_> {
             && !self.is_presumed(slot)
             && phase::begins_anew(&old, &seen.state)
         {
-            // The port was used again, and the entry of the one before stood in the way: the kernel makes it the next one's.
+            // The port was used again, and the entry of the one before stood in the way: the kernel
+            // makes it the next one's.
             self.gone(now, slot, End::Seen);
             return self.open(now, &Connection { original, reply, ..*seen }, Some(line.stamp()));
         }
@@ -189,7 +198,9 @@ impl Replica<'_> {
         }
         // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
         let grew = seen.state.timeout_s > old.timeout_s;
-        if known & groups::TIMEOUT != 0 && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s) {
+        if known & groups::TIMEOUT != 0
+            && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s)
+        {
             new.timeout_s = seen.state.timeout_s;
             changed |= groups::TIMEOUT;
         }
@@ -227,22 +238,26 @@ impl Replica<'_> {
                     // Traffic: no more a presumption.
                     self.counters.count(Counter::Claims);
                 }
-                // First the slot says that its newest state is not acknowledged, then it has one: whoever
-                // reads what a killed process left behind never takes the new state for acknowledged.
+                // First the slot says that its newest state is not acknowledged, then it has one:
+                // whoever reads what a killed process left behind never takes the new state for
+                // acknowledged.
                 if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
                 if presumed && self.table.former(slot).member() == self.config.member {
                     self.table.set_former(slot, Coordinate::NOWHERE);
                 }
-                // Who was its backup may have claimed it before it fell silent, unheard: what is seen since is newer.
+                // Who was its backup may have claimed it before it fell silent, unheard: what is
+                // seen since is newer.
                 let (epoch, member) = (self.epoch, self.config.member);
                 self.table.update(slot, |line| {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
                         let own = line.stamp();
-                        line.set_stamp(contested.map_or(own.claimed(), |rival| rival.outdone(own, member)));
+                        line.set_stamp(
+                            contested.map_or(own.claimed(), |rival| rival.outdone(own, member)),
+                        );
                     } else if changed != 0 && !is(Mutation::VersionStands) {
                         let mut stamp = line.stamp().changed();
                         if !line.peer().is_somewhere() {
@@ -251,7 +266,8 @@ impl Replica<'_> {
                         line.set_stamp(stamp);
                     }
                 });
-                // Behind its stamp: the source tells again what is not here, and that is a further change.
+                // Behind its stamp: the source tells again what is not here, and that is a further
+                // change.
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
                 }
@@ -260,7 +276,8 @@ impl Replica<'_> {
                 }
             }
             Kind::Backup => {
-                // First the claim with its stamp: no state is ever seen under the stamp of another one.
+                // First the claim with its stamp: no state is ever seen under the stamp of another
+                // one.
                 self.claim(now, slot);
                 if let Some(extra) = &new_extra {
                     self.table.set_extra(slot, extra);
@@ -271,8 +288,8 @@ impl Replica<'_> {
         }
     }
 
-    /// What only few connections have, if the source tells anything new of it. If no record is free it stays as
-    /// it is, and nothing is new.
+    /// What only few connections have, if the source tells anything new of it. If no record is free
+    /// it stays as it is, and nothing is new.
     fn new_extra(&self, slot: u32, seen: &Connection) -> Option<Extra> {
         if seen.extra.is_none() {
             return None;
@@ -316,7 +333,11 @@ impl Replica<'_> {
         self.end_copy(slot);
         line.set_kind(Kind::Active);
         let stamp = line.stamp();
-        line.set_stamp(if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() });
+        line.set_stamp(if is(Mutation::ClaimKeepsEpoch) {
+            stamp.changed()
+        } else {
+            stamp.claimed()
+        });
         self.epoch = self.epoch.max(line.stamp().epoch);
         line.set_last(Seq::NONE);
         line.set_groups(groups::ALL);
@@ -325,8 +346,9 @@ impl Replica<'_> {
         let waits = matches!(self.peers[peer.member() as usize], PeerState::Down { .. })
             && !self.has_another(peer.member());
         if self.is_up(peer.member()) || waits {
-            // The former active is the backup now: the pair stays, only its direction turns. If it is silent, and
-            // nobody else could be the backup, the claim waits for it, and so does the close that may follow.
+            // The former active is the backup now: the pair stays, only its direction turns. If it
+            // is silent, and nobody else could be the backup, the claim waits for it, and so does
+            // the close that may follow.
             self.table.set_former(slot, Coordinate::NOWHERE);
             self.table.store(slot, &line);
             self.table.forget_declines(slot);
@@ -363,7 +385,8 @@ impl Replica<'_> {
                 self.end_copy(slot);
                 let previous = self.table.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
-                    // Without room for a request it presumes by itself, until its own source sees the end.
+                    // Without room for a request it presumes by itself, until its own source sees
+                    // the end.
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
                 self.table.forget(slot);
@@ -387,11 +410,13 @@ impl Replica<'_> {
             && line.is_claimed()
             && !self.durable(stream_index(former.member(), 0)).is_forgetting();
         if is_told {
-            // It may still take itself for the active. Without room for a request it finds out by asking.
+            // It may still take itself for the active. Without room for a request it finds out by
+            // asking.
             let _ = self.release(Rank::Question, former, line.stamp().changed());
         }
         if !peer.is_somewhere() || !self.may_return(peer.member()) || is(Mutation::CloseUnsent) {
-            // No backup, or a dead one: when it returns it asks by coordinate, and the generation says no.
+            // No backup, or a dead one: when it returns it asks by coordinate, and the generation
+            // says no.
             self.unassign(slot);
             self.table.forget(slot);
             self.table.recycle(slot);
@@ -425,8 +450,8 @@ impl Replica<'_> {
         }
     }
 
-    /// What the kernel has of a connection whose copy was to go here, and whether packets have passed its entry. If they
-    /// have, its traffic is here: it goes on, as ours.
+    /// What the kernel has of a connection whose copy was to go here, and whether packets have
+    /// passed its entry. If they have, its traffic is here: it goes on, as ours.
     pub fn handle_look(
         &mut self,
         now: Time,
@@ -440,7 +465,8 @@ impl Replica<'_> {
             return;
         }
         let (original, reply) = self.table.tuples(slot);
-        let lives = there.filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
+        let lives = there
+            .filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
         if let Some(there) = lives {
             self.counters.count(Counter::Claims);
             self.counters.count(Counter::ClaimsByLook);
@@ -504,7 +530,11 @@ mod tests {
         for reply in [connection.reply, Tuple { dport: 99, ..connection.reply }] {
             replica.handle_source(Time(1), &seen(3));
             assert!(replica.table.find_original(&connection.original).is_some());
-            let over = Connection { reply, state: State { tcp_state: 7, ..State::default() }, ..connection };
+            let over = Connection {
+                reply,
+                state: State { tcp_state: 7, ..State::default() },
+                ..connection
+            };
             replica.handle_source(Time(2), &SourceEvent::seen(over));
             assert!(replica.table.find_original(&connection.original).is_none(), "{reply}");
         }
@@ -531,14 +561,23 @@ mod tests {
         assert_eq!(kind_after(&[(0, Some(3), false), (4, None, false)]), Some(Kind::Active));
         for over in [7, 8] {
             assert_eq!(kind_after(&[(0, Some(3), false), (1, Some(over), false)]), None);
-            assert_eq!(kind_after(&[(0, Some(3), false), (4, None, false), (5, Some(over), false)]), None);
-            assert_eq!(kind_after(&[(0, Some(over), false), (4, None, false)]), None, "found by a dump");
+            assert_eq!(
+                kind_after(&[(0, Some(3), false), (4, None, false), (5, Some(over), false)]),
+                None
+            );
+            assert_eq!(
+                kind_after(&[(0, Some(over), false), (4, None, false)]),
+                None,
+                "found by a dump"
+            );
         }
     }
 
     #[test]
-    fn one_that_awaits_its_last_answer_when_its_hold_ends_is_not_sent_and_one_that_is_half_closed_is() {
-        let last_ack = [(0, Some(3), false), (1, Some(6), false), (4, None, false), (60, None, false)];
+    fn one_that_awaits_its_last_answer_when_its_hold_ends_is_not_sent_and_one_that_is_half_closed_is()
+     {
+        let last_ack =
+            [(0, Some(3), false), (1, Some(6), false), (4, None, false), (60, None, false)];
         assert_eq!(kind_after(&last_ack), Some(Kind::Held));
         assert_eq!(
             kind_after(&[(0, Some(3), false), (1, Some(5), false), (4, None, false)]),
@@ -556,6 +595,9 @@ mod tests {
     fn no_hold_ends_while_the_source_has_more_to_tell_but_for_a_second_at_most() {
         assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true)]), Some(Kind::Held));
         assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (3, Some(7), false)]), None);
-        assert_eq!(kind_after(&[(0, Some(3), false), (3, None, true), (4, None, true)]), Some(Kind::Active));
+        assert_eq!(
+            kind_after(&[(0, Some(3), false), (3, None, true), (4, None, true)]),
+            Some(Kind::Active)
+        );
     }
 }

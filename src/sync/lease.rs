@@ -74,8 +74,8 @@ impl<'m> LeasePool<'m> {
         pool
     }
 
-    /// The pool that a killed process left behind, and each stream's chain. An entry that `keep` does not want
-    /// is free afterwards.
+    /// The pool that a killed process left behind, and each stream's chain. An entry that `keep`
+    /// does not want is free afterwards.
     pub fn resume(
         entries: &'m [LeaseWords],
         mut keep: impl FnMut(usize, Place) -> bool,
@@ -107,12 +107,14 @@ impl<'m> LeasePool<'m> {
         self.free.len
     }
 
-    /// Adds a slot to the lease of a stream, whose chain this is: the last to be used. `false` if the pool is full.
+    /// Adds a slot to the lease of a stream, whose chain this is: the last to be used. `false` if
+    /// the pool is full.
     pub fn put(&mut self, stream: usize, list: &mut LeaseList, place: Place) -> bool {
         let mut free = self.free;
         let Some(entry) = self.detach(&mut free) else { return false };
         self.free = free;
-        let word = (place.slot as u64) << 38 | (place.generation.raw() as u64) << 12 | (stream as u64 + 1);
+        let word =
+            (place.slot as u64) << 38 | (place.generation.raw() as u64) << 12 | (stream as u64 + 1);
         kill_point();
         self.entries[entry as usize].0[0].store(word, Ordering::Relaxed);
         self.append(list, entry);
@@ -130,7 +132,8 @@ impl<'m> LeasePool<'m> {
         Some(place)
     }
 
-    /// The slots that [`take`](Self::take) would take next, as many as there are and `into` has room for.
+    /// The slots that [`take`](Self::take) would take next, as many as there are and `into` has
+    /// room for.
     pub fn first(&self, list: &LeaseList, into: &mut [Place]) -> usize {
         let (mut entry, count) = (list.head, into.len().min(list.len as usize));
         for place in &mut into[..count] {
@@ -212,7 +215,10 @@ mod tests {
         assert!(!pool.put(3327, &mut b, place(10)), "the pool is full");
         let mut first = [place(99); 4];
         assert_eq!(pool.first(&a, &mut first[..2]), 2);
-        assert_eq!((pool.first(&a, &mut first), first), (3, [place(0), place(1), place(2), place(99)]));
+        assert_eq!(
+            (pool.first(&a, &mut first), first),
+            (3, [place(0), place(1), place(2), place(99)])
+        );
         assert_eq!(pool.take(&mut a), Some(place(0)));
         pool.drop_all(&mut a);
         assert_eq!((pool.room(), a.len(), pool.take(&mut a)), (3, 0, None));

@@ -14,7 +14,8 @@
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
 //! - `digest`: both sides of a stream compare what they hold, and repair what differs;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
-//! - `progress`: what is to be seen of each member's full sync, and how much goes before live changes;
+//! - `progress`: what is to be seen of each member's full sync, and how much goes before live
+//!   changes;
 //! - `moves`: a connection changes its backup, make before break; what becomes of control requests;
 //! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
 //!
@@ -37,7 +38,8 @@
 //! - `lease`: slots at peers that this member may fill;
 //! - `history`: what was sent lately, byte for byte, and what it was about.
 //!
-//! `mutation` has the deliberate faults that the simulator must notice; without the feature `mutations` there is none.
+//! `mutation` has the deliberate faults that the simulator must notice; without the feature
+//! `mutations` there is none.
 
 mod acks;
 mod arrivals;

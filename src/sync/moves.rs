@@ -1,8 +1,9 @@
 //! Moves: a connection changes its backup, make before break; and what becomes of control requests.
 //!
-//! Whoever is to be told something that belongs to no delta is told so by a [request](super::requests). What a request means
-//! for the connection that it is about is decided here: when a release may leave, what an offer still asks, and what follows
-//! when either has arrived.
+//! Whoever is to be told something that belongs to no delta is told so by a
+//! [request](super::requests). What a request means for the connection that it is about is decided
+//! here: when a release may leave, what an offer still asks, and what follows when either has
+//! arrived.
 
 use super::history::Content;
 use super::mutation::{Mutation, is};
@@ -41,14 +42,15 @@ impl Replica<'_> {
         self.request(Rank::Question, Task::Offer { own, claimed }, target)
     }
 
-    /// Whether this member is the active because of traffic here. A copy that its own source saw as well is still
-    /// its active's.
+    /// Whether this member is the active because of traffic here. A copy that its own source saw as
+    /// well is still its active's.
     fn is_claimed_here(&self, slot: u32) -> bool {
         let line = self.table.line(slot);
         line.kind() == Kind::Active && line.is_claimed()
     }
 
-    /// Gives the connection a new backup and keeps the previous one until the new one has acknowledged.
+    /// Gives the connection a new backup and keeps the previous one until the new one has
+    /// acknowledged.
     pub(super) fn move_backup(&mut self, now: Time, slot: u32, backup: Coordinate) -> bool {
         let line = self.table.line(slot);
         let (previous, generation) = (line.peer(), line.generation());
@@ -61,8 +63,8 @@ impl Replica<'_> {
         // A promoted connection remembers its former active there instead, and does not name its
         // previous backup to the new one.
         if !self.table.former(slot).is_somewhere() {
-            // Marked as moving before, and until after, it is named: a connection that is not moving and has a former
-            // coordinate was taken over from there.
+            // Marked as moving before, and until after, it is named: a connection that is not
+            // moving and has a former coordinate was taken over from there.
             self.table.set_moving(slot, true);
             self.table.set_former(slot, previous);
         }
@@ -70,8 +72,8 @@ impl Replica<'_> {
         true
     }
 
-    /// The new backup of a connection that is changing it is none, and nobody else is to be had: its previous one, which
-    /// was not released yet, goes on. `false` if there is none.
+    /// The new backup of a connection that is changing it is none, and nobody else is to be had:
+    /// its previous one, which was not released yet, goes on. `false` if there is none.
     pub(super) fn go_back(&mut self, now: Time, slot: u32) -> bool {
         if !self.table.former(slot).is_somewhere() {
             return false; // As of nearly all.
@@ -87,7 +89,8 @@ impl Replica<'_> {
         true
     }
 
-    /// The connection goes while it changes its backup. The release of the previous one goes its own way.
+    /// The connection goes while it changes its backup. The release of the previous one goes its
+    /// own way.
     pub(super) fn end_move(&mut self, slot: u32) {
         if self.table.is_moving(slot) {
             self.table.set_former(slot, Coordinate::NOWHERE);
@@ -95,13 +98,15 @@ impl Replica<'_> {
         }
     }
 
-    /// A connection of memory taken up again was changing its backup: the release of the previous one waits for
-    /// the new one, as before.
+    /// A connection of memory taken up again was changing its backup: the release of the previous
+    /// one waits for the new one, as before.
     pub(super) fn resume_move(&mut self, slot: u32) {
         let (line, previous) = (self.table.line(slot), self.table.former(slot));
         let of = Some(Place { slot, generation: line.generation() });
         let task = Task::Release { of, stamp: line.stamp() };
-        if !previous.is_plausible() || !self.requests.begin(Rank::Consequence, task, previous, false) {
+        if !previous.is_plausible()
+            || !self.requests.begin(Rank::Consequence, task, previous, false)
+        {
             self.end_move(slot);
         }
     }
@@ -124,8 +129,9 @@ impl Replica<'_> {
             let stream = request.stream();
             match request.delivery {
                 Delivery::AwaitBackup => {
-                    let own =
-                        request.moved().expect("only a release of a previous backup waits for a new one");
+                    let own = request
+                        .moved()
+                        .expect("only a release of a previous backup waits for a new one");
                     if self.is_moved(own) || is(Mutation::EarlyRelease) {
                         self.requests.set_due(id);
                         self.wake(stream);
@@ -139,7 +145,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether the connection of ours that was here has its new backup, or has ended: its previous one can go.
+    /// Whether the connection of ours that was here has its new backup, or has ended: its previous
+    /// one can go.
     fn is_moved(&self, own: Place) -> bool {
         let line = self.table.line(own.slot);
         let has_ended = line.generation() != own.generation || line.kind() != Kind::Active;
@@ -153,9 +160,13 @@ impl Replica<'_> {
         match request.task {
             Task::Release { of: None, .. } => {}
             Task::Decline { own, .. } => {
-                // Its active may believe what was said before: when it is back, and the copy is written again, it is told.
+                // Its active may believe what was said before: when it is back, and the copy is
+                // written again, it is told.
                 let line = self.table.line(own.slot);
-                if !has_arrived && line.generation() == own.generation && line.kind() == Kind::Backup {
+                if !has_arrived
+                    && line.generation() == own.generation
+                    && line.kind() == Kind::Backup
+                {
                     self.table.set_declined(own.slot, true);
                 }
             }
@@ -183,8 +194,13 @@ impl Replica<'_> {
         }
     }
 
-    /// The next request of this stream, which leaves in datagram `seq`: its message, and what the manifest says of it.
-    pub(super) fn next_request(&mut self, stream: usize, seq: Seq) -> Option<(Message<'static>, Content)> {
+    /// The next request of this stream, which leaves in datagram `seq`: its message, and what the
+    /// manifest says of it.
+    pub(super) fn next_request(
+        &mut self,
+        stream: usize,
+        seq: Seq,
+    ) -> Option<(Message<'static>, Content)> {
         while let Some((id, request)) = self.requests.first_due(stream) {
             if let Some((task, message)) = self.message_of(&request) {
                 self.requests.sent(id, task, seq);
@@ -203,8 +219,8 @@ impl Replica<'_> {
             Task::Decline { own, number, fault } => Message::Decline { target, own, number, fault },
             Task::Offer { own, .. } => {
                 let line = self.table.line(own.slot);
-                // Who has become a copy for somebody else meanwhile does not ask a former active any more: the answer would
-                // take away what another one counts on.
+                // Who has become a copy for somebody else meanwhile does not ask a former active
+                // any more: the answer would take away what another one counts on.
                 let asks = match line.kind() {
                     Kind::Backup => line.peer() == request.target,
                     Kind::Active => self.table.former(own.slot) == request.target,
@@ -230,9 +246,9 @@ impl Replica<'_> {
         own: Coordinate,
         claimed: bool,
     ) -> Verdict {
-        // A claimed offer is settled now: its sender takes the ack for the answer. Any other is made again after a
-        // while, so it need not be kept: were the floor to wait for an answer here and there at once, it
-        // would wait for ever.
+        // A claimed offer is settled now: its sender takes the ack for the answer. Any other is
+        // made again after a while, so it need not be kept: were the floor to wait for an answer
+        // here and there at once, it would wait for ever.
         if claimed && !self.requests.has_room(Rank::Consequence) {
             return Busy;
         }
@@ -245,7 +261,9 @@ impl Replica<'_> {
         }
         let line = self.target(target).filter(|line| line.generation() == target.generation);
         match line {
-            Some(line) if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch => {
+            Some(line)
+                if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch =>
+            {
                 self.step_down(target.slot, own, stamp);
                 self.table.forget(target.slot);
                 self.table.recycle(target.slot);
@@ -256,7 +274,8 @@ impl Replica<'_> {
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             // Its previous backup: released once the new one has acknowledged.
-            Some(_) if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
+            Some(_)
+                if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
             Some(line) if line.kind().is_connection() => {
                 let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }

@@ -1,17 +1,23 @@
-//! The outbox: what was sent on each stream, what of it is acknowledged, and what is to be sent again.
+//! The outbox: what was sent on each stream, what of it is acknowledged, and what is to be sent
+//! again.
 //!
-//! It stands on the [history](super::history), which has the bytes. Of each stream the datagrams that are neither
-//! acknowledged nor given up form a chain, oldest first. A cumulative ack (the *floor*) settles all up to it; what arrived
-//! beyond is known by its bits; what several later ones overtook, or what no ack came for in time, is retransmitted.
+//! It stands on the [history](super::history), which has the bytes. Of each stream the datagrams
+//! that are neither acknowledged nor given up form a chain, oldest first. A cumulative ack (the
+//! *floor*) settles all up to it; what arrived beyond is known by its bits; what several later ones
+//! overtook, or what no ack came for in time, is retransmitted.
 //!
 //! What always holds, and is asserted where it could break:
 //!
-//! 1. *The chain of a stream is what lies above its floor and above what was given up*, in order, without a gap.
-//! 2. *Every connection in a chain counts as unacknowledged*, of its stream and of all, until it is settled.
-//! 3. *A datagram is given up only after what it carried is dirty again*: the caller sees its contents first.
-//! 4. *Where anything is outstanding, or the peer has not answered yet, there is a time to retransmit*; never later than the
-//!    retransmission timeout from when it was sent.
-//! 5. *The window is halved once for all that was on its way when a loss was noticed*, and is never below its least.
+//! 1. *The chain of a stream is what lies above its floor and above what was given up*, in order,
+//!    without a gap.
+//! 2. *Every connection in a chain counts as unacknowledged*, of its stream and of all, until it is
+//!    settled.
+//! 3. *A datagram is given up only after what it carried is dirty again*: the caller sees its
+//!    contents first.
+//! 4. *Where anything is outstanding, or the peer has not answered yet, there is a time to
+//!    retransmit*; never later than the retransmission timeout from when it was sent.
+//! 5. *The window is halved once for all that was on its way when a loss was noticed*, and is never
+//!    below its least.
 
 use std::time::Duration;
 
@@ -26,7 +32,8 @@ use crate::time::Time;
 /// A datagram that this many later ones overtook is taken for lost.
 const OVERTAKEN: u64 = 3;
 
-/// Datagrams that may wait at once to be retransmitted without waiting for the timeout. Further ones wait for it.
+/// Datagrams that may wait at once to be retransmitted without waiting for the timeout. Further
+/// ones wait for it.
 const OVERTAKEN_MAX: usize = WINDOW as usize;
 
 /// Datagrams that a timeout retransmits.
@@ -98,14 +105,15 @@ impl Sending {
             if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
     }
 
-    /// The retransmission timeout: four round trips, at least 10 ms (a peer may be in the middle of a long pass), doubled at
-    /// each one without progress, at most 400 ms.
+    /// The retransmission timeout: four round trips, at least 10 ms (a peer may be in the middle of
+    /// a long pass), doubled at each one without progress, at most 400 ms.
     fn timeout(&self) -> Duration {
         let base = (4 * self.round_trip).clamp(10_000_000, 100_000_000);
         Duration::from_nanos((base << self.timeouts.min(5)).min(400_000_000))
     }
 
-    /// Progress of the floor by `n` datagrams widens the window: by as many up to `slow_from`, then by one a window.
+    /// Progress of the floor by `n` datagrams widens the window: by as many up to `slow_from`, then
+    /// by one a window.
     fn widen(&mut self, n: u64) {
         if self.window < self.slow_from {
             self.window += n;
@@ -119,8 +127,8 @@ impl Sending {
         self.window = self.window.min(WINDOW);
     }
 
-    /// Loss among what was sent up to `seq` halves the window, once for all that was on its way when it was noticed (`sent`
-    /// is the newest number then).
+    /// Loss among what was sent up to `seq` halves the window, once for all that was on its way
+    /// when it was noticed (`sent` is the newest number then).
     fn shrink(&mut self, seq: Seq, sent: Seq) {
         if seq.is_after(self.shrunk_at) {
             self.window = (self.window / 2).max(WINDOW_MIN);
@@ -232,7 +240,8 @@ impl<'m> Outbox<'m> {
         self.history.note(content);
     }
 
-    /// A datagram, the next one of its stream, is sent: see [`History::append`]. Returns its number in the history.
+    /// A datagram, the next one of its stream, is sent: see [`History::append`]. Returns its number
+    /// in the history.
     pub(super) fn append(
         &mut self,
         entry: &Entry,
@@ -241,7 +250,10 @@ impl<'m> Outbox<'m> {
         oldest_change: Time,
         connections: u32,
     ) -> u32 {
-        assert!(entry.seq == self.durable(entry.stream).sent().next(), "a stream's datagrams have no gap");
+        assert!(
+            entry.seq == self.durable(entry.stream).sent().next(),
+            "a stream's datagrams have no gap"
+        );
         let id = self.history.append(entry, bytes, stride, oldest_change, connections);
         self.durable(entry.stream).set_sent(entry.seq);
         if !self.is_outstanding(entry.stream) {
@@ -269,14 +281,16 @@ impl<'m> Outbox<'m> {
         sending.newest = Some(id);
     }
 
-    /// The kernel is done with one send of so many datagrams from this one on, of those that are one behind the other.
+    /// The kernel is done with one send of so many datagrams from this one on, of those that are
+    /// one behind the other.
     pub(super) fn on_send_complete(&mut self, first: u32, count: u32) {
         for i in 0..count {
             self.history.on_send_complete((first + i) % self.history.size());
         }
     }
 
-    /// A control buffer with these bytes, and where it lies in the arena; `None` if all are on their way out.
+    /// A control buffer with these bytes, and where it lies in the arena; `None` if all are on
+    /// their way out.
     pub(super) fn control(&mut self, bytes: &[u8]) -> Option<(u16, u32)> {
         let buffer = self.history.take_control()?;
         Some((buffer, self.history.write_control(buffer, bytes)))
@@ -289,8 +303,9 @@ impl<'m> Outbox<'m> {
 
     // Acks.
 
-    /// The peer has everything up to this number. `settled` is told of each datagram since when the oldest change that it
-    /// carried had waited, and how many connections it carried. Whether that is news.
+    /// The peer has everything up to this number. `settled` is told of each datagram since when the
+    /// oldest change that it carried had waited, and how many connections it carried. Whether that
+    /// is news.
     pub(super) fn on_floor(
         &mut self,
         now: Time,
@@ -323,9 +338,14 @@ impl<'m> Outbox<'m> {
         true
     }
 
-    /// What arrived beyond the floor, 64 numbers a word, need not be retransmitted; what several later ones overtook is
-    /// retransmitted at once.
-    pub(super) fn on_beyond(&mut self, now: Time, stream: usize, beyond: impl Iterator<Item = u64>) {
+    /// What arrived beyond the floor, 64 numbers a word, need not be retransmitted; what several
+    /// later ones overtook is retransmitted at once.
+    pub(super) fn on_beyond(
+        &mut self,
+        now: Time,
+        stream: usize,
+        beyond: impl Iterator<Item = u64>,
+    ) {
         let mut words = [0u64; (WINDOW / 64) as usize];
         let mut highest = 0;
         for (i, (into, word)) in words.iter_mut().zip(beyond).enumerate() {
@@ -408,13 +428,16 @@ impl<'m> Outbox<'m> {
         }
         let mut due = Few::new();
         // The oldest goes even if it arrived: it asks for the ack that was lost.
-        let missing =
-            self.chain(stream).enumerate().filter(|(n, id)| *n == 0 || !self.history.has_arrived(*id));
+        let missing = self
+            .chain(stream)
+            .enumerate()
+            .filter(|(n, id)| *n == 0 || !self.history.has_arrived(*id));
         missing.take(PER_TIMEOUT).for_each(|(_, id)| due.push(id));
         Some(due)
     }
 
-    /// All that was due again is on its way once more: the next timeout is later, and the window smaller.
+    /// All that was due again is on its way once more: the next timeout is later, and the window
+    /// smaller.
     pub(super) fn timed_out(&mut self, now: Time, stream: usize) {
         let sent = self.durable(stream).sent();
         let oldest = self.oldest(stream).map(|(_, entry)| entry.seq);
@@ -448,7 +471,8 @@ impl<'m> Outbox<'m> {
 
     // Sessions.
 
-    /// What was given up and is still waited for by the peer. A new session greets the peer the same way.
+    /// What was given up and is still waited for by the peer. A new session greets the peer the
+    /// same way.
     pub(super) fn skip_due(&self, stream: usize) -> Option<Seq> {
         let durable = self.durable(stream);
         let is_waited_for = durable.given_up().is_after(durable.floor());
@@ -472,22 +496,24 @@ impl<'m> Outbox<'m> {
         self.streams[stream].is_greeted = true;
     }
 
-    /// Sending begins anew: the peer is to be told so. Everything of the session before was given up.
+    /// Sending begins anew: the peer is to be told so. Everything of the session before was given
+    /// up.
     pub(super) fn begin_session(&mut self, now: Time, stream: usize) {
         assert!(!self.is_outstanding(stream), "the caller gave up what was outstanding");
         let sending = &mut self.streams[stream];
         (sending.is_greeted, sending.timeouts, sending.retransmit_at) = (false, 0, now);
     }
 
-    /// The process was killed and goes on: it says skip until the peer has answered, so both know at once where they stand.
+    /// The process was killed and goes on: it says skip until the peer has answered, so both know
+    /// at once where they stand.
     pub(super) fn resume_session(&mut self, now: Time, stream: usize) {
         let is_greeted = self.durable(stream).peer_table() == 0;
         let sending = &mut self.streams[stream];
         (sending.is_greeted, sending.retransmit_at) = (is_greeted, now);
     }
 
-    /// The peer was away and is back: what it missed is sent at once. Tells how many datagrams that are.
-    /// [`oldest_first`](Self::oldest_first) follows.
+    /// The peer was away and is back: what it missed is sent at once. Tells how many datagrams that
+    /// are. [`oldest_first`](Self::oldest_first) follows.
     pub(super) fn catch_up(&mut self, now: Time, stream: usize) -> u64 {
         let before = self.overtaken.len();
         let mut next = self.streams[stream].oldest;
@@ -547,7 +573,9 @@ mod tests {
 
     fn ack(outbox: &mut Outbox<'_>, now: Time, floor: u64) -> Vec<(Duration, u32)> {
         let mut settled = Vec::new();
-        outbox.on_floor(now, STREAM, seq(floor), |delay, connections| settled.push((delay, connections)));
+        outbox.on_floor(now, STREAM, seq(floor), |delay, connections| {
+            settled.push((delay, connections))
+        });
         settled
     }
 
@@ -656,7 +684,8 @@ mod tests {
         assert_eq!((outbox.skip_due(STREAM), outbox.unacknowledged()), (Some(seq(1)), 10));
         assert_eq!(outbox.retransmit_at(STREAM), at(3), "at once");
         outbox.give_up_oldest(at(3), STREAM);
-        // Nothing is outstanding that would be retransmitted: what is skipped is said again instead.
+        // Nothing is outstanding that would be retransmitted: what is skipped is said again
+        // instead.
         outbox.skip_said(at(3), STREAM);
         assert_eq!((again(&mut outbox, at(23)), outbox.retransmit_at(STREAM)), (vec![], at(23)));
         ack(&mut outbox, at(24), 2);
@@ -670,7 +699,10 @@ mod tests {
         let memory = memory();
         let mut outbox = outbox(&memory);
         outbox.begin_session(at(0), STREAM);
-        assert_eq!((outbox.skip_due(STREAM), outbox.retransmit_at(STREAM)), (Some(Seq::NONE), at(0)));
+        assert_eq!(
+            (outbox.skip_due(STREAM), outbox.retransmit_at(STREAM)),
+            (Some(Seq::NONE), at(0))
+        );
         outbox.skip_said(at(0), STREAM);
         send(&mut outbox, at(1), 1);
         ack(&mut outbox, at(2), 1);

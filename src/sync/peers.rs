@@ -22,7 +22,8 @@ pub(super) enum PeerState {
         since: Time,
         /// Whether something agreed on with it was let go.
         left_behind: bool,
-        /// Whether its streams were declared lost: it is silent for long, and there is nobody else to turn to.
+        /// Whether its streams were declared lost: it is silent for long, and there is nobody else
+        /// to turn to.
         lost: bool,
     },
     /// A walk lets go of everything agreed on with it.

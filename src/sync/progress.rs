@@ -1,5 +1,5 @@
-//! Full sync, as this shard sees it: what [`super::full_sync`] is to know of each member, and how much of a full sync may stand
-//! before live deltas.
+//! Full sync, as this shard sees it: what [`super::full_sync`] is to know of each member, and how
+//! much of a full sync may stand before live deltas.
 
 use super::full_sync::Sight;
 use super::replica::Replica;
@@ -10,17 +10,18 @@ use crate::group::view::Status;
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
 use crate::time::Time;
 
-/// Connections that may be dirty or unacknowledged before those that wait for a backup have to go on waiting: a live
-/// change queues behind no more. At a round trip of 1 ms that is two million connections a second.
+/// Connections that may be dirty or unacknowledged before those that wait for a backup have to go
+/// on waiting: a live change queues behind no more. At a round trip of 1 ms that is two million
+/// connections a second.
 pub(super) const AHEAD: u64 = 2048;
 
-/// How many of those that wait get a backup at each try all the same, so that live changes alone never keep them out:
-/// at least 8000 a second, as long as what was sent before is acknowledged.
+/// How many of those that wait get a backup at each try all the same, so that live changes alone
+/// never keep them out: at least 8000 a second, as long as what was sent before is acknowledged.
 pub(super) const TRICKLE: usize = 8;
 
 impl Replica<'_> {
-    /// The members that have every copy that this shard wants them to have, as bits. A bit stays until the member is
-    /// silent, takes no copies, or comes with another table.
+    /// The members that have every copy that this shard wants them to have, as bits. A bit stays
+    /// until the member is silent, takes no copies, or comes with another table.
     pub fn synced(&self) -> u64 {
         self.full_syncs.done()
     }
@@ -32,8 +33,8 @@ impl Replica<'_> {
 
     /// How many connections that wait may get a backup now.
     pub(super) fn waiting_budget(&self) -> usize {
-        let ahead =
-            (self.dirty_actives + self.outbox.unacknowledged()).saturating_sub(self.dirty_for_the_silent());
+        let ahead = (self.dirty_actives + self.outbox.unacknowledged())
+            .saturating_sub(self.dirty_for_the_silent());
         let stuck = |s: &u16| {
             let stream = *s as usize;
             self.is_up(stream_member(stream)) && self.outbox.has_timed_out(stream)
@@ -94,7 +95,8 @@ impl Sight for Seen<'_, '_> {
 
     fn is_sent(&self, by: Time) -> bool {
         // The list is in the order in which they became dirty.
-        let mut firsts = self.streams().filter_map(|stream| self.replica.streams[stream].dirty.first());
+        let mut firsts =
+            self.streams().filter_map(|stream| self.replica.streams[stream].dirty.first());
         firsts.all(|slot| self.replica.table.since(slot) > by)
     }
 
@@ -116,7 +118,8 @@ impl Sight for Seen<'_, '_> {
         if self.replica.ranked.first() == Some(&self.member) {
             for walk in walks.iter() {
                 if let Walk::Rehome { away_from, .. } = walk {
-                    let all = (0..streams.len()).filter(|s| away_from >> stream_member(*s) & 1 == 1);
+                    let all =
+                        (0..streams.len()).filter(|s| away_from >> stream_member(*s) & 1 == 1);
                     coming += all.map(|s| streams[s].actives).sum::<u64>();
                 }
             }

@@ -58,11 +58,17 @@ impl Replica<'_> {
             return Err(Reject::Source);
         }
         if sync.from_shard >= member.shards
-            || !shards_can_meet(self.config.shard, self.config.shards, sync.from_shard, member.shards)
+            || !shards_can_meet(
+                self.config.shard,
+                self.config.shards,
+                sync.from_shard,
+                member.shards,
+            )
         {
             return Err(Reject::Shard);
         }
-        let same_tables = sync.from_table == member.table_id && sync.to_table == self.config.table_id;
+        let same_tables =
+            sync.from_table == member.table_id && sync.to_table == self.config.table_id;
         if !same_tables && !is(Mutation::TableUnchecked) {
             return Err(Reject::Table);
         }
@@ -94,7 +100,8 @@ impl Replica<'_> {
         }
     }
 
-    /// The sender's half of the stream is in this session. A new one ends what was agreed on before.
+    /// The sender's half of the stream is in this session. A new one ends what was agreed on
+    /// before.
     fn accept_session(&mut self, stream: usize, session: u16) -> Result<(), Reject> {
         let durable = self.durable(stream);
         let known = durable.peer_session();
@@ -122,7 +129,13 @@ impl Replica<'_> {
         Ok(())
     }
 
-    fn sequenced(&mut self, now: Time, stream: usize, seq: Seq, mut r: Reader<'_>) -> Result<(), Reject> {
+    fn sequenced(
+        &mut self,
+        now: Time,
+        stream: usize,
+        seq: Seq,
+        mut r: Reader<'_>,
+    ) -> Result<(), Reject> {
         let durable = self.durable(stream);
         self.streams[stream].ack_due = true; // Also for repeated ones: the ack may have been lost.
         self.wake(stream);
@@ -148,8 +161,12 @@ impl Replica<'_> {
                 Message::Update { target, stamp, groups, previous, state, extra } => {
                     self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
                 }
-                Message::Close { target, stamp, seen } => self.apply_close(now, stream, target, stamp, seen),
-                Message::Release { target, stamp } => self.apply_release(now, stream, target, stamp),
+                Message::Close { target, stamp, seen } => {
+                    self.apply_close(now, stream, target, stamp, seen)
+                }
+                Message::Release { target, stamp } => {
+                    self.apply_release(now, stream, target, stamp)
+                }
                 Message::Decline { target, own, number, fault } => {
                     let own = self.sender(stream, own);
                     self.apply_decline(now, target, own, number, fault);
@@ -193,8 +210,8 @@ impl Replica<'_> {
         }
         complete |= is(Mutation::RefusedAcknowledged);
         if complete {
-            // Leases come last: a datagram that comes again must not grant twice, and what is given back in one
-            // that is refused is the sender's again.
+            // Leases come last: a datagram that comes again must not grant twice, and what is given
+            // back in one that is refused is the sender's again.
             while let Some(message) = Message::decode(&mut again)? {
                 match message {
                     Message::Lease(places) => self.take_grant(now, stream, places),
@@ -228,8 +245,9 @@ impl Replica<'_> {
         self.retry_at = now;
     }
 
-    /// Slots leased to the stream that it does not need. Two lives later they are free: a new for one that is on its
-    /// way nevertheless misses. What is counted as granted stays, at both ends alike.
+    /// Slots leased to the stream that it does not need. Two lives later they are free: a new for
+    /// one that is on its way nevertheless misses. What is counted as granted stays, at both ends
+    /// alike.
     fn take_back(&mut self, stream: usize, places: Places<'_>) {
         for place in places.iter() {
             let leased = self.target(place).is_some_and(|line| {

@@ -129,9 +129,10 @@ pub struct Replica<'m> {
     pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
-    /// In which connections begin: the highest epoch of all that was held here, and two more for each member that fell silent since
-    /// (one for a claim of its that nobody heard of, one to be above that). What that one still takes for alive when it is back is older than what
-    /// began on its port meanwhile.
+    /// In which connections begin: the highest epoch of all that was held here, and two more for
+    /// each member that fell silent since (one for a claim of its that nobody heard of, one to be
+    /// above that). What that one still takes for alive when it is back is older than what began on
+    /// its port meanwhile.
     pub(super) epoch: u32,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
@@ -242,7 +243,12 @@ impl<'m> Replica<'m> {
 
     /// The coordinate of one of our own slots.
     pub fn coordinate(&self, slot: u32) -> Coordinate {
-        Coordinate::new(self.config.member, self.config.shard, slot, self.table.line(slot).generation())
+        Coordinate::new(
+            self.config.member,
+            self.config.shard,
+            slot,
+            self.table.line(slot).generation(),
+        )
     }
 
     /// Read access to the table, for commits, tests and tools.
@@ -250,7 +256,8 @@ impl<'m> Replica<'m> {
         &self.table
     }
 
-    /// Slots that copies of other members may have: none while the kernel has no room for their entries.
+    /// Slots that copies of other members may have: none while the kernel has no room for their
+    /// entries.
     pub fn room(&self) -> u32 {
         if self.kernel_has_room { self.table.room() } else { 0 }
     }
@@ -260,14 +267,14 @@ impl<'m> Replica<'m> {
         self.kernel_has_room = has_room;
     }
 
-    /// Says whether the source has more to tell than was read. While it has, no hold ends, for a second at most: the end
-    /// of what would be sent may wait to be read.
+    /// Says whether the source has more to tell than was read. While it has, no hold ends, for a
+    /// second at most: the end of what would be sent may wait to be read.
     pub fn set_source_behind(&mut self, is_behind: bool) {
         self.source_is_behind = is_behind;
     }
 
-    /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the source has more to tell, and what they name may be
-    /// another connection's entry by now.
+    /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the
+    /// source has more to tell, and what they name may be another connection's entry by now.
     pub fn poll_commit(&mut self, may_delete: bool) -> Option<Commit> {
         let table = &self.table;
         self.commits.poll(may_delete, |original| table.find_original(original).is_some())
@@ -283,8 +290,8 @@ impl<'m> Replica<'m> {
         self.commits.waiting()
     }
 
-    /// Commits asked for since the start. Once [`commits_done`](Self::commits_done) has reached what this
-    /// was, everything asked for until then is in the kernel.
+    /// Commits asked for since the start. Once [`commits_done`](Self::commits_done) has reached
+    /// what this was, everything asked for until then is in the kernel.
     pub fn commits_asked(&self) -> u64 {
         self.commits.asked()
     }
@@ -381,7 +388,9 @@ impl<'m> Replica<'m> {
     pub(super) fn protect(&mut self, now: Time, slot: u32) {
         let line = self.table.line(slot);
         assert!(
-            line.kind() == Kind::Active && !line.peer().is_somewhere() && self.table.on(slot) == On::None
+            line.kind() == Kind::Active
+                && !line.peer().is_somewhere()
+                && self.table.on(slot) == On::None
         );
         if self.is_best_left(slot) && self.go_back(now, slot) {
             return;
@@ -393,7 +402,8 @@ impl<'m> Replica<'m> {
         }
     }
 
-    /// Whether the connection in this slot changes its backup, and the previous one is the best by now.
+    /// Whether the connection in this slot changes its backup, and the previous one is the best by
+    /// now.
     fn is_best_left(&self, slot: u32) -> bool {
         let best = self.ranked.iter().find(|member| self.is_up(**member));
         self.table.is_moving(slot) && best == Some(&self.table.former(slot).member())
@@ -408,10 +418,11 @@ impl<'m> Replica<'m> {
     pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
         let original = self.table.tuples(slot).0;
         let former = self.table.former(slot);
-        // What is only presumed is offered to its former active, never sent there as if it were ours; and one that changes its backup goes back to
-        // the copy that its previous one still has, or elsewhere: of two copies at one member only one would be named.
-        let not_there =
-            former.is_somewhere() && (self.table.is_moving(slot) || !self.table.line(slot).is_claimed());
+        // What is only presumed is offered to its former active, never sent there as if it were
+        // ours; and one that changes its backup goes back to the copy that its previous one still
+        // has, or elsewhere: of two copies at one member only one would be named.
+        let not_there = former.is_somewhere()
+            && (self.table.is_moving(slot) || !self.table.line(slot).is_claimed());
         let except = if not_there { except | 1 << former.member() } else { except };
         for i in 0..self.ranked.len() {
             let member = self.ranked[i];
@@ -431,8 +442,9 @@ impl<'m> Replica<'m> {
         Found::Nobody
     }
 
-    /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it was
-    /// leased in the session that the peer's half of the stream is in now. In an earlier one it was taken back.
+    /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it
+    /// was leased in the session that the peer's half of the stream is in now. In an earlier one it
+    /// was taken back.
     pub(super) fn return_lease(&mut self, slot: Coordinate, session: u16) {
         let stream = self.stream_of(slot);
         if session == self.durable(stream).peer_session() {
@@ -450,7 +462,10 @@ impl<'m> Replica<'m> {
 
     /// Of what waits for a backup, the stream's share: what one stream hoards another may lack.
     fn waiting_share(&self, stream: usize) -> u64 {
-        let met = shards_met(self.config.shards, self.view.members[stream_member(stream) as usize].shards);
+        let met = shards_met(
+            self.config.shards,
+            self.view.members[stream_member(stream) as usize].shards,
+        );
         (self.waiting.len() as u64).div_ceil(met as u64)
     }
 
@@ -501,8 +516,9 @@ impl<'m> Replica<'m> {
         }
     }
 
-    /// The connection turns to somebody else than the member that has its other copy. If that was its active, and never
-    /// heard of the claim, it goes on taking itself for the active: it is remembered, to be told when it is back.
+    /// The connection turns to somebody else than the member that has its other copy. If that was
+    /// its active, and never heard of the claim, it goes on taking itself for the active: it is
+    /// remembered, to be told when it is back.
     pub(super) fn turn_away(&mut self, slot: u32) {
         let line = self.table.line(slot);
         let peer = line.peer();
@@ -510,8 +526,11 @@ impl<'m> Replica<'m> {
             && line.groups() & groups::TUPLES != 0
             && !(self.table.on(slot) == On::None
                 && line.last().is_passed_by(self.durable(self.stream_of(peer)).floor()));
-        let former =
-            if unheard && !self.table.former(slot).is_somewhere() { peer } else { Coordinate::NOWHERE };
+        let former = if unheard && !self.table.former(slot).is_somewhere() {
+            peer
+        } else {
+            Coordinate::NOWHERE
+        };
         self.unassign(slot);
         if former.is_somewhere() {
             self.table.set_former(slot, former);
@@ -541,7 +560,8 @@ impl<'m> Replica<'m> {
         self.publish_gauges(now);
     }
 
-    /// The connection was refused as older than what the other side holds: it waits before it asks again.
+    /// The connection was refused as older than what the other side holds: it waits before it asks
+    /// again.
     pub(super) fn shelve(&mut self, now: Time, slot: u32) {
         self.table.push(&mut self.shelved, On::Shelved, slot, now);
     }
@@ -568,9 +588,11 @@ impl<'m> Replica<'m> {
         for _ in 0..budget {
             let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
             let Some(slot) = self.table.pop(&mut self.waiting) else { break };
-            if !self.table.former(slot).is_somewhere() && self.table.connection(slot).phase() == Phase::Ending
+            if !self.table.former(slot).is_somewhere()
+                && self.table.connection(slot).phase() == Phase::Ending
             {
-                // Nobody has heard of it, or lives who has, and need not any more: it stays here until its end is told.
+                // Nobody has heard of it, or lives who has, and need not any more: it stays here
+                // until its end is told.
                 self.table.update(slot, |line| line.set_kind(Kind::Held));
                 continue;
             }
@@ -608,7 +630,8 @@ impl<'m> Replica<'m> {
             .map(|(member, _)| self.of_member(member))
             .sum();
         let waiting = (self.waiting.len() + self.shelved.len()) as u64;
-        let unacknowledged = if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
+        let unacknowledged =
+            if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
         self.dirty_actives
             + unacknowledged
             + waiting
@@ -624,8 +647,8 @@ impl<'m> Replica<'m> {
         shards.map(|stream| self.streams[stream].copies + self.uncounted(stream)).sum()
     }
 
-    /// Connections on this stream that do not count as exposed by themselves: neither dirty nor in a datagram that is not
-    /// acknowledged. Closes that wait are none of them.
+    /// Connections on this stream that do not count as exposed by themselves: neither dirty nor in
+    /// a datagram that is not acknowledged. Closes that wait are none of them.
     pub(super) fn uncounted(&self, stream: usize) -> u64 {
         let s = &self.streams[stream];
         s.actives - (s.dirty_actives + self.outbox.unacknowledged_on(stream)).min(s.actives)
@@ -637,7 +660,8 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.requests.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.waiting() as u64);
-        self.counters.set(Counter::CommitMissing, self.missing.len() as u64 + self.commits.owed() as u64);
+        self.counters
+            .set(Counter::CommitMissing, self.missing.len() as u64 + self.commits.owed() as u64);
         self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {
@@ -665,7 +689,8 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::ExposureOldestUs, now.since(oldest).as_micros() as u64);
     }
 
-    /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives before.
+    /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives
+    /// before.
     pub fn poll_at(&self) -> Time {
         let mut at = self
             .digests_at()

@@ -1,16 +1,18 @@
-//! Control requests: releases, offers and declines, the messages that belong to no single connection's delta.
+//! Control requests: releases, offers and declines, the messages that belong to no single
+//! connection's delta.
 //!
-//! A **release** tells a previous backup to let its copy go, once the new backup has acknowledged its own (make before
-//! break), or tells a member that its copy was superseded. An **offer** asks a former active, after a stream was lost, whether
-//! a copy still stands. A **decline** tells an active whether the backup's kernel has its copy. All of them must arrive, so they
-//! travel in sequenced datagrams, and are sent again if a datagram is given up.
+//! A **release** tells a previous backup to let its copy go, once the new backup has acknowledged
+//! its own (make before break), or tells a member that its copy was superseded. An **offer** asks a
+//! former active, after a stream was lost, whether a copy still stands. A **decline** tells an
+//! active whether the backup's kernel has its copy. All of them must arrive, so they travel in
+//! sequenced datagrams, and are sent again if a datagram is given up.
 //!
 //! What always holds, and is asserted where it could break:
 //!
-//! 1. *There is a fixed number of them.* Who finds no room waits, which paces walks; and each [`Rank`] keeps room for what
-//!    others wait for.
-//! 2. *Each is under way from when it is asked for until it is [removed](Requests::remove)*, once: it waits for a new backup, or
-//!    stands in the queue of its stream, or is in a datagram.
+//! 1. *There is a fixed number of them.* Who finds no room waits, which paces walks; and each
+//!    [`Rank`] keeps room for what others wait for.
+//! 2. *Each is under way from when it is asked for until it is [removed](Requests::remove)*, once:
+//!    it waits for a new backup, or stands in the queue of its stream, or is in a datagram.
 //! 3. *A stream sends them in the order in which they may be sent.*
 
 use crate::ccp::message::{Fault, Place};
@@ -23,7 +25,8 @@ use super::stream::stream_index;
 /// What is asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Task {
-    /// Make the copy at the target go. With `of`, it is the previous backup of the connection there.
+    /// Make the copy at the target go. With `of`, it is the previous backup of the connection
+    /// there.
     Release { of: Option<Place>, stamp: Stamp },
     /// Ask whether the copy in this slot still stands.
     Offer { own: Place, claimed: bool },
@@ -110,8 +113,8 @@ impl Requests {
         }
     }
 
-    /// Whether a request of this rank may begin. Ranks keep room for what others wait for: answers must not wait for questions,
-    /// nor the releases that an answer brings about for other answers.
+    /// Whether a request of this rank may begin. Ranks keep room for what others wait for: answers
+    /// must not wait for questions, nor the releases that an answer brings about for other answers.
     pub(super) fn has_room(&self, rank: Rank) -> bool {
         let kept = match rank {
             Rank::Question => MOVES_MAX / 2,
@@ -126,13 +129,21 @@ impl Requests {
         self.requests.len() - self.free.len()
     }
 
-    /// Begins a request: one that is due at once, or one that waits for a new backup. `false` if there is no room for it.
-    pub(super) fn begin(&mut self, rank: Rank, task: Task, target: Coordinate, is_due: bool) -> bool {
+    /// Begins a request: one that is due at once, or one that waits for a new backup. `false` if
+    /// there is no room for it.
+    pub(super) fn begin(
+        &mut self,
+        rank: Rank,
+        task: Task,
+        target: Coordinate,
+        is_due: bool,
+    ) -> bool {
         if !self.has_room(rank) {
             return false;
         }
         let Some(id) = self.free.pop() else { return false };
-        self.requests[id as usize] = Some(Request { task, target, delivery: Delivery::AwaitBackup });
+        self.requests[id as usize] =
+            Some(Request { task, target, delivery: Delivery::AwaitBackup });
         self.under_way[id as usize / 64] |= 1 << (id % 64);
         if is_due {
             self.set_due(id);
@@ -140,7 +151,8 @@ impl Requests {
         true
     }
 
-    /// The numbers of all that are under way now. It stands for itself: requests may begin and end meanwhile.
+    /// The numbers of all that are under way now. It stands for itself: requests may begin and end
+    /// meanwhile.
     pub(super) fn ids(&self) -> impl Iterator<Item = u32> + use<> {
         let mut words = self.under_way;
         (0..WORDS).flat_map(move |word| {
@@ -193,7 +205,8 @@ impl Requests {
 
     /// The datagram that carried it was given up: it is to be sent again.
     pub(super) fn given_up(&mut self, id: u32, seq: Seq) {
-        if self.requests[id as usize].is_some_and(|request| request.delivery == Delivery::Sent(seq)) {
+        if self.requests[id as usize].is_some_and(|request| request.delivery == Delivery::Sent(seq))
+        {
             self.set_due(id);
         }
     }
@@ -227,7 +240,8 @@ impl Requests {
         }
     }
 
-    /// The stamp of the release that a member is still to be told for this place of its, which is no longer needed.
+    /// The stamp of the release that a member is still to be told for this place of its, which is
+    /// no longer needed.
     pub(super) fn released(&self, target: Coordinate) -> Option<Stamp> {
         self.iter().find_map(|(_, request)| match request.task {
             Task::Release { stamp, .. } if request.target == target => Some(stamp),
@@ -235,15 +249,18 @@ impl Requests {
         })
     }
 
-    /// Connections of ours that are moving away from a backup, and that one, as long as it was not released.
+    /// Connections of ours that are moving away from a backup, and that one, as long as it was not
+    /// released.
     pub(super) fn previous_backups(&self) -> impl Iterator<Item = (Place, Coordinate)> + '_ {
         self.iter().filter_map(|(_, request)| Some((request.moved()?, request.target)))
     }
 
-    /// The release that waits until the connection in this slot has a new backup, and the previous one.
+    /// The release that waits until the connection in this slot has a new backup, and the previous
+    /// one.
     pub(super) fn waiting_for(&self, own: Place) -> Option<(u32, Coordinate)> {
-        let is_it =
-            |request: &Request| request.delivery == Delivery::AwaitBackup && request.moved() == Some(own);
+        let is_it = |request: &Request| {
+            request.delivery == Delivery::AwaitBackup && request.moved() == Some(own)
+        };
         self.iter().find(|(_, request)| is_it(request)).map(|(id, request)| (id, request.target))
     }
 
@@ -363,7 +380,10 @@ mod tests {
         while let Some(id) = requests.first_for(2) {
             requests.remove(id);
         }
-        assert_eq!((requests.len(), due(&requests, 2), due(&requests, 3)), (1, None, Some(at(3, 1))));
+        assert_eq!(
+            (requests.len(), due(&requests, 2), due(&requests, 3)),
+            (1, None, Some(at(3, 1)))
+        );
     }
 
     #[test]

@@ -1,19 +1,20 @@
 //! Resume: the memory that a killed process left behind becomes a shard's again.
 //!
-//! Slots, coordinates, leases, streams and the history lie in memory and are as they were; lists, counts and
-//! whatever else is private follows from them. A process can be killed between any two stores, so
-//! everything is written in an order in which the half of it that was done is something that the
-//! protocol repairs anyway:
+//! Slots, coordinates, leases, streams and the history lie in memory and are as they were; lists,
+//! counts and whatever else is private follows from them. A process can be killed between any two
+//! stores, so everything is written in an order in which the half of it that was done is something
+//! that the protocol repairs anyway:
 //!
 //! - a slot that was being written is freed two lives later, and its other copy finds that out;
 //! - a delta in a datagram that was never entered into the history is dirty again;
-//! - slots given back in a datagram of the history are no lease any more, though they may still stand in one;
+//! - slots given back in a datagram of the history are no lease any more, though they may still
+//!   stand in one;
 //! - what the kernel was owed is found by the look-ups that follow a resume;
-//! - releases, offers and declines under way are forgotten: moves begin anew from the slots, the rest is
-//!   found by comparing digests.
+//! - releases, offers and declines under way are forgotten: moves begin anew from the slots, the
+//!   rest is found by comparing digests.
 //!
-//! What a killed process had taken out of one place and not yet put into another (a leased slot) stays
-//! unused until the stream's next session: one slot at most.
+//! What a killed process had taken out of one place and not yet put into another (a leased slot)
+//! stays unused until the stream's next session: one slot at most.
 
 use std::collections::HashSet;
 
@@ -32,16 +33,19 @@ use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
 impl<'m> Replica<'m> {
-    /// A shard over the memory that a killed process left behind; the configuration's table id and key are those
-    /// of then. Every member counts as silent until a view says something else. Returns how many slots
-    /// were being written at that moment and are lost.
+    /// A shard over the memory that a killed process left behind; the configuration's table id and
+    /// key are those of then. Every member counts as silent until a view says something else.
+    /// Returns how many slots were being written at that moment and are lost.
     pub fn resume(config: ReplicaConfig, memory: Memory<'m>, now: Time) -> (Replica<'m>, u32) {
         let (table, torn) = Table::resume(&memory, config.index_key);
         let mut used = HashSet::new();
         for slot in 0..table.capacity() {
             let line = table.line(slot);
             if matches!(line.kind(), Kind::Active | Kind::Closing) && line.peer().is_plausible() {
-                used.insert((stream_index(line.peer().member(), line.peer().shard()), line.peer().slot()));
+                used.insert((
+                    stream_index(line.peer().member(), line.peer().shard()),
+                    line.peer().slot(),
+                ));
             }
         }
         let history = History::resume(&memory, |entry| {
@@ -58,7 +62,8 @@ impl<'m> Replica<'m> {
                 }));
             }
         }
-        // A lease that was used, or came back, or was given back, just then must not stand here twice.
+        // A lease that was used, or came back, or was given back, just then must not stand here
+        // twice.
         let credit = Credit::resume(memory.leases, memory.streams, |stream, place| {
             !given_back.contains(&(stream, place.slot, place.generation.raw()))
                 && used.insert((stream, place.slot))
@@ -92,7 +97,8 @@ impl<'m> Replica<'m> {
                 _ => false,
             };
             let connections = self.outbox.contents(id).filter(carried).count() as u32;
-            // Killed before they were lent: nobody may take the name for another connection's place.
+            // Killed before they were lent: nobody may take the name for another connection's
+            // place.
             let granted = self.outbox.contents(id).filter_map(|content| match content {
                 Content::Granted(place) => Some(place),
                 _ => None,
@@ -127,12 +133,14 @@ impl<'m> Replica<'m> {
                 self.epoch = self.epoch.max(line.stamp().epoch);
             }
             let peer = line.peer();
-            if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member) {
+            if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member)
+            {
                 unreachable!("slot {slot} has its other copy at {peer}");
             }
             let stream = if peer.is_somewhere() { self.stream_of(peer) } else { 0 };
             match line.kind() {
-                // The walk that takes back what was lent in an earlier session did not come to its end.
+                // The walk that takes back what was lent in an earlier session did not come to its
+                // end.
                 Kind::Leased if line.session() != self.durable(stream).peer_session() => {
                     self.table.recycle(slot)
                 }
@@ -156,7 +164,8 @@ impl<'m> Replica<'m> {
                     }
                 }
                 Kind::Backup => {
-                    // Whether it was is not known any more; what was not can only be asked for too much.
+                    // Whether it was is not known any more; what was not can only be asked for too
+                    // much.
                     let is_eager = self.config.commit == CommitMode::Eager;
                     self.table.set_written(slot, if is_eager { Written::Yes } else { Written::No });
                     self.streams[stream].copies += 1;
@@ -186,7 +195,8 @@ impl<'m> Replica<'m> {
                 streams.map(|s| self.durable(s)).filter(Durable::is_known).collect();
             let is_forgetting = self.durable(stream_index(member, 0)).is_forgetting();
             let tables = || known.iter().map(Durable::peer_table).filter(|table| *table != 0);
-            // New sessions begin one stream after the other: the last one may still be with the table before.
+            // New sessions begin one stream after the other: the last one may still be with the
+            // table before.
             let (Some(first), Some(table)) = (tables().next(), tables().next_back()) else {
                 if is_forgetting {
                     self.walks.push(Walk::Forget { member });
@@ -195,7 +205,8 @@ impl<'m> Replica<'m> {
             };
             let let_go = first != table || known.iter().any(Durable::is_let_go);
             self.tables[member as usize] = table;
-            self.peers[member as usize] = PeerState::Down { since: now, left_behind: true, lost: false };
+            self.peers[member as usize] =
+                PeerState::Down { since: now, left_behind: true, lost: false };
             if self.config.commit == CommitMode::Takeover {
                 self.unwritten |= 1 << member;
             }

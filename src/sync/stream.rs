@@ -49,14 +49,15 @@ pub const WORD_GRANTED_TO_US: usize = 4;
 pub const WORD_PEER_TABLE: usize = 5;
 /// Word: 1 while what was agreed with the peer is being let go, until the next session begins.
 pub const WORD_LET_GO: usize = 6;
-/// Word, of the stream to shard 0 of a member: 1 while what was taken over from a table before is being forgotten.
+/// Word, of the stream to shard 0 of a member: 1 while what was taken over from a table before is
+/// being forgotten.
 pub const WORD_FORGETTING: usize = 7;
 /// Word: the receive floor: everything up to here is received and applied, or was skipped.
 pub const WORD_RECEIVE_FLOOR: usize = 8;
 /// Word: slots granted to the peer since a session of either half began.
 pub const WORD_GRANTED_BY_US: usize = 9;
-/// Words, of the stream to shard 0 of a member, for the full sync to the member: phase, begin, end, copies before,
-/// done, to do; see [`Figures`].
+/// Words, of the stream to shard 0 of a member, for the full sync to the member: phase, begin, end,
+/// copies before, done, to do; see [`Figures`].
 pub const WORD_FULL_SYNC: usize = 10;
 /// Words: one bit for each number beyond the receive floor, in a ring of `WINDOW` bits.
 pub const WORD_RECEIVED: usize = 16;
@@ -153,8 +154,9 @@ impl Durable<'_> {
         self.set(WORD_GRANTED_BY_US, self.granted_by_us() + n);
     }
 
-    /// A slot granted to the peer was taken back before it could know. (A process that was killed when it had lent a slot
-    /// and not yet counted it leaves the count one too low: that is one slot more for the peer.)
+    /// A slot granted to the peer was taken back before it could know. (A process that was killed
+    /// when it had lent a slot and not yet counted it leaves the count one too low: that is one
+    /// slot more for the peer.)
     pub fn sub_granted_by_us(&self) {
         self.set(WORD_GRANTED_BY_US, self.granted_by_us().saturating_sub(1));
     }
@@ -174,7 +176,8 @@ impl Durable<'_> {
         self.get(WORD_PEER_TABLE) as u32
     }
 
-    /// Whether what was agreed with the peer is being let go, or has been, and no new session has begun.
+    /// Whether what was agreed with the peer is being let go, or has been, and no new session has
+    /// begun.
     pub fn is_let_go(&self) -> bool {
         self.get(WORD_LET_GO) != 0
     }
@@ -192,13 +195,16 @@ impl Durable<'_> {
         self.set(WORD_SESSIONS, self.get(WORD_SESSIONS) & !0xffff | session as u64);
         self.set(WORD_PEER_TABLE, peer_table as u64);
         // What was granted either way is taken back, and counted anew.
-        for word in [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US, WORD_GRANTED_BY_US] {
+        for word in
+            [WORD_SENT, WORD_SEND_FLOOR, WORD_GIVEN_UP, WORD_GRANTED_TO_US, WORD_GRANTED_BY_US]
+        {
             self.set(word, 0);
         }
         self.set(WORD_LET_GO, 0);
     }
 
-    /// Whether it is still to be forgotten what was taken over from a table that the member does not have any more.
+    /// Whether it is still to be forgotten what was taken over from a table that the member does
+    /// not have any more.
     pub fn is_forgetting(&self) -> bool {
         self.get(WORD_FORGETTING) != 0
     }
@@ -208,8 +214,9 @@ impl Durable<'_> {
         self.set(WORD_FORGETTING, forgetting as u64);
     }
 
-    /// Forgets a table of the peer in which this stream does not exist any more. Its sessions go on being counted: what the
-    /// history still holds of an earlier one must never be taken for a later one's.
+    /// Forgets a table of the peer in which this stream does not exist any more. Its sessions go on
+    /// being counted: what the history still holds of an earlier one must never be taken for a
+    /// later one's.
     pub fn forget(&self) {
         for word in (0..48).filter(|word| ![WORD_FORGETTING, WORD_SESSIONS].contains(word)) {
             self.set(word, 0);
@@ -263,8 +270,8 @@ impl Durable<'_> {
         self.advance(floor);
     }
 
-    /// A process that was killed may have noted a number as received and not have moved the floor over it. It would be
-    /// repeated for ever, and never received again.
+    /// A process that was killed may have noted a number as received and not have moved the floor
+    /// over it. It would be repeated for ever, and never received again.
     pub fn resume_floor(&self) {
         self.advance(self.receive_floor());
     }

@@ -1,8 +1,9 @@
 //! Sums: what each stream's copies add up to, as sent and as held.
 //!
-//! Of every copy a hash over both coordinates, the stamp and all fields goes, by exclusive or, into one of 256 buckets, chosen by
-//! the backup's slot. What changes a copy moves its sum from the hash of before to that of now; nothing is summed up anew.
-//! The hash is the same on every kind of host, for two members compare it.
+//! Of every copy a hash over both coordinates, the stamp and all fields goes, by exclusive or, into
+//! one of 256 buckets, chosen by the backup's slot. What changes a copy moves its sum from the hash
+//! of before to that of now; nothing is summed up anew. The hash is the same on every kind of host,
+//! for two members compare it.
 
 use crate::ccp::message::Place;
 use crate::conn::tuple::{Family, Tuple};
@@ -25,7 +26,10 @@ pub(super) fn hash(backup: Place, active: Place, stamp: Stamp, connection: &Conn
     let pair = |high: u32, low: u32| (high as u64) << 32 | low as u64;
     let place = |p: Place| pair(p.slot, p.generation.raw());
     let tuple = |t: &Tuple| {
-        let ports = pair((t.sport as u32) << 16 | t.dport as u32, (t.zone as u32) << 16 | t.protocol as u32);
+        let ports = pair(
+            (t.sport as u32) << 16 | t.dport as u32,
+            (t.zone as u32) << 16 | t.protocol as u32,
+        );
         let low = fold(t.src as u64 ^ ports, t.dst as u64);
         match t.family {
             Family::V4 => low,
@@ -33,7 +37,8 @@ pub(super) fn hash(backup: Place, active: Place, stamp: Stamp, connection: &Conn
         }
     };
     let s = &connection.state;
-    let tcp = u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
+    let tcp =
+        u32::from_be_bytes([s.tcp_state, s.tcp_scale, s.tcp_flags_original, s.tcp_flags_reply]);
     let mut h = fold(place(backup), place(active));
     h ^= fold(pair(stamp.epoch, stamp.version), pair(s.status, tcp)).rotate_left(7);
     h ^= fold(pair(s.mark, s.timeout_s), tuple(&connection.original)).rotate_left(23);
@@ -100,7 +105,8 @@ impl Sums {
         self.0.as_chunks().0.get(stream).expect("every stream has its sums")
     }
 
-    /// The buckets whose sums are not these, of which a word has two, the first in its high half. Words that are left out are zero.
+    /// The buckets whose sums are not these, of which a word has two, the first in its high half.
+    /// Words that are left out are zero.
     pub(super) fn differing(&self, stream: usize, mut words: impl Iterator<Item = u64>) -> Mask {
         let mut mask = Mask::default();
         for (pair, own) in self.of(stream).chunks(2).enumerate() {
@@ -186,7 +192,11 @@ mod tests {
             words[slot / 2] |= (slot as u64 + 1) << if slot % 2 == 0 { 32 } else { 0 };
         }
         assert_eq!(sums.differing(3, words.iter().copied()), Mask::default());
-        assert_eq!(sums.differing(4, words.into_iter()), [1 << 63 | 0b11, 1, 0, 1 << 63], "another stream's");
+        assert_eq!(
+            sums.differing(4, words.into_iter()),
+            [1 << 63 | 0b11, 1, 0, 1 << 63],
+            "another stream's"
+        );
         let mask = [1 << 63 | 0b11, 1, 0, 1 << 63];
         assert!(has(&mask, 63) && has(&mask, 64 + BUCKETS as u32) && !has(&mask, 2));
     }

@@ -13,8 +13,8 @@
 //! ```
 //!
 //! What happens in `Down` can be taken back: streams stand still, nothing agreed on is let go. As
-//! soon as anything is (a connection that found another backup), the member is `left_behind`:
-//! when it returns, streams begin a new session, and both sides ask by coordinate what still stands.
+//! soon as anything is (a connection that found another backup), the member is `left_behind`: when
+//! it returns, streams begin a new session, and both sides ask by coordinate what still stands.
 
 use std::time::Duration;
 
@@ -58,7 +58,9 @@ impl Replica<'_> {
         // A process that took its memory up again may have lost what it was writing.
         let resumed = self.view.others().filter(|(id, old)| {
             let new = &view.members[*id as usize];
-            old.incarnation != 0 && old.incarnation != new.incarnation && old.table_id == new.table_id
+            old.incarnation != 0
+                && old.incarnation != new.incarnation
+                && old.table_id == new.table_id
         });
         let resumed: u64 = resumed.fold(0, |bits, (id, _)| bits | 1 << id);
         self.view.clone_from(view);
@@ -108,7 +110,8 @@ impl Replica<'_> {
                 let left_behind = !self.is_verified(member)
                     || self.offered >> member & 1 == 1
                     || self.walks.contains(Walk::Offer { member });
-                self.peers[member as usize] = PeerState::Down { since: now, left_behind, lost: false };
+                self.peers[member as usize] =
+                    PeerState::Down { since: now, left_behind, lost: false };
                 self.epoch = self.epoch.saturating_add(2);
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
@@ -128,7 +131,9 @@ impl Replica<'_> {
     }
 
     fn review_down(&mut self, now: Time, member: MemberId) {
-        let PeerState::Down { since, left_behind, lost } = self.peers[member as usize] else { return };
+        let PeerState::Down { since, left_behind, lost } = self.peers[member as usize] else {
+            return;
+        };
         let seen = self.view.members[member as usize];
         let same_table = seen.table_id == self.tables[member as usize];
         let is_late = since.after(self.config.reprotect_after).reached(now);
@@ -139,7 +144,8 @@ impl Replica<'_> {
         if is_back {
             self.unwritten &= !(1 << member);
             if left_behind {
-                // What was on its way may be for places that were let go since: what still stands is sent anew.
+                // What was on its way may be for places that were let go since: what still stands
+                // is sent anew.
                 self.give_up_all(now, member);
             }
             self.go_on(now, member);
@@ -151,7 +157,9 @@ impl Replica<'_> {
                 self.walks.drop_those(|walk| *walk == Walk::Lose { member });
                 self.walks.push(Walk::Rewrite { member });
             }
-        } else if seen.status.is_alive() || seen.status == Status::Left || is_late && self.has_another(member)
+        } else if seen.status.is_alive()
+            || seen.status == Status::Left
+            || is_late && self.has_another(member)
         {
             self.purge(now, member);
         } else if is_late && !lost {
@@ -159,7 +167,8 @@ impl Replica<'_> {
         }
     }
 
-    /// The member is gone: its copies are written to the kernel, unless they were, or are there all the time.
+    /// The member is gone: its copies are written to the kernel, unless they were, or are there all
+    /// the time.
     pub(super) fn write_copies(&mut self, member: MemberId) {
         if self.unwritten >> member & 1 == 1 {
             self.unwritten &= !(1 << member);
@@ -173,8 +182,8 @@ impl Replica<'_> {
         self.ranked.iter().any(|other| *other != member && self.is_up(*other))
     }
 
-    /// A silent member is back with its table: the streams go on where they stood. It gets what it missed from the
-    /// history, and what was changed since then as deltas.
+    /// A silent member is back with its table: the streams go on where they stood. It gets what it
+    /// missed from the history, and what was changed since then as deltas.
     fn go_on(&mut self, now: Time, member: MemberId) {
         self.peers[member as usize] = PeerState::Up;
         for shard in 0..SHARDS_MAX as u8 {
@@ -186,9 +195,9 @@ impl Replica<'_> {
         self.outbox.oldest_first();
     }
 
-    /// A member is silent for long, and there is nobody else to turn to. What it holds for us stays agreed, and so
-    /// does what we hold for it; but closes do not pile up for it, nor datagrams. When it returns it finds out by
-    /// comparing.
+    /// A member is silent for long, and there is nobody else to turn to. What it holds for us stays
+    /// agreed, and so does what we hold for it; but closes do not pile up for it, nor datagrams.
+    /// When it returns it finds out by comparing.
     fn lose(&mut self, now: Time, member: MemberId) {
         if let PeerState::Down { left_behind, lost, .. } = &mut self.peers[member as usize] {
             (*left_behind, *lost) = (true, true);
@@ -213,7 +222,8 @@ impl Replica<'_> {
         self.tables[member as usize] = seen.table_id;
         self.peers[member as usize] = PeerState::Up;
         if !returned && known != 0 {
-            // Before anything says that this is the table: who goes on from here must forget the other one as well.
+            // Before anything says that this is the table: who goes on from here must forget the
+            // other one as well.
             self.durable(stream_index(member, 0)).set_forgetting(true);
         }
         for shard in (0..SHARDS_MAX as u8).filter(|_| !returned) {
@@ -360,15 +370,17 @@ impl Replica<'_> {
         }
     }
 
-    /// Whether a walk must pause. What waits for a member that is not there, or does not hear us, and so is
-    /// not acknowledged before a walk has found it another backup, holds up no walk. Before copies of a dead member become connections of
-    /// ours they must be in the kernel: it is taken to know those better.
+    /// Whether a walk must pause. What waits for a member that is not there, or does not hear us,
+    /// and so is not acknowledged before a walk has found it another backup, holds up no walk.
+    /// Before copies of a dead member become connections of ours they must be in the kernel: it is
+    /// taken to know those better.
     fn is_walk_ahead(&self, walk: Walk, stuck: u64) -> bool {
         let unwritten = matches!(walk, Walk::Purge { .. }) && !self.commits.is_taken_over();
         self.dirty_actives > WALK_AHEAD + stuck || !self.can_receive() || unwritten
     }
 
-    /// Connections and closes that wait to be sent to members that are not there, or do not hear us.
+    /// Connections and closes that wait to be sent to members that are not there, or do not hear
+    /// us.
     pub(super) fn dirty_for_the_silent(&self) -> u64 {
         let silent = self.busy.iter().filter(|stream| {
             let member = stream_member(**stream as usize);
@@ -384,7 +396,9 @@ impl Replica<'_> {
         }
         let again = self.offer_at;
         let downs = self.peers.iter().filter_map(|peer| match peer {
-            PeerState::Down { since, lost: false, .. } => Some(since.after(self.config.reprotect_after)),
+            PeerState::Down { since, lost: false, .. } => {
+                Some(since.after(self.config.reprotect_after))
+            }
             _ => None,
         });
         let deaf = self.view.others().filter(|(id, m)| {
@@ -400,7 +414,10 @@ impl Replica<'_> {
                 for shard in 0..SHARDS_MAX as u8 {
                     let s = &self.streams[stream_index(member, shard)];
                     assert!(
-                        s.actives == 0 && s.copies == 0 && s.dirty.is_empty() && s.closing.is_empty(),
+                        s.actives == 0
+                            && s.copies == 0
+                            && s.dirty.is_empty()
+                            && s.closing.is_empty(),
                         "something still refers to member {member}"
                     );
                 }
@@ -409,8 +426,8 @@ impl Replica<'_> {
             }
             Walk::Rehome { away_from, .. } => {
                 let leaving = self.bits(|m| m.status == Status::Leaving) & away_from;
-                let left =
-                    (1..self.peers.len()).any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
+                let left = (1..self.peers.len())
+                    .any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
                 if left {
                     // Somebody is left who could not move yet.
                     self.walks.push_rehome(leaving, true);
@@ -446,9 +463,8 @@ impl Replica<'_> {
     fn step(&mut self, now: Time, walk: Walk, slot: u32) -> bool {
         match walk {
             Walk::Purge { member } => self.purge_slot(now, member, slot),
-            Walk::Commit { member } => {
-                self.commit_slot(member, slot, |slot, generation| Commit::Write { slot, generation })
-            }
+            Walk::Commit { member } => self
+                .commit_slot(member, slot, |slot, generation| Commit::Write { slot, generation }),
             Walk::Rehome { away_from, .. } => self.rehome_slot(now, away_from, slot),
             Walk::Abandon { member } => self.abandon_slot(now, member, slot),
             Walk::Verify { stream } => self.verify_slot(stream, slot),
@@ -456,14 +472,13 @@ impl Replica<'_> {
             Walk::Lose { member } => self.lose_slot(member, slot),
             Walk::Compare { stream } => self.compare_slot(stream, slot),
             Walk::Unseen { stream } => self.unseen_slot(stream, slot),
-            Walk::Rewrite { member } => {
-                self.commit_slot(member, slot, |slot, generation| Commit::Again { slot, generation })
-            }
+            Walk::Rewrite { member } => self
+                .commit_slot(member, slot, |slot, generation| Commit::Again { slot, generation }),
             Walk::Declined { member } => self.ask_declined(now, member, slot),
             Walk::Forget { member } => {
                 if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
-                    // Nobody asks for it back any more. Until traffic shows up it is presumed all the same: then its own
-                    // place stands there.
+                    // Nobody asks for it back any more. Until traffic shows up it is presumed all
+                    // the same: then its own place stands there.
                     let own = self.coordinate(slot);
                     let former = if self.is_presumed(slot) { own } else { Coordinate::NOWHERE };
                     self.table.set_former(slot, former);
@@ -492,7 +507,8 @@ impl Replica<'_> {
                 self.end_missing(slot);
                 self.end_copy(slot);
                 self.counters.count(Counter::Promotions);
-                // First where it is taken over from: an active that does not say so is nobody's to ask back.
+                // First where it is taken over from: an active that does not say so is nobody's to
+                // ask back.
                 let previous = self.table.former(slot);
                 self.table.set_former(slot, peer);
                 self.table.update(slot, |line| {
@@ -516,11 +532,12 @@ impl Replica<'_> {
         true
     }
 
-    /// If the tuple of the copy in this slot lives on in another one, the copy goes: it was of a connection before, or of an
-    /// older state. The kernel's entry is that one's.
+    /// If the tuple of the copy in this slot lives on in another one, the copy goes: it was of a
+    /// connection before, or of an older state. The kernel's entry is that one's.
     fn drop_outlived(&mut self, slot: u32) -> bool {
         let original = self.table.tuples(slot).0;
-        let goes_on = |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
+        let goes_on =
+            |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
         let is_outlived = self.table.index.find(&original, goes_on).is_some();
         if is_outlived {
             self.end_missing(slot);
@@ -532,21 +549,31 @@ impl Replica<'_> {
         is_outlived
     }
 
-    /// What waits only for a member that is lost goes; the kernel may forget copies of its connections as any other.
+    /// What waits only for a member that is lost goes; the kernel may forget copies of its
+    /// connections as any other.
     fn lose_slot(&mut self, member: MemberId, slot: u32) -> bool {
         let line = self.table.line(slot);
-        if line.peer().member() == member && matches!(self.peers[member as usize], PeerState::Down { .. }) {
+        if line.peer().member() == member
+            && matches!(self.peers[member as usize], PeerState::Down { .. })
+        {
             match line.kind() {
                 Kind::Closing => self.drop_closing(slot),
                 Kind::Backup if self.drop_outlived(slot) => {}
-                Kind::Backup => self.commit(Commit::Refresh { slot, generation: line.generation() }),
+                Kind::Backup => {
+                    self.commit(Commit::Refresh { slot, generation: line.generation() })
+                }
                 _ => {}
             }
         }
         true
     }
 
-    fn commit_slot(&mut self, member: MemberId, slot: u32, commit: fn(u32, Generation) -> Commit) -> bool {
+    fn commit_slot(
+        &mut self,
+        member: MemberId,
+        slot: u32,
+        commit: fn(u32, Generation) -> Commit,
+    ) -> bool {
         let line = self.table.line(slot);
         if line.kind() == Kind::Backup && line.peer().member() == member {
             self.commit(commit(slot, line.generation()));
@@ -559,8 +586,8 @@ impl Replica<'_> {
         self.walks.iter().any(|walk| matches!(walk, Walk::Commit { .. }))
     }
 
-    /// Whether this member, or a living one that it is the backup of, has a connection with this tuple in
-    /// another slot.
+    /// Whether this member, or a living one that it is the backup of, has a connection with this
+    /// tuple in another slot.
     pub(super) fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
         self.table.index.find(original, |other| self.lives(other, slot, original)).is_some()
     }
@@ -573,8 +600,8 @@ impl Replica<'_> {
             && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
     }
 
-    /// Whether the other slot has a copy of the very connection in this one, in an older state: two members took it for theirs, and
-    /// what the other active does not know is here alone.
+    /// Whether the other slot has a copy of the very connection in this one, in an older state: two
+    /// members took it for theirs, and what the other active does not know is here alone.
     fn is_older_copy(&self, other: u32, slot: u32) -> bool {
         self.table.kind(other) == Kind::Backup
             && self.table.tuples(other) == self.table.tuples(slot)
@@ -586,7 +613,9 @@ impl Replica<'_> {
     pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, previous: Coordinate) {
         assert!(self.table.on(slot) == On::None);
         // A member that came back with other shards has nothing there.
-        let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize].shards.max(1);
+        let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize]
+            .shards
+            .max(1);
         let fits = previous.shard() == shard_of(&self.table.tuples(slot).0, shards);
         let ours = previous.member() == self.config.member;
         if previous.is_somewhere() && fits && !ours && self.is_up(previous.member()) {
@@ -634,7 +663,9 @@ impl Replica<'_> {
         let own = Place { slot, generation: line.generation() };
         let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
-            Kind::Leased if on_stream(peer) && line.session() != self.durable(stream).peer_session() => {
+            Kind::Leased
+                if on_stream(peer) && line.session() != self.durable(stream).peer_session() =>
+            {
                 self.table.recycle(slot);
             }
             Kind::Backup if on_stream(peer) => return self.offer(peer, own),
@@ -692,12 +723,13 @@ mod tests {
                 replica.leave_behind(member);
             }
         }
-        // Of each kind one; two that move backups away from those who leave, or have a lower priority.
+        // Of each kind one; two that move backups away from those who leave, or have a lower
+        // priority.
         assert!(replica.walks.iter().count() < 12);
     }
 
-    /// Seed 60002087: a late pass purged a silent member to the end, and the next view brought it back with another table
-    /// before any request was looked at again.
+    /// Seed 60002087: a late pass purged a silent member to the end, and the next view brought it
+    /// back with another table before any request was looked at again.
     #[test]
     fn what_a_member_was_to_be_told_is_not_told_to_its_next_table() {
         let owned = OwnedMemory::new(&MemorySize::new(256, 512 << 10));
@@ -715,14 +747,22 @@ mod tests {
         let target = Coordinate::new(2, 0, 5, Generation::default());
         let own = Place { slot: 6, generation: Generation::default() };
         assert!(replica.release(Rank::Consequence, target, Stamp { epoch: 0, version: 1 }));
-        assert!(replica.request(Rank::Question, Task::Decline { own, number: 1, fault: None }, target));
+        assert!(replica.request(
+            Rank::Question,
+            Task::Decline { own, number: 1, fault: None },
+            target
+        ));
         let late = now.after(replica.config.reprotect_after);
         replica.tick(late);
         assert_eq!(replica.peers[2], PeerState::Vacant, "nothing here refers to it any more");
         see(&mut replica, late, 2, Status::Ready, 9);
         assert!(replica.is_up(2));
         replica.transmit(late, &mut |_| true);
-        assert_eq!(replica.counters.get(Counter::DeltasRelease), 0, "the place is another table's now");
+        assert_eq!(
+            replica.counters.get(Counter::DeltasRelease),
+            0,
+            "the place is another table's now"
+        );
         assert_eq!(replica.requests.len(), 0);
     }
 }

@@ -13,14 +13,18 @@ use super::replica::Replica;
 use super::stream::{Refusal, stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
-use crate::ccp::message::{DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease};
+use crate::ccp::message::{
+    DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease,
+};
 use crate::ccp::sync::SyncHeader;
 use crate::ccp::value::EXTRA_MAX;
 use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Extra, Kind};
 use crate::counters::Counter;
-use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, REFUSALS_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW};
+use crate::limits::{
+    DATAGRAM_MAX, LEASE_GRANT_MAX, REFUSALS_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW,
+};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -74,7 +78,8 @@ impl Budget {
 
 impl Replica<'_> {
     /// Hands everything that is due to `send`, which says whether it took it: acks and the like
-    /// first, then repeats, then what is dirty. Returns whether the cap of a pass was hit, so that more may wait.
+    /// first, then repeats, then what is dirty. Returns whether the cap of a pass was hit, so that
+    /// more may wait.
     pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
         let mut budget = Budget { deltas: TRANSMIT_PER_PASS, is_blocked: false };
         while let Some(id) = self.outbox.next_overtaken()
@@ -146,7 +151,8 @@ impl Replica<'_> {
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
     fn send_control(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
         let want = self.credit.ask_due(now, stream);
-        let skip = self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
+        let skip =
+            self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
         let s = &self.streams[stream];
         let answers = self.has_answers(stream);
         if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() && !answers {
@@ -167,7 +173,8 @@ impl Replica<'_> {
         self.counters.count(Counter::AcksSent);
         for refusal in self.streams[stream].refusals.drain(..) {
             let Refusal { seq, target, reason, own } = refusal;
-            Message::Refuse { session: durable.peer_session(), seq, target, reason, own }.encode(&mut w);
+            Message::Refuse { session: durable.peer_session(), seq, target, reason, own }
+                .encode(&mut w);
         }
         if let Some(total) = want {
             Message::Want { total }.encode(&mut w);
@@ -217,8 +224,8 @@ impl Replica<'_> {
         taken
     }
 
-    /// A control buffer with these bytes for the loop to send by itself (heartbeats); its token comes back
-    /// through [`on_send_complete`](Self::on_send_complete).
+    /// A control buffer with these bytes for the loop to send by itself (heartbeats); its token
+    /// comes back through [`on_send_complete`](Self::on_send_complete).
     pub fn control_datagram(&mut self, bytes: &[u8]) -> Option<(u32, Token)> {
         let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
@@ -260,7 +267,8 @@ impl Replica<'_> {
     fn retransmit(&mut self, now: Time, id: u32, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
         let entry = self.outbox.entry(id);
         let token = Token::entries(id, 1);
-        let taken = send(Transmit { stream: entry.stream, offset: entry.offset, len: entry.len, token });
+        let taken =
+            send(Transmit { stream: entry.stream, offset: entry.offset, len: entry.len, token });
         if taken {
             self.outbox.retransmitted(now, id);
             self.counters.count(Counter::DatagramsResent);
@@ -270,7 +278,8 @@ impl Replica<'_> {
 
     fn has_data(&self, now: Time, stream: usize, started: bool) -> bool {
         let s = &self.streams[stream];
-        let flush = started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
+        let flush =
+            started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
         (!s.dirty.is_empty() && flush)
             || self.credit.has_places(stream)
             || self.requests.first_due(stream).is_some()
@@ -292,7 +301,10 @@ impl Replica<'_> {
             started = true;
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
             let mut count = 0;
-            while (count as usize) < SEGMENTS_MAX && budget.is_left() && self.has_data(now, stream, true) {
+            while (count as usize) < SEGMENTS_MAX
+                && budget.is_left()
+                && self.has_data(now, stream, true)
+            {
                 if !self.outbox.has_window(stream) {
                     self.counters.count(Counter::WindowFull);
                     is_full = true;
@@ -343,7 +355,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Builds one datagram at `offset` of the arena. Returns its entry, the bytes it takes up and its deltas.
+    /// Builds one datagram at `offset` of the arena. Returns its entry, the bytes it takes up and
+    /// its deltas.
     fn build(&mut self, now: Time, stream: usize, offset: u32) -> Option<(u32, u32, usize)> {
         let seq = self.durable(stream).sent().next();
         let (header, sync) = self.headers(stream, seq);
@@ -407,14 +420,22 @@ impl Replica<'_> {
     }
 
     /// One delta; returns how many connections it exposes until it is acknowledged (a close: none).
-    fn build_delta(&mut self, now: Time, stream: usize, slot: u32, seq: Seq, w: &mut Writer<'_>) -> u32 {
+    fn build_delta(
+        &mut self,
+        now: Time,
+        stream: usize,
+        slot: u32,
+        seq: Seq,
+        w: &mut Writer<'_>,
+    ) -> u32 {
         let line = self.table.line(slot);
         let own = Place { slot, generation: line.generation() };
         let (mut target, stamp) = (Place::of(line.peer()), line.stamp());
         if is(Mutation::TargetOff) {
             target.slot ^= 1;
         }
-        let previous: Option<Coordinate> = self.table.is_moving(slot).then(|| self.table.former(slot));
+        let previous: Option<Coordinate> =
+            self.table.is_moving(slot).then(|| self.table.former(slot));
         self.outbox.note(Content::Delta { place: own, epoch: EpochBits::of(stamp) });
         self.unlist(slot);
         self.table.update(slot, |line| line.set_last(seq));
@@ -428,7 +449,8 @@ impl Replica<'_> {
             }
             Kind::Active => {
                 let (groups, state) = (line.groups(), line.state());
-                let extra = if groups & groups::EXTRA != 0 { self.table.extra(slot) } else { Extra::NONE };
+                let extra =
+                    if groups & groups::EXTRA != 0 { self.table.extra(slot) } else { Extra::NONE };
                 Message::Update { target, stamp, groups, previous, state, extra }.encode(w);
                 self.account_sent(stream, slot);
                 self.counters.count(Counter::DeltasUpdate);
@@ -461,7 +483,11 @@ impl Replica<'_> {
         let count = due.min(spare);
         if count == 0 {
             self.credit.grant_nothing(stream);
-            self.counters.count(if self.kernel_has_room { Counter::TableFull } else { Counter::KernelFull });
+            self.counters.count(if self.kernel_has_room {
+                Counter::TableFull
+            } else {
+                Counter::KernelFull
+            });
             return 0;
         }
         for place in &mut places[..count] {
@@ -480,7 +506,8 @@ impl Replica<'_> {
             return;
         }
         let durable = self.durable(stream);
-        let lessee = Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
+        let lessee =
+            Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         for place in places {
             self.table.update(place.slot, |line| {
                 line.set_kind(Kind::Leased);
@@ -503,7 +530,13 @@ impl Replica<'_> {
         count
     }
 
-    fn build_requests(&mut self, stream: usize, seq: Seq, w: &mut Writer<'_>, most: usize) -> usize {
+    fn build_requests(
+        &mut self,
+        stream: usize,
+        seq: Seq,
+        w: &mut Writer<'_>,
+        most: usize,
+    ) -> usize {
         let mut built = 0;
         while built < most
             && w.room() >= SMALL_MAX
@@ -529,7 +562,9 @@ impl Replica<'_> {
             self.streams[stream].comparing.doubt_sums();
             for content in self.outbox.contents(id) {
                 match content {
-                    Content::Delta { place, .. } => self.delta_given_up(now, stream, place, entry.seq),
+                    Content::Delta { place, .. } => {
+                        self.delta_given_up(now, stream, place, entry.seq)
+                    }
                     Content::Granted(place) => {
                         // Grants of an earlier session are not counted any more.
                         if self.revoke(place) == Some(self.durable(stream).peer_session()) {
@@ -537,7 +572,8 @@ impl Replica<'_> {
                         }
                     }
                     Content::Request(id) => self.requests.given_up(id, entry.seq),
-                    // Ours again, unless the peer had taken it back all the same: then it refuses whatever is sent there.
+                    // Ours again, unless the peer had taken it back all the same: then it refuses
+                    // whatever is sent there.
                     Content::GivenBack(place) => self.credit.put(stream, place),
                 }
             }

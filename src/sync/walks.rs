@@ -1,14 +1,15 @@
 //! Walks: what is to be done with every slot of the table, a stretch at a time, and in which order.
 //!
-//! A walk looks at each slot from the first to the last; what it does there is `takeover`'s. One is under way at a time,
-//! the first; the others wait behind it.
+//! A walk looks at each slot from the first to the last; what it does there is `takeover`'s. One is
+//! under way at a time, the first; the others wait behind it.
 //!
 //! What always holds, and is asserted:
 //!
-//! 1. *The queue is in order of [urgency](Walk::urgency)*: whoever waits for nobody goes before those that may have to wait
-//!    for somebody. Among equals the one that was asked for first goes first.
-//! 2. *One that waits is not asked for twice*, so the queue is bounded by the kinds that there are. One that is under way may
-//!    be asked for again: it may have passed what it must see again.
+//! 1. *The queue is in order of [urgency](Walk::urgency)*: whoever waits for nobody goes before
+//!    those that may have to wait for somebody. Among equals the one that was asked for first goes
+//!    first.
+//! 2. *One that waits is not asked for twice*, so the queue is bounded by the kinds that there are.
+//!    One that is under way may be asked for again: it may have passed what it must see again.
 //! 3. *A walk that is overtaken begins anew* behind the one that overtakes it; each may.
 
 use std::collections::VecDeque;
@@ -17,8 +18,8 @@ use crate::conn::MemberId;
 use crate::limits::{MEMBERS_MAX, STREAMS_MAX};
 use crate::time::Time;
 
-/// Walks that can wait at once: three kinds for a stream, eight for a member, and two that move backups away; as many of those
-/// had begun and were overtaken; and one is under way.
+/// Walks that can wait at once: three kinds for a stream, eight for a member, and two that move
+/// backups away; as many of those had begun and were overtaken; and one is under way.
 const WALKS_MAX: usize = 3 * STREAMS_MAX + 8 * MEMBERS_MAX + 2 * 2 + 1;
 
 /// A walk over the table.
@@ -28,23 +29,28 @@ pub(super) enum Walk {
     Commit { member: MemberId },
     /// Every connection whose other copy was at this member finds a new one.
     Purge { member: MemberId },
-    /// This member is heard and does not hear us: our connections find other backups. Its copies here stay.
+    /// This member is heard and does not hear us: our connections find other backups. Its copies
+    /// here stay.
     Abandon { member: MemberId },
-    /// Backups at these members (bits) move to better ones: the members leave, or have a lower priority.
+    /// Backups at these members (bits) move to better ones: the members leave, or have a lower
+    /// priority.
     Rehome { away_from: u64, leave: bool },
     /// The sender of this stream let go of what was agreed on: leases end, copies are offered.
     Verify { stream: usize },
-    /// This member came with another table than it had: what was taken over from that is simply ours.
+    /// This member came with another table than it had: what was taken over from that is simply
+    /// ours.
     Forget { member: MemberId },
     /// This member is back with the table that connections here were taken over from.
     Offer { member: MemberId },
-    /// This member is silent for long, and nobody can take its place: closes do not wait for it any more.
+    /// This member is silent for long, and nobody can take its place: closes do not wait for it any
+    /// more.
     Lose { member: MemberId },
     /// The backup of this stream is named what it should hold, as far as digests differ.
     Compare { stream: usize },
     /// What the active of this stream did not name is offered to it.
     Unseen { stream: usize },
-    /// Its process was killed and goes on, and knows no more which of our copies it declined: it is asked.
+    /// Its process was killed and goes on, and knows no more which of our copies it declined: it is
+    /// asked.
     Declined { member: MemberId },
     /// It is back: its copies' entries in the kernel get the timeout of copies again.
     Rewrite { member: MemberId },
@@ -94,7 +100,10 @@ impl Walks {
         }
         assert!(self.queue.len() < WALKS_MAX, "a walk that waits is not asked for twice");
         self.queue.insert(at, walk);
-        assert!(self.queue.iter().is_sorted_by_key(Walk::urgency), "the more urgent ones come first");
+        assert!(
+            self.queue.iter().is_sorted_by_key(Walk::urgency),
+            "the more urgent ones come first"
+        );
     }
 
     /// Backups at these members are to move away: in the walk that waits for that, if there is one.
@@ -147,13 +156,15 @@ impl Walks {
         if self.queue.is_empty() { Time::NEVER } else { self.next_at }
     }
 
-    /// The walk that is under way, or begins now, and the slot that it looks at next; `None` before its time.
+    /// The walk that is under way, or begins now, and the slot that it looks at next; `None` before
+    /// its time.
     pub(super) fn next(&self, now: Time) -> Option<(Walk, u32)> {
         let walk = self.queue.front().copied()?;
         self.next_at.reached(now).then_some((walk, self.slot))
     }
 
-    /// The first walk has come as far as before this slot, of so many, and goes on then. Tells it if it is done.
+    /// The first walk has come as far as before this slot, of so many, and goes on then. Tells it
+    /// if it is done.
     pub(super) fn come_to(&mut self, slot: u32, capacity: u32, next_at: Time) -> Option<Walk> {
         assert!(self.slot <= slot && slot <= capacity, "a walk goes forwards");
         (self.slot, self.next_at) = (slot, next_at);
@@ -212,7 +223,11 @@ mod tests {
         assert_eq!(order(&walks), [OFFER], "it has not begun");
         walks.come_to(17, CAPACITY, NOW);
         [OFFER, FORGET, OFFER].into_iter().for_each(|walk| walks.push(walk));
-        assert_eq!(order(&walks), [OFFER, OFFER, FORGET], "it may have passed what it must see again");
+        assert_eq!(
+            order(&walks),
+            [OFFER, OFFER, FORGET],
+            "it may have passed what it must see again"
+        );
     }
 
     #[test]
@@ -220,7 +235,10 @@ mod tests {
         let mut walks = with(&[OFFER]);
         walks.come_to(17, CAPACITY, NOW);
         [OFFER, FORGET, COMMIT].into_iter().for_each(|walk| walks.push(walk));
-        assert_eq!((order(&walks), walks.next(NOW)), (vec![COMMIT, OFFER, FORGET], Some((COMMIT, 0))));
+        assert_eq!(
+            (order(&walks), walks.next(NOW)),
+            (vec![COMMIT, OFFER, FORGET], Some((COMMIT, 0)))
+        );
     }
 
     #[test]
@@ -265,7 +283,8 @@ mod tests {
         let mut walks = Walks::new();
         let room = walks.queue.capacity();
         for n in 0..100_000u32 {
-            let (stream, member) = (n as usize % STREAMS_MAX, (n % MEMBERS_MAX as u32) as MemberId + 1);
+            let (stream, member) =
+                (n as usize % STREAMS_MAX, (n % MEMBERS_MAX as u32) as MemberId + 1);
             for walk in [
                 Walk::Verify { stream },
                 Walk::Compare { stream },

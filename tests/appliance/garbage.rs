@@ -31,9 +31,14 @@ fn sum(counts: &[(&'static str, u64)]) -> u64 {
     counts.iter().map(|(_, n)| n).sum()
 }
 
-/// Sends them to a member, a few at a time, and waits until each was counted as ignored. Returns what was
-/// counted, by name, without zeroes.
-fn send(to: &Member, address: IpAddr, from: &UdpSocket, datagrams: &[Vec<u8>]) -> Vec<(&'static str, u64)> {
+/// Sends them to a member, a few at a time, and waits until each was counted as ignored. Returns
+/// what was counted, by name, without zeroes.
+fn send(
+    to: &Member,
+    address: IpAddr,
+    from: &UdpSocket,
+    datagrams: &[Vec<u8>],
+) -> Vec<(&'static str, u64)> {
     let to_address = SocketAddr::new(address, UDP_PORT);
     let before = ignored(to);
     for (i, few) in datagrams.chunks(AT_ONCE).enumerate() {
@@ -51,8 +56,8 @@ fn send(to: &Member, address: IpAddr, from: &UdpSocket, datagrams: &[Vec<u8>]) -
     after.iter().zip(&before).map(|(a, b)| (a.0, a.1 - b.1)).filter(|(_, n)| *n > 0).collect()
 }
 
-/// Sequenced datagrams that a member sent, as its arena still has them: every one from `shard` to a shard
-/// of `to`.
+/// Sequenced datagrams that a member sent, as its arena still has them: every one from `shard` to a
+/// shard of `to`.
 fn sent_by(member: &Member, shard: u8, to: u8) -> Vec<Vec<u8>> {
     let arena = member.view().shard(shard).arena;
     let mut bytes = vec![0; arena.len() * 8];
@@ -90,19 +95,21 @@ fn cut_foreign_forged_and_repeated_datagrams_are_counted_by_reason_and_change_no
     let lines = two.log().lines().count();
 
     let mut rng = Rng(SEED);
-    let forger = UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
+    let forger =
+        UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
     let stranger = UdpSocket::bind((lab.address(66), 0)).expect("a port is free");
-    let mut changed = |from: &UdpSocket, reason: &str, change: &mut dyn FnMut(&mut Rng, &mut Vec<u8>)| {
-        let datagrams: Vec<Vec<u8>> = (0..EACH)
-            .map(|i| {
-                let mut datagram = real[i % real.len()].clone();
-                change(&mut rng, &mut datagram);
-                datagram
-            })
-            .collect();
-        let counted = send(&two, lab.address(2), from, &datagrams);
-        assert_eq!(counted, [(reason, EACH as u64)], "what was counted for {reason}");
-    };
+    let mut changed =
+        |from: &UdpSocket, reason: &str, change: &mut dyn FnMut(&mut Rng, &mut Vec<u8>)| {
+            let datagrams: Vec<Vec<u8>> = (0..EACH)
+                .map(|i| {
+                    let mut datagram = real[i % real.len()].clone();
+                    change(&mut rng, &mut datagram);
+                    datagram
+                })
+                .collect();
+            let counted = send(&two, lab.address(2), from, &datagrams);
+            assert_eq!(counted, [(reason, EACH as u64)], "what was counted for {reason}");
+        };
     // A number from `low` on, `high` excluded.
     let number = |rng: &mut Rng, low: u64, high: u64| low + rng.below(high - low);
     changed(&forger, "reject_short", &mut |rng, d| d.truncate(number(rng, 1, 56) as usize));
@@ -158,9 +165,11 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
     let (lines, size) = (two.log().lines().count(), two.log().len());
 
     let mut rng = Rng(SEED);
-    let forger = UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
+    let forger =
+        UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
     let stranger = UdpSocket::bind((lab.address(66), 0)).expect("a port is free");
-    // How much of each is real: nothing, the magic number, the first header, all up to the table ids.
+    // How much of each is real: nothing, the magic number, the first header, all up to the table
+    // ids.
     for (from, keep) in
         [(&stranger, 0), (&forger, 0), (&forger, 4), (&forger, 20), (&forger, 24), (&stranger, 36)]
     {
@@ -170,7 +179,8 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
                 let mut datagram: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
                 let kept = &real[i % real.len()][..keep.min(len)];
                 datagram[..kept.len()].copy_from_slice(kept);
-                // Two noises in four billion would be a heartbeat's opcode; none is the tables' ids.
+                // Two noises in four billion would be a heartbeat's opcode; none is the tables'
+                // ids.
                 datagram
             })
             .collect();
@@ -215,7 +225,10 @@ fn what_a_full_receive_socket_drops_is_counted() {
     wait_for("what did not fit is counted", SOON, || one.counter(Counter::ReceiveDrops) > 1000);
     wait_for("what did is read", SOON, || one.counter(Counter::RejectMagic) > 1000);
     let (drops, read) = (one.counter(Counter::ReceiveDrops), one.counter(Counter::RejectMagic));
-    let (trains, no_buffer) = (one.counter(Counter::ReceiveTrains), one.counter(Counter::ReceiveNoBuffer));
-    println!("{drops} dropped, {read} read in {trains} receives; no buffer was left {no_buffer} times");
+    let (trains, no_buffer) =
+        (one.counter(Counter::ReceiveTrains), one.counter(Counter::ReceiveNoBuffer));
+    println!(
+        "{drops} dropped, {read} read in {trains} receives; no buffer was left {no_buffer} times"
+    );
     assert!(trains > 0 && no_buffer > 0);
 }

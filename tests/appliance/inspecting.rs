@@ -66,7 +66,8 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
             command.arg("--shm").arg(&member.shm).args(["connections", "--json"]);
             dies_with_us(&mut command).stdout(Stdio::piped()).stderr(Stdio::piped());
             if i % 4 < 2 {
-                let mut child = command.stdout(Stdio::null()).spawn().expect("the inspector is built");
+                let mut child =
+                    command.stdout(Stdio::null()).spawn().expect("the inspector is built");
                 std::thread::sleep(Duration::from_micros(rng.below(8000)));
                 child.kill().expect("it is ours");
                 child.wait().expect("it was killed");
@@ -77,8 +78,9 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
             let mut seen = 0;
             for line in output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
                 let record: Value = serde_json::from_slice(line).expect("each line is a record");
-                let number =
-                    |name: &str| record["state"][name].as_u64().unwrap_or_else(|| panic!("{record}")) as u32;
+                let number = |name: &str| {
+                    record["state"][name].as_u64().unwrap_or_else(|| panic!("{record}")) as u32
+                };
                 let (mark, timeout) = (number("mark"), number("timeout_s"));
                 assert_eq!(timeout, mark, "torn: {record}");
                 let expected = in_round(mark & 0xfff, mark >> 12);
@@ -95,16 +97,23 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
                 rounds.insert(mark >> 12);
                 seen += 1;
             }
-            assert!(seen <= CONNECTIONS && seen > CONNECTIONS / 2, "{seen} of {CONNECTIONS} were shown");
+            assert!(
+                seen <= CONNECTIONS && seen > CONNECTIONS / 2,
+                "{seen} of {CONNECTIONS} were shown"
+            );
         }
         assert!(rounds.len() > 10, "the load went on meanwhile: {rounds:?}");
         drop(guard);
         load.join().expect("the load does not fail")
     });
-    let last: Wanted = (0..CONNECTIONS).map(|n| in_round(n, last_round)).map(|c| (c.original, c)).collect();
+    let last: Wanted =
+        (0..CONNECTIONS).map(|n| in_round(n, last_round)).map(|c| (c.original, c)).collect();
     wait_for_agreement("the newest is on both", &[&one, &two], &last, SOON);
     assert!(one.is_running() && two.is_running());
-    assert!(one.events().iter().chain(&two.events()).all(|event| !event.contains("dead")), "nobody was late");
+    assert!(
+        one.events().iter().chain(&two.events()).all(|event| !event.contains("dead")),
+        "nobody was late"
+    );
 }
 
 /// What `hypersync-inspect check` answers: its exit status, and the word that it begins with.

@@ -14,9 +14,11 @@ use crate::common::wait_for;
 
 const CONNECTIONS: u64 = 30_000;
 
-/// So many connections; one number in between makes none that a source accepts (a translated port of 0).
+/// So many connections; one number in between makes none that a source accepts (a translated port
+/// of 0).
 fn wanted() -> Wanted {
-    let wanted: Wanted = connections(0..20_000).into_iter().chain(connections(21_000..31_000)).collect();
+    let wanted: Wanted =
+        connections(0..20_000).into_iter().chain(connections(21_000..31_000)).collect();
     assert_eq!(wanted.len() as u64, CONNECTIONS);
     wanted
 }
@@ -24,7 +26,8 @@ fn wanted() -> Wanted {
 /// Exit status and answer of `hypersync-inspect`.
 fn inspect(member: &Member, words: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
-    let output = command.arg("--shm").arg(&member.shm).args(words).output().expect("the inspector is built");
+    let output =
+        command.arg("--shm").arg(&member.shm).args(words).output().expect("the inspector is built");
     (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -45,7 +48,9 @@ fn a_joining_member_is_ready_once_it_has_everything_and_its_progress_can_be_read
     assert_eq!(full_sync(&one, 2), None);
     let (wanted, all) = (wanted(), CONNECTIONS);
     push_all(&mut one.producers(), wanted.values());
-    wait_for("member 1 has them, without a copy", SOON, || one.counter(Counter::Unprotected) == all);
+    wait_for("member 1 has them, without a copy", SOON, || {
+        one.counter(Counter::Unprotected) == all
+    });
 
     let two = lab.start(2, &[1], &["--shards", "3", "--capacity", "40000"]);
     let (status, said) = inspect(&two, &["check"]);
@@ -76,7 +81,10 @@ fn a_joining_member_is_ready_once_it_has_everything_and_its_progress_can_be_read
     assert_eq!((row["state"].as_str(), row["done"].as_u64()), (Some("done"), Some(all)), "{row}");
     assert_eq!((row["to_do"].as_u64(), &row["left_ns"]), (Some(0), &Value::Null), "{row}");
     let (rate, took) = (row["connections_per_second"].as_f64(), row["took_ns"].as_u64());
-    println!("{all} connections in {:?}: {rate:.0?} a second", Duration::from_nanos(took.unwrap_or(0)));
+    println!(
+        "{all} connections in {:?}: {rate:.0?} a second",
+        Duration::from_nanos(took.unwrap_or(0))
+    );
     assert!(rate.is_some_and(|rate| rate > 1000.0), "{row}");
 }
 
@@ -89,7 +97,9 @@ fn a_peer_that_hangs_in_the_middle_of_a_full_sync_gets_the_rest_when_it_goes_on(
     wait_for("member 1 is ready alone", SOON, || inspect(&one, &["check"]).0 == Some(0));
     let (wanted, all) = (wanted(), CONNECTIONS);
     push_all(&mut one.producers(), wanted.values());
-    wait_for("member 1 has them, without a copy", SOON, || one.counter(Counter::Unprotected) == all);
+    wait_for("member 1 has them, without a copy", SOON, || {
+        one.counter(Counter::Unprotected) == all
+    });
 
     let two = lab.start(2, &[1], &patient);
     let started = std::time::Instant::now();
@@ -109,8 +119,8 @@ fn a_peer_that_hangs_in_the_middle_of_a_full_sync_gets_the_rest_when_it_goes_on(
     wait_until_ready(&[&one, &two]);
     wait_for_agreement("both have them", &[&one, &two], &wanted, SOON);
     assert!(copies(&two).unwrap().values().all(|copy| copy.kind == Kind::Backup));
-    // What was on its way at the stop goes again, in either shard what may stand there, and a little for the
-    // time in which nobody knew.
+    // What was on its way at the stop goes again, in either shard what may stand there, and a
+    // little for the time in which nobody knew.
     let sent = one.counter(Counter::DeltasNew);
     println!("{sent} were sent for {all}, of which {arrived} had arrived at the stop");
     assert!(sent <= all + 2 * 2048 + 2000, "{sent} were sent for {all}");

@@ -1,4 +1,5 @@
-//! Real links: multicast, IPv6, and a link that loses. Two hosts as network namespaces, joined by veth.
+//! Real links: multicast, IPv6, and a link that loses. Two hosts as network namespaces, joined by
+//! veth.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -12,7 +13,12 @@ use crate::common::member::{Lab, Member, SOON, hypersync, wait_until_ready, word
 use crate::common::namespace::{Namespace, two_hosts};
 
 /// A member on each host; `others` says how member n finds the other one.
-fn pair(lab: &Lab, hosts: &[Namespace; 2], sync: &str, others: impl Fn(u8) -> [String; 2]) -> [Member; 2] {
+fn pair(
+    lab: &Lab,
+    hosts: &[Namespace; 2],
+    sync: &str,
+    others: impl Fn(u8) -> [String; 2],
+) -> [Member; 2] {
     let start = |n: u8| {
         let address: IpAddr = format!("{sync}{n}").parse().expect("an address");
         let mut words = words(n, address);
@@ -36,22 +42,32 @@ fn becomes_ready_and_syncs(what: &str, sync: &str, others: impl Fn(u8) -> [Strin
     let wanted = connections(0..1000);
     push_all(&mut one.producers(), wanted.values());
     wait_for_agreement(what, &[&one, &two], &wanted, SOON);
-    assert_eq!(one.counter(Counter::DuplicateMember), 0, "its own heartbeats are known for what they are");
+    assert_eq!(
+        one.counter(Counter::DuplicateMember),
+        0,
+        "its own heartbeats are known for what they are"
+    );
 }
 
 #[test]
 fn a_pair_finds_itself_by_multicast() {
-    becomes_ready_and_syncs("multicast", "10.9.0.", |_| ["--multicast".into(), "224.0.0.116".into()]);
+    becomes_ready_and_syncs("multicast", "10.9.0.", |_| {
+        ["--multicast".into(), "224.0.0.116".into()]
+    });
 }
 
 #[test]
 fn a_pair_finds_itself_by_ipv6_multicast() {
-    becomes_ready_and_syncs("IPv6 multicast", "fd00::", |_| ["--multicast".into(), "ff02::74".into()]);
+    becomes_ready_and_syncs("IPv6 multicast", "fd00::", |_| {
+        ["--multicast".into(), "ff02::74".into()]
+    });
 }
 
 #[test]
 fn a_pair_finds_itself_by_ipv6_peers() {
-    becomes_ready_and_syncs("IPv6 peers", "fd00::", |n| ["--peer".into(), format!("fd00::{}", 3 - n)]);
+    becomes_ready_and_syncs("IPv6 peers", "fd00::", |n| {
+        ["--peer".into(), format!("fd00::{}", 3 - n)]
+    });
 }
 
 #[test]
@@ -61,7 +77,8 @@ fn a_link_that_loses_five_percent_under_load_leaves_no_difference() {
     }
     let lab = Lab::new();
     let hosts = two_hosts();
-    let [one, two] = pair(&lab, &hosts, "10.9.0.", |n| ["--peer".into(), format!("10.9.0.{}", 3 - n)]);
+    let [one, two] =
+        pair(&lab, &hosts, "10.9.0.", |n| ["--peer".into(), format!("10.9.0.{}", 3 - n)]);
     wait_until_ready(&[&one, &two]);
     for host in &hosts {
         host.nft(
@@ -77,7 +94,8 @@ fn a_link_that_loses_five_percent_under_load_leaves_no_difference() {
         round += 1;
         for n in 0..CONNECTIONS {
             let mut c = connection(n);
-            // One in a hundred closes each round and is opened again in the next: all live well beyond the hold time.
+            // One in a hundred closes each round and is opened again in the next: all live well
+            // beyond the hold time.
             if n % 100 == round % 100 {
                 push(&mut producers, &SourceEvent::gone(c.original));
                 wanted.remove(&c.original);
@@ -99,6 +117,9 @@ fn a_link_that_loses_five_percent_under_load_leaves_no_difference() {
     }
     wait_for_agreement("no difference is left", &[&one, &two], &wanted, Duration::from_secs(30));
     let resent = one.counter(Counter::DatagramsResent);
-    println!("{round} rounds, {} datagrams, {resent} sent again", one.counter(Counter::DatagramsSent));
+    println!(
+        "{round} rounds, {} datagrams, {resent} sent again",
+        one.counter(Counter::DatagramsSent)
+    );
     assert!(resent > 0, "nothing was lost: this tested nothing");
 }

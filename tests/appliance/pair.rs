@@ -36,7 +36,8 @@ fn every_connection_is_on_exactly_two_members_through_changes_closes_a_death_and
         let mut c = connection(n);
         if n % 3 == 0 {
             c.state.mark ^= 0xffff_0000;
-            // A shorter timeout travels with another change, here of the mark and sometimes of the state.
+            // A shorter timeout travels with another change, here of the mark and sometimes of the
+            // state.
             c.state.timeout_s = 120;
             if c.original.protocol == 6 {
                 c.state.tcp_state = 4;
@@ -125,11 +126,17 @@ fn a_full_backup_keeps_what_it_has_and_a_third_member_takes_the_rest() {
     producers.flush();
     wait_for("a full table takes changes", SOON, || {
         copies(&two).is_ok_and(|now| {
-            now.len() == kept.len() && now.iter().all(|(original, copy)| copy.connection == wanted[original])
+            now.len() == kept.len()
+                && now.iter().all(|(original, copy)| copy.connection == wanted[original])
         })
     });
 
     let three = lab.start(3, &[1, 2], &["--shards", "1"]);
     wait_until_ready(&[&one, &three]);
-    wait_for_agreement("the rest is at member 3", &[&one, &two, &three], &wanted, Duration::from_secs(30));
+    wait_for_agreement(
+        "the rest is at member 3",
+        &[&one, &two, &three],
+        &wanted,
+        Duration::from_secs(30),
+    );
 }

@@ -81,13 +81,17 @@ pub struct Copy {
     pub connection: Connection,
 }
 
-/// Every copy in a member's tables. An error if a slot could not be read or a connection is there twice.
+/// Every copy in a member's tables. An error if a slot could not be read or a connection is there
+/// twice.
 pub fn copies(member: &Member) -> Result<HashMap<Tuple, Copy>, String> {
     let mut all = HashMap::new();
     for shard in 0..member.view().header().sizes.shards {
         for (slot, words) in member.view().shard(shard).slots.iter().enumerate() {
             let Some((line, addresses)) = words.snapshot() else {
-                return Err(format!("slot {slot} of shard {shard} of member {} is being written", member.id));
+                return Err(format!(
+                    "slot {slot} of shard {shard} of member {} is being written",
+                    member.id
+                ));
             };
             if !line.kind().is_connection() {
                 continue;
@@ -101,16 +105,19 @@ pub fn copies(member: &Member) -> Result<HashMap<Tuple, Copy>, String> {
                 connection: Connection::new(original, reply, line.state()),
             };
             if let Some(other) = all.insert(original, copy) {
-                return Err(format!("{original} is twice at member {}: {copy:?} and {other:?}", member.id));
+                return Err(format!(
+                    "{original} is twice at member {}: {copy:?} and {other:?}",
+                    member.id
+                ));
             }
         }
     }
     Ok(all)
 }
 
-/// Whether the living members hold exactly the wanted connections: each on exactly two of them, or on
-/// one if there is only one, the same in every field, one copy active, each naming the other; and
-/// whether nobody counts anything as exposed.
+/// Whether the living members hold exactly the wanted connections: each on exactly two of them, or
+/// on one if there is only one, the same in every field, one copy active, each naming the other;
+/// and whether nobody counts anything as exposed.
 pub fn agree(members: &[&Member], wanted: &Wanted) -> Result<(), String> {
     let mut found: HashMap<Tuple, Vec<Copy>> = HashMap::new();
     for member in members {
@@ -150,7 +157,11 @@ pub fn agree(members: &[&Member], wanted: &Wanted) -> Result<(), String> {
     if on_each == 2
         && let Some(member) = members.iter().find(|member| member.counter(Counter::Exposure) != 0)
     {
-        return Err(format!("member {} counts {} as exposed", member.id, member.counter(Counter::Exposure)));
+        return Err(format!(
+            "member {} counts {} as exposed",
+            member.id,
+            member.counter(Counter::Exposure)
+        ));
     }
     Ok(())
 }

@@ -22,11 +22,11 @@ use super::{forced_flags, wait_for};
 /// How long anything may take that needs no more than a few heartbeats. A busy machine is slow.
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// Where one test's members live: a directory on tmpfs and, unless they live in namespaces, a /24 of
-/// loopback addresses that no other test uses.
+/// Where one test's members live: a directory on tmpfs and, unless they live in namespaces, a /24
+/// of loopback addresses that no other test uses.
 ///
-/// Only one exists at a time in a test program: the tests measure time, and what all processes of one
-/// user may lock in memory is 8 MB on many systems.
+/// Only one exists at a time in a test program: the tests measure time, and what all processes of
+/// one user may lock in memory is 8 MB on many systems.
 pub struct Lab {
     root: PathBuf,
     net: (u8, u8),
@@ -44,7 +44,8 @@ impl Lab {
         let root = Path::new("/dev/shm").join(unique_prefix());
         fs::create_dir_all(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
         fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).expect("it is ours");
-        // Test programs that run at the same time differ in their process, tests of one in the counter.
+        // Test programs that run at the same time differ in their process, tests of one in the
+        // counter.
         let net = (64 + (std::process::id() % 128) as u8, NETS.fetch_add(1, Ordering::Relaxed));
         Lab { root, net, _turn: turn }
     }
@@ -92,7 +93,16 @@ pub fn words(member: u8, sync: IpAddr) -> Vec<String> {
     let mut words: Vec<String> = ["run", "--group", "7", "--member", &member, "--sync", &sync]
         .into_iter()
         .chain(["--source", "ring", "--capacity", "20000", "--arena", "524288", "--ring", "4096"])
-        .chain(["--hold", "100ms", "--heartbeat", "100ms", "--dead-after", "5", "--reprotect-after", "300ms"])
+        .chain([
+            "--hold",
+            "100ms",
+            "--heartbeat",
+            "100ms",
+            "--dead-after",
+            "5",
+            "--reprotect-after",
+            "300ms",
+        ])
         .map(str::to_owned)
         .collect();
     words.extend(forced_flags());
@@ -113,7 +123,8 @@ pub fn with(mut words: Vec<String>, extra: &[&str]) -> Vec<String> {
 
 /// Makes a child die with the thread that started it, so that none outlives a killed test.
 pub fn dies_with_us(command: &mut Command) -> &mut Command {
-    // SAFETY: prctl(PR_SET_PDEATHSIG) is one system call without pointers, allowed between fork and exec.
+    // SAFETY: prctl(PR_SET_PDEATHSIG) is one system call without pointers, allowed between fork and
+    // exec.
     unsafe {
         command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
             0 => Ok(()),
@@ -135,7 +146,8 @@ pub struct Member {
 }
 
 impl Member {
-    /// Runs `command` with these words and a notify script. `name` names its files; `words` hold the rest.
+    /// Runs `command` with these words and a notify script. `name` names its files; `words` hold
+    /// the rest.
     pub fn start(lab: &Lab, name: &str, id: u8, mut command: Command, words: &[String]) -> Member {
         let (shm, log, events) =
             (lab.path(name), lab.path(&format!("{name}.log")), lab.path(&format!("{name}.events")));
@@ -143,9 +155,13 @@ impl Member {
         let text = format!("#!/bin/sh\necho \"$1 $2\" >> {}\n", events.display());
         fs::write(&script, text).expect("the directory is ours");
         fs::set_permissions(&script, PermissionsExt::from_mode(0o755)).expect("it is our file");
-        let out = File::options().create(true).append(true).open(&log).expect("the directory is ours");
+        let out =
+            File::options().create(true).append(true).open(&log).expect("the directory is ours");
         command.args(words).arg("--shm").arg(&shm).arg("--notify").arg(&script);
-        command.stdin(Stdio::null()).stdout(out.try_clone().expect("a file can be cloned")).stderr(out);
+        command
+            .stdin(Stdio::null())
+            .stdout(out.try_clone().expect("a file can be cloned"))
+            .stderr(out);
         let mut child = dies_with_us(&mut command).spawn().expect("the program is built");
         let mut view = None;
         let start = Instant::now();
@@ -204,8 +220,12 @@ impl Member {
     /// Exit status and line of `hypersync-inspect check`.
     pub fn check(&self) -> (Option<i32>, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
-        let output =
-            command.arg("--shm").arg(&self.shm).arg("check").output().expect("the inspector is built");
+        let output = command
+            .arg("--shm")
+            .arg(&self.shm)
+            .arg("check")
+            .output()
+            .expect("the inspector is built");
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -221,7 +241,8 @@ impl Member {
 
     /// Sends a signal.
     pub fn signal(&self, signal: i32) {
-        // SAFETY: kill has no memory arguments; the child was not waited for, so the number is still its own.
+        // SAFETY: kill has no memory arguments; the child was not waited for, so the number is
+        // still its own.
         let result = unsafe { libc::kill(self.child.id() as i32, signal) };
         assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }

@@ -12,7 +12,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// Waits until `condition` holds; fails the test, saying `what` never came, once `limit` has passed.
+/// Waits until `condition` holds; fails the test, saying `what` never came, once `limit` has
+/// passed.
 pub fn wait_for(what: &str, limit: Duration, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
@@ -33,8 +34,9 @@ pub fn may_make_namespaces(left_out: &str) -> bool {
     root
 }
 
-/// Flags for the appliance that `tests/run` asks for, so that the same tests run once with every send
-/// opcode forced (`HYPERSYNC_SEND`) and once without optional kernel features (`HYPERSYNC_FEATURES`).
+/// Flags for the appliance that `tests/run` asks for, so that the same tests run once with every
+/// send opcode forced (`HYPERSYNC_SEND`) and once without optional kernel features
+/// (`HYPERSYNC_FEATURES`).
 pub fn forced_flags() -> Vec<String> {
     let mut flags = Vec::new();
     for (variable, flag) in [("HYPERSYNC_SEND", "--send"), ("HYPERSYNC_FEATURES", "--features")] {

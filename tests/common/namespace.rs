@@ -36,7 +36,8 @@ impl Namespace {
         &self.name
     }
 
-    /// A command that will run inside. `ip netns exec` becomes the program, so its pid is the child's.
+    /// A command that will run inside. `ip netns exec` becomes the program, so its pid is the
+    /// child's.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &self.name]).arg(program);
@@ -57,7 +58,8 @@ impl Namespace {
     pub fn sysctl(&self, path: &str, value: &str) {
         let path = Path::new("/proc/sys").join(path);
         self.inside(|| {
-            std::fs::write(&path, value).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+            std::fs::write(&path, value)
+                .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
         });
     }
 
@@ -71,7 +73,8 @@ impl Namespace {
     /// back may be used on any thread.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let place = Path::new("/run/netns").join(&self.name);
-        let file = std::fs::File::open(&place).unwrap_or_else(|e| panic!("{}: {e}", place.display()));
+        let file =
+            std::fs::File::open(&place).unwrap_or_else(|e| panic!("{}: {e}", place.display()));
         std::thread::scope(|scope| {
             let inside = scope.spawn(move || {
                 // SAFETY: setns reads only its arguments; the descriptor is open until `file` is
@@ -127,9 +130,12 @@ pub fn remove_stale() {
 /// Runs a command with `input` on its stdin; fails the test if the command fails.
 fn feed(command: &mut Command, input: &str) {
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    let mut child =
+        command.spawn().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     let mut stdin = child.stdin.take().expect("stdin was asked for");
-    stdin.write_all(input.as_bytes()).unwrap_or_else(|error| panic!("{command:?} does not read: {error}"));
+    stdin
+        .write_all(input.as_bytes())
+        .unwrap_or_else(|error| panic!("{command:?} does not read: {error}"));
     drop(stdin);
     let output = child.wait_with_output().expect("a child can be waited for once");
     let complaint = String::from_utf8_lossy(&output.stderr);

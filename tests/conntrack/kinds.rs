@@ -39,7 +39,8 @@ fn kind(protocol: u8, family: Family, nat: Nat, n: u32) -> Connection {
         (TCP | UDP | UDPLITE | SCTP, _) => (40_000 + n as u16, 21),
         _ => (0, 0),
     };
-    let tuple = |src, dst, sport, dport| Tuple { src, dst, sport, dport, zone: 0, protocol, family };
+    let tuple =
+        |src, dst, sport, dport| Tuple { src, dst, sport, dport, zone: 0, protocol, family };
     let original = tuple(address(0x0a00, n), address(0xc633, n), sport, dport);
     let mut reply = original.mirrored();
     let has_ports = matches!(protocol, TCP | UDP | UDPLITE | SCTP);
@@ -95,8 +96,10 @@ fn expected_status(c: &Connection) -> u32 {
         bits |= NAT_DONE;
         let is_icmp = matches!(c.original.protocol, ICMP | ICMPV6);
         let source = c.reply.dst != mirrored.dst || c.reply.dport != mirrored.dport;
-        bits |= if source || is_icmp && c.reply.sport != mirrored.sport { status::SRC_NAT } else { 0 };
-        let destination = c.reply.src != mirrored.src || !is_icmp && c.reply.sport != mirrored.sport;
+        bits |=
+            if source || is_icmp && c.reply.sport != mirrored.sport { status::SRC_NAT } else { 0 };
+        let destination =
+            c.reply.src != mirrored.src || !is_icmp && c.reply.sport != mirrored.sport;
         bits |= if destination { status::DST_NAT } else { 0 };
     }
     bits |= if c.extra.has(parts::SEQADJ) { status::SEQ_ADJUST } else { 0 };
@@ -164,7 +167,9 @@ fn every_kind_is_restored_field_by_field() {
             wrong.extend(check(&there, c).err());
         }
         // And as another program reads it.
-        let list = run("conntrack -L -o extended 2>/dev/null; conntrack -L -f ipv6 -o extended 2>/dev/null");
+        let list = run(
+            "conntrack -L -o extended 2>/dev/null; conntrack -L -f ipv6 -o extended 2>/dev/null",
+        );
         for line in [
             "tcp 6 2073 ESTABLISHED src=10.0.0.4 dst=198.51.0.4 sport=40004 dport=21 \
              src=192.168.0.4 dst=203.0.0.4 sport=2021 dport=41004 [ASSURED] mark=3",
@@ -206,7 +211,11 @@ fn everything(n: u32) -> Connection {
         labels: *b"\x01\0\0\0\0\0\0\x80\0\0\x02\0\0\0\0\x40",
         seqadj: [
             SeqAdj { correction_position: 1000, offset_before: 5, offset_after: 12 },
-            SeqAdj { correction_position: 2000, offset_before: u32::MAX, offset_after: u32::MAX - 2 },
+            SeqAdj {
+                correction_position: 2000,
+                offset_before: u32::MAX,
+                offset_after: u32::MAX - 2,
+            },
         ],
         helper,
         synproxy: Synproxy { isn: 0xdead_beef, its: 7, tsoff: 0xffff_0000 },
@@ -317,8 +326,8 @@ fn what_the_kernel_refuses() {
         assert_eq!(wire.update(&marked(helper(b"ftp")), 0x200e), 0);
         assert_eq!(found(&mut source, &plain.original).map(|c| c.state.mark), Some(5));
 
-        // Labels where no rule uses any: a new entry is made without them; an update fails at them, after
-        // everything else in it was done.
+        // Labels where no rule uses any: a new entry is made without them; an update fails at them,
+        // after everything else in it was done.
         let mut labelled = kind(UDP, Family::V4, Nat::None, 4);
         labelled.extra = Extra { parts: parts::LABELS, labels: [1; 16], ..Extra::NONE };
         assert_eq!(wire.create(&labelled), 0);
@@ -335,7 +344,8 @@ fn what_the_kernel_takes_and_does_not_keep() {
         let mut wire = Wire::open();
         let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
 
-        // GRE keys are translated for the connections that PPTP's helper expects, and those are not to be had.
+        // GRE keys are translated for the connections that PPTP's helper expects, and those are not
+        // to be had.
         let mut gre = kind(GRE, Family::V4, Nat::Source, 1);
         gre.reply.dport += 9;
         assert_eq!(wire.create(&gre), 0);
@@ -359,7 +369,8 @@ fn what_the_kernel_takes_and_does_not_keep() {
         (dccp.original.protocol, dccp.reply.protocol) = (DCCP, DCCP);
         dccp.extra.parts = parts::PROTOINFO;
         assert_eq!(wire.create(&dccp), 0);
-        let there = dump(&mut source).into_iter().find(|c| c.original.protocol == DCCP).expect("an entry");
+        let there =
+            dump(&mut source).into_iter().find(|c| c.original.protocol == DCCP).expect("an entry");
         if there.original.dport == 0 {
             assert_eq!((there.original.sport, there.extra), (0, Extra::NONE));
             dccp.original.sport += 1;
@@ -371,15 +382,17 @@ fn what_the_kernel_takes_and_does_not_keep() {
 
 #[test]
 fn a_restored_gre_entry_survives_packets_and_gets_another_timeout() {
-    // GRE entries carry their own timeouts, set when their first packet is tracked. In one that ctnetlink made
-    // they are zero, so that the first packet, which ought to refresh it, would end it. Hence the fixed timeout.
+    // GRE entries carry their own timeouts, set when their first packet is tracked. In one that
+    // ctnetlink made they are zero, so that the first packet, which ought to refresh it, would end
+    // it. Hence the fixed timeout.
     in_namespace("GRE through a restored entry", || {
         run("nft 'add table inet t; add chain inet t c { type filter hook input priority 0; }'
              nft 'add rule inet t c ct state invalid drop'");
         let mut committer = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
         let assured = State { status: 0xe, mark: 1, ..State::default() };
-        for (text, protocol) in [("gre 127.0.0.1:0 > 127.0.0.2:0", 47), ("50 127.0.0.1:0 > 127.0.0.2:0", 50)]
+        for (text, protocol) in
+            [("gre 127.0.0.1:0 > 127.0.0.2:0", 47), ("50 127.0.0.1:0 > 127.0.0.2:0", 50)]
         {
             let original: Tuple = text.parse().expect("a tuple");
             let mut c = Connection::new(original, original.mirrored(), assured);
@@ -424,7 +437,14 @@ pub fn try_raw(protocol: i32, from: &str, to: &str, payload: &[u8]) -> bool {
         assert!(fd >= 0, "a raw socket");
         let (near, far) = (address(from), address(to));
         assert_eq!(libc::bind(fd, (&raw const near).cast(), size), 0);
-        let sent = libc::sendto(fd, payload.as_ptr().cast(), payload.len(), 0, (&raw const far).cast(), size);
+        let sent = libc::sendto(
+            fd,
+            payload.as_ptr().cast(),
+            payload.len(),
+            0,
+            (&raw const far).cast(),
+            size,
+        );
         libc::close(fd);
         sent == payload.len() as isize
     }

@@ -11,15 +11,19 @@ use super::*;
 fn each_shard_hears_its_own_connections_and_no_echo() {
     in_namespace("conntrack events, filtered", || {
         const COUNT: u16 = 300;
-        let mut own = [Committer::open().expect("conntrack"), Committer::open().expect("conntrack")];
+        let mut own =
+            [Committer::open().expect("conntrack"), Committer::open().expect("conntrack")];
         let mut stranger = Committer::open().expect("conntrack");
         let ids = [own[0].port_id(), own[1].port_id()];
-        let mut sources = [0, 1].map(|shard| Source::open(shard, 2, &ids, BUFFER).expect("conntrack"));
+        let mut sources =
+            [0, 1].map(|shard| Source::open(shard, 2, &ids, BUFFER).expect("conntrack"));
 
         write_all(&mut own[0], 1000..1050);
         delete_all(&mut own[1], 1000..1050);
         write_all(&mut stranger, 0..COUNT);
-        run("conntrack -I -s 10.0.0.1 -d 10.0.0.2 -p udp --sport 5 --dport 53 --timeout 60 2>/dev/null");
+        run(
+            "conntrack -I -s 10.0.0.1 -d 10.0.0.2 -p udp --sport 5 --dport 53 --timeout 60 2>/dev/null",
+        );
         run("conntrack -U -s 10.0.1.0 -m 99 2>/dev/null"); // six of them
         delete_all(&mut stranger, 0..COUNT);
 
@@ -30,7 +34,10 @@ fn each_shard_hears_its_own_connections_and_no_echo() {
                     SourceEvent::Seen { connection, .. } => {
                         let first = seen.insert(connection.original, shard).is_none();
                         marked += (connection.state.mark == 99) as u32;
-                        assert!(first || connection.state.mark == 99, "one event for one new entry");
+                        assert!(
+                            first || connection.state.mark == 99,
+                            "one event for one new entry"
+                        );
                         connection.original
                     }
                     SourceEvent::Gone { original, .. } => {
@@ -38,7 +45,11 @@ fn each_shard_hears_its_own_connections_and_no_echo() {
                         original
                     }
                 };
-                assert_eq!(shard_of(&original, 2) as usize, shard, "the filter in the kernel agrees");
+                assert_eq!(
+                    shard_of(&original, 2) as usize,
+                    shard,
+                    "the filter in the kernel agrees"
+                );
             }
             assert_eq!(source.overruns(), 0);
         }
@@ -57,9 +68,12 @@ fn dumps_of_two_shards_make_up_the_table() {
         const COUNT: u16 = 1000;
         let mut committer = Committer::open().expect("conntrack");
         let ids = [committer.port_id()];
-        let mut sources = [0, 1].map(|shard| Source::open(shard, 2, &ids, BUFFER).expect("conntrack"));
+        let mut sources =
+            [0, 1].map(|shard| Source::open(shard, 2, &ids, BUFFER).expect("conntrack"));
         write_all(&mut committer, 0..COUNT);
-        run("conntrack -I -s 10.0.0.1 -d 10.0.0.2 -p udp --sport 5 --dport 53 --timeout 60 2>/dev/null");
+        run(
+            "conntrack -I -s 10.0.0.1 -d 10.0.0.2 -p udp --sport 5 --dport 53 --timeout 60 2>/dev/null",
+        );
         let mut all = HashSet::new();
         for (shard, source) in sources.iter_mut().enumerate() {
             for connection in dump(source) {
@@ -77,7 +91,8 @@ fn each_shard_is_told_which_of_its_connections_expects_another() {
     in_namespace("expectations", || {
         const COUNT: u16 = 50; // each has a client of its own
         let mut stranger = Committer::open().expect("conntrack");
-        let mut sources = [0, 1].map(|shard| Source::open(shard, 2, &[], BUFFER).expect("conntrack"));
+        let mut sources =
+            [0, 1].map(|shard| Source::open(shard, 2, &[], BUFFER).expect("conntrack"));
         for n in 0..COUNT {
             let connection = Connection { extra: ftp(), ..numbered(n) };
             assert_eq!(write(&mut stranger, &connection), Outcome::Written);
@@ -118,7 +133,8 @@ fn ftp() -> Extra {
 
 #[test]
 fn a_dump_does_not_bring_back_what_closed_meanwhile() {
-    // The kernel prepares a piece of the dump before it is asked for; a close drained in between is newer.
+    // The kernel prepares a piece of the dump before it is asked for; a close drained in between is
+    // newer.
     in_namespace("conntrack dumps while connections close", || {
         let mut stranger = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
@@ -130,7 +146,8 @@ fn a_dump_does_not_bring_back_what_closed_meanwhile() {
         assert_eq!(events(&mut source).len(), 100, "the closes");
         let mut entries = 0;
         loop {
-            let progress = source.drain_dump(1, &mut |event| panic!("back from the dead: {event:?}"));
+            let progress =
+                source.drain_dump(1, &mut |event| panic!("back from the dead: {event:?}"));
             entries += progress.entries;
             if progress.state == DumpState::Done {
                 break;

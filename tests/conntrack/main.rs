@@ -84,7 +84,8 @@ fn delete_all(committer: &mut Committer, numbers: std::ops::Range<u16>) {
     }
 }
 
-/// What is waiting now, and who caused it: events come with the request that caused them, so nothing is late.
+/// What is waiting now, and who caused it: events come with the request that caused them, so
+/// nothing is late.
 fn heard(source: &mut Source) -> Vec<(SourceEvent, Origin)> {
     let mut heard = Vec::new();
     let drained = source.drain(100_000, &mut |event, origin| heard.push((event, origin)));
@@ -100,10 +101,11 @@ fn dump(source: &mut Source) -> Vec<Connection> {
     assert_eq!(source.start_dump(), Ok(true));
     let mut found = Vec::new();
     loop {
-        let DumpProgress { malformed, state, .. } = source.drain_dump(100, &mut |event| match event {
-            SourceEvent::Seen { connection, .. } => found.push(connection),
-            SourceEvent::Gone { .. } => panic!("a dump has no ends"),
-        });
+        let DumpProgress { malformed, state, .. } =
+            source.drain_dump(100, &mut |event| match event {
+                SourceEvent::Seen { connection, .. } => found.push(connection),
+                SourceEvent::Gone { .. } => panic!("a dump has no ends"),
+            });
         assert_eq!(malformed, 0);
         match state {
             DumpState::Done => return found,

@@ -57,10 +57,16 @@ pub struct Host(Child);
 
 impl Host {
     pub fn new() -> Host {
-        let cat = Command::new("unshare").args(["-n", "cat"]).stdin(Stdio::piped()).spawn().expect("unshare");
+        let cat = Command::new("unshare")
+            .args(["-n", "cat"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("unshare");
         let host = Host(cat);
         let own = std::fs::read_link("/proc/thread-self/ns/net").expect("a namespace");
-        wait_for("a new namespace", || (std::fs::read_link(host.path()).ok()? != own).then_some(()));
+        wait_for("a new namespace", || {
+            (std::fs::read_link(host.path()).ok()? != own).then_some(())
+        });
         host
     }
 
@@ -77,7 +83,9 @@ impl Host {
              ip link set {near} up"
         ));
         self.inside(|| {
-            run(&format!("ip link set lo up; ip addr add {address}/24 dev eth0; ip link set eth0 up"))
+            run(&format!(
+                "ip link set lo up; ip addr add {address}/24 dev eth0; ip link set eth0 up"
+            ))
         });
     }
 

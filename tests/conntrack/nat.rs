@@ -47,7 +47,8 @@ fn gateway_with(rules: &str) -> (Host, Host) {
     client.link("client", "10.0.1.1", "10.0.1.2");
     server.link("server", "10.0.2.1", "10.0.2.2");
     run("ip addr add fd01::1/64 dev client nodad; ip addr add fd02::1/64 dev server nodad");
-    client.inside(|| run("ip addr add fd01::2/64 dev eth0 nodad; ip route add default via 10.0.1.1"));
+    client
+        .inside(|| run("ip addr add fd01::2/64 dev eth0 nodad; ip route add default via 10.0.1.1"));
     client.inside(|| run("ip -6 route add default via fd01::1"));
     server.inside(|| run("ip addr add fd02::2/64 dev eth0 nodad"));
     run(rules);
@@ -146,7 +147,8 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
                 _ => None,
             }
         };
-        // As it was written it is written again; as packets left it it stays; where it is gone it is made.
+        // As it was written it is written again; as packets left it it stays; where it is gone it
+        // is made.
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         let marked = Connection { state: State { mark: 5, ..copy.state }, ..copy };
         assert_eq!(keep(&mut committer, &marked), Outcome::Written);
@@ -162,14 +164,20 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         other.reply.dport += 1000;
         assert_eq!(write(&mut committer, &other), Outcome::Clash);
         assert_eq!(exchange(), peer);
-        // A takeover lets it last as long as a new one: here as the dead gateway's kernel had last given it. No less than it has.
-        for (given_s, outcome) in [(5, Outcome::AsItWas), (1000, Outcome::Written), (500, Outcome::AsItWas)] {
+        // A takeover lets it last as long as a new one: here as the dead gateway's kernel had last
+        // given it. No less than it has.
+        for (given_s, outcome) in
+            [(5, Outcome::AsItWas), (1000, Outcome::Written), (500, Outcome::AsItWas)]
+        {
             let given = Connection { state: State { timeout_s: given_s, ..copy.state }, ..copy };
             committer.keep(&given, Lifetime::Normal, 0).expect("an empty batch");
             assert_eq!(outcomes(&mut committer), [outcome], "{given_s} s");
         }
         let there = look(&mut committer).expect("it is there");
-        assert!((990..=1000).contains(&there.state.timeout_s) && there.state.mark == 5, "{there:?}");
+        assert!(
+            (990..=1000).contains(&there.state.timeout_s) && there.state.mark == 5,
+            "{there:?}"
+        );
         // One that no packet has passed is dead weight.
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         assert_eq!(write(&mut committer, &other), Outcome::Written);
@@ -208,7 +216,11 @@ fn a_redirected_exchange_goes_on_through_a_restored_entry() {
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         proxy.send_to(b"back", peer).expect("to send");
         let (_, from) = near.recv_from(&mut got).expect("to arrive");
-        assert_eq!((&got, from.to_string().as_str()), (b"back", "10.0.2.2:8081"), "translated back");
+        assert_eq!(
+            (&got, from.to_string().as_str()),
+            (b"back", "10.0.2.2:8081"),
+            "translated back"
+        );
     });
 }
 

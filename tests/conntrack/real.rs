@@ -40,7 +40,8 @@ fn heard(source: &mut Source) -> (HashMap<Tuple, Connection>, usize) {
         let SourceEvent::Seen { connection: new, known } = event else { return };
         let c = all.entry(new.original).or_insert(new);
         c.extra.merge(&new.extra);
-        let timeout_s = if known & groups::TIMEOUT != 0 { new.state.timeout_s } else { c.state.timeout_s };
+        let timeout_s =
+            if known & groups::TIMEOUT != 0 { new.state.timeout_s } else { c.state.timeout_s };
         let mark = if known & groups::MARK != 0 { new.state.mark } else { c.state.mark };
         if known & groups::STATE != 0 {
             c.state = new.state;
@@ -75,7 +76,10 @@ fn zones_labels_marks_and_helpers_of_real_connections_are_heard() {
         let mut labels = [0; 16];
         labels[0] = 1 << 5;
         for (zoned, one_way) in [
-            ("udp 127.0.0.1:41000 > 127.0.0.2:5353 zone 7", "udp 127.0.0.1:41001 > 127.0.0.2:5354 zone 9"),
+            (
+                "udp 127.0.0.1:41000 > 127.0.0.2:5353 zone 7",
+                "udp 127.0.0.1:41001 > 127.0.0.2:5354 zone 9",
+            ),
             ("udp [::1]:41000 > [::1]:5353 zone 7", "udp [::1]:41001 > [::1]:5354 zone 9"),
         ] {
             let c = expect(&all, zoned);
@@ -86,7 +90,8 @@ fn zones_labels_marks_and_helpers_of_real_connections_are_heard() {
         }
         assert_eq!(expectations, 0);
 
-        // An FTP client names a port: its connection has the helper, and the helper expects another one.
+        // An FTP client names a port: its connection has the helper, and the helper expects another
+        // one.
         let listener = TcpListener::bind("127.0.0.2:2121").expect("an address");
         let mut client = TcpStream::connect("127.0.0.2:2121").expect("to connect");
         let (mut server, peer) = listener.accept().expect("a connection");
@@ -96,7 +101,10 @@ fn zones_labels_marks_and_helpers_of_real_connections_are_heard() {
         }
         let (all, expectations) = heard(&mut source);
         let c = expect(&all, &format!("tcp {peer} > 127.0.0.2:2121"));
-        assert_eq!((c.extra.helper_name(), c.state.tcp_state, c.state.status), (Some("ftp"), 3, 0x200e));
+        assert_eq!(
+            (c.extra.helper_name(), c.state.tcp_state, c.state.status),
+            (Some("ftp"), 3, 0x200e)
+        );
         assert!(expectations > 0, "its packets pass twice over lo");
 
         // A dump says the same of those that still live.
@@ -138,7 +146,10 @@ fn protocols_without_sockets_are_heard_as_well() {
 
         let (all, _) = heard(&mut source);
         for counted in ["50 127.0.0.1:0 > 127.0.0.2:0", "89 127.0.0.1:0 > 127.0.0.2:0"] {
-            assert_eq!((expect(&all, counted).state.status, expect(&all, counted).state.timeout_s), (8, 600));
+            assert_eq!(
+                (expect(&all, counted).state.status, expect(&all, counted).state.timeout_s),
+                (8, 600)
+            );
         }
         for gre in ["gre 127.0.0.1:0 > 127.0.0.2:0", "gre 127.0.0.1:0 > 127.0.0.3:258"] {
             assert_eq!(expect(&all, gre).state.status, 8);
@@ -154,7 +165,10 @@ fn protocols_without_sockets_are_heard_as_well() {
         assert_eq!(delete(&mut committer, &sctp.original), Outcome::Removed);
         assert_eq!(write(&mut committer, sctp), Outcome::Written);
         let restored = |source: &mut Source| {
-            let c = dump(source).into_iter().find(|c| c.original == sctp.original).expect("in the dump");
+            let c = dump(source)
+                .into_iter()
+                .find(|c| c.original == sctp.original)
+                .expect("in the dump");
             (c.extra, c.state.timeout_s)
         };
         assert_eq!(restored(&mut source).0, sctp.extra);

@@ -1,7 +1,8 @@
-//! A warm restart, as a shard's end of the kernel sees it: the table is there, nobody listened for a while, and
-//! what waited to be written or removed in the process before is lost.
+//! A warm restart, as a shard's end of the kernel sees it: the table is there, nobody listened for
+//! a while, and what waited to be written or removed in the process before is lost.
 //!
-//! The table is that of a member of a pair in one process, whose commits went nowhere; the kernel is real.
+//! The table is that of a member of a pair in one process, whose commits went nowhere; the kernel
+//! is real.
 
 use std::time::Duration;
 
@@ -127,7 +128,11 @@ fn after_a_warm_restart_the_kernel_and_the_table_are_brought_together() {
         }
         assert_eq!(counter(&world, Counter::VerifyMissing), 10);
         assert_eq!(counter(&world, Counter::VerifyDiffered), 1);
-        assert_eq!(counter(&world, Counter::VerifyWalks), 1, "without --verify there is this walk only");
+        assert_eq!(
+            counter(&world, Counter::VerifyWalks),
+            1,
+            "without --verify there is this walk only"
+        );
         let table = world.hosts[&2].shards[0].table();
         assert_eq!(table.find_original(&own[0].original), None, "it was closed");
         let slot = table.find_original(&own[1].original).expect("it lives");
@@ -150,16 +155,18 @@ fn after_a_cold_start_what_an_earlier_run_left_stays() {
         run_passes(&mut world, &mut feed, true);
         assert!(feed.is_complete());
         assert!(entry(&numbered(1).original).is_some());
-        let counted = [Counter::SourceLeftovers, Counter::LeftoversDeleted].map(|c| counter(&world, c));
+        let counted =
+            [Counter::SourceLeftovers, Counter::LeftoversDeleted].map(|c| counter(&world, c));
         assert_eq!(counted, [1, 0]);
     });
 }
 
 #[test]
 fn what_the_kernel_lacks_of_a_silent_members_connections_after_a_warm_restart_is_no_close() {
-    // Its copies here are as they were, also when it is lost, for nobody else is there; or they were taken over,
-    // with their backups at a third member now, and no traffic has come yet.
-    for (silent_for, others, kind) in [(120, 1, Kind::Backup), (600, 1, Kind::Backup), (600, 2, Kind::Active)]
+    // Its copies here are as they were, also when it is lost, for nobody else is there; or they
+    // were taken over, with their backups at a third member now, and no traffic has come yet.
+    for (silent_for, others, kind) in
+        [(120, 1, Kind::Backup), (600, 1, Kind::Backup), (600, 2, Kind::Active)]
     {
         in_namespace("a warm restart beside a silent member", || {
             let memories = memories(1 + others);
@@ -180,12 +187,18 @@ fn what_the_kernel_lacks_of_a_silent_members_connections_after_a_warm_restart_is
             put(&own, Lifetime::Normal);
             put(&copies[..5], Lifetime::Normal);
             // Written when the member was alive; taken over, they must not last for weeks.
-            put(&copies[5..10], if kind == Kind::Active { Lifetime::Kept } else { Lifetime::Normal });
+            put(
+                &copies[5..10],
+                if kind == Kind::Active { Lifetime::Kept } else { Lifetime::Normal },
+            );
             let mut feed = feed(&world, true);
             run_passes(&mut world, &mut feed, true);
             assert!(feed.is_complete());
             assert_eq!(slots(&world), 20);
-            assert_eq!(at_two(&world, Kind::Active).len(), 10 + if kind == Kind::Active { 20 } else { 0 });
+            assert_eq!(
+                at_two(&world, Kind::Active).len(),
+                10 + if kind == Kind::Active { 20 } else { 0 }
+            );
             for copy in &copies {
                 let there = entry(&copy.original).expect("it is in the kernel");
                 assert!(there.state.timeout_s <= ESTABLISHED_S, "nobody but its traffic keeps it");

@@ -28,7 +28,8 @@ fn settings_are_set_and_put_back() {
         sysctl::write(events, 0).expect("settings");
         sysctl::set_needed(record).expect("settings").put_back().expect("settings");
         assert_eq!(sysctl::unmet(), Ok(vec![(events, 0), (liberal, 0)]));
-        // What is as it should be is nobody's business; what was noted elsewhere does not count here.
+        // What is as it should be is nobody's business; what was noted elsewhere does not count
+        // here.
         sysctl::write(events, 1).expect("settings");
         record.begin(record.namespace() + 1);
         record.set(0, Some(2));

@@ -89,7 +89,8 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
             // Its gateway dies: without the entry nothing passes in either direction.
             assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
             far.set_read_timeout(Some(Duration::from_millis(700))).expect("a timeout");
-            let error = exchange(&mut near, &mut far, b"two.").expect_err("a gateway that knows nothing");
+            let error =
+                exchange(&mut near, &mut far, b"two.").expect_err("a gateway that knows nothing");
             assert_eq!(error.kind(), ErrorKind::WouldBlock);
 
             // The backup's side: the entry is restored, and TCP's own repetition arrives.
@@ -102,11 +103,16 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
             exchange(&mut near, &mut far, b"thre").expect("and again");
 
             let there = dump(&mut source);
-            assert!(there.iter().any(|c| (c.original, c.reply) == (copy.original, copy.reply)), "{there:?}");
+            assert!(
+                there.iter().any(|c| (c.original, c.reply) == (copy.original, copy.reply)),
+                "{there:?}"
+            );
             drop((near, far));
             wait_for("the end is seen", || {
                 events(&mut source).iter().find_map(|event| match event {
-                    SourceEvent::Seen { connection, .. } => (connection.state.tcp_state == 7).then_some(()),
+                    SourceEvent::Seen { connection, .. } => {
+                        (connection.state.tcp_state == 7).then_some(())
+                    }
                     SourceEvent::Gone { .. } => None,
                 })
             });

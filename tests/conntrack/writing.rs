@@ -26,22 +26,30 @@ fn a_restored_entry_is_what_the_active_had() {
         ] {
             assert!(list.contains(part), "{part} in {list}");
         }
-        // Status 0x19e: SRC_NAT is set, so the entry translates; flags got BE_LIBERAL, as windows are not copied.
+        // Status 0x19e: SRC_NAT is set, so the entry translates; flags got BE_LIBERAL, as windows
+        // are not copied.
         let found = dump(&mut source);
         let [there] = found[..] else { panic!("one entry: {found:?}") };
-        assert_eq!((there.original, there.reply, there.state.status), (snat.original, snat.reply, 0x19e));
+        assert_eq!(
+            (there.original, there.reply, there.state.status),
+            (snat.original, snat.reply, 0x19e)
+        );
         assert!((KEPT_TIMEOUT_S - 30..=KEPT_TIMEOUT_S).contains(&there.state.timeout_s));
         // So a later run of the appliance can tell it from a connection whose packets pass here.
         assert!(there.state.timeout_s > Timeouts::read().of(&there));
-        let State { tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, mark, .. } = there.state;
+        let State { tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, mark, .. } =
+            there.state;
         assert_eq!((tcp_state, tcp_scale, mark), (3, 0x7a, 7));
         assert_eq!((tcp_flags_original, tcp_flags_reply), (0x0b, 0x0b));
 
         // Its active dies: the timeout that the kernel would have given it.
         committer.write(&snat, Lifetime::Normal).expect("an empty batch");
         assert_eq!(outcomes(&mut committer), [Outcome::Written]);
-        let normal = sysctl::read("net.netfilter.nf_conntrack_tcp_timeout_established").expect("a setting");
-        assert!((normal as u32 - 30..=normal as u32).contains(&dump(&mut source)[0].state.timeout_s));
+        let normal =
+            sysctl::read("net.netfilter.nf_conntrack_tcp_timeout_established").expect("a setting");
+        assert!(
+            (normal as u32 - 30..=normal as u32).contains(&dump(&mut source)[0].state.timeout_s)
+        );
     });
 }
 
@@ -51,7 +59,10 @@ fn what_another_program_does_says_that_a_program_did_it() {
         let mut other = Committer::open().expect("conntrack");
         let mut source = Source::open(0, 1, &[], BUFFER).expect("conntrack");
         assert_eq!(write(&mut other, &numbered(0)), Outcome::Written);
-        run(&format!("conntrack -U -s {} -t 60", std::net::Ipv4Addr::from(numbered(0).original.src as u32)));
+        run(&format!(
+            "conntrack -U -s {} -t 60",
+            std::net::Ipv4Addr::from(numbered(0).original.src as u32)
+        ));
         assert_eq!(delete(&mut other, &numbered(0).original), Outcome::Removed);
         let heard = heard(&mut source);
         assert!(
@@ -91,13 +102,17 @@ fn a_helper_or_labels_that_this_host_cannot_give_cost_nothing_else() {
             helper[..name.len()].copy_from_slice(name);
             Extra { parts: parts::HELPER, helper, ..Extra::NONE }
         };
-        // One that this kernel does not have: remembered, so that the entry is not made anew each time.
+        // One that this kernel does not have: remembered, so that the entry is not made anew each
+        // time.
         let unknown = Connection { extra: named(b"nobody"), ..numbered(0) };
         for round in 0..3 {
             let tally = write(&unknown);
             assert_eq!((tally.without_helper, tally.updated), (1, (round > 0) as u64));
         }
-        assert!(events(&mut source).iter().all(|e| matches!(e, SourceEvent::Seen { .. })), "never removed");
+        assert!(
+            events(&mut source).iter().all(|e| matches!(e, SourceEvent::Seen { .. })),
+            "never removed"
+        );
         // One that the entry which is there lacks: it is made anew once.
         let mut plain = numbered(1);
         (plain.original.dport, plain.reply.sport) = (21, 21);
@@ -187,7 +202,10 @@ fn zones_keep_equal_tuples_apart() {
             assert_eq!(write(&mut committer, &c), Outcome::Written, "{} again", c.original);
         }
         let there: HashSet<_> = dump(&mut source).iter().map(|c| (c.original, c.reply)).collect();
-        assert_eq!(there, [plain, both, original_only].iter().map(|c| (c.original, c.reply)).collect());
+        assert_eq!(
+            there,
+            [plain, both, original_only].iter().map(|c| (c.original, c.reply)).collect()
+        );
         for c in [original_only, both, plain] {
             assert_eq!(delete(&mut committer, &c.original), Outcome::Removed);
         }
@@ -202,7 +220,9 @@ fn inserts_stop_before_the_kernels_table_is_full() {
         let fill = TableFill::open().expect("figures");
         let (limit, _) = fill.limit_and_count();
         if limit > 300_000 {
-            eprintln!("left out, for nf_conntrack_max is {limit}: the limit of the conntrack table");
+            eprintln!(
+                "left out, for nf_conntrack_max is {limit}: the limit of the conntrack table"
+            );
             return;
         }
         let nth = |n: u64| {
@@ -214,7 +234,8 @@ fn inserts_stop_before_the_kernels_table_is_full() {
         let mut refused = 0;
         for n in 0..limit {
             if committer.write(&nth(n), Lifetime::Kept) == Err(FlushFirst) {
-                refused += outcomes(&mut committer).iter().filter(|o| **o == Outcome::NoRoom).count();
+                refused +=
+                    outcomes(&mut committer).iter().filter(|o| **o == Outcome::NoRoom).count();
                 if refused > 0 {
                     break;
                 }
@@ -223,7 +244,11 @@ fn inserts_stop_before_the_kernels_table_is_full() {
         }
         assert_eq!(fill.limit_and_count().1, limit * FILL_MAX_PERCENT / 100);
         assert_eq!(write(&mut committer, &nth(limit)), Outcome::NoRoom);
-        assert_eq!(write(&mut committer, &nth(5)), Outcome::Written, "what is there is kept up to date");
+        assert_eq!(
+            write(&mut committer, &nth(5)),
+            Outcome::Written,
+            "what is there is kept up to date"
+        );
     });
 }
 
@@ -248,7 +273,9 @@ fn an_entry_of_a_dead_active_gets_what_was_last_reported_if_that_is_more_and_a_k
         sysctl::write(setting, 1000).expect("our namespace");
         committer.read_timeouts_again(30);
         // Of the last, only we can have given it: nothing is known.
-        for (reported, expected) in [(0, 1000), (999, 1000), (5000, 5000), (KEPT_TIMEOUT_S - 3600, 1000)] {
+        for (reported, expected) in
+            [(0, 1000), (999, 1000), (5000, 5000), (KEPT_TIMEOUT_S - 3600, 1000)]
+        {
             let rest = given(&mut committer, reported);
             assert!((expected - 2..=expected).contains(&rest), "{reported}: {rest}");
         }

@@ -55,10 +55,12 @@ impl<'a> Appliances<'a> {
             let place = usize::from(member) - 1;
             let shared_memory = memory.join(format!("gw{member}"));
             for needed in [&directory, &shared_memory] {
-                std::fs::create_dir_all(needed).unwrap_or_else(|e| panic!("{}: {e}", needed.display()));
+                std::fs::create_dir_all(needed)
+                    .unwrap_or_else(|e| panic!("{}: {e}", needed.display()));
             }
             let notify = write_notify_script(topology, &directory, member);
-            let log = File::create(log_of(&directory, member)).expect("the directory was just made");
+            let log =
+                File::create(log_of(&directory, member)).expect("the directory was just made");
             let mut command = topology.gateway(member).command(env!("CARGO_BIN_EXE_hypersync"));
             command.args(["run", "--group", "7", "--member", &member.to_string()]);
             command.args(["--sync", &format!("10.9.0.{member}"), "--interface", "sy0"]);
@@ -66,16 +68,25 @@ impl<'a> Appliances<'a> {
                 Discovery::Multicast => command.args(["--multicast", "224.0.0.116"]),
                 Discovery::Peers => {
                     let others = topology.members().filter(|other| *other != member);
-                    command.args(others.flat_map(|other| ["--peer".into(), format!("10.9.0.{other}")]))
+                    command
+                        .args(others.flat_map(|other| ["--peer".into(), format!("10.9.0.{other}")]))
                 }
             };
             command.args(["--shards", &shards[place].to_string()]);
             command.args(["--source", "kernel", "--commit", "eager", "--capacity", "20000"]);
             command.args(["--hold", "1s", "--heartbeat", "100ms", "--dead-after", "3"]);
             command.args(["--reprotect-after", "2s", "--priority", &PRIORITIES[place].to_string()]);
-            command.arg("--shm").arg(shared_memory).arg("--notify").arg(notify).args(forced_flags());
+            command
+                .arg("--shm")
+                .arg(shared_memory)
+                .arg("--notify")
+                .arg(notify)
+                .args(forced_flags());
             command.args(extra);
-            command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
+            command
+                .stdin(Stdio::null())
+                .stdout(log.try_clone().expect("a file can be cloned"))
+                .stderr(log);
             // SAFETY: prctl(PR_SET_PDEATHSIG) is one system call without pointers, allowed between
             // fork and exec. It covers a test that is killed before it can stop its children.
             unsafe {
@@ -101,7 +112,9 @@ impl<'a> Appliances<'a> {
     pub fn wait_until_ready(&mut self) {
         let topology = self.topology;
         wait_for("every appliance is ready", Duration::from_secs(20), || {
-            topology.members().all(|member| self.events(member).contains(&format!("self-ready {member}")))
+            topology
+                .members()
+                .all(|member| self.events(member).contains(&format!("self-ready {member}")))
         });
         self.assert_running("all are ready");
     }
@@ -117,12 +130,14 @@ impl<'a> Appliances<'a> {
 
     /// A counter of an appliance, over all its shards.
     pub fn counter(&self, member: u8, counter: Counter) -> u64 {
-        let view = RegionView::open(&self.memory.join(format!("gw{member}"))).expect("it is running");
+        let view =
+            RegionView::open(&self.memory.join(format!("gw{member}"))).expect("it is running");
         let shards = view.header().sizes.shards;
         (0..shards).map(|shard| Counters::new(view.shard(shard).counters).get(counter)).sum()
     }
 
-    /// Sends a signal to one appliance, such as SIGSTOP: its gateway's kernel forwards on without it.
+    /// Sends a signal to one appliance, such as SIGSTOP: its gateway's kernel forwards on without
+    /// it.
     pub fn signal(&self, member: u8, signal: i32) {
         // SAFETY: numbers only; the child is ours, and was not waited for.
         assert_eq!(unsafe { libc::kill(self.pid(member) as i32, signal) }, 0, "the appliance runs");
@@ -130,7 +145,8 @@ impl<'a> Appliances<'a> {
 
     /// The processor time that an appliance has taken so far, with all its threads.
     pub fn processor_time(&self, member: u8) -> Duration {
-        let threads = std::fs::read_dir(format!("/proc/{}/task", self.pid(member))).expect("it runs");
+        let threads =
+            std::fs::read_dir(format!("/proc/{}/task", self.pid(member))).expect("it runs");
         let taken = threads.map(|thread| {
             let path = thread.expect("it runs").path().join("schedstat");
             let line = std::fs::read_to_string(&path).expect("the kernel counts");
@@ -148,7 +164,8 @@ impl<'a> Appliances<'a> {
 
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.
     pub fn power_off(&mut self, member: u8) {
-        let mut child = self.children[usize::from(member) - 1].take().expect("it was not powered off before");
+        let mut child =
+            self.children[usize::from(member) - 1].take().expect("it was not powered off before");
         child.kill().expect("it was running");
         self.topology.unplug(member);
         child.wait().expect("it was killed");
@@ -163,7 +180,8 @@ impl<'a> Appliances<'a> {
 
     /// The events that a gateway's notify script was called with, such as `member-dead 1`.
     fn events(&self, member: u8) -> Vec<String> {
-        let events = std::fs::read_to_string(events_of(&self.directory, member)).unwrap_or_default();
+        let events =
+            std::fs::read_to_string(events_of(&self.directory, member)).unwrap_or_default();
         events.lines().map(str::to_owned).collect()
     }
 
@@ -185,10 +203,15 @@ impl<'a> Appliances<'a> {
             println!("{}", lines[lines.len().saturating_sub(40)..].join("\n"));
             println!("--- its events: {:?}", self.events(member));
             let entries = self.topology.gateway(member).command("conntrack").arg("-L").output();
-            let entries =
-                entries.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+            let entries = entries
+                .map(|o| String::from_utf8_lossy(&o.stdout).into_owned())
+                .unwrap_or_default();
             let some: Vec<&str> = entries.lines().take(20).collect();
-            println!("--- {} of {} entries of gateway {member}:", some.len(), entries.lines().count());
+            println!(
+                "--- {} of {} entries of gateway {member}:",
+                some.len(),
+                entries.lines().count()
+            );
             println!("{}", some.join("\n"));
         }
     }
@@ -208,8 +231,8 @@ impl Drop for Appliances<'_> {
     }
 }
 
-/// A gateway's script: it notes each event, and once its copies of the gateway before it, which died,
-/// can carry traffic, it moves the routes.
+/// A gateway's script: it notes each event, and once its copies of the gateway before it, which
+/// died, can carry traffic, it moves the routes.
 fn write_notify_script(topology: &Topology, directory: &Path, member: u8) -> PathBuf {
     let path = directory.join(format!("notify{member}"));
     let script = format!(

@@ -1,6 +1,6 @@
-//! Calls: TCP connections from ports that the test chooses, so that it can use them again at once. The client
-//! says a word now and then, and the server repeats it. The server closes first, when it is asked to: then
-//! the client's port is free.
+//! Calls: TCP connections from ports that the test chooses, so that it can use them again at once.
+//! The client says a word now and then, and the server repeats it. The server closes first, when it
+//! is asked to: then the client's port is free.
 
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::{SocketAddrV4, TcpListener, TcpStream};
@@ -64,7 +64,8 @@ impl Server {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
-            let mut waiting = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            let mut waiting =
+                libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
             while !stopped.load(Ordering::Relaxed) {
                 // SAFETY: one record, which lives.
                 unsafe { libc::poll(&mut waiting, 1, 50) };
@@ -90,7 +91,8 @@ fn answer(mut stream: TcpStream) {
     let _ = stream.set_nodelay(true);
     let _ = stream.set_read_timeout(Some(2 * PATIENCE));
     let mut word = [0; 8];
-    while stream.read_exact(&mut word).is_ok() && word != CLOSE && stream.write_all(&word).is_ok() {}
+    while stream.read_exact(&mut word).is_ok() && word != CLOSE && stream.write_all(&word).is_ok() {
+    }
 }
 
 /// The client's side of one call.
@@ -155,7 +157,10 @@ impl Call {
         self.stream.set_read_timeout(Some(PATIENCE))?;
         match heard == word {
             true => Ok(()),
-            false => Err(Error::new(ErrorKind::InvalidData, format!("heard {heard:02x?}, not {word:02x?}"))),
+            false => Err(Error::new(
+                ErrorKind::InvalidData,
+                format!("heard {heard:02x?}, not {word:02x?}"),
+            )),
         }
     }
 
@@ -211,7 +216,11 @@ pub fn close_all(calls: Vec<Call>) {
 /// The name of the call from this port.
 pub fn original(port: u16) -> Tuple {
     let at = |text: String| text.parse().expect("an address");
-    Tuple { protocol: TCP, from: at(format!("10.1.0.10:{port}")), to: at(format!("{SERVER}:{PORT}")) }
+    Tuple {
+        protocol: TCP,
+        from: at(format!("10.1.0.10:{port}")),
+        to: at(format!("{SERVER}:{PORT}")),
+    }
 }
 
 /// The entries of calls.
@@ -226,12 +235,15 @@ pub fn are_established(topology: &Topology, gateway: u8, mut ports: Range<u16>) 
     ports.all(|port| entries.get(&original(port)).is_some_and(Entry::is_established))
 }
 
-/// Gives the states in which connections begin and end so many seconds at every gateway, so that a test
-/// sees them run out.
+/// Gives the states in which connections begin and end so many seconds at every gateway, so that a
+/// test sees them run out.
 pub fn shorten_states(topology: &Topology, seconds: u32) {
     for gateway in &topology.gateways {
         for state in FINAL_STATES.iter().chain(&FIRST_STATES) {
-            gateway.sysctl(&format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"), &seconds.to_string());
+            gateway.sysctl(
+                &format!("net/netfilter/nf_conntrack_tcp_timeout_{state}"),
+                &seconds.to_string(),
+            );
         }
     }
 }
@@ -247,8 +259,8 @@ pub fn describe(entries: &[Entry]) -> String {
     format!("{} entries ({}), {copies} with a copy's timeout", entries.len(), states.join(", "))
 }
 
-/// Waits until no kernel has an entry of a call and no table a connection. Entries that `is_known` are
-/// left out of account.
+/// Waits until no kernel has an entry of a call and no table a connection. Entries that `is_known`
+/// are left out of account.
 pub fn wait_until_all_are_gone(
     topology: &Topology,
     appliances: &mut Appliances,
@@ -267,7 +279,8 @@ pub fn wait_until_all_are_gone(
             let (known, left): (Vec<Entry>, Vec<Entry>) = calls.into_iter().partition(&is_known);
             let table = COUNTERS.map(|counter| appliances.counter(gateway, counter));
             gone &= left.is_empty() && table.iter().sum::<u64>() <= known.len() as u64;
-            let first = left.first().map(|entry| entry.original.from.to_string()).unwrap_or_default();
+            let first =
+                left.first().map(|entry| entry.original.from.to_string()).unwrap_or_default();
             found.push(format!(
                 "kernel {gateway} {}, table {gateway} {table:?} (held, active, backup) {first}",
                 describe(&left)
@@ -276,7 +289,10 @@ pub fn wait_until_all_are_gone(
         if gone {
             return;
         }
-        assert!(start.elapsed() < limit, "{limit:?} after the last call ended there are left: {found:#?}");
+        assert!(
+            start.elapsed() < limit,
+            "{limit:?} after the last call ended there are left: {found:#?}"
+        );
         std::thread::sleep(Duration::from_millis(100));
     }
 }

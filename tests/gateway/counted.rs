@@ -1,4 +1,5 @@
-//! `ct count`, which counts what its own rule has seen: what a takeover makes of a limit on connections.
+//! `ct count`, which counts what its own rule has seen: what a takeover makes of a limit on
+//! connections.
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
@@ -28,8 +29,9 @@ fn limit(condition: &str) -> String {
 /// Opens connections until one is refused, and returns how many there are.
 fn open_all(topology: &Topology) -> Vec<TcpStream> {
     let to: SocketAddr = format!("{SERVER}:{PORT}").parse().expect("an address");
-    let open =
-        || topology.client.inside(|| TcpStream::connect_timeout(&to, Duration::from_millis(1500)).ok());
+    let open = || {
+        topology.client.inside(|| TcpStream::connect_timeout(&to, Duration::from_millis(1500)).ok())
+    };
     std::iter::from_fn(open).take(2 * LIMIT).collect()
 }
 
@@ -38,7 +40,10 @@ fn a_limit_on_connections_does_not_count_those_that_were_restored() {
     for condition in ["ct state new", ""] {
         if may_make_namespaces("ct count and the death of a gateway") {
             let more = more_at_the_survivor(condition);
-            assert_eq!(more, LIMIT, "as GATEWAYS.md says, whatever packets the rule looks at: {condition:?}");
+            assert_eq!(
+                more, LIMIT,
+                "as GATEWAYS.md says, whatever packets the rule looks at: {condition:?}"
+            );
         }
     }
 }

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::io::{Error, ErrorKind};
 use std::net::{SocketAddr, UdpSocket};
 
-use crate::traffic::{Direction, Progress, Shared, connection_of, every_tick, is_turn_of, number_of, word};
+use crate::traffic::{
+    Direction, Progress, Shared, connection_of, every_tick, is_turn_of, number_of, word,
+};
 
 /// The client's side of all flows: a socket each.
 pub fn send(shared: &Shared, sockets: &[UdpSocket]) {
@@ -27,7 +29,11 @@ pub fn send(shared: &Shared, sockets: &[UdpSocket]) {
                 end.say(flow, |bytes| socket.send(bytes));
             }
         }
-        shared.publish(Direction::ToServer, ends.iter().map(|end| end.progress.clone()).collect(), quiet);
+        shared.publish(
+            Direction::ToServer,
+            ends.iter().map(|end| end.progress.clone()).collect(),
+            quiet,
+        );
     });
 }
 
@@ -40,7 +46,8 @@ pub fn serve(shared: &Shared, socket: &UdpSocket) {
         while let Ok((length, from)) = socket.recv_from(&mut buffer) {
             let Some(&bytes) = buffer[..length].first_chunk() else { continue };
             let flow = connection_of(bytes);
-            let (peer, end) = ends.entry(flow).or_insert_with(|| (from, End::new(Direction::ToClient)));
+            let (peer, end) =
+                ends.entry(flow).or_insert_with(|| (from, End::new(Direction::ToClient)));
             end.hear(flow, &buffer[..length]);
             if *peer != from {
                 end.progress.fault.get_or_insert(format!("came from {from} after {peer}"));
@@ -77,7 +84,9 @@ impl End {
         };
         let number = bytes.try_into().map_or(0, number_of);
         if bytes != word(hears, flow, number).to_be_bytes() || number < self.expected {
-            self.progress.fault.get_or_insert(format!("word {bytes:02x?}, expected {}", self.expected));
+            self.progress
+                .fault
+                .get_or_insert(format!("word {bytes:02x?}, expected {}", self.expected));
             return;
         }
         self.expected = number + 1;

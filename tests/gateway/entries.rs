@@ -1,5 +1,5 @@
-//! A kernel's conntrack entries, asked for over ctnetlink and read here with no help from the crate:
-//! the tests judge by them what the crate has written.
+//! A kernel's conntrack entries, asked for over ctnetlink and read here with no help from the
+//! crate: the tests judge by them what the crate has written.
 
 use std::collections::HashMap;
 use std::io::Error;
@@ -22,8 +22,8 @@ const SRC_NAT_DONE: u32 = 1 << 7;
 const DST_NAT_DONE: u32 = 1 << 8;
 /// What is translated; it never changes.
 const TRANSLATION: u32 = SRC_NAT | DST_NAT;
-/// That there is no more to decide about translation. An entry that was written into the kernel without
-/// a translation lacks these bits, and needs them as little: it is confirmed.
+/// That there is no more to decide about translation. An entry that was written into the kernel
+/// without a translation lacks these bits, and needs them as little: it is confirmed.
 const DECIDED: u32 = SRC_NAT_DONE | DST_NAT_DONE;
 /// What grows while traffic flows.
 const CLAIMS: u32 = SEEN_REPLY | ASSURED;
@@ -67,8 +67,8 @@ pub struct Entry {
     pub tcp_scales: [u8; 2],
     /// TCP: the flags, original and reply.
     pub tcp_flags: [u8; 2],
-    /// How sequence numbers are shifted, original and reply: where the latest shift begins, and by how much
-    /// before and behind it.
+    /// How sequence numbers are shifted, original and reply: where the latest shift begins, and by
+    /// how much before and behind it.
     pub shifts: [[u32; 3]; 2],
 }
 
@@ -78,18 +78,22 @@ pub type Entries = HashMap<Tuple, Entry>;
 impl Entry {
     /// Whether traffic has been seen both ways, for TCP with the handshake done.
     pub fn is_established(&self) -> bool {
-        self.status & ASSURED != 0 && (self.original.protocol != TCP || self.tcp_state == ESTABLISHED)
+        self.status & ASSURED != 0
+            && (self.original.protocol != TCP || self.tcp_state == ESTABLISHED)
     }
 
-    /// The status bits that this entry claims and the other does not: a copy may never claim more than
-    /// its active had.
+    /// The status bits that this entry claims and the other does not: a copy may never claim more
+    /// than its active had.
     pub fn claims_beyond(&self, active: &Entry) -> u32 {
         self.status & !active.status & CLAIMS
     }
 
-    /// What this copy has not, or has otherwise than its active. Windows, timeouts and ids are a kernel's own.
+    /// What this copy has not, or has otherwise than its active. Windows, timeouts and ids are a
+    /// kernel's own.
     pub fn difference(&self, active: &Entry) -> Option<String> {
-        let tcp = |e: &Entry| (e.tcp_state, e.tcp_scales, e.tcp_flags.map(|flags| flags & HANDSHAKE_FLAGS));
+        let tcp = |e: &Entry| {
+            (e.tcp_state, e.tcp_scales, e.tcp_flags.map(|flags| flags & HANDSHAKE_FLAGS))
+        };
         let decided = if active.status & TRANSLATION == 0 { 0 } else { DECIDED };
         let status = |e: &Entry| e.status & (CONFIRMED | CLAIMS | TRANSLATION | decided);
         let fields = [
@@ -101,13 +105,15 @@ impl Entry {
             ("labels", self.labels == active.labels),
             ("TCP state, scales or flags", tcp(self) == tcp(active)),
         ];
-        let different: Vec<_> = fields.iter().filter(|(_, same)| !same).map(|(name, _)| *name).collect();
+        let different: Vec<_> =
+            fields.iter().filter(|(_, same)| !same).map(|(name, _)| *name).collect();
         (!different.is_empty())
             .then(|| format!("{} differ: {active:x?}, copy {self:x?}", different.join(", ")))
     }
 }
 
-/// The tuples under which the client's kernel knows the connections, which are their names everywhere.
+/// The tuples under which the client's kernel knows the connections, which are their names
+/// everywhere.
 pub fn originals(traffic: &Traffic) -> impl Iterator<Item = Tuple> {
     let (protocol, to) = (traffic.protocol, traffic.server_address);
     traffic.client_addresses.iter().map(move |&from| Tuple { protocol, from, to })
@@ -118,7 +124,8 @@ pub fn originals(traffic: &Traffic) -> impl Iterator<Item = Tuple> {
 pub fn are_replicated(entries: &Entries, traffic: &Traffic, shared: &str) -> bool {
     let shared: IpAddr = shared.parse().expect("an address");
     let mut originals = originals(traffic);
-    originals.all(|o| entries.get(&o).is_some_and(|e| e.is_established() && e.reply.to.ip() == shared))
+    originals
+        .all(|o| entries.get(&o).is_some_and(|e| e.is_established() && e.reply.to.ip() == shared))
 }
 
 /// How many connections of the traffic have an entry.
@@ -131,13 +138,18 @@ pub fn read(namespace: &Namespace) -> Entries {
     let socket = namespace.inside(|| {
         // SAFETY: numbers only.
         let fd = unsafe {
-            libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_NETFILTER)
+            libc::socket(
+                libc::AF_NETLINK,
+                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
+                libc::NETLINK_NETFILTER,
+            )
         };
         assert!(fd >= 0, "a netlink socket: {}", Error::last_os_error());
         // SAFETY: the descriptor is new and nobody else's.
         unsafe { OwnedFd::from_raw_fd(fd) }
     });
-    // nlmsghdr: 20 bytes, "get entries" of the conntrack subsystem, request for a dump; nfgenmsg: all families.
+    // nlmsghdr: 20 bytes, "get entries" of the conntrack subsystem, request for a dump; nfgenmsg:
+    // all families.
     let mut request = Vec::new();
     request.extend(20u32.to_ne_bytes());
     request.extend(0x0101u16.to_ne_bytes());
@@ -150,7 +162,8 @@ pub fn read(namespace: &Namespace) -> Entries {
     let mut buffer = vec![0; 64 << 10];
     loop {
         // SAFETY: the kernel writes at most as many bytes as there are.
-        let length = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+        let length =
+            unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), 0) };
         assert!(length > 0, "reading a dump: {}", Error::last_os_error());
         let mut rest = &buffer[..length as usize];
         while rest.len() >= 16 {
@@ -178,8 +191,9 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 
 /// The contents of an attribute below others, named by its path.
 fn find<'a>(bytes: &'a [u8], path: &[u16]) -> Option<&'a [u8]> {
-    path.iter()
-        .try_fold(bytes, |within, wanted| attributes(within).find(|(kind, _)| kind == wanted).map(|a| a.1))
+    path.iter().try_fold(bytes, |within, wanted| {
+        attributes(within).find(|(kind, _)| kind == wanted).map(|a| a.1)
+    })
 }
 
 /// A big-endian number.
@@ -187,14 +201,19 @@ fn number(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0, |value, &byte| value << 8 | u32::from(byte))
 }
 
-/// One entry; none for other protocols than TCP and UDP. The numbers are those of `enum ctattr_type` and
-/// its companions in linux/netfilter/nfnetlink_conntrack.h.
+/// One entry; none for other protocols than TCP and UDP. The numbers are those of `enum
+/// ctattr_type` and its companions in linux/netfilter/nfnetlink_conntrack.h.
 fn entry(bytes: &[u8]) -> Option<Entry> {
     let tuple = |direction: u16| {
         let address = |v4: u16, v6: u16| -> Option<IpAddr> {
-            let v4 = find(bytes, &[direction, 1, v4]).map(|a| IpAddr::from(Ipv4Addr::from(number(a))));
-            let v6 =
-                || Some(Ipv6Addr::from(<[u8; 16]>::try_from(find(bytes, &[direction, 1, v6])?).ok()?).into());
+            let v4 =
+                find(bytes, &[direction, 1, v4]).map(|a| IpAddr::from(Ipv4Addr::from(number(a))));
+            let v6 = || {
+                Some(
+                    Ipv6Addr::from(<[u8; 16]>::try_from(find(bytes, &[direction, 1, v6])?).ok()?)
+                        .into(),
+                )
+            };
             v4.or_else(v6)
         };
         let port = |attribute: u16| Some(number(find(bytes, &[direction, 2, attribute])?) as u16);
@@ -208,8 +227,9 @@ fn entry(bytes: &[u8]) -> Option<Entry> {
     if ![TCP, UDP].contains(&original.protocol) {
         return None;
     }
-    let zone =
-        |direction: u16| find(bytes, &[18]).or_else(|| find(bytes, &[direction, 3])).map_or(0, number) as u16;
+    let zone = |direction: u16| {
+        find(bytes, &[18]).or_else(|| find(bytes, &[direction, 3])).map_or(0, number) as u16
+    };
     let tcp = |attribute: u16| find(bytes, &[4, 1, attribute]).map_or(0, |value| value[0]);
     let mut labels = find(bytes, &[22]).unwrap_or_default().to_vec();
     labels.truncate(labels.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1));
@@ -224,7 +244,8 @@ fn entry(bytes: &[u8]) -> Option<Entry> {
         tcp_state: tcp(1),
         tcp_scales: [tcp(2), tcp(3)],
         tcp_flags: [tcp(4), tcp(5)],
-        shifts: [15, 16].map(|direction| [1, 2, 3].map(|w| find(bytes, &[direction, w]).map_or(0, number))),
+        shifts: [15, 16]
+            .map(|direction| [1, 2, 3].map(|w| find(bytes, &[direction, w]).map_or(0, number))),
     })
 }
 

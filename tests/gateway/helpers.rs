@@ -1,5 +1,6 @@
-//! Helpers that write translated addresses into a TCP stream, and so make it longer: from there on the kernel
-//! shifts the sequence numbers of the connection, and a gateway that takes over must shift them as far.
+//! Helpers that write translated addresses into a TCP stream, and so make it longer: from there on
+//! the kernel shifts the sequence numbers of the connection, and a gateway that takes over must
+//! shift them as far.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -13,7 +14,8 @@ use crate::common::namespace::Namespace;
 use crate::one_at_a_time;
 use crate::topology::{SERVER, Topology};
 
-/// The address that the client's FTP and SIP have at the server: longer than its own, and so is what is written.
+/// The address that the client's FTP and SIP have at the server: longer than its own, and so is
+/// what is written.
 const LONG: &str = "10.3.100.100";
 const FTP: u16 = 21;
 const SIP: u16 = 5060;
@@ -47,7 +49,8 @@ struct Control {
 impl Control {
     fn open(topology: &Topology, port: u16) -> Control {
         let listener = listen(&topology.server, SERVER, port);
-        let client = topology.client.inside(|| TcpStream::connect((SERVER, port)).expect("the way is open"));
+        let client =
+            topology.client.inside(|| TcpStream::connect((SERVER, port)).expect("the way is open"));
         let (server, _) = listener.accept().expect("the client has connected");
         for stream in [&client, &server] {
             stream.set_read_timeout(Some(PATIENCE)).expect("a time that is not zero");
@@ -56,7 +59,8 @@ impl Control {
         Control { client: BufReader::new(client), server: BufReader::new(server) }
     }
 
-    /// Sends a text from the client, and returns what of it comes out at the server, up to this last line.
+    /// Sends a text from the client, and returns what of it comes out at the server, up to this
+    /// last line.
     fn ask(&mut self, text: &str, last: &str) -> String {
         self.client.get_mut().write_all(text.as_bytes()).expect("the client's end is open");
         hear(&mut self.server, last)
@@ -70,7 +74,8 @@ impl Control {
 
     /// A line each way that nobody rewrites, and that must arrive to the last byte.
     fn is_intact(&mut self, n: u32) {
-        let (noop, done) = (format!("NOOP {n}, every byte of it\r\n"), format!("200 {n} is done\r\n"));
+        let (noop, done) =
+            (format!("NOOP {n}, every byte of it\r\n"), format!("200 {n} is done\r\n"));
         assert_eq!(self.ask(&noop, &noop), noop, "what the server hears");
         assert_eq!(self.answer(&done, &done), done, "what the client hears");
     }
@@ -90,7 +95,8 @@ impl Control {
         let to = SocketAddr::from(([a, b, c, d], u16::from(high) << 8 | u16::from(low)));
         assert_eq!(to.ip().to_string(), LONG, "the helper writes the translated address");
         self.answer("200 PORT is done\r\n", "\r\n");
-        let mut data = topology.server.inside(|| TcpStream::connect(to).expect("the data connection"));
+        let mut data =
+            topology.server.inside(|| TcpStream::connect(to).expect("the data connection"));
         let (mut file, _) = listener.accept().expect("the server has connected");
         data.write_all(b"contents")
             .and_then(|()| data.shutdown(std::net::Shutdown::Write))
@@ -140,8 +146,8 @@ fn hear(from: &mut BufReader<TcpStream>, last: &str) -> String {
     heard
 }
 
-/// How far a gateway's kernel shifts the connections to this port: what `conntrack` does not show, so the
-/// attributes themselves are read.
+/// How far a gateway's kernel shifts the connections to this port: what `conntrack` does not show,
+/// so the attributes themselves are read.
 fn shifts(gateway: &Namespace, port: u16) -> Vec<String> {
     crate::entries::read(gateway)
         .into_values()
@@ -150,14 +156,17 @@ fn shifts(gateway: &Namespace, port: u16) -> Vec<String> {
         .collect()
 }
 
-/// Waits a while until a backup's kernel shifts as far as the active's. What this says is asserted when the
-/// bytes were looked at: they are what counts.
+/// Waits a while until a backup's kernel shifts as far as the active's. What this says is asserted
+/// when the bytes were looked at: they are what counts.
 fn arrives(topology: &Topology, port: u16, [from, to]: [u8; 2]) -> Result<(), String> {
     let begun = Instant::now();
     loop {
         let [there, here] = [from, to].map(|gateway| shifts(topology.gateway(gateway), port));
         if there.len() == 1 && there == here && begun.elapsed() > Duration::from_millis(100) {
-            println!("the shift {there:?} was at gateway {to} after {} ms", begun.elapsed().as_millis());
+            println!(
+                "the shift {there:?} was at gateway {to} after {} ms",
+                begun.elapsed().as_millis()
+            );
             return Ok(());
         }
         if begun.elapsed() > Duration::from_secs(5) {
@@ -184,7 +193,8 @@ fn active_ftp_through_nat_goes_on_with_every_byte_when_its_gateway_dies_and_the_
     control = Control::open(&topology, FTP);
     control.is_intact(0);
     control.transfer(&topology);
-    appliances.wait_for("gateway 2 has the connection", PATIENCE, || is_replicated(&topology, FTP, 2));
+    appliances
+        .wait_for("gateway 2 has the connection", PATIENCE, || is_replicated(&topology, FTP, 2));
     control.transfer(&topology);
     control.is_intact(1);
     let first = arrives(&topology, FTP, [1, 2]);
@@ -196,7 +206,8 @@ fn active_ftp_through_nat_goes_on_with_every_byte_when_its_gateway_dies_and_the_
     // The survivor's own helper goes on where the other one stopped.
     control.transfer(&topology);
     control.is_intact(3);
-    appliances.wait_for("gateway 3 has the connection", PATIENCE, || is_replicated(&topology, FTP, 3));
+    appliances
+        .wait_for("gateway 3 has the connection", PATIENCE, || is_replicated(&topology, FTP, 3));
     let second = arrives(&topology, FTP, [2, 3]);
 
     appliances.power_off(2);
@@ -217,7 +228,8 @@ fn a_shift_of_which_no_expectation_tells_travels_within_seconds() {
     let mut appliances = Appliances::start(&topology, Discovery::Multicast, &[1, 1]);
     control = Control::open(&topology, SIP);
     control.options(1);
-    appliances.wait_for("gateway 2 has the connection", PATIENCE, || is_replicated(&topology, SIP, 2));
+    appliances
+        .wait_for("gateway 2 has the connection", PATIENCE, || is_replicated(&topology, SIP, 2));
     control.options(2);
     assert_eq!(appliances.counter(1, Counter::SourceExpectations), 0, "nothing is expected");
     let arrived = arrives(&topology, SIP, [1, 2]);

@@ -61,7 +61,9 @@ fn all_break(rules: &[&str]) {
 
 #[test]
 fn every_kind_of_flow_survives_the_death_of_its_gateway() {
-    if may_make_namespaces("the death of a gateway with TCP and UDP, IPv4 and IPv6, all translations") {
+    if may_make_namespaces(
+        "the death of a gateway with TCP and UDP, IPv4 and IPv6, all translations",
+    ) {
         let _turn = one_at_a_time();
         a_gateway_dies("every kind", &[]);
     }
@@ -83,12 +85,17 @@ fn a_gateway_dies(which: &str, rules: &[&str]) {
     mix = Mix::start(&topology, TCP_FLOWS, UDP_FLOWS);
     wait_until_established(&topology, &mix, rules);
     wait_until_replicated(&topology, &mix, &mut appliances);
-    mix.wait_for_more(20, Duration::from_secs(10), "traffic flows with two copies of each connection");
+    mix.wait_for_more(
+        20,
+        Duration::from_secs(10),
+        "traffic flows with two copies of each connection",
+    );
     mix.silence_udp_clients(true);
 
     appliances.power_off(1);
     appliances.wait_until_told_dead(2, 1);
-    // The server speaks first. Its packets pass gateway 2 only by the entries that were committed there.
+    // The server speaks first. Its packets pass gateway 2 only by the entries that were committed
+    // there.
     mix.wait_for_more_at_udp_clients(20, Duration::from_secs(10), "the server reaches its clients");
     mix.silence_udp_clients(false);
     mix.wait_for_more(50, Duration::from_secs(20), "every flow goes on through gateway 2");
@@ -97,7 +104,9 @@ fn a_gateway_dies(which: &str, rules: &[&str]) {
 
     let [tcp, udp] = mix.longest_gaps();
     let (tcp_ms, udp_ms) = (tcp.as_millis(), udp.as_millis());
-    println!("{which}: the client heard nothing for {tcp_ms} ms at most with TCP, {udp_ms} ms with UDP");
+    println!(
+        "{which}: the client heard nothing for {tcp_ms} ms at most with TCP, {udp_ms} ms with UDP"
+    );
     assert!(tcp < GAP_MAX && udp < GAP_MAX, "the client heard nothing for {tcp:?} and {udp:?}");
 }
 
@@ -115,8 +124,8 @@ fn labels_are_copied() {
     wait_until_replicated(&topology, &mix, &mut appliances);
 }
 
-/// Waits until gateway 1's kernel has an established entry of every flow, and checks that its rules have
-/// given them what is to be copied.
+/// Waits until gateway 1's kernel has an established entry of every flow, and checks that its rules
+/// have given them what is to be copied.
 fn wait_until_established(topology: &Topology, mix: &Mix, rules: &[&str]) {
     let mut entries = HashMap::new();
     wait_for("gateway 1 has an established entry of every flow", Duration::from_secs(10), || {
@@ -132,7 +141,10 @@ fn wait_until_established(topology: &Topology, mix: &Mix, rules: &[&str]) {
     assert_eq!(zones, expected, "the zones that the rules set");
     assert!(flows.iter().all(|entry| entry.mark != 0), "every flow has a mark");
     let has_labels = rules.contains(&LABELS);
-    assert!(flows.iter().all(|entry| entry.labels.is_empty() != has_labels), "labels follow the rules");
+    assert!(
+        flows.iter().all(|entry| entry.labels.is_empty() != has_labels),
+        "labels follow the rules"
+    );
 }
 
 /// Waits until gateway 2's kernel has the same entries as gateway 1's, which carries the flows.

@@ -1,5 +1,5 @@
-//! Many connections a second, routes that move to and fro, a gateway whose appliance sleeps meanwhile: in the
-//! end nothing is left of any of them, and none that lived was touched.
+//! Many connections a second, routes that move to and fro, a gateway whose appliance sleeps
+//! meanwhile: in the end nothing is left of any of them, and none that lived was touched.
 
 use std::collections::{HashSet, VecDeque};
 use std::io;
@@ -20,8 +20,8 @@ const PAUSE: Duration = Duration::from_micros(3333);
 const WORDS: Duration = Duration::from_millis(300);
 /// Between moves of the routes.
 const STAY: Duration = Duration::from_secs(3);
-/// The moves, to gateway 2, before which gateway 1's appliance falls asleep: the first is then made by gateway 2's
-/// script, the other one by an operator at once.
+/// The moves, to gateway 2, before which gateway 1's appliance falls asleep: the first is then made
+/// by gateway 2's script, the other one by an operator at once.
 const SLEEPS: [usize; 2] = [2, 4];
 /// For how long.
 const SLEEP: Duration = Duration::from_secs(2);
@@ -64,8 +64,8 @@ fn call(port: u16, life: Duration) -> Outcome {
     Outcome { port, began, ended: Instant::now(), fault, slowest_word }
 }
 
-/// Opens calls at a steady pace until the time is over and returns what became of each: half of them end
-/// within the hold.
+/// Opens calls at a steady pace until the time is over and returns what became of each: half of
+/// them end within the hold.
 fn call_for_a_while() -> Vec<Outcome> {
     let free = Mutex::new(PORTS.collect::<VecDeque<u16>>());
     let outcomes = Mutex::new(Vec::new());
@@ -90,14 +90,16 @@ fn call_for_a_while() -> Vec<Outcome> {
                 });
                 number += 1;
             }
-            std::thread::sleep((PAUSE * number as u32).saturating_sub(start.elapsed()).max(PAUSE / 4));
+            std::thread::sleep(
+                (PAUSE * number as u32).saturating_sub(start.elapsed()).max(PAUSE / 4),
+            );
         }
     });
     outcomes.into_inner().expect("nobody panics with it")
 }
 
-/// Moves the routes to and fro while calls are opened. Before some moves gateway 1's appliance falls asleep.
-/// Returns when each move was.
+/// Moves the routes to and fro while calls are opened. Before some moves gateway 1's appliance
+/// falls asleep. Returns when each move was.
 fn move_to_and_fro(topology: &Topology, appliances: &mut Appliances) -> Vec<Instant> {
     let start = Instant::now();
     let mut moves = Vec::new();
@@ -148,18 +150,23 @@ fn under_load_with_routes_that_move_every_entry_of_both_kernels_is_explained() {
         (calling.join().expect("no call panics"), moves)
     });
 
-    // How old a call was when the routes moved. What was not copied yet then is cut until it is copied or the
-    // routes are back: more is not promised, and what a call leaves that gave up then is explained.
+    // How old a call was when the routes moved. What was not copied yet then is cut until it is
+    // copied or the routes are back: more is not promised, and what a call leaves that gave up then
+    // is explained.
     let ages = |outcome: &Outcome| -> Vec<Duration> {
-        let met = moves.iter().filter(|moved| outcome.began < **moved + MOVING && **moved < outcome.ended);
+        let met = moves
+            .iter()
+            .filter(|moved| outcome.began < **moved + MOVING && **moved < outcome.ended);
         met.map(|moved| moved.saturating_duration_since(outcome.began)).collect()
     };
     let was_young = |outcome: &&Outcome| ages(outcome).iter().any(|age| *age < COPIED);
     let has_moved = |outcome: &&&Outcome| ages(outcome).iter().any(|age| *age >= COPIED);
     let (young, grown): (Vec<&Outcome>, Vec<&Outcome>) = outcomes.iter().partition(was_young);
-    let given_up: HashSet<u16> = young.iter().filter(|o| o.fault.is_some()).map(|o| o.port).collect();
+    let given_up: HashSet<u16> =
+        young.iter().filter(|o| o.fault.is_some()).map(|o| o.port).collect();
     let broken: Vec<&&Outcome> = grown.iter().filter(|o| o.fault.is_some()).collect();
-    let slowest = |outcomes: &[&Outcome]| outcomes.iter().map(|o| o.slowest_word).max().unwrap_or_default();
+    let slowest =
+        |outcomes: &[&Outcome]| outcomes.iter().map(|o| o.slowest_word).max().unwrap_or_default();
     let moved = grown.iter().filter(has_moved).count();
     println!(
         "{} calls and {} moves: {moved} moved, slowest word of these and quiet ones {} ms, {} broken; \
@@ -184,8 +191,10 @@ fn under_load_with_routes_that_move_every_entry_of_both_kernels_is_explained() {
             let ages: Vec<u128> = ages(o).iter().map(Duration::as_millis).collect();
             format!("{lived} ms, at moves {ages:?} ms: {}", o.fault.as_deref().unwrap_or("well"))
         };
-        let before =
-            outcomes.iter().filter(|b| b.port == o.port && b.ended <= o.began).max_by_key(|b| b.ended);
+        let before = outcomes
+            .iter()
+            .filter(|b| b.port == o.port && b.ended <= o.began)
+            .max_by_key(|b| b.ended);
         let before = before.map_or("nothing".to_string(), of_outcome);
         format!("port {} after {}; the one before it after {before}", o.port, of_outcome(o))
     };

@@ -1,4 +1,5 @@
-//! Every kind of flow that a gateway carries, at once: TCP and UDP, IPv4 and IPv6, with each translation.
+//! Every kind of flow that a gateway carries, at once: TCP and UDP, IPv4 and IPv6, with each
+//! translation.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -39,8 +40,9 @@ impl Class {
     fn all() -> impl Iterator<Item = Class> {
         use Translation::*;
         let translations = [None, Source, Destination, Both];
-        let families =
-            translations.into_iter().flat_map(|translation| [false, true].map(|is_v6| (translation, is_v6)));
+        let families = translations
+            .into_iter()
+            .flat_map(|translation| [false, true].map(|is_v6| (translation, is_v6)));
         families.flat_map(|(translation, is_v6)| {
             [TCP, UDP].map(|protocol| Class { protocol, is_v6, translation })
         })
@@ -106,8 +108,8 @@ impl Mix {
         self.flows.iter().filter(|(class, _)| class.protocol == UDP)
     }
 
-    /// Lets the clients of the UDP flows send or not. What a client sends makes a new entry where there
-    /// is none, so that only a server that speaks first shows whether the old one is there.
+    /// Lets the clients of the UDP flows send or not. What a client sends makes a new entry where
+    /// there is none, so that only a server that speaks first shows whether the old one is there.
     pub fn silence_udp_clients(&self, is_silent: bool) {
         self.udp().for_each(|(_, traffic)| traffic.silence_client(is_silent));
     }
@@ -132,15 +134,17 @@ impl Mix {
         self.flows.iter().map(|(_, traffic)| traffic.client_addresses.len()).sum()
     }
 
-    /// How many flows of a kind are cut: a side gave up, or heard nothing for so long. UDP servers do not
-    /// count, for their clients may be silent.
+    /// How many flows of a kind are cut: a side gave up, or heard nothing for so long. UDP servers
+    /// do not count, for their clients may be silent.
     pub fn cut(&self, silence: Duration) -> BTreeMap<String, usize> {
         let cut = |class: &Class, traffic: &Traffic| {
-            let broken = |sides: Vec<Progress>| sides.iter().filter(|side| side.is_broken(silence)).count();
+            let broken =
+                |sides: Vec<Progress>| sides.iter().filter(|side| side.is_broken(silence)).count();
             let servers = if class.protocol == TCP { broken(traffic.server()) } else { 0 };
             broken(traffic.client()).max(servers)
         };
-        let all = self.flows.iter().map(|(class, traffic)| (class.to_string(), cut(class, traffic)));
+        let all =
+            self.flows.iter().map(|(class, traffic)| (class.to_string(), cut(class, traffic)));
         all.filter(|(_, cut)| *cut > 0).collect()
     }
 
@@ -157,7 +161,8 @@ impl Mix {
     pub fn working(&self, silence: Duration) -> Vec<String> {
         let works = |class: &Class, traffic: &Traffic| {
             traffic.client().iter().any(|side| !side.is_broken(silence))
-                || class.protocol == TCP && traffic.server().iter().any(|side| !side.is_broken(silence))
+                || class.protocol == TCP
+                    && traffic.server().iter().any(|side| !side.is_broken(silence))
         };
         self.flows
             .iter()
@@ -196,9 +201,13 @@ impl Mix {
         })
     }
 
-    /// What is missing or different at a backup, by kind: how many flows, and one of them. Fails the test if a
-    /// copy claims more than its active has, whenever that is.
-    pub fn differences(&self, active: &Namespace, backup: &Namespace) -> HashMap<String, (usize, String)> {
+    /// What is missing or different at a backup, by kind: how many flows, and one of them. Fails
+    /// the test if a copy claims more than its active has, whenever that is.
+    pub fn differences(
+        &self,
+        active: &Namespace,
+        backup: &Namespace,
+    ) -> HashMap<String, (usize, String)> {
         // In this order: what the active has can only grow.
         let copies = entries::read(backup);
         let actives = entries::read(active);

@@ -1,6 +1,7 @@
-//! Traffic that moves to the other gateway while both live. Established traffic raises no event there; then
-//! the old gateway's entry ends, as it is idle or because an operator removes it, and the traffic goes on. (That
-//! each kind of flow breaks when it moves to a gateway that has no copy is shown in `kinds`.)
+//! Traffic that moves to the other gateway while both live. Established traffic raises no event
+//! there; then the old gateway's entry ends, as it is idle or because an operator removes it, and
+//! the traffic goes on. (That each kind of flow breaks when it moves to a gateway that has no copy
+//! is shown in `kinds`.)
 
 use std::time::{Duration, Instant};
 
@@ -30,9 +31,12 @@ fn traffic_that_moved_is_not_cut_when_the_old_gateways_entry_times_out() {
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
     // Every packet there gives its entry so much.
-    for state in
-        ["tcp_timeout_established", "tcp_timeout_unacknowledged", "udp_timeout_stream", "udp_timeout"]
-    {
+    for state in [
+        "tcp_timeout_established",
+        "tcp_timeout_unacknowledged",
+        "udp_timeout_stream",
+        "udp_timeout",
+    ] {
         topology
             .gateway(1)
             .sysctl(&format!("net/netfilter/nf_conntrack_{state}"), &IDLE.as_secs().to_string());
@@ -66,20 +70,17 @@ fn traffic_that_moved_is_not_cut_by_single_deletes_at_the_old_gateway() {
             let family = if name.from.is_ipv4() { "ipv4" } else { "ipv6" };
             let [source, port] = [name.from.ip().to_string(), name.from.port().to_string()];
             let to = reply.to.port().to_string();
-            run(topology.gateway(1).command("conntrack").args(["-D", "-f", family, "-p", protocol]).args([
-                "--orig-src",
-                &source,
-                "--orig-port-src",
-                &port,
-                "--reply-port-dst",
-                &to,
-            ]));
+            run(topology
+                .gateway(1)
+                .command("conntrack")
+                .args(["-D", "-f", family, "-p", protocol])
+                .args(["--orig-src", &source, "--orig-port-src", &port, "--reply-port-dst", &to]));
         }
     });
 }
 
-/// Somebody gives the entries of copies a short timeout. It looks like that of a packet: believed, it would be the claim of a gateway that has no traffic, whose
-/// entries are about to run out.
+/// Somebody gives the entries of copies a short timeout. It looks like that of a packet: believed,
+/// it would be the claim of a gateway that has no traffic, whose entries are about to run out.
 #[test]
 fn a_short_timeout_that_somebody_gives_the_entries_of_copies_claims_nothing() {
     if !may_make_namespaces("timeouts that somebody writes at the backup") {
@@ -97,7 +98,10 @@ fn a_short_timeout_that_somebody_gives_the_entries_of_copies_claims_nothing() {
     });
     let before = at(2);
     for (family, protocol) in [("ipv4", "tcp"), ("ipv4", "udp"), ("ipv6", "tcp"), ("ipv6", "udp")] {
-        run(topology.gateway(2).command("conntrack").args(["-U", "-f", family, "-p", protocol, "-t", "2"]));
+        run(topology
+            .gateway(2)
+            .command("conntrack")
+            .args(["-U", "-f", family, "-p", protocol, "-t", "2"]));
     }
     let lasting = |entries: &entries::Entries| {
         mix.entries(entries).iter().filter(|entry| entry.timeout_s > GIVEN_MAX_S).count()
@@ -115,22 +119,28 @@ fn a_short_timeout_that_somebody_gives_the_entries_of_copies_claims_nothing() {
     appliances.assert_running("the survivor survives");
 }
 
-/// Flows of every kind move from gateway 1 to gateway 2, both alive; then `end_at_the_old_one` happens there.
-/// They go on for so long and much longer, and are protected: gateway 2 may die.
+/// Flows of every kind move from gateway 1 to gateway 2, both alive; then `end_at_the_old_one`
+/// happens there. They go on for so long and much longer, and are protected: gateway 2 may die.
 fn traffic_moves(topology: &Topology, and_lasts: Duration, end_at_the_old_one: impl FnOnce(&Mix)) {
     let mix;
     let mut appliances = Appliances::start(topology, Discovery::Peers, &[2, 2]);
     appliances.wait_until_ready();
     mix = Mix::start(topology, FLOWS, FLOWS);
     let flows = mix.count() as u64;
-    let are_in_both = || topology.gateways.iter().all(|gateway| mix.are_established(&entries::read(gateway)));
+    let are_in_both =
+        || topology.gateways.iter().all(|gateway| mix.are_established(&entries::read(gateway)));
     appliances.wait_for("both gateways' kernels have every flow", SOON, are_in_both);
     let roles = |appliances: &Appliances| {
-        [(1, Counter::ConnectionsBackup), (2, Counter::ConnectionsActive), (1, Counter::ConnectionsActive)]
-            .map(|(member, counter)| appliances.counter(member, counter))
+        [
+            (1, Counter::ConnectionsBackup),
+            (2, Counter::ConnectionsActive),
+            (1, Counter::ConnectionsActive),
+        ]
+        .map(|(member, counter)| appliances.counter(member, counter))
     };
     assert_eq!(roles(&appliances), [0, 0, flows], "gateway 1 carries the traffic");
-    // What a UDP client sends makes a new entry where there is none. A server's words need the old one.
+    // What a UDP client sends makes a new entry where there is none. A server's words need the old
+    // one.
     mix.silence_udp_clients(true);
 
     topology.route_through(2);
@@ -174,7 +184,11 @@ fn traffic_moves(topology: &Topology, and_lasts: Duration, end_at_the_old_one: i
     appliances.power_off(2);
     appliances.wait_until_told_dead(1, 2);
     topology.route_through(1);
-    mix.wait_for_more_at_clients(20, SOON, "every flow goes on through gateway 1, as gateway 2 has died");
+    mix.wait_for_more_at_clients(
+        20,
+        SOON,
+        "every flow goes on through gateway 1, as gateway 2 has died",
+    );
     mix.silence_udp_clients(false);
     mix.wait_for_more(20, SOON, "every client is heard");
     mix.finish(Duration::from_secs(10));

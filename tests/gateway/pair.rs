@@ -33,21 +33,39 @@ fn a_gateway_dies(discovery: Discovery, shards: [u8; 2]) {
     let traffic;
     let mut appliances = Appliances::start(&topology, discovery, &shards);
     traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
-    appliances.wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
-        topology.gateways.iter().all(|gateway| are_replicated(&entries::read(gateway), &traffic, SHARED))
-    });
-    traffic.wait_for_more(20, Duration::from_secs(10), "traffic flows with two copies of each connection");
+    appliances.wait_for(
+        "both gateways' kernels have every connection",
+        Duration::from_secs(30),
+        || {
+            topology
+                .gateways
+                .iter()
+                .all(|gateway| are_replicated(&entries::read(gateway), &traffic, SHARED))
+        },
+    );
+    traffic.wait_for_more(
+        20,
+        Duration::from_secs(10),
+        "traffic flows with two copies of each connection",
+    );
 
     assert!(!appliances.is_told_dead(2, 1), "gateway 1 is alive and carries the traffic");
 
     appliances.power_off(1);
     appliances.wait_until_told_dead(2, 1);
-    traffic.wait_for_more(100, Duration::from_secs(20), "every connection goes on through gateway 2");
+    traffic.wait_for_more(
+        100,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 2",
+    );
     traffic.finish(Duration::from_secs(10));
     appliances.assert_running("the survivor survives");
 
     let gap = traffic.longest_gap();
-    println!("{discovery:?}, shards {shards:?}: the client heard nothing for {} ms at most", gap.as_millis());
+    println!(
+        "{discovery:?}, shards {shards:?}: the client heard nothing for {} ms at most",
+        gap.as_millis()
+    );
     assert!(gap < GAP_MAX, "the client heard nothing for {gap:?}");
 }
 
@@ -66,17 +84,22 @@ fn connections_of_the_gateways_themselves_are_never_copied() {
         Traffic::start(client, gateway, ("10.1.0.1", 22), 3),
         Traffic::start(gateway, server, (SERVER, PORT + 1), 3),
     ];
-    // Connections through the gateway, younger than those, show when copying is due: some that talk on,
-    // so that events announce them, and some that fall silent at once, so that only a search of
+    // Connections through the gateway, younger than those, show when copying is due: some that talk
+    // on, so that events announce them, and some that fall silent at once, so that only a search of
     // the whole kernel table finds them.
     talking = Traffic::start(client, server, (SERVER, PORT), 10);
     silent = Traffic::start(client, server, (SERVER, PORT + 2), 10);
     silent.finish(Duration::from_secs(1));
-    appliances.wait_for("the connections through gateway 1 are copied", Duration::from_secs(30), || {
-        topology.gateways.iter().map(entries::read).all(|entries| {
-            are_replicated(&entries, &talking, SHARED) && are_replicated(&entries, &silent, SHARED)
-        })
-    });
+    appliances.wait_for(
+        "the connections through gateway 1 are copied",
+        Duration::from_secs(30),
+        || {
+            topology.gateways.iter().map(entries::read).all(|entries| {
+                are_replicated(&entries, &talking, SHARED)
+                    && are_replicated(&entries, &silent, SHARED)
+            })
+        },
+    );
     assert!(!appliances.is_told_dead(2, 1), "gateway 1 is alive and carries the traffic");
     let copied = entries::read(topology.gateway(2));
     for own in &own {
@@ -100,13 +123,24 @@ fn traffic_that_moves_to_the_backup_without_a_death_is_noticed_by_the_walk_and_e
     let mut appliances =
         Appliances::start_with(&topology, Discovery::Multicast, &[2, 2], &["--verify", "1s"]);
     traffic = Traffic::start(&topology.client, &topology.server, (SERVER, PORT), CONNECTIONS);
-    appliances.wait_for("both gateways' kernels have every connection", Duration::from_secs(30), || {
-        topology.gateways.iter().all(|gateway| are_replicated(&entries::read(gateway), &traffic, SHARED))
-    });
+    appliances.wait_for(
+        "both gateways' kernels have every connection",
+        Duration::from_secs(30),
+        || {
+            topology
+                .gateways
+                .iter()
+                .all(|gateway| are_replicated(&entries::read(gateway), &traffic, SHARED))
+        },
+    );
     assert_eq!(appliances.counter(2, Counter::VerifyTouched), 0, "gateway 2 has seen no packet");
     topology.gateway(2).sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", "3");
     topology.route_through(2);
-    traffic.wait_for_more(20, Duration::from_secs(20), "every connection goes on through gateway 2");
+    traffic.wait_for_more(
+        20,
+        Duration::from_secs(20),
+        "every connection goes on through gateway 2",
+    );
     let noticed = || appliances.counter(2, Counter::VerifyTouched) >= CONNECTIONS as u64;
     wait_for("the walk notices every connection", Duration::from_secs(10), noticed);
     traffic.finish(Duration::from_secs(10));
@@ -120,10 +154,14 @@ fn traffic_that_moves_to_the_backup_without_a_death_is_noticed_by_the_walk_and_e
         ]));
         list.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse().ok()).collect()
     };
-    wait_for("entries that ran out there are those of copies again", Duration::from_secs(20), || {
-        let timeouts = timeouts();
-        timeouts.len() == CONNECTIONS && timeouts.iter().all(|seconds| *seconds > NORMAL_S)
-    });
+    wait_for(
+        "entries that ran out there are those of copies again",
+        Duration::from_secs(20),
+        || {
+            let timeouts = timeouts();
+            timeouts.len() == CONNECTIONS && timeouts.iter().all(|seconds| *seconds > NORMAL_S)
+        },
+    );
     assert!(are_replicated(&entries::read(topology.gateway(2)), &traffic, SHARED));
     println!(
         "of {CONNECTIONS} connections that moved, {} were claimed; the walk saw packets {} times",

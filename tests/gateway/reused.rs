@@ -1,6 +1,6 @@
-//! Ports that are used again around a gateway whose appliance sleeps: a tuple is not a connection. What the
-//! sleeper knows of the connections that had these ports before may neither keep entries for ever nor
-//! touch the connections that have the ports now.
+//! Ports that are used again around a gateway whose appliance sleeps: a tuple is not a connection.
+//! What the sleeper knows of the connections that had these ports before may neither keep entries
+//! for ever nor touch the connections that have the ports now.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use hypersync::counters::Counter;
 
 use crate::appliance::{Appliances, Discovery};
 use crate::calls::{
-    self, COPYS_TIMEOUT_S, Call, ESTABLISHED, Server, are_established, close_all, describe, of_calls,
-    open_all, say_all, wait_until_all_are_gone,
+    self, COPYS_TIMEOUT_S, Call, ESTABLISHED, Server, are_established, close_all, describe,
+    of_calls, open_all, say_all, wait_until_all_are_gone,
 };
 use crate::common::{may_make_namespaces, wait_for};
 use crate::entries;
@@ -36,7 +36,8 @@ fn open_and_copy(topology: &Topology, appliances: &mut Appliances, ports: Range<
     calls
 }
 
-/// Lets gateway 1's appliance sleep; its kernel forwards on. The routes have moved once this returns.
+/// Lets gateway 1's appliance sleep; its kernel forwards on. The routes have moved once this
+/// returns.
 fn put_to_sleep(appliances: &mut Appliances) {
     appliances.signal(1, libc::SIGSTOP);
     appliances.wait_until_told_dead(2, 1);
@@ -99,7 +100,9 @@ fn a_dead_connection_does_not_touch_the_one_that_has_its_port() {
     put_to_sleep(&mut appliances);
     let calls = open_all(&topology, PORTS);
     let opened = Instant::now();
-    wait_for("the new ones are past the hold", SOON, || opened.elapsed() > Duration::from_millis(1500));
+    wait_for("the new ones are past the hold", SOON, || {
+        opened.elapsed() > Duration::from_millis(1500)
+    });
     appliances.signal(1, libc::SIGCONT);
     live_on(&topology, &mut appliances, calls, PORTS, Duration::from_secs(8));
 }
@@ -118,14 +121,14 @@ fn a_port_that_is_used_again_at_once_through_the_other_gateway_carries_a_living_
     close_all(open_and_copy(&topology, &mut appliances, MANY));
 
     topology.route_through(2);
-    // One after the other, so that gateway 2's appliance is awake for each and reads its events as they come: the
-    // old entry's end, then that of the new one.
+    // One after the other, so that gateway 2's appliance is awake for each and reads its events as
+    // they come: the old entry's end, then that of the new one.
     let calls: Vec<Call> = MANY.map(|port| open_all(&topology, port..port + 1).remove(0)).collect();
     live_on(&topology, &mut appliances, calls, MANY, Duration::from_secs(3));
 }
 
-/// Calls from these ports, through gateway 2, talk for so long and are silent for a while; then gateway 2 dies.
-/// They are not cut.
+/// Calls from these ports, through gateway 2, talk for so long and are silent for a while; then
+/// gateway 2 dies. They are not cut.
 fn live_on(
     topology: &Topology,
     appliances: &mut Appliances,
@@ -164,8 +167,12 @@ fn live_on(
     );
 
     let roles = |appliances: &Appliances| {
-        [(1, Counter::ConnectionsBackup), (2, Counter::ConnectionsActive), (1, Counter::ConnectionsActive)]
-            .map(|(member, counter)| appliances.counter(member, counter))
+        [
+            (1, Counter::ConnectionsBackup),
+            (2, Counter::ConnectionsActive),
+            (1, Counter::ConnectionsActive),
+        ]
+        .map(|(member, counter)| appliances.counter(member, counter))
     };
     let mut last = [0; 3];
     let start = Instant::now();

@@ -1,4 +1,5 @@
-//! Connections that end within the hold are not copied, though the kernel keeps their entries for two minutes.
+//! Connections that end within the hold are not copied, though the kernel keeps their entries for
+//! two minutes.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,8 @@ const SHORT: u16 = 3000;
 const FROM: u16 = 10_000;
 const HOLD: Duration = Duration::from_secs(1);
 
-/// Opens and closes all short connections, eight at a time. Returns the ports of those that took too long.
+/// Opens and closes all short connections, eight at a time. Returns the ports of those that took
+/// too long.
 fn call_shortly(topology: &Topology) -> Vec<u16> {
     let worker = |first: u16| {
         let mut late = Vec::new();
@@ -35,7 +37,10 @@ fn call_shortly(topology: &Topology) -> Vec<u16> {
     topology.client.inside(|| {
         std::thread::scope(|scope| {
             let workers: Vec<_> = (0..8).map(|first| scope.spawn(move || worker(first))).collect();
-            workers.into_iter().flat_map(|worker| worker.join().expect("every call went well")).collect()
+            workers
+                .into_iter()
+                .flat_map(|worker| worker.join().expect("every call went well"))
+                .collect()
         })
     })
 }
@@ -53,11 +58,14 @@ fn short_connections_are_never_copied() {
     let _server = Server::start(&topology.server);
     appliances.wait_until_ready();
     beside = Traffic::start(&topology.client, &topology.server, (SERVER, 7000), LONG);
-    let is_copied = |traffic: &Traffic| are_replicated(&entries::read(topology.gateway(2)), traffic, SHARED);
-    appliances.wait_for("long connections are copied", Duration::from_secs(20), || is_copied(&beside));
+    let is_copied =
+        |traffic: &Traffic| are_replicated(&entries::read(topology.gateway(2)), traffic, SHARED);
+    appliances
+        .wait_for("long connections are copied", Duration::from_secs(20), || is_copied(&beside));
 
     let counters = |appliances: &Appliances| {
-        [(1, Counter::DeltasNew), (2, Counter::Commits)].map(|(member, c)| appliances.counter(member, c))
+        [(1, Counter::DeltasNew), (2, Counter::Commits)]
+            .map(|(member, c)| appliances.counter(member, c))
     };
     let times = |appliances: &Appliances| [1, 2].map(|member| appliances.processor_time(member));
     let (before, times_before) = (counters(&appliances), times(&appliances));
@@ -75,7 +83,9 @@ fn short_connections_are_never_copied() {
     wait_for("some seconds more", Duration::from_secs(10), || ended.elapsed() > 4 * HOLD);
 
     let cost: Vec<String> = std::iter::zip(times(&appliances), times_before)
-        .map(|(after, before)| format!("{:.1}", (after - before).as_secs_f64() * 1e6 / f64::from(SHORT)))
+        .map(|(after, before)| {
+            format!("{:.1}", (after - before).as_secs_f64() * 1e6 / f64::from(SHORT))
+        })
         .collect();
     println!(
         "{SHORT} short connections in {} ms ({} took long): the appliances took {} us of processor for each",
@@ -85,18 +95,26 @@ fn short_connections_are_never_copied() {
     );
     let at_home = of_calls(entries::read(topology.gateway(1)));
     let lingering = at_home.iter().filter(|entry| entry.tcp_state == TIME_WAIT).count();
-    assert_eq!(lingering, usize::from(SHORT), "gateway 1's kernel keeps them: {}", describe(&at_home));
+    assert_eq!(
+        lingering,
+        usize::from(SHORT),
+        "gateway 1's kernel keeps them: {}",
+        describe(&at_home)
+    );
     let mut copied = of_calls(entries::read(topology.gateway(2)));
     copied.retain(is_short);
-    let [sent, committed] =
-        std::array::from_fn(|i| counters(&appliances)[i] - before[i]).map(|n| n.saturating_sub(LONG as u64));
+    let [sent, committed] = std::array::from_fn(|i| counters(&appliances)[i] - before[i])
+        .map(|n| n.saturating_sub(LONG as u64));
     assert!(
         copied.is_empty() && sent.max(committed) <= late.len() as u64,
         "of {SHORT} short connections {sent} were sent, {committed} committed, kernel 2 has {}",
         describe(&copied)
     );
     let backups = appliances.counter(2, Counter::ConnectionsBackup);
-    assert!(backups <= 2 * LONG as u64 + late.len() as u64, "gateway 2's table has {backups} copies");
+    assert!(
+        backups <= 2 * LONG as u64 + late.len() as u64,
+        "gateway 2's table has {backups} copies"
+    );
 
     appliances.power_off(1);
     appliances.wait_until_told_dead(2, 1);

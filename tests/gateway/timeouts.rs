@@ -1,4 +1,5 @@
-//! What time a restored entry has when its gateway is dead: a timeout policy's, and settings changed since the start.
+//! What time a restored entry has when its gateway is dead: a timeout policy's, and settings
+//! changed since the start.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
@@ -64,7 +65,10 @@ fn a_flow_with_a_timeout_policy_that_falls_silent_outlives_its_gateway_by_more_t
             }
             true => {
                 server
-                    .send_to(b"answered", (SHARED, client.local_addr().expect("it is bound").port()))
+                    .send_to(
+                        b"answered",
+                        (SHARED, client.local_addr().expect("it is bound").port()),
+                    )
                     .expect("the way is open");
                 client.recv_from(&mut word).expect("the client is reached")
             }
@@ -84,9 +88,11 @@ fn a_flow_with_a_timeout_policy_that_falls_silent_outlives_its_gateway_by_more_t
     appliances.power_off(1);
     appliances.wait_until_told_dead(2, 1);
     let dead = Instant::now();
-    wait_for("the entry of the dead gateway's flow gets a time of its own", Duration::from_secs(10), || {
-        timeouts(&topology, 2, "udp", PORT)[0] < 1000
-    });
+    wait_for(
+        "the entry of the dead gateway's flow gets a time of its own",
+        Duration::from_secs(10),
+        || timeouts(&topology, 2, "udp", PORT)[0] < 1000,
+    );
     let rest = timeouts(&topology, 2, "udp", PORT)[0];
     wait_for("a silence longer than the sysctl", 2 * silence, || dead.elapsed() > silence);
     // The server speaks first: only the entry knows where to.
@@ -112,9 +118,13 @@ fn settings_changed_since_the_start_are_those_that_restored_entries_get() {
         entries::are_replicated(&entries::read(topology.gateway(2)), &silent, SHARED)
     });
     silent.finish(Duration::from_secs(1));
-    topology.gateway(2).sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", &CHANGED_S.to_string());
+    topology
+        .gateway(2)
+        .sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", &CHANGED_S.to_string());
     let changed = Instant::now();
-    wait_for("the documented second", Duration::from_secs(5), || changed.elapsed() > Duration::from_secs(1));
+    wait_for("the documented second", Duration::from_secs(5), || {
+        changed.elapsed() > Duration::from_secs(1)
+    });
 
     appliances.power_off(1);
     appliances.wait_until_told_dead(2, 1);

@@ -1,4 +1,5 @@
-//! The hosts and links that the picture in `gateway.rs` shows, and what the gateways are told to do.
+//! The hosts and links that the picture in `gateway.rs` shows, and what the gateways are told to
+//! do.
 
 use crate::common::namespace::{Namespace, remove_stale, unique_prefix};
 
@@ -15,9 +16,10 @@ pub const SERVICE_V6: &str = "fd00:4::1";
 /// The links of a gateway.
 const LINKS: [&str; 3] = ["cl0", "sv0", "sy0"];
 
-/// What every gateway does: no packet passes without a connection. The client's connections to ports
-/// below 8000 leave with the shared address, those to higher ports are only routed. What is
-/// addressed to the service goes to the server, to another port. A mark says which way it was taken.
+/// What every gateway does: no packet passes without a connection. The client's connections to
+/// ports below 8000 leave with the shared address, those to higher ports are only routed. What is
+/// addressed to the service goes to the server, to another port. A mark says which way it was
+/// taken.
 const RULES: &str = "
 table inet gate {
     chain forward {
@@ -44,8 +46,9 @@ table inet translate {
 }
 ";
 
-/// Zones, in addition: IPv4 to port 7000 is in zone 5 both ways, IPv6 to port 8000 in zone 6 both ways;
-/// what is addressed to the service has a zone on the way there only, as with tenants that share an uplink.
+/// Zones, in addition: IPv4 to port 7000 is in zone 5 both ways, IPv6 to port 8000 in zone 6 both
+/// ways; what is addressed to the service has a zone on the way there only, as with tenants that
+/// share an uplink.
 pub const ZONES: &str = "
 table inet zones {
     chain prerouting {
@@ -137,7 +140,8 @@ impl Topology {
             gateway.nft(&[RULES].iter().chain(rules).copied().collect::<String>());
             gateway
         });
-        let topology = Topology { gateways: gateways.collect(), prefix, client, server, _switch: switch };
+        let topology =
+            Topology { gateways: gateways.collect(), prefix, client, server, _switch: switch };
         topology.route_through(1);
         topology
     }
@@ -160,12 +164,19 @@ impl Topology {
     fn routes_through(&self, gateway: u8) -> [(&Namespace, String); 2] {
         let routes = |lan: u8, networks: [&str; 2], networks_v6: [&str; 2]| -> String {
             let v4 = networks.map(|to| format!("route replace {to} via 10.{lan}.0.{gateway}\n"));
-            let v6 = networks_v6.map(|to| format!("route replace {to} via fd00:{lan}::{gateway}\n"));
+            let v6 =
+                networks_v6.map(|to| format!("route replace {to} via fd00:{lan}::{gateway}\n"));
             v4.into_iter().chain(v6).collect()
         };
         [
-            (&self.client, routes(1, ["10.2.0.0/24", "10.4.0.1/32"], ["fd00:2::/64", "fd00:4::1/128"])),
-            (&self.server, routes(2, ["10.1.0.0/24", "10.3.0.0/16"], ["fd00:1::/64", "fd00:3::1/128"])),
+            (
+                &self.client,
+                routes(1, ["10.2.0.0/24", "10.4.0.1/32"], ["fd00:2::/64", "fd00:4::1/128"]),
+            ),
+            (
+                &self.server,
+                routes(2, ["10.1.0.0/24", "10.3.0.0/16"], ["fd00:1::/64", "fd00:3::1/128"]),
+            ),
         ]
     }
 

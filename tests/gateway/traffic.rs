@@ -2,8 +2,9 @@
 //! check every byte.
 //!
 //! Each side sends words of 8 bytes that name direction, connection and number; so a lost, altered
-//! or repeated byte, and a byte that came out of the wrong connection, all show at once. (In UDP, where
-//! a word is a datagram, words may be lost.) Progress is published, so that a test can wait for it.
+//! or repeated byte, and a byte that came out of the wrong connection, all show at once. (In UDP,
+//! where a word is a datagram, words may be lost.) Progress is published, so that a test can wait
+//! for it.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -102,7 +103,12 @@ struct End {
 }
 
 impl End {
-    fn new(stream: TcpStream, sends: Direction, hears: Direction, connection: Option<usize>) -> End {
+    fn new(
+        stream: TcpStream,
+        sends: Direction,
+        hears: Direction,
+        connection: Option<usize>,
+    ) -> End {
         stream.set_nonblocking(true).expect("a socket can be made non-blocking");
         stream.set_nodelay(true).expect("a TCP socket has TCP_NODELAY");
         let progress = Progress::new();
@@ -223,7 +229,8 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// Opens `count` TCP connections to an address of the server; fails the test if one cannot be opened.
+    /// Opens `count` TCP connections to an address of the server; fails the test if one cannot be
+    /// opened.
     pub fn start(client: &Namespace, server: &Namespace, to: (&str, u16), count: usize) -> Traffic {
         let to = SocketAddr::new(to.0.parse().expect("an address"), to.1);
         Traffic::connect(client, server, to, to, count)
@@ -243,14 +250,19 @@ impl Traffic {
         let serving = spawn(&shared, move |shared| serve(shared, &listener));
         let streams: Vec<TcpStream> = client.inside(|| {
             let connect = |_| TcpStream::connect_timeout(&to, CONNECT_LIMIT);
-            (0..count).map(connect).collect::<Result<_, _>>().expect("a connection through the gateway")
+            (0..count)
+                .map(connect)
+                .collect::<Result<_, _>>()
+                .expect("a connection through the gateway")
         });
-        let client_addresses = streams.iter().map(|s| s.local_addr().expect("it is connected")).collect();
+        let client_addresses =
+            streams.iter().map(|s| s.local_addr().expect("it is connected")).collect();
         let threads = vec![serving, spawn(&shared, move |shared| connect(shared, streams))];
         Traffic { shared, threads, protocol: TCP, client_addresses, server_address: to }.flowing()
     }
 
-    /// Starts `count` UDP flows to an address that may be translated on the way to where the server listens.
+    /// Starts `count` UDP flows to an address that may be translated on the way to where the server
+    /// listens.
     pub fn send_datagrams(
         client: &Namespace,
         server: &Namespace,
@@ -259,12 +271,15 @@ impl Traffic {
         count: usize,
     ) -> Traffic {
         let listener = server.inside(|| UdpSocket::bind(listens)).expect("a free port");
-        let from: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
+        let from: SocketAddr =
+            if to.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
         let sockets: Vec<UdpSocket> = client.inside(|| {
-            let connect = |_| UdpSocket::bind(from).and_then(|socket| socket.connect(to).map(|()| socket));
+            let connect =
+                |_| UdpSocket::bind(from).and_then(|socket| socket.connect(to).map(|()| socket));
             (0..count).map(connect).collect::<Result<_, _>>().expect("a route to the server")
         });
-        let client_addresses = sockets.iter().map(|s| s.local_addr().expect("it is connected")).collect();
+        let client_addresses =
+            sockets.iter().map(|s| s.local_addr().expect("it is connected")).collect();
         let shared = Arc::new(Shared::default());
         let threads = vec![
             spawn(&shared, move |shared| datagrams::serve(shared, &listener)),
@@ -334,7 +349,8 @@ impl Traffic {
     pub fn finish(&self, limit: Duration) {
         self.shared.quiet.store(true, Ordering::Relaxed);
         wait_for("every word sent has been received, both ways", limit, || {
-            let (client, server) = (lock(&self.shared.client).clone(), lock(&self.shared.server).clone());
+            let (client, server) =
+                (lock(&self.shared.client).clone(), lock(&self.shared.server).clone());
             let mut both = client.ends.iter().zip(&server.ends);
             let all_received = both.all(|(client, server)| {
                 let fault = client.fault.as_ref().or(server.fault.as_ref());
@@ -357,7 +373,8 @@ impl Drop for Traffic {
 
 /// The client's side of all connections.
 fn connect(shared: &Shared, streams: Vec<TcpStream>) {
-    let number = |(number, stream)| End::new(stream, Direction::ToServer, Direction::ToClient, Some(number));
+    let number =
+        |(number, stream)| End::new(stream, Direction::ToServer, Direction::ToClient, Some(number));
     let mut ends: Vec<End> = streams.into_iter().enumerate().map(number).collect();
     every_tick(shared, |tick, quiet| {
         talk(&mut ends, tick, quiet || !shared.may_client_send());
@@ -394,7 +411,8 @@ pub fn is_turn_of(place: usize, tick: usize) -> bool {
     (tick + place).is_multiple_of(TICKS_PER_WORD)
 }
 
-/// Calls `work` with the tick's number and whether no new word is wanted, until the traffic is dropped.
+/// Calls `work` with the tick's number and whether no new word is wanted, until the traffic is
+/// dropped.
 pub fn every_tick(shared: &Shared, mut work: impl FnMut(usize, bool)) {
     let mut tick = 0;
     while !shared.stop.load(Ordering::Relaxed) {

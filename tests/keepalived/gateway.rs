@@ -42,51 +42,69 @@ impl<'a> Gateways<'a> {
         path
     }
 
-    /// Starts a gateway's hypersync, as docs/GATEWAYS.md does but with shorter times, and waits until it is ready.
+    /// Starts a gateway's hypersync, as docs/GATEWAYS.md does but with shorter times, and waits
+    /// until it is ready.
     pub fn start_hypersync(&mut self, number: u8, notify: &Path) {
         let mut command = self.topology.gateway(number).command(env!("CARGO_BIN_EXE_hypersync"));
         command.args(["run", "--group", "7", "--member", &number.to_string()]);
         command.args(["--sync", &format!("10.9.0.{number}"), "--interface", "sync0"]);
         command.args(["--peer", &format!("10.9.0.{}", 3 - number), "--shards", "2"]);
-        command.args(["--source", "kernel", "--commit", "eager", "--capacity", "20000", "--hold", "1s"]);
+        command.args([
+            "--source",
+            "kernel",
+            "--commit",
+            "eager",
+            "--capacity",
+            "20000",
+            "--hold",
+            "1s",
+        ]);
         command.arg("--shm").arg(self.shm(number)).arg("--notify").arg(notify).args(forced_flags());
-        self.hypersync[index(number)] = Some(self.spawn(&mut command, &format!("hypersync{number}")));
+        self.hypersync[index(number)] =
+            Some(self.spawn(&mut command, &format!("hypersync{number}")));
         wait_for("hypersync is ready", Duration::from_secs(20), || self.check(number) == Some(0));
     }
 
     /// What the check says of a gateway's hypersync.
     pub fn check(&self, number: u8) -> Option<i32> {
-        let mut command = self.topology.gateway(number).command(env!("CARGO_BIN_EXE_hypersync-inspect"));
+        let mut command =
+            self.topology.gateway(number).command(env!("CARGO_BIN_EXE_hypersync-inspect"));
         let output = command.arg("--shm").arg(self.shm(number)).arg("check").output();
         output.expect("the inspector is built").status.code()
     }
 
-    /// Starts a gateway's keepalived with the file of the example, in which only the inspector's place differs.
+    /// Starts a gateway's keepalived with the file of the example, in which only the inspector's
+    /// place differs.
     pub fn start_keepalived(&mut self, number: u8) {
         let inspector = env!("CARGO_BIN_EXE_hypersync-inspect");
         let check = format!("{inspector} --shm {} check", self.shm(number).display());
-        let text = substitute(KEEPALIVED, &[("/usr/bin/hypersync-inspect check".to_owned(), check)]);
+        let text =
+            substitute(KEEPALIVED, &[("/usr/bin/hypersync-inspect check".to_owned(), check)]);
         let file = |name: &str| self.directory.join(format!("{name}{number}"));
         fs::write(file("keepalived.conf"), text).expect("the directory is ours");
         let mut command = self.topology.gateway(number).command("keepalived");
         command.args(["--dont-fork", "--log-console", "--log-detail", "--vrrp"]);
         command.arg("--use-file").arg(file("keepalived.conf"));
         command.arg("--pid").arg(file("keepalived.pid")).arg("--vrrp_pid").arg(file("vrrp.pid"));
-        self.keepalived[index(number)] = Some(self.spawn(&mut command, &format!("keepalived{number}")));
+        self.keepalived[index(number)] =
+            Some(self.spawn(&mut command, &format!("keepalived{number}")));
     }
 
     /// Waits until this gateway has both addresses and the other has neither.
     pub fn wait_until_master(&self, number: u8, why: &str) {
-        wait_for(&format!("gateway {number} has the addresses: {why}"), Duration::from_secs(20), || {
-            self.topology.has_addresses(number)
-        });
+        wait_for(
+            &format!("gateway {number} has the addresses: {why}"),
+            Duration::from_secs(20),
+            || self.topology.has_addresses(number),
+        );
     }
 
     /// Cuts a gateway off and kills what runs there without a warning.
     pub fn power_off(&mut self, number: u8) {
         self.topology.unplug(number);
         self.kill_hypersync(number);
-        // First the part of keepalived that speaks VRRP: told by its parent's death, it would say goodbye.
+        // First the part of keepalived that speaks VRRP: told by its parent's death, it would say
+        // goodbye.
         if let Ok(pid) = fs::read_to_string(self.directory.join(format!("vrrp.pid{number}")))
             && let Ok(pid) = pid.trim().parse()
         {
@@ -107,7 +125,8 @@ impl<'a> Gateways<'a> {
 
     /// Whether a gateway's script was called with this event.
     pub fn was_told(&self, number: u8, event: &str) -> bool {
-        let events = fs::read_to_string(self.directory.join(format!("events{number}"))).unwrap_or_default();
+        let events =
+            fs::read_to_string(self.directory.join(format!("events{number}"))).unwrap_or_default();
         events.lines().any(|told| told == event)
     }
 
@@ -120,15 +139,24 @@ impl<'a> Gateways<'a> {
     }
 
     fn spawn(&self, command: &mut Command, name: &str) -> Child {
-        let log = File::options().create(true).append(true).open(self.directory.join(format!("{name}.log")));
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.directory.join(format!("{name}.log")));
         let log = log.expect("the directory is ours");
-        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a file can be cloned")).stderr(log);
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("a file can be cloned"))
+            .stderr(log);
         dies_with_us(command).process_group(0).spawn().expect("it is installed")
     }
 
     fn tell_what_they_saw(&self) {
         for number in [1, 2] {
-            println!("--- gateway {number} has the addresses: {}", self.topology.has_addresses(number));
+            println!(
+                "--- gateway {number} has the addresses: {}",
+                self.topology.has_addresses(number)
+            );
             for name in ["hypersync", "keepalived"] {
                 let log = fs::read_to_string(self.directory.join(format!("{name}{number}.log")));
                 let log = log.unwrap_or_default();
@@ -137,7 +165,11 @@ impl<'a> Gateways<'a> {
                 println!("{}", lines[lines.len().saturating_sub(30)..].join("\n"));
             }
             let entries = self.topology.gateway(number).tcp_entries();
-            println!("--- {} entries, the first:\n{}", entries.len(), entries.first().map_or("", |e| e));
+            println!(
+                "--- {} entries, the first:\n{}",
+                entries.len(),
+                entries.first().map_or("", |e| e)
+            );
         }
     }
 }
@@ -173,7 +205,8 @@ fn signal(pid: i32, signal: i32) {
     unsafe { libc::kill(pid, signal) };
 }
 
-/// Sends a signal to a child, if there is one, and waits for its end; kills it if that takes too long.
+/// Sends a signal to a child, if there is one, and waits for its end; kills it if that takes too
+/// long.
 fn end(child: &mut Option<Child>, how: i32) {
     let Some(mut child) = child.take() else { return };
     signal(child.id() as i32, how);

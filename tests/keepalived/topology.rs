@@ -1,4 +1,5 @@
-//! The hosts and links of the picture in `keepalived.rs`, with the rules and settings of the example.
+//! The hosts and links of the picture in `keepalived.rs`, with the rules and settings of the
+//! example.
 
 use crate::common::namespace::{Namespace, remove_stale, unique_prefix};
 
@@ -68,7 +69,8 @@ impl Topology {
 
     /// Whether a gateway has both addresses that move.
     pub fn has_addresses(&self, gateway: u8) -> bool {
-        let addresses = crate::common::run(self.gateway(gateway).command("ip").args(["-4", "-o", "address"]));
+        let addresses =
+            crate::common::run(self.gateway(gateway).command("ip").args(["-4", "-o", "address"]));
         [INSIDE, OUTSIDE].iter().all(|address| addresses.contains(&format!(" {address}/24 ")))
     }
 
@@ -77,7 +79,8 @@ impl Topology {
         self.gateway(gateway).ip("link set lan0 down\nlink set wan0 down\nlink set sync0 down\n");
     }
 
-    /// Whether a gateway's kernel has every connection between these ports, established and translated.
+    /// Whether a gateway's kernel has every connection between these ports, established and
+    /// translated.
     pub fn has_entries(&self, gateway: u8, ports: &[(u16, u16)]) -> bool {
         let entries = self.gateway(gateway).tcp_entries();
         ports.iter().all(|(from, to)| {

@@ -5,7 +5,8 @@
 //!                              10.0.3.1, fd03::1 (NAT)
 //! ```
 //!
-//! A packet that is written to a tun device has gone all its way when the call returns, and so have its events.
+//! A packet that is written to a tun device has gone all its way when the call returns, and so have
+//! its events.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,8 +15,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use hypersync::conn::slot::groups;
 use hypersync::conn::{Connection, Tuple};
 use hypersync::conntrack::codec::{
-    self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, decode_entry, encode_dump, encode_get,
-    request_ack,
+    self, Decoded, MESSAGE_MAX, TYPE_DONE, TYPE_ERROR, decode, decode_entry, encode_dump,
+    encode_get, request_ack,
 };
 use hypersync::conntrack::netlink::{Mailbox, Socket};
 use hypersync::source::SourceEvent;
@@ -117,8 +118,13 @@ END"
         }
     }
 
-    /// Sends a request that `encode` writes, and returns the kernel's errno and the entry that it told.
-    pub fn request(&mut self, by: By, encode: impl FnOnce(&mut [u8]) -> usize) -> (i32, Option<Connection>) {
+    /// Sends a request that `encode` writes, and returns the kernel's errno and the entry that it
+    /// told.
+    pub fn request(
+        &mut self,
+        by: By,
+        encode: impl FnOnce(&mut [u8]) -> usize,
+    ) -> (i32, Option<Connection>) {
         let mut request = [0; 2 * MESSAGE_MAX];
         let length = encode(&mut request);
         request_ack(&mut request);
@@ -191,8 +197,9 @@ END"
         let (ours, tool) = (self.ours.port_id(), self.tool.port_id());
         while self.mailbox.receive(&self.listener, Mailbox::BATCH).expect("events") > 0 {
             for message in self.mailbox.messages() {
-                let word =
-                    |at: usize| u32::from_ne_bytes(message[at..at + 4].try_into().expect("four bytes"));
+                let word = |at: usize| {
+                    u32::from_ne_bytes(message[at..at + 4].try_into().expect("four bytes"))
+                };
                 let by = match word(12) {
                     0 => By::Kernel,
                     port if port == ours => By::Ours,
@@ -212,7 +219,9 @@ END"
                 message[4..6].copy_from_slice(&NEW.to_ne_bytes());
                 let Decoded { event, skipped } = decode(&message).expect("an event");
                 assert_eq!(skipped, 0);
-                let SourceEvent::Seen { connection, known } = event else { panic!("not an end any more") };
+                let SourceEvent::Seen { connection, known } = event else {
+                    panic!("not an end any more")
+                };
                 events.push(Event { what, by, connection, known: known & groups::ALL });
             }
         }
@@ -232,7 +241,9 @@ fn listener() -> Socket {
     let listener = Socket::open().expect("conntrack");
     listener.set_receive_buffer(8 << 20).expect("a buffer");
     for group in 1..=3 {
-        listener.set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen").expect("to listen");
+        listener
+            .set_netlink_option(libc::NETLINK_ADD_MEMBERSHIP, group, "listen")
+            .expect("to listen");
     }
     listener
 }
@@ -240,8 +251,9 @@ fn listener() -> Socket {
 /// A tun device of this name.
 fn tun(name: &str) -> File {
     // SAFETY: the path is a string that ends with zero.
-    let fd =
-        unsafe { libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC) };
+    let fd = unsafe {
+        libc::open(c"/dev/net/tun".as_ptr(), libc::O_RDWR | libc::O_NONBLOCK | libc::O_CLOEXEC)
+    };
     assert!(fd >= 0, "/dev/net/tun: {}", std::io::Error::last_os_error());
     // SAFETY: `fd` was just made, and nobody else knows it.
     let file = unsafe { File::from_raw_fd(fd) };

@@ -1,5 +1,6 @@
-//! The simulator's model of a kernel's connection table (`model.rs`), held against the real one: random scripts of
-//! packets, writes, deletes, flushes and timeouts are played into both, and entries and events compared.
+//! The simulator's model of a kernel's connection table (`model.rs`), held against the real one:
+//! random scripts of packets, writes, deletes, flushes and timeouts are played into both, and
+//! entries and events compared.
 
 #[path = "../common/mod.rs"]
 mod common;

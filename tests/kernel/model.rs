@@ -1,21 +1,23 @@
 //! The connection table of one gateway's kernel, in simulated time.
 //!
-//! Pure and deterministic: time comes in with each call, and everything follows from the calls. The test beside it
-//! (`main.rs`) plays scripts into a real kernel and into this, and compares entries and events after every step.
+//! Pure and deterministic: time comes in with each call, and everything follows from the calls. The
+//! test beside it (`main.rs`) plays scripts into a real kernel and into this, and compares entries
+//! and events after every step.
 //!
-//! What it leaves out: sequence numbers and windows (a packet says of itself where its numbers lie), expectations,
-//! sequence adjustment, SYN proxy, flow tables, zones of one direction, DNAT by a rule, packets of SCTP, DCCP and GRE,
-//! timeout policies, the 300 s of repeated retransmissions and of closed windows, two packets at once on two
-//! processors, and the hash: entries are walked in the order of their birth, and a full table gives up its oldest
-//! entry that is not assured.
+//! What it leaves out: sequence numbers and windows (a packet says of itself where its numbers
+//! lie), expectations, sequence adjustment, SYN proxy, flow tables, zones of one direction, DNAT by
+//! a rule, packets of SCTP, DCCP and GRE, timeout policies, the 300 s of repeated retransmissions
+//! and of closed windows, two packets at once on two processors, and the hash: entries are walked
+//! in the order of their birth, and a full table gives up its oldest entry that is not assured.
 //!
 //! What the kernel (6.18) taught, against what was taken for granted:
 //!
-//! - every event has the mark, its end included, unless it is zero; those of ctnetlink's own writes have a zero, too
-//! - labels that a commit changes are told twice: by its own event, and by the next packet, as if nobody had written
-//!   them
-//! - with `nf_conntrack_events=2` it is one flag of the whole host that says whether somebody listens: a listener in
-//!   another namespace counts (here it is the table's own)
+//! - every event has the mark, its end included, unless it is zero; those of ctnetlink's own writes
+//!   have a zero, too
+//! - labels that a commit changes are told twice: by its own event, and by the next packet, as if
+//!   nobody had written them
+//! - with `nf_conntrack_events=2` it is one flag of the whole host that says whether somebody
+//!   listens: a listener in another namespace counts (here it is the table's own)
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -96,7 +98,8 @@ pub struct Settings {
     pub max: usize,
     /// None without any NAT chain.
     pub nat: Option<Nat>,
-    /// `nf_conntrack_events`: whether what is born raises events; never, always, or (2) if somebody listens then.
+    /// `nf_conntrack_events`: whether what is born raises events; never, always, or (2) if somebody
+    /// listens then.
     pub events: u8,
     /// The helpers that this kernel has, each with its protocol.
     pub helpers: Vec<(u8, [u8; HELPER_NAME])>,
@@ -107,7 +110,14 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Settings {
         let timeouts = Timeouts::default();
-        Settings { timeouts, max: 262_144, nat: None, events: 2, helpers: Vec::new(), has_labels: false }
+        Settings {
+            timeouts,
+            max: 262_144,
+            nat: None,
+            events: 2,
+            helpers: Vec::new(),
+            has_labels: false,
+        }
     }
 }
 
@@ -173,9 +183,10 @@ impl Event {
     /// What the appliance's source makes of it.
     pub fn seen(&self) -> SourceEvent {
         match self.what {
-            What::Destroy => {
-                SourceEvent::Gone { original: self.connection.original, end: end_of(&self.connection) }
-            }
+            What::Destroy => SourceEvent::Gone {
+                original: self.connection.original,
+                end: end_of(&self.connection),
+            },
             _ => SourceEvent::Seen { connection: self.connection, known: self.known },
         }
     }
@@ -255,11 +266,22 @@ impl Entry {
     }
 
     /// `nf_conntrack_handle_packet`.
-    fn packet(&mut self, now: Time, direction: Direction, payload: &Payload, timeouts: &Timeouts) -> Effect {
-        let passes =
-            |assured, timeout_s| Effect::Passes { changed: false, assured, timeout_s: Some(timeout_s) };
+    fn packet(
+        &mut self,
+        now: Time,
+        direction: Direction,
+        payload: &Payload,
+        timeouts: &Timeouts,
+    ) -> Effect {
+        let passes = |assured, timeout_s| Effect::Passes {
+            changed: false,
+            assured,
+            timeout_s: Some(timeout_s),
+        };
         match (self.original.protocol, payload) {
-            (TCP, Payload::Tcp(segment)) => self.tcp.packet(direction, segment, self.status, timeouts),
+            (TCP, Payload::Tcp(segment)) => {
+                self.tcp.packet(direction, segment, self.status, timeouts)
+            }
             // nf_conntrack_udp_packet
             (UDP, _) if self.status & status::SEEN_REPLY != 0 && now > self.stream_after => {
                 passes(self.status & status::ASSURED == 0, timeouts.udp_stream)
@@ -306,7 +328,8 @@ impl Table {
         &mut self.settings
     }
 
-    /// Somebody listens from now on, with room for so many events; or nobody does. What waited is forgotten.
+    /// Somebody listens from now on, with room for so many events; or nobody does. What waited is
+    /// forgotten.
     pub fn listen(&mut self, queue: Option<usize>) {
         self.queue = queue;
         self.events.clear();
@@ -328,14 +351,17 @@ impl Table {
         self.entries.values().map(move |entry| entry.connection(now))
     }
 
-    /// Times at which something changes by itself: an entry runs out, a UDP exchange can become a stream.
+    /// Times at which something changes by itself: an entry runs out, a UDP exchange can become a
+    /// stream.
     pub fn edges(&self) -> impl Iterator<Item = Time> {
         self.entries.values().flat_map(|entry| [entry.expires, entry.stream_after])
     }
 
     /// A packet arrives (`nf_conntrack_in`), and goes on, if it is let through.
     pub fn packet(&mut self, now: Time, packet: &Packet) -> Verdict {
-        let Some((id, direction)) = self.find(now, &packet.tuple) else { return self.open(now, packet) };
+        let Some((id, direction)) = self.find(now, &packet.tuple) else {
+            return self.open(now, packet);
+        };
         let entry = self.entries.get_mut(&id).expect("a name has an entry");
         let leaving = entry.leaving(direction);
         let mut about = 0;
@@ -373,7 +399,8 @@ impl Table {
         Verdict::Passed(leaving)
     }
 
-    /// The first packet of a connection (`init_conntrack`, `nf_nat_inet_fn`, `__nf_conntrack_confirm`).
+    /// The first packet of a connection (`init_conntrack`, `nf_nat_inet_fn`,
+    /// `__nf_conntrack_confirm`).
     fn open(&mut self, now: Time, packet: &Packet) -> Verdict {
         let original = packet.tuple;
         if !self.has_room(now) {
@@ -383,7 +410,10 @@ impl Table {
             Payload::Tcp(segment) if original.protocol == TCP => Tcp::born(&segment),
             // icmp_packet: only a request begins anything.
             Payload::Other
-                if matches!((original.protocol, original.dport >> 8), (ICMP, 8) | (ICMPV6, 128)) =>
+                if matches!(
+                    (original.protocol, original.dport >> 8),
+                    (ICMP, 8) | (ICMPV6, 128)
+                ) =>
             {
                 Some(Tcp::committed())
             }
@@ -399,7 +429,8 @@ impl Table {
                 return Verdict::Dropped;
             }
             let address = translated.filter(|_| packet.is_from_inside);
-            let Some(leaving) = self.translate(now, &original, address.unwrap_or(original.src)) else {
+            let Some(leaving) = self.translate(now, &original, address.unwrap_or(original.src))
+            else {
                 return Verdict::Dropped;
             };
             entry.reply = leaving.mirrored();
@@ -409,8 +440,11 @@ impl Table {
             }
             entry.is_masqueraded = address.is_some() && nat.is_masquerade;
         }
-        let effect = entry.packet(now, Direction::Original, &packet.payload, &self.settings.timeouts);
-        let Effect::Passes { timeout_s: Some(timeout_s), .. } = effect else { return Verdict::Invalid };
+        let effect =
+            entry.packet(now, Direction::Original, &packet.payload, &self.settings.timeouts);
+        let Effect::Passes { timeout_s: Some(timeout_s), .. } = effect else {
+            return Verdict::Invalid;
+        };
         entry.refresh(now, timeout_s);
         if self.find(now, &entry.reply).is_some() {
             return Verdict::Dropped; // nf_ct_resolve_clash
@@ -420,25 +454,33 @@ impl Table {
         Verdict::Passed(leaving)
     }
 
-    /// How a packet leaves that gets this source address (`get_unique_tuple`): with the port that the same source has
-    /// already, its own, or another one.
+    /// How a packet leaves that gets this source address (`get_unique_tuple`): with the port that
+    /// the same source has already, its own, or another one.
     fn translate(&mut self, now: Time, original: &Tuple, address: u128) -> Option<Tuple> {
         let kept = Tuple { src: address, ..*original };
         if address == original.src && self.is_free(now, &kept) {
             return Some(kept);
         }
-        let first =
-            Tuple { dst: 0, sport: 0, dport: 0, zone: 0, protocol: 0, family: Family::V4, ..*original };
+        let first = Tuple {
+            dst: 0,
+            sport: 0,
+            dport: 0,
+            zone: 0,
+            protocol: 0,
+            family: Family::V4,
+            ..*original
+        };
         let last = Tuple { dst: u128::MAX, sport: u16::MAX, dport: u16::MAX, ..*original };
-        let of_same_source = self.names.range(first..=last).filter_map(|(name, (id, direction))| {
-            let entry = &self.entries[id];
-            let leaving = entry.leaving(Direction::Original);
-            let is_same = *direction == Direction::Original
-                && *name == Tuple { dst: name.dst, dport: name.dport, ..*original }
-                && entry.status & NAT_DONE != 0
-                && leaving.src == address;
-            is_same.then_some((*id, Tuple { sport: leaving.sport, ..kept }))
-        });
+        let of_same_source =
+            self.names.range(first..=last).filter_map(|(name, (id, direction))| {
+                let entry = &self.entries[id];
+                let leaving = entry.leaving(Direction::Original);
+                let is_same = *direction == Direction::Original
+                    && *name == Tuple { dst: name.dst, dport: name.dport, ..*original }
+                    && entry.status & NAT_DONE != 0
+                    && leaving.src == address;
+                is_same.then_some((*id, Tuple { sport: leaving.sport, ..kept }))
+            });
         let of_same_source = of_same_source.max_by_key(|(id, _)| *id).map(|(_, tuple)| tuple);
         for tuple in of_same_source.into_iter().chain([kept]) {
             if self.is_free(now, &tuple) {
@@ -460,8 +502,15 @@ impl Table {
         self.find(now, &leaving.mirrored()).is_none()
     }
 
-    /// An entry is written with `NLM_F_EXCL`, encoded as `encode_create` does (`ctnetlink_create_conntrack`).
-    pub fn create(&mut self, now: Time, by: By, connection: &Connection, timeout_s: u32) -> Result<(), i32> {
+    /// An entry is written with `NLM_F_EXCL`, encoded as `encode_create` does
+    /// (`ctnetlink_create_conntrack`).
+    pub fn create(
+        &mut self,
+        now: Time,
+        by: By,
+        connection: &Connection,
+        timeout_s: u32,
+    ) -> Result<(), i32> {
         let Connection { original, reply, state, extra } = connection;
         if self.find(now, original).is_some() {
             return Err(libc::EEXIST);
@@ -510,8 +559,9 @@ impl Table {
         Ok(())
     }
 
-    /// An entry is brought up to date, encoded as `encode_update` does (`ctnetlink_change_conntrack`). What was changed
-    /// before an error stays changed, and raises no event.
+    /// An entry is brought up to date, encoded as `encode_update` does
+    /// (`ctnetlink_change_conntrack`). What was changed before an error stays changed, and raises
+    /// no event.
     pub fn update(
         &mut self,
         now: Time,
@@ -538,7 +588,8 @@ impl Table {
         // nf_ct_change_status_common
         let wanted = present | copied(state.status);
         let is_cleared = entry.status & !wanted & (status::SEEN_REPLY | status::ASSURED) != 0;
-        if (entry.status ^ wanted) & (status::EXPECTED | status::CONFIRMED | status::DYING) != 0 || is_cleared
+        if (entry.status ^ wanted) & (status::EXPECTED | status::CONFIRMED | status::DYING) != 0
+            || is_cleared
         {
             return Err(libc::EBUSY);
         }
@@ -563,7 +614,13 @@ impl Table {
     }
 
     /// An entry's timeout is set, and nothing else.
-    pub fn set_timeout(&mut self, now: Time, by: By, name: &Tuple, timeout_s: u32) -> Result<(), i32> {
+    pub fn set_timeout(
+        &mut self,
+        now: Time,
+        by: By,
+        name: &Tuple,
+        timeout_s: u32,
+    ) -> Result<(), i32> {
         let (id, _) = self.find(now, name).ok_or(libc::ENOENT)?;
         let entry = self.entries.get_mut(&id).expect("a name has an entry");
         if entry.status & status::FIXED_TIMEOUT != 0 {
@@ -594,8 +651,14 @@ impl Table {
     }
 
     #[allow(dead_code)] // The simulator dumps in pieces, the comparison does not.
-    /// A piece of the table: up to so many entries from the one with this number on, and the number of the next.
-    pub fn dump_piece(&mut self, now: Time, from: u64, most: usize) -> (Vec<Connection>, Option<u64>) {
+    /// A piece of the table: up to so many entries from the one with this number on, and the number
+    /// of the next.
+    pub fn dump_piece(
+        &mut self,
+        now: Time,
+        from: u64,
+        most: usize,
+    ) -> (Vec<Connection>, Option<u64>) {
         self.remove_all(now, By::Kernel, |entry| entry.expires.reached(now));
         let mut rest = self.entries.range(from..);
         let piece = rest.by_ref().take(most).map(|(_, entry)| entry.connection(now)).collect();
@@ -608,7 +671,8 @@ impl Table {
     }
 
     /// An address goes, or its interface: so do the connections that are masqueraded behind it
-    /// (`nf_nat_masquerade_inet_event`). Restored ones stay: that a rule masqueraded them nobody told this kernel.
+    /// (`nf_nat_masquerade_inet_event`). Restored ones stay: that a rule masqueraded them nobody
+    /// told this kernel.
     pub fn drop_address(&mut self, now: Time, family: Family, address: u128) {
         self.remove_all(now, By::Kernel, |entry| {
             entry.is_masqueraded && (entry.reply.family, entry.reply.dst) == (family, address)
@@ -620,7 +684,8 @@ impl Table {
         self.remove_all(now, By::Kernel, |entry| entry.expires.reached(now));
     }
 
-    /// The entry with this tuple. One that has run out is collected as it is met (`____nf_conntrack_find`).
+    /// The entry with this tuple. One that has run out is collected as it is met
+    /// (`____nf_conntrack_find`).
     fn find(&mut self, now: Time, name: &Tuple) -> Option<(u64, Direction)> {
         let (id, direction) = *self.names.get(name)?;
         if self.entries[&id].expires.reached(now) {
@@ -637,7 +702,9 @@ impl Table {
         }
         self.collect(now);
         let unassured = self.entries.iter().find(|(_, entry)| entry.status & status::ASSURED == 0);
-        if let Some(id) = unassured.map(|(id, _)| *id).filter(|_| self.entries.len() >= self.settings.max) {
+        if let Some(id) =
+            unassured.map(|(id, _)| *id).filter(|_| self.entries.len() >= self.settings.max)
+        {
             self.remove(now, id, By::Kernel);
         }
         self.entries.len() < self.settings.max
@@ -649,10 +716,13 @@ impl Table {
 
     fn insert(&mut self, now: Time, mut entry: Entry, by: By, about: u8) {
         // nf_ct_ecache_ext_add
-        entry.is_heard = self.settings.events == 1 || self.settings.events == 2 && self.queue.is_some();
+        entry.is_heard =
+            self.settings.events == 1 || self.settings.events == 2 && self.queue.is_some();
         let id = self.born;
         self.born += 1;
-        for (name, direction) in [(entry.original, Direction::Original), (entry.reply, Direction::Reply)] {
+        for (name, direction) in
+            [(entry.original, Direction::Original), (entry.reply, Direction::Reply)]
+        {
             let before = self.names.insert(name, (id, direction));
             assert!(before.is_none(), "{name} has two entries");
         }
@@ -661,7 +731,8 @@ impl Table {
     }
 
     fn remove_all(&mut self, now: Time, by: By, is_meant: impl Fn(&Entry) -> bool) {
-        let meant: Vec<u64> = self.entries.iter().filter(|(_, e)| is_meant(e)).map(|(id, _)| *id).collect();
+        let meant: Vec<u64> =
+            self.entries.iter().filter(|(_, e)| is_meant(e)).map(|(id, _)| *id).collect();
         meant.into_iter().for_each(|id| self.remove(now, id, by));
     }
 

@@ -47,9 +47,11 @@ pub fn bytes(tuple: &Tuple, numbers: &Numbers) -> Vec<u8> {
             packet.extend([0, 0, 0, 0, 64, tuple.protocol, 0, 0]);
             packet.extend((tuple.src as u32).to_be_bytes());
             packet.extend((tuple.dst as u32).to_be_bytes());
-            let sum: u32 = packet.chunks(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]) as u32).sum();
+            let sum: u32 =
+                packet.chunks(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]) as u32).sum();
             let folded = (sum & 0xffff) + (sum >> 16);
-            packet[10..12].copy_from_slice(&(!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes());
+            packet[10..12]
+                .copy_from_slice(&(!((folded & 0xffff) + (folded >> 16)) as u16).to_be_bytes());
         }
         Family::V6 => {
             packet.extend([0x60, 0, 0, 0]);

@@ -8,7 +8,9 @@ use hypersync::conn::extra::{HELPER_NAME, parts};
 use hypersync::conn::slot::groups;
 use hypersync::conn::tuple::{ICMP, ICMPV6, TCP};
 use hypersync::conn::{Connection, Family, State, Tuple};
-use hypersync::conntrack::codec::{encode_create, encode_delete, encode_get, encode_update, status};
+use hypersync::conntrack::codec::{
+    encode_create, encode_delete, encode_get, encode_update, status,
+};
 use hypersync::time::Time;
 
 use crate::common::Rng;
@@ -95,10 +97,12 @@ impl Play {
     pub fn new(nat: Option<Nat>, has_labels: bool) -> Play {
         let kernel = Gateway::new(nat, has_labels);
         let helpers = vec![(TCP, helper("ftp"))];
-        let mut model = Table::new(Settings { nat, helpers, has_labels, events: 1, ..Settings::default() });
+        let mut model =
+            Table::new(Settings { nat, helpers, has_labels, events: 1, ..Settings::default() });
         model.listen(Some(1 << 20));
         let start = Instant::now();
-        let (flows, events, log, tally) = (Vec::new(), Default::default(), String::new(), Tally::default());
+        let (flows, events, log, tally) =
+            (Vec::new(), Default::default(), String::new(), Tally::default());
         Play { kernel, model, start, nat, flows, events, log, tally }
     }
 
@@ -119,7 +123,8 @@ impl Play {
     /// Ends: two clients with the same ports, which NAT has to tell apart, and two servers.
     pub fn add_flows(&mut self) {
         let mut add = |text: &str| _ = self.add_flow(text);
-        for (client, server) in [("10.0.1.2", "10.0.2.2"), ("10.0.1.3", "10.0.2.2"), ("10.0.1.2", "10.0.2.3")]
+        for (client, server) in
+            [("10.0.1.2", "10.0.2.2"), ("10.0.1.3", "10.0.2.2"), ("10.0.1.2", "10.0.2.3")]
         {
             add(&format!("tcp {client}:5000 > {server}:80"));
             add(&format!("udp {client}:5000 > {server}:53"));
@@ -171,7 +176,8 @@ impl Play {
         let now = self.now();
         let real = on_kernel(&mut self.kernel);
         let end = self.now();
-        if end.since(now) > limit || self.model.edges().any(|edge| now < edge && edge < end.after(MARGIN / 3))
+        if end.since(now) > limit
+            || self.model.edges().any(|edge| now < edge && edge < end.after(MARGIN / 3))
         {
             return Err(Broken::Stalled);
         }
@@ -193,13 +199,16 @@ impl Play {
         let Connection { original, reply, state, .. } = event.connection;
         let before = self.model.entries(now).find(|c| c.original == original);
         let tcp_before = before.map_or(0, |before| before.state.tcp_state);
-        let is_reborn = with.iter().any(|e| e.what == What::New && e.connection.original == original);
+        let is_reborn =
+            with.iter().any(|e| e.what == What::New && e.connection.original == original);
         self.tally.meet(match event.what {
             What::New if state.status & status::SRC_NAT != 0 && reply.dport != original.sport => {
                 "new, other port"
             }
             What::New => "new",
-            What::Update if state.tcp_state == tcp::SYN_RECV && tcp_before > tcp::SYN_RECV => "in sync again",
+            What::Update if state.tcp_state == tcp::SYN_RECV && tcp_before > tcp::SYN_RECV => {
+                "in sync again"
+            }
             What::Update if original.protocol == TCP && event.known & groups::STATE != 0 => {
                 "update, TCP state"
             }
@@ -210,14 +219,18 @@ impl Play {
             What::Destroy if state.timeout_s > 0 => "refused",
             What::Destroy => "ran out",
         });
-        if event.what == What::Update && event.known & groups::STATE != 0 && original.protocol == TCP {
+        if event.what == What::Update
+            && event.known & groups::STATE != 0
+            && original.protocol == TCP
+        {
             self.tally.meet(format!("state {} to {}", tcp_before, state.tcp_state));
         }
     }
 
     fn differs(&self, what: &str) -> Broken {
-        let events =
-            |events: &[Event]| events.iter().map(|e| format!("  {}\n", shown(e))).collect::<String>();
+        let events = |events: &[Event]| {
+            events.iter().map(|e| format!("  {}\n", shown(e))).collect::<String>()
+        };
         Broken::Differs(format!(
             "{}\n{what}\nevents since they were compared last, kernel:\n{}model:\n{}",
             self.log,
@@ -231,14 +244,16 @@ impl Play {
         loop {
             let now = self.now();
             let (low, high) = (Time(now.0 - MARGIN.as_nanos() as u64), now.after(ahead));
-            let Some(edge) = self.model.edges().filter(|edge| low < *edge && *edge < high).max() else {
+            let Some(edge) = self.model.edges().filter(|edge| low < *edge && *edge < high).max()
+            else {
                 return;
             };
             std::thread::sleep(edge.after(MARGIN).since(now) + Duration::from_millis(1));
         }
     }
 
-    /// Compares, which collects on both sides what has run out, at a time at which a step can follow at once.
+    /// Compares, which collects on both sides what has run out, at a time at which a step can
+    /// follow at once.
     fn collect(&mut self) -> Result<(), Broken> {
         self.keep_clear(2 * MARGIN);
         self.compare()
@@ -253,7 +268,9 @@ impl Play {
                 let get = |name| kernel.request(By::Ours, |b| encode_get(b, 1, name)).1.map(Rough);
                 names.iter().filter_map(get).collect::<Vec<_>>()
             },
-            |model, now, _, _| names.iter().filter_map(|name| model.get(now, name).map(Rough)).collect(),
+            |model, now, _, _| {
+                names.iter().filter_map(|name| model.get(now, name).map(Rough)).collect()
+            },
         )?;
         self.tally.compared += entries.len();
         self.compare_events()
@@ -310,7 +327,9 @@ impl Play {
                 "icmp_timeout" => &mut timeouts.icmp,
                 "icmpv6_timeout" => &mut timeouts.icmpv6,
                 "tcp_timeout_unacknowledged" => &mut timeouts.unacknowledged,
-                _ => &mut timeouts.tcp[1 + state(name.strip_prefix("tcp_timeout_").expect("of TCP"))],
+                _ => {
+                    &mut timeouts.tcp[1 + state(name.strip_prefix("tcp_timeout_").expect("of TCP"))]
+                }
             } = seconds;
         })
     }
@@ -321,8 +340,14 @@ impl Play {
         self.model.entries(self.now()).find(|c| c.original == name || c.original == name.mirrored())
     }
 
-    /// A packet of a flow; of TCP with this segment. One from the server goes to where the client seems to be.
-    pub fn packet(&mut self, flow: usize, is_from_client: bool, segment: Segment) -> Result<(), Broken> {
+    /// A packet of a flow; of TCP with this segment. One from the server goes to where the client
+    /// seems to be.
+    pub fn packet(
+        &mut self,
+        flow: usize,
+        is_from_client: bool,
+        segment: Segment,
+    ) -> Result<(), Broken> {
         let original = self.flows[flow].original;
         let entry = self.entry(flow);
         if entry.is_none_or(|entry| entry.state.timeout_s == 0) && self.nat.is_some() {
@@ -348,8 +373,11 @@ impl Play {
                 // Which port the kernel takes, if it has to take another one, is random.
                 if let Some(born) = events.iter().find(|e| e.what == What::New) {
                     let Connection { original, reply, .. } = born.connection;
-                    model.next_port =
-                        if matches!(original.protocol, ICMP | ICMPV6) { reply.sport } else { reply.dport };
+                    model.next_port = if matches!(original.protocol, ICMP | ICMPV6) {
+                        reply.sport
+                    } else {
+                        reply.dport
+                    };
                 }
                 match model.packet(now, &packet) {
                     Verdict::Passed(tuple) => Some(tuple),
@@ -373,7 +401,8 @@ impl Play {
         on_kernel: impl FnOnce(&mut Gateway) -> i32,
         on_model: impl FnOnce(&mut Table, Time) -> Result<(), i32>,
     ) -> Result<(), Broken> {
-        let errno = self.step(text, on_kernel, |model, now, _, _| on_model(model, now).err().unwrap_or(0))?;
+        let errno =
+            self.step(text, on_kernel, |model, now, _, _| on_model(model, now).err().unwrap_or(0))?;
         let what = text.split(' ').next().unwrap_or_default();
         self.tally.meet(match errno {
             0 => what.to_owned(),
@@ -384,7 +413,11 @@ impl Play {
 
     pub fn flush(&mut self) -> Result<(), Broken> {
         self.collect()?; // who removes what has run out is open
-        self.step("flush", |kernel| kernel.flush(By::Tool), |model, now, (), _| model.flush(now, By::Tool))
+        self.step(
+            "flush",
+            |kernel| kernel.flush(By::Tool),
+            |model, now, (), _| model.flush(now, By::Tool),
+        )
     }
 
     pub fn delete(&mut self, by: By, name: &Tuple) -> Result<(), Broken> {
@@ -412,7 +445,12 @@ impl Play {
         )
     }
 
-    pub fn create(&mut self, by: By, connection: &Connection, timeout_s: u32) -> Result<(), Broken> {
+    pub fn create(
+        &mut self,
+        by: By,
+        connection: &Connection,
+        timeout_s: u32,
+    ) -> Result<(), Broken> {
         self.collect()?; // an entry that has run out is in the way until it is collected
         self.request(
             &format!("create {:?} {timeout_s} s", Rough(*connection)).replace('\n', ""),
@@ -436,7 +474,8 @@ impl Play {
         present: u32,
     ) -> Result<(), Broken> {
         self.request(
-            &format!("update {:?} {timeout_s} s over {present:#x}", Rough(*connection)).replace('\n', ""),
+            &format!("update {:?} {timeout_s} s over {present:#x}", Rough(*connection))
+                .replace('\n', ""),
             |kernel| kernel.request(by, |b| encode_update(b, 1, connection, timeout_s, present)).0,
             |model, now| model.update(now, by, connection, timeout_s, present),
         )?;
@@ -450,7 +489,9 @@ impl Play {
             std::fs::write("/proc/sys/net/netfilter/nf_conntrack_events", events.to_string())
                 .expect("a sysctl")
         };
-        self.step(&format!("events is {events}"), set, |model, _, (), _| model.settings().events = events)
+        self.step(&format!("events is {events}"), set, |model, _, (), _| {
+            model.settings().events = events
+        })
     }
 
     /// The gateway loses its address for NAT.
@@ -495,7 +536,9 @@ impl Play {
                     self.packet(flow, is_from_client, segment)?;
                 }
             }
-            70..75 => self.create(by, &self.wanted(flow, rng), pick(rng, &[1, 2, 3, 600, 2_073_600]))?,
+            70..75 => {
+                self.create(by, &self.wanted(flow, rng), pick(rng, &[1, 2, 3, 600, 2_073_600]))?
+            }
             75..82 => {
                 let present = match rng.below(4) {
                     0 => pick(rng, &[0, status::CONFIRMED, 0x208, 0x18a, 0x9]),
@@ -575,8 +618,12 @@ impl Play {
         // What somebody wrote has no numbers.
         let flags = if self.flows[flow].is_clear { flags } else { flags & !RST };
         let place = match flags {
-            f if f & RST != 0 => pick(rng, &[Place::Right, Place::Right, Place::Ahead, Place::Behind]),
-            f if f == SYN | ACK => pick(rng, &[Place::Right, Place::Right, Place::Right, Place::Ahead]),
+            f if f & RST != 0 => {
+                pick(rng, &[Place::Right, Place::Right, Place::Ahead, Place::Behind])
+            }
+            f if f == SYN | ACK => {
+                pick(rng, &[Place::Right, Place::Right, Place::Right, Place::Ahead])
+            }
             _ => Place::Right,
         };
         (is_from_client, Segment { flags, data: flags == ACK && rng.below(2) == 0, place })
@@ -629,7 +676,8 @@ impl Flow {
         }
     }
 
-    /// What both ends have learned once it has passed, and the entry went from one state to another.
+    /// What both ends have learned once it has passed, and the entry went from one state to
+    /// another.
     fn passed(
         &mut self,
         is_from_client: bool,
@@ -639,15 +687,17 @@ impl Flow {
         states: (u8, u8),
     ) {
         let (before, state) = states;
-        let is_challenge = (before, state, segment.flags) == (tcp::LAST_ACK, tcp::LAST_ACK, flag::ACK);
+        let is_challenge =
+            (before, state, segment.flags) == (tcp::LAST_ACK, tcp::LAST_ACK, flag::ACK);
         let (own, other) = (!is_from_client as usize, is_from_client as usize);
         // An answer that is sent again is ignored, unless a SYN was let through in between.
         let is_resync = self.pending[other].is_some() && segment.place == Place::Right;
         let is_answer = state == tcp::SYN_RECV && (before != state || is_resync || is_original);
         let is_syn = segment.flags & flag::SYN != 0;
         let has_ack = segment.flags & flag::ACK != 0;
-        let next =
-            numbers.sequence + numbers.length as u32 + (segment.flags & (flag::SYN | flag::FIN) != 0) as u32;
+        let next = numbers.sequence
+            + numbers.length as u32
+            + (segment.flags & (flag::SYN | flag::FIN) != 0) as u32;
         match (is_syn, has_ack) {
             (true, false) if matches!(state, tcp::SYN_SENT | tcp::SYN_SENT2) => {
                 (self.numbers[own], self.pending) = (next, [None; 2]);
@@ -698,7 +748,8 @@ impl PartialEq for Rough {
     fn eq(&self, other: &Rough) -> bool {
         let (a, b) = (&self.0, &other.0);
         let exact = |c: &Connection| {
-            let State { status, tcp_state, tcp_flags_original, tcp_flags_reply, mark, .. } = c.state;
+            let State { status, tcp_state, tcp_flags_original, tcp_flags_reply, mark, .. } =
+                c.state;
             let flags = [tcp_flags_original & 15, tcp_flags_reply & 15];
             (c.original, c.reply, status, tcp_state, flags, mark, c.extra)
         };
@@ -760,13 +811,20 @@ fn is_alike(a: &BTreeMap<Tuple, Vec<&Event>>, b: &BTreeMap<Tuple, Vec<&Event>>) 
 }
 
 fn shown(event: &Event) -> String {
-    format!("{:?} {:?} known {:#x} {:?}", event.what, event.by, event.known, Rough(event.connection))
-        .replace('\n', "")
+    format!(
+        "{:?} {:?} known {:#x} {:?}",
+        event.what,
+        event.by,
+        event.known,
+        Rough(event.connection)
+    )
+    .replace('\n', "")
 }
 
 fn shown_payload(payload: &Payload) -> String {
     let Payload::Tcp(segment) = payload else { return String::new() };
-    let names = [(flag::SYN, "SYN "), (flag::FIN, "FIN "), (flag::RST, "RST "), (flag::ACK, "ACK ")];
+    let names =
+        [(flag::SYN, "SYN "), (flag::FIN, "FIN "), (flag::RST, "RST "), (flag::ACK, "ACK ")];
     let flags: String =
         names.iter().filter(|(bit, _)| segment.flags & bit != 0).map(|(_, name)| *name).collect();
     format!("{flags}{}{:?}", if segment.data { "data " } else { "" }, segment.place)

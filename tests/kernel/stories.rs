@@ -1,5 +1,5 @@
-//! Stories that random scripts meet seldom or never, told to both sides; and what only the model can show, since the
-//! kernel has one limit for all namespaces.
+//! Stories that random scripts meet seldom or never, told to both sides; and what only the model
+//! can show, since the kernel has one limit for all namespaces.
 
 use hypersync::conn::{Connection, Family, State, Tuple};
 use hypersync::conntrack::codec::status;
@@ -16,7 +16,11 @@ const CLIENT: bool = true;
 const SERVER: bool = false;
 
 /// Tells a story of one TCP connection over IPv4, if this user may.
-fn tell(what: &str, nat: Option<Nat>, story: impl Fn(&mut Play, usize) -> Result<(), Broken> + Sync) {
+fn tell(
+    what: &str,
+    nat: Option<Nat>,
+    story: impl Fn(&mut Play, usize) -> Result<(), Broken> + Sync,
+) {
     if !may_make_namespaces(what) {
         return;
     }
@@ -50,7 +54,12 @@ fn handshake() -> [(bool, Segment); 3] {
 }
 
 fn close() -> [(bool, Segment); 4] {
-    [(CLIENT, plain(FIN | ACK)), (SERVER, plain(ACK)), (SERVER, plain(FIN | ACK)), (CLIENT, plain(ACK))]
+    [
+        (CLIENT, plain(FIN | ACK)),
+        (SERVER, plain(ACK)),
+        (SERVER, plain(FIN | ACK)),
+        (CLIENT, plain(ACK)),
+    ]
 }
 
 fn state(play: &Play, flow: usize) -> (u8, u32) {
@@ -60,7 +69,8 @@ fn state(play: &Play, flow: usize) -> (u8, u32) {
 
 fn restored(original: &str, port: u16) -> Connection {
     let original: Tuple = original.parse().expect("a tuple");
-    let reply = Tuple { src: nat(false).v4.expect("an address"), sport: port, ..original }.mirrored();
+    let reply =
+        Tuple { src: nat(false).v4.expect("an address"), sport: port, ..original }.mirrored();
     let state = State { status: 0x18e, tcp_state: tcp::ESTABLISHED, ..State::default() };
     Connection::new(original, reply, state)
 }
@@ -74,12 +84,17 @@ fn data_that_waits_for_its_acknowledgement_has_a_shorter_timeout() {
         assert_eq!(state(play, flow), (tcp::ESTABLISHED, 300));
         exchange(play, flow, &[(SERVER, plain(ACK))])?;
         assert_eq!(state(play, flow), (tcp::ESTABLISHED, 432_000));
-        exchange(play, flow, &[(SERVER, data()), (CLIENT, data()), (SERVER, data()), (CLIENT, plain(ACK))])
+        exchange(
+            play,
+            flow,
+            &[(SERVER, data()), (CLIENT, data()), (SERVER, data()), (CLIENT, plain(ACK))],
+        )
     });
 }
 
 #[test]
-fn a_restored_entry_gets_its_normal_timeout_by_the_first_packet_and_the_shorter_one_by_the_second() {
+fn a_restored_entry_gets_its_normal_timeout_by_the_first_packet_and_the_shorter_one_by_the_second()
+{
     tell(
         "packets through a restored entry in the kernel and in the model",
         Some(nat(false)),
@@ -91,7 +106,11 @@ fn a_restored_entry_gets_its_normal_timeout_by_the_first_packet_and_the_shorter_
                 assert_eq!(state(play, flow), (tcp::ESTABLISHED, 432_000));
                 exchange(play, flow, &[(side, data())])?;
                 assert_eq!(state(play, flow), (tcp::ESTABLISHED, 300));
-                exchange(play, flow, &[(!side, plain(ACK)), (side, plain(ACK)), (SERVER, plain(RST))])?;
+                exchange(
+                    play,
+                    flow,
+                    &[(!side, plain(ACK)), (side, plain(ACK)), (SERVER, plain(RST))],
+                )?;
                 play.delete(By::Ours, &copy.original)?;
             }
             Ok(())
@@ -120,15 +139,27 @@ fn a_port_that_is_used_again_keeps_its_entry_or_gets_a_new_one_as_the_old_connec
         exchange(play, flow, &[(SERVER, plain(RST | ACK))])?;
         exchange(play, flow, &handshake())?;
         // A reset that is a little off leaves it established, with the timeout of a closed one.
-        exchange(play, flow, &[(SERVER, Segment { flags: RST, data: false, place: Place::Ahead })])?;
+        exchange(
+            play,
+            flow,
+            &[(SERVER, Segment { flags: RST, data: false, place: Place::Ahead })],
+        )?;
         assert_eq!(state(play, flow), (tcp::ESTABLISHED, 10));
         // A SYN while the last ACK is due: its challenge ACK is not taken for that.
         exchange(play, flow, &close()[..3])?;
         exchange(play, flow, &[(CLIENT, plain(SYN)), (SERVER, plain(ACK))])?;
         assert_eq!(state(play, flow).0, tcp::LAST_ACK);
-        exchange(play, flow, &[(CLIENT, plain(ACK)), (CLIENT, plain(SYN)), (SERVER, plain(RST | ACK))])?;
+        exchange(
+            play,
+            flow,
+            &[(CLIENT, plain(ACK)), (CLIENT, plain(SYN)), (SERVER, plain(RST | ACK))],
+        )?;
         // Both open it at once.
-        exchange(play, flow, &[(CLIENT, plain(SYN)), (SERVER, plain(SYN)), (CLIENT, plain(SYN | ACK))])?;
+        exchange(
+            play,
+            flow,
+            &[(CLIENT, plain(SYN)), (SERVER, plain(SYN)), (CLIENT, plain(SYN | ACK))],
+        )?;
         exchange(play, flow, &[(SERVER, plain(ACK)), (CLIENT, plain(ACK))])
     });
 }
@@ -170,7 +201,9 @@ fn a_masqueraded_connection_goes_with_its_address_and_a_restored_one_stays() {
         let other = play.add_flow("tcp 10.0.1.3:5001 > 10.0.2.2:80");
         play.create(By::Ours, &restored("tcp 10.0.1.3:5001 > 10.0.2.2:80", 5001), 600)?;
         play.drop_address()?;
-        assert!(play.entry(flow).is_none() && play.entry(udp).is_none() && play.entry(other).is_some());
+        assert!(
+            play.entry(flow).is_none() && play.entry(udp).is_none() && play.entry(other).is_some()
+        );
         Ok(())
     });
 }
@@ -207,7 +240,10 @@ fn a_full_table_gives_up_what_is_not_assured_and_takes_no_more_then() {
     copy.state.status = status::SEEN_REPLY | status::ASSURED;
     assert_eq!(table.create(Time(0), By::Ours, &copy, 600), Ok(()));
     assert!(matches!(table.packet(Time(0), &udp(2)), Verdict::Passed(_)));
-    assert!(matches!(table.packet(Time(0), &udp(3)), Verdict::Passed(_)), "the one before it was in vain");
+    assert!(
+        matches!(table.packet(Time(0), &udp(3)), Verdict::Passed(_)),
+        "the one before it was in vain"
+    );
     let names: Vec<Tuple> = table.entries(Time(0)).map(|c| c.original).collect();
     assert_eq!(names, [udp(1).tuple, udp(3).tuple]);
     table.settings().max = 1;
@@ -229,7 +265,8 @@ fn events_that_nobody_fetches_are_lost_and_counted() {
     }
     table.delete(Time(0), By::Tool, &udp(4).tuple).expect("it is there");
     assert_eq!(table.overruns(), 1);
-    let told: Vec<What> = std::iter::from_fn(|| table.next_event()).map(|event| event.what).collect();
+    let told: Vec<What> =
+        std::iter::from_fn(|| table.next_event()).map(|event| event.what).collect();
     assert_eq!(told, [What::New; 2]);
     table.drop_address(Time(0), Family::V4, 1); // nothing is masqueraded
     table.delete(Time(0), By::Tool, &udp(3).tuple).expect("it is there");

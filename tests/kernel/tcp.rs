@@ -1,4 +1,5 @@
-//! TCP as the model has it: which packet takes an entry to which state, and what it gives the entry to live.
+//! TCP as the model has it: which packet takes an entry to which state, and what it gives the entry
+//! to live.
 //!
 //! Sequence numbers are not modelled; a packet says of itself where its numbers lie ([`Place`]).
 
@@ -38,7 +39,8 @@ pub mod flag {
 /// Where a packet's numbers lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Place {
-    /// They are what the other side expects, and acknowledge all that it sent (or the SYN that it answers).
+    /// They are what the other side expects, and acknowledge all that it sent (or the SYN that it
+    /// answers).
     #[default]
     Right,
     /// Beyond that: not of this connection, as far as anybody can see.
@@ -202,11 +204,13 @@ impl Tcp {
             Next::State(state) => state,
         };
         if new == NONE {
-            let answers = self.is_syn_noted && self.last.1 != direction && segment.place == Place::Right;
+            let answers =
+                self.is_syn_noted && self.last.1 != direction && segment.place == Place::Right;
             if sort != Sort::SynAck || !answers {
                 return self.ignore(direction, sort);
             }
-            // The SYN that was let through is answered: both ends are in another connection than this entry.
+            // The SYN that was let through is answered: both ends are in another connection than
+            // this entry.
             (old, new) = (SYN_SENT, SYN_RECV);
             self.flags[direction.other() as usize] = 0;
             self.flags[direction as usize] &= BE_LIBERAL;
@@ -224,13 +228,17 @@ impl Tcp {
                 return Effect::Ignored;
             }
             SYN_SENT2 => self.is_simultaneous = true,
-            SYN_RECV if direction == Direction::Reply && sort == Sort::Ack && self.is_simultaneous => {
+            SYN_RECV
+                if direction == Direction::Reply && sort == Sort::Ack && self.is_simultaneous =>
+            {
                 new = ESTABLISHED;
             }
-            CLOSE if sort == Sort::Rst && old < FIN_WAIT => match self.reset(direction, segment, status) {
-                Some(state) => new = state,
-                None => return Effect::Invalid,
-            },
+            CLOSE if sort == Sort::Rst && old < FIN_WAIT => {
+                match self.reset(direction, segment, status) {
+                    Some(state) => new = state,
+                    None => return Effect::Invalid,
+                }
+            }
             _ => {}
         }
         self.count(direction, sort, segment);
@@ -258,7 +266,9 @@ impl Tcp {
                 timeout_s = timeout_s.min(timeouts.unacknowledged);
             }
         } else {
-            assured = status & ASSURED == 0 && matches!(old, SYN_RECV | ESTABLISHED) && new == ESTABLISHED;
+            assured = status & ASSURED == 0
+                && matches!(old, SYN_RECV | ESTABLISHED)
+                && new == ESTABLISHED;
         }
         Effect::Passes { changed: new != old, assured, timeout_s: Some(timeout_s) }
     }
@@ -274,8 +284,9 @@ impl Tcp {
         Effect::Ignored
     }
 
-    /// The state after a RST, or none if it is older than what the other side acknowledged. One that is beyond it
-    /// may be answered by a challenge ACK: the entry stays established, but not for long.
+    /// The state after a RST, or none if it is older than what the other side acknowledged. One
+    /// that is beyond it may be answered by a challenge ACK: the entry stays established, but not
+    /// for long.
     fn reset(&self, direction: Direction, segment: &Segment, status: Status) -> Option<u8> {
         let is_established = self.state == ESTABLISHED && status & ASSURED != 0;
         if self.flags[direction.other() as usize] & ACKED == 0 || self.last.0 == Sort::Syn {
@@ -288,7 +299,8 @@ impl Tcp {
         }
     }
 
-    /// `tcp_in_window` with `be_liberal`, as far as it is not about windows: data that waits for its acknowledgement.
+    /// `tcp_in_window` with `be_liberal`, as far as it is not about windows: data that waits for
+    /// its acknowledgement.
     fn count(&mut self, direction: Direction, sort: Sort, segment: &Segment) {
         let (own, other) = (direction as usize, direction.other() as usize);
         let is_first = !std::mem::replace(&mut self.seen[own], true);

@@ -8,7 +8,9 @@ use hypersync::counters::Counter;
 use crate::common::member::{Member, wait_until_ready};
 use crate::common::{may_make_namespaces, run, wait_for};
 use crate::conntrack::{Churn, Hand, Plan, Table, connections, count, difference, table};
-use crate::gateways::{Gateways, LATEST, REPROTECT_AFTER, check_dumps, is_protected, print_passes, stays};
+use crate::gateways::{
+    Gateways, LATEST, REPROTECT_AFTER, check_dumps, is_protected, print_passes, stays,
+};
 
 /// The kernel's timeout of an established connection.
 const ESTABLISHED_S: u32 = 432_000;
@@ -56,7 +58,9 @@ fn what_is_flushed_at_the_backup_comes_back_and_what_is_flushed_at_the_active_is
             && count(kernel2) == 0
     });
     println!("{COUNT} closes were carried out within {} ms", flushed.elapsed().as_millis());
-    stays("they stay closed", Duration::from_secs(1), || count(kernel1) == 0 && count(kernel2) == 0);
+    stays("they stay closed", Duration::from_secs(1), || {
+        count(kernel1) == 0 && count(kernel2) == 0
+    });
     check_dumps(&[&one, &two]);
 }
 
@@ -101,10 +105,18 @@ fn with_commit_off_nothing_is_ever_written() {
     wait_for("all are copied", LATEST, || is_protected(&one, COUNT as u64));
     one.kill();
     wait_for("the death is told", LATEST, || two.was_told("member-dead 1"));
-    wait_for("nobody else can take member 1's place", LATEST, || two.counter(Counter::StreamsLost) > 0);
+    wait_for("nobody else can take member 1's place", LATEST, || {
+        two.counter(Counter::StreamsLost) > 0
+    });
     let presumed = (two.counter(Counter::ConnectionsBackup), two.counter(Counter::Promotions));
-    assert_eq!(presumed, (COUNT as u64, 0), "its copies are presumed active, and stay where they are");
-    stays("the kernel's table stays empty", Duration::from_secs(1), || count(gateways.gateway(2)) == 0);
+    assert_eq!(
+        presumed,
+        (COUNT as u64, 0),
+        "its copies are presumed active, and stay where they are"
+    );
+    stays("the kernel's table stays empty", Duration::from_secs(1), || {
+        count(gateways.gateway(2)) == 0
+    });
     assert_eq!(two.counter(Counter::Commits), 0);
     check_dumps(&[&two]);
 }
@@ -118,7 +130,9 @@ fn entries_never_run_out_while_the_active_lives_and_do_so_once_it_is_dead() {
     let (gateways, mut one, two) = pair(&[]);
     let kernel2 = gateways.gateway(2);
     Hand::on(gateways.gateway(1)).open(connections(0..COUNT));
-    wait_for("all are copied", LATEST, || is_protected(&one, COUNT as u64) && count(kernel2) == COUNT as u64);
+    wait_for("all are copied", LATEST, || {
+        is_protected(&one, COUNT as u64) && count(kernel2) == COUNT as u64
+    });
     let (least, most) = timeouts(&table(kernel2));
     println!("while the active lives: {least} to {most} s");
     assert!(most <= KEPT_TIMEOUT_S && least >= KEPT_TIMEOUT_S - 120);
@@ -130,7 +144,11 @@ fn entries_never_run_out_while_the_active_lives_and_do_so_once_it_is_dead() {
         let (least, most) = timeouts(&table(kernel2));
         (ESTABLISHED_S - 120..=ESTABLISHED_S).contains(&least) && most <= ESTABLISHED_S
     };
-    wait_for("the entries have normal timeouts", REPROTECT_AFTER + Duration::from_secs(5), has_normal);
+    wait_for(
+        "the entries have normal timeouts",
+        REPROTECT_AFTER + Duration::from_secs(5),
+        has_normal,
+    );
     let (least, most) = timeouts(&table(kernel2));
     println!("{} ms after its death was told: {least} to {most} s", told.elapsed().as_millis());
     assert_eq!(count(kernel2), COUNT as u64);
@@ -148,7 +166,9 @@ fn heartbeats_are_on_time_while_many_copies_are_written() {
     let plan = Plan { rate: 20_000, first: 0, open: COUNT, keep_one_of: 1, most: COUNT };
     let started = Instant::now();
     let made = Churn::start(gateways.gateway(1), plan).wait();
-    wait_for("all are copied", LATEST, || is_protected(&one, COUNT as u64) && count(kernel2) == COUNT as u64);
+    wait_for("all are copied", LATEST, || {
+        is_protected(&one, COUNT as u64) && count(kernel2) == COUNT as u64
+    });
     println!(
         "{COUNT} connections at {} a second; all were in the backup's kernel after {} ms",
         (made.opened as f64 / made.took.as_secs_f64()) as u64,
@@ -159,7 +179,11 @@ fn heartbeats_are_on_time_while_many_copies_are_written() {
         assert_eq!(member.counter(Counter::MembersDied), 0);
         // A processor that is shared with others can make a pass late by itself.
         let (late, passes) = (member.counter(Counter::PassesLate), member.counter(Counter::Passes));
-        assert!(late * 100 <= passes, "{late} of {passes} passes of member {} were late", member.id);
+        assert!(
+            late * 100 <= passes,
+            "{late} of {passes} passes of member {} were late",
+            member.id
+        );
     }
     check_dumps(&[&one, &two]);
 }

@@ -1,4 +1,5 @@
-//! Connections in a gateway's kernel, made and closed by ctnetlink: to the appliance they are traffic.
+//! Connections in a gateway's kernel, made and closed by ctnetlink: to the appliance they are
+//! traffic.
 
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
@@ -16,8 +17,8 @@ use hypersync::source::SourceEvent;
 
 use crate::common::namespace::Namespace;
 
-/// The n-th connection, established and translated to 10.3.0.1: 50,000 ports to each server, so that
-/// one translated address suffices.
+/// The n-th connection, established and translated to 10.3.0.1: 50,000 ports to each server, so
+/// that one translated address suffices.
 pub fn connection(n: u32) -> Connection {
     let (server, port) = (n / 50_000, (1024 + n % 50_000) as u16);
     let client = (Ipv4Addr::from(0x0a01_0100 + server), port);
@@ -75,7 +76,8 @@ impl Hand {
 
     /// Opens these connections; fails the test if the kernel does not take one.
     pub fn open(&mut self, connections: impl IntoIterator<Item = Connection>) {
-        // The kernel's own timeout: an entry with a longer one would look like one that was committed.
+        // The kernel's own timeout: an entry with a longer one would look like one that was
+        // committed.
         self.write(connections, Lifetime::Normal);
     }
 
@@ -87,7 +89,8 @@ impl Hand {
         assert_eq!(self.take_failed(), 0, "the kernel takes every connection");
     }
 
-    /// Ends these connections as TCP does: their last packets change their state, then they are gone.
+    /// Ends these connections as TCP does: their last packets change their state, then they are
+    /// gone.
     pub fn finish(&mut self, connections: impl Iterator<Item = Connection> + Clone) {
         const TIME_WAIT: u8 = 7;
         self.open(connections.clone().map(|mut c| {
@@ -136,9 +139,12 @@ pub fn table(gateway: &Namespace) -> Table {
 pub fn difference(one: &Table, other: &Table) -> Option<String> {
     let lacks = |what: &str, a: &Table, b: &Table| {
         let missing: Vec<&Tuple> = a.keys().filter(|name| !b.contains_key(name)).collect();
-        missing.first().map(|first| format!("the {what} lacks {} entries, {first} say", missing.len()))
+        missing
+            .first()
+            .map(|first| format!("the {what} lacks {} entries, {first} say", missing.len()))
     };
-    // The kernel's notes on the packet seen last, and that committed entries are liberal, are of one side only.
+    // The kernel's notes on the packet seen last, and that committed entries are liberal, are of
+    // one side only.
     const LASTING: u8 = 0x07;
     let value = |c: &Connection| Connection {
         state: State {

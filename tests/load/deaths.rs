@@ -155,7 +155,8 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
         // Some end, at whichever gateway has the traffic now; they must never come back.
         let ending: Vec<u32> = lasting.drain(..lasting.len().min(ENDING)).collect();
         Hand::on(gateways.gateway(active)).finish(connections(ending.iter().copied()));
-        let ended: HashSet<Tuple> = connections(ending.iter().copied()).map(|c| c.original).collect();
+        let ended: HashSet<Tuple> =
+            connections(ending.iter().copied()).map(|c| c.original).collect();
         finished += ended.len();
         wanted.retain(|name| !ended.contains(name));
         allowed.retain(|name| !ended.contains(name));
@@ -194,7 +195,9 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
                 }
             }
             active = 3 - victim;
-            wait_for("the survivor tells of the death", LATEST, || times_told(&members) > told_before);
+            wait_for("the survivor tells of the death", LATEST, || {
+                times_told(&members) > told_before
+            });
             site.route_through(active);
             churn = Churn::start(gateways.gateway(active), Plan { first: next, ..CHURN });
             traffic.wait_for_more(10, LATEST, "every connection goes on through the survivor");
@@ -230,7 +233,9 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
             .or_else(|| strange.map(|name| format!("{name} should be closed")))
             .or_else(|| difference(&tables[at(active)], &tables[2 - usize::from(active)]))
             .or_else(|| {
-                members.iter().find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into()))
+                members
+                    .iter()
+                    .find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into()))
             });
         why.is_none()
     };
@@ -263,7 +268,10 @@ fn ten_deaths_in_a_row_break_nothing_under_churn() {
 fn wait_for_two_copies(site: &Site, members: &[Member; 2], wanted: &HashSet<Tuple>) {
     let has_all = |number| site.table(number, wanted).len() == wanted.len();
     let started = Instant::now();
-    while !(members.iter().all(|m| m.counter(Counter::Unprotected) == 0) && has_all(1) && has_all(2)) {
+    while !(members.iter().all(|m| m.counter(Counter::Unprotected) == 0)
+        && has_all(1)
+        && has_all(2))
+    {
         assert!(
             started.elapsed() < LATEST,
             "of {} connections the kernels have only {} and {}",

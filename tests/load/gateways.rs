@@ -41,8 +41,9 @@ impl Gateways {
 
     /// Another bridge.
     pub fn bridge(&self, name: &str) {
-        self.switch
-            .ip(&format!("link add {name} type bridge forward_delay 0 mcast_snooping 0\nlink set {name} up"));
+        self.switch.ip(&format!(
+            "link add {name} type bridge forward_delay 0 mcast_snooping 0\nlink set {name} up"
+        ));
     }
 
     /// Another host.
@@ -53,7 +54,10 @@ impl Gateways {
     /// Joins a host to a bridge.
     pub fn plug(&self, host: &Namespace, link: &str, bridge: &str, address: &str) {
         let port = format!("{}-{bridge}", host.name().rsplit('-').next().expect("a name"));
-        host.ip(&format!("link add {link} type veth peer name {port} netns {}", self.switch.name()));
+        host.ip(&format!(
+            "link add {link} type veth peer name {port} netns {}",
+            self.switch.name()
+        ));
         self.switch.ip(&format!("link set {port} master {bridge} up"));
         host.ip(&format!("address add {address}/24 dev {link}\nlink set {link} up"));
     }
@@ -68,14 +72,19 @@ impl Gateways {
         let address = |n: u8| std::net::IpAddr::from([10, 9, 0, n]);
         let (hold, reprotect) = (format!("{}ms", HOLD.as_millis()), REPROTECT_AFTER.as_millis());
         let mut words = words(member, address(member));
-        words.extend(["--interface", "sy0", "--shards", "2", "--commit", "eager"].map(str::to_owned));
+        words.extend(
+            ["--interface", "sy0", "--shards", "2", "--commit", "eager"].map(str::to_owned),
+        );
         for other in (1..=self.hosts.len() as u8).filter(|other| *other != member) {
             words.extend(["--peer".to_owned(), address(other).to_string()]);
         }
-        let usual = ["--source", "kernel", "--capacity", "150000", "--arena", "4194304", "--hold", &hold];
-        // Dead after 0.8 s: a machine whose processors are shared stands still for half a second now and then.
+        let usual =
+            ["--source", "kernel", "--capacity", "150000", "--arena", "4194304", "--hold", &hold];
+        // Dead after 0.8 s: a machine whose processors are shared stands still for half a second
+        // now and then.
         let reprotect = format!("{reprotect}ms");
-        let words = with(with(words, &usual), &["--reprotect-after", &reprotect, "--dead-after", "8"]);
+        let words =
+            with(with(words, &usual), &["--reprotect-after", &reprotect, "--dead-after", "8"]);
         let command = {
             let mut command = self.gateway(member).command(hypersync().get_program());
             command.env("RUST_BACKTRACE", "1");
@@ -101,15 +110,20 @@ pub fn check_dumps(members: &[&Member]) {
             (member.counter(Counter::SourceOverruns), member.counter(Counter::SourceDumps));
         let table = format!("of group 7: {SHARDS} shards");
         let id = format!("table {:08x}", member.view().header().table_id);
-        let starts = member.log().lines().filter(|l| l.contains(&table) && l.ends_with(&id)).count() as u64;
+        let starts =
+            member.log().lines().filter(|l| l.contains(&table) && l.ends_with(&id)).count() as u64;
         println!("member {}: {overruns} events lost, {dumps} dumps in {starts} starts", member.id);
-        assert!(overruns > 0 || starts > 0 && dumps == SHARDS * starts, "{dumps} dumps, {starts} starts");
+        assert!(
+            overruns > 0 || starts > 0 && dumps == SHARDS * starts,
+            "{dumps} dumps, {starts} starts"
+        );
     }
 }
 
 /// What a member's loops were like, for the reader of the test's output.
 pub fn print_passes(member: &Member) {
-    let longest = |shard| Counters::new(member.view().shard(shard).counters).get(Counter::PassLongestUs);
+    let longest =
+        |shard| Counters::new(member.view().shard(shard).counters).get(Counter::PassLongestUs);
     println!(
         "member {}: {} passes, {} of them later than 10 ms, the longest {} us",
         member.id,

@@ -15,7 +15,11 @@ use crate::gateways::{Gateways, LATEST, SHARDS, check_dumps, is_protected, print
 /// What a member's table holds as its own connections.
 fn own(member: &Member) -> Result<HashSet<Tuple>, String> {
     let is_own = |kind| matches!(kind, Kind::Held | Kind::Active);
-    Ok(copies(member)?.into_iter().filter(|(_, copy)| is_own(copy.kind)).map(|(name, _)| name).collect())
+    Ok(copies(member)?
+        .into_iter()
+        .filter(|(_, copy)| is_own(copy.kind))
+        .map(|(name, _)| name)
+        .collect())
 }
 
 fn names(table: &Table) -> HashSet<Tuple> {
@@ -25,8 +29,14 @@ fn names(table: &Table) -> HashSet<Tuple> {
 /// Nothing of this member is left to dump, and for two seconds nothing is.
 fn no_more_dumps(member: &Member) {
     let dumps = member.counter(Counter::SourceDumps);
-    stays("no dump without a loss", Duration::from_secs(2), || member.counter(Counter::SourceDumps) == dumps);
-    println!("member {}: {} events lost, {dumps} dumps", member.id, member.counter(Counter::SourceOverruns));
+    stays("no dump without a loss", Duration::from_secs(2), || {
+        member.counter(Counter::SourceDumps) == dumps
+    });
+    println!(
+        "member {}: {} events lost, {dumps} dumps",
+        member.id,
+        member.counter(Counter::SourceOverruns)
+    );
 }
 
 #[test]
@@ -35,8 +45,8 @@ fn lost_events_are_repaired_in_both_directions_at_both_gateways() {
         return;
     }
     let gateways = Gateways::build(2);
-    // The buffer takes about a hundred events; so that the loss is certain, the process stands still while
-    // they come, for less than the dead time.
+    // The buffer takes about a hundred events; so that the loss is certain, the process stands
+    // still while they come, for less than the dead time.
     let extra = ["--event-buffer", "65536", "--dead-after", "20"];
     let (one, two) = (gateways.start(1, &extra), gateways.start(2, &extra));
     wait_until_ready(&[&one, &two]);
@@ -57,7 +67,9 @@ fn lost_events_are_repaired_in_both_directions_at_both_gateways() {
     // Only opened a few at a time, so that nothing is lost yet.
     for some in 0..40 {
         hand.open(connections(some * 50..some * 50 + 50));
-        wait_for("these are read", LATEST, || own(&one).is_ok_and(|o| o.len() == (some as usize + 1) * 50));
+        wait_for("these are read", LATEST, || {
+            own(&one).is_ok_and(|o| o.len() == (some as usize + 1) * 50)
+        });
     }
     wait_for("the first connections are copied", LATEST, || is_whole(2000));
     let lost = || one.counter(Counter::SourceOverruns);
@@ -68,8 +80,11 @@ fn lost_events_are_repaired_in_both_directions_at_both_gateways() {
         hand.open(connections(2000..5000));
         hand.close(connections(2000..3000));
     });
-    wait_for("both kernels have what was opened, and not what was closed", LATEST, || is_whole(3000));
-    let wanted: HashSet<Tuple> = connections((1000..2000).chain(3000..5000)).map(|c| c.original).collect();
+    wait_for("both kernels have what was opened, and not what was closed", LATEST, || {
+        is_whole(3000)
+    });
+    let wanted: HashSet<Tuple> =
+        connections((1000..2000).chain(3000..5000)).map(|c| c.original).collect();
     assert_eq!(names(&table(kernel1)), wanted);
     assert_eq!(own(&one).as_ref(), Ok(&wanted));
     assert!(lost() > 2500, "{} events were lost", lost());
@@ -99,8 +114,9 @@ fn of_a_hundred_thousand_events_a_second_none_stays_lost() {
     let (one, two) = (gateways.start(1, &[]), gateways.start(2, &[]));
     wait_until_ready(&[&one, &two]);
     let plan = Plan { rate: 30_000, first: 0, open: 3_000, keep_one_of: 50, most: EACH };
-    let churns: Vec<Churn> =
-        (0..WRITERS).map(|n| Churn::start(gateways.gateway(1), Plan { first: n * EACH, ..plan })).collect();
+    let churns: Vec<Churn> = (0..WRITERS)
+        .map(|n| Churn::start(gateways.gateway(1), Plan { first: n * EACH, ..plan }))
+        .collect();
     let mut rate = 0.0;
     let mut kept = HashSet::new();
     for churn in churns {
@@ -111,7 +127,9 @@ fn of_a_hundred_thousand_events_a_second_none_stays_lost() {
     println!("{} events a second were made, for {} connections", rate as u64, WRITERS * EACH);
     let kernel = table(gateways.gateway(1));
     assert_eq!(names(&kernel), kept, "the kernel has what was kept");
-    wait_for("the appliance's table equals the kernel's", LATEST, || own(&one).is_ok_and(|own| own == kept));
+    wait_for("the appliance's table equals the kernel's", LATEST, || {
+        own(&one).is_ok_and(|own| own == kept)
+    });
     wait_for("everything is copied", LATEST, || is_protected(&one, kept.len() as u64));
     wait_for("and in the backup's kernel", LATEST, || {
         difference(&kernel, &table(gateways.gateway(2))).is_none()

@@ -67,7 +67,8 @@ fn a_full_kernel_table_declines_copies_until_there_is_room() {
         is_protected(&one, FIRST as u64) && count(kernel2) == OWN + FIRST as u64
     });
 
-    // Room for 100 more below 90 %. The limit is that of all tables on this host: not for longer than needed.
+    // Room for 100 more below 90 %. The limit is that of all tables on this host: not for longer
+    // than needed.
     let limit = Limit::now();
     limit.set((OWN + FIRST as u64 + 100) * 10 / 9);
     hand.open(connections(FIRST..ALL));
@@ -143,18 +144,23 @@ fn copies_whose_translation_is_in_use_are_exposed_until_it_is_free() {
             && one.counter(Counter::Declined) == clashing
             && one.counter(Counter::Exposure) == clashing
     };
-    // While copies are tried again they do not count as missing for a moment, and the kernel counts them.
+    // While copies are tried again they do not count as missing for a moment, and the kernel counts
+    // them.
     wait_for("the clashes are told, the other copies written", LATEST, || {
-        is_told() && two.counter(Counter::CommitMissing) == clashing && count(kernel2) == CONNECTIONS as u64
+        is_told()
+            && two.counter(Counter::CommitMissing) == clashing
+            && count(kernel2) == CONNECTIONS as u64
     });
     stays("they stay exposed", Duration::from_secs(2), is_told);
     assert!(two.counter(Counter::CommitClashes) >= clashing);
     println!("{} clashes counted for {CLASHING} copies", two.counter(Counter::CommitClashes));
 
     rivals.close((0..CLASHING).map(rival));
-    wait_for("the translations are free, and the copies are written", Duration::from_secs(15), || {
-        is_protected(&one, CONNECTIONS as u64) && two.counter(Counter::CommitMissing) == 0
-    });
+    wait_for(
+        "the translations are free, and the copies are written",
+        Duration::from_secs(15),
+        || is_protected(&one, CONNECTIONS as u64) && two.counter(Counter::CommitMissing) == 0,
+    );
     assert_eq!(difference(&table(kernel1), &table(kernel2)), None);
     check_dumps(&[&one, &two]);
 }
@@ -186,6 +192,9 @@ fn copies_whose_translation_is_in_use_move_to_a_third_member() {
             c.original
         );
     }
-    println!("of {CONNECTIONS} copies, {CLASHING} clashing, {} are at the third member", third.len());
+    println!(
+        "of {CONNECTIONS} copies, {CLASHING} clashing, {} are at the third member",
+        third.len()
+    );
     check_dumps(&[&one, &two, &three]);
 }

@@ -1,5 +1,6 @@
-//! Warm restarts with the kernel as the source: the appliance of the active gateway, then that of its backup, is killed
-//! under traffic and goes on with its table. What their kernels did meanwhile nobody told anyone.
+//! Warm restarts with the kernel as the source: the appliance of the active gateway, then that of
+//! its backup, is killed under traffic and goes on with its table. What their kernels did meanwhile
+//! nobody told anyone.
 
 use std::collections::HashSet;
 use std::time::Instant;
@@ -43,11 +44,14 @@ fn a_killed_appliance_goes_on_with_its_table_and_its_kernel_whichever_role_it_ha
             why = lost
                 .map(|name| format!("{name} is lost"))
                 .or_else(|| {
-                    (!has).then(|| format!("{} entries, {}", tables[0].len(), wanted.len() + TRAFFIC))
+                    (!has)
+                        .then(|| format!("{} entries, {}", tables[0].len(), wanted.len() + TRAFFIC))
                 })
                 .or_else(|| difference(&tables[0], &tables[1]))
                 .or_else(|| {
-                    members.iter().find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into()))
+                    members
+                        .iter()
+                        .find_map(|m| (m.counter(Counter::Exposure) != 0).then(|| "exposed".into()))
                 });
             why.is_none()
         };
@@ -64,8 +68,10 @@ fn a_killed_appliance_goes_on_with_its_table_and_its_kernel_whichever_role_it_ha
     for (round, (victim, other, until_dead)) in
         [(1, 2, false), (1, 2, true), (2, 1, false), (2, 1, true)].into_iter().enumerate()
     {
-        let what =
-            format!("member {victim} killed, {}", if until_dead { "and dead" } else { "and back at once" });
+        let what = format!(
+            "member {victim} killed, {}",
+            if until_dead { "and dead" } else { "and back at once" }
+        );
         let base = round as u32 * 1000;
         open(&mut wanted, base..base + 300);
         equal("before", &members, &wanted);
@@ -74,7 +80,8 @@ fn a_killed_appliance_goes_on_with_its_table_and_its_kernel_whichever_role_it_ha
         let table_id = members[at(victim)].view().header().table_id;
         let pid = members[at(victim)].pid();
         members[at(victim)].kill();
-        // Some end, some begin. If it is the backup's: somebody deletes some of the entries that it keeps.
+        // Some end, some begin. If it is the backup's: somebody deletes some of the entries that it
+        // keeps.
         Hand::on(kernel(1)).finish(connections(base..base + 100));
         connections(base..base + 100).for_each(|c| _ = wanted.remove(&c.original));
         open(&mut wanted, base + 300..base + 400);
@@ -88,7 +95,10 @@ fn a_killed_appliance_goes_on_with_its_table_and_its_kernel_whichever_role_it_ha
         }
         members[at(victim)] = start(victim);
         let header = *members[at(victim)].view().header();
-        assert!(header.pid != pid && header.table_id == table_id, "another process, the same table");
+        assert!(
+            header.pid != pid && header.table_id == table_id,
+            "another process, the same table"
+        );
         wait_until_ready(&[&members[0], &members[1]]);
         traffic.wait_for_more(10, LATEST, "every connection goes on");
         equal(&what, &members, &wanted);
@@ -99,7 +109,8 @@ fn a_killed_appliance_goes_on_with_its_table_and_its_kernel_whichever_role_it_ha
         "no traffic moved"
     );
     // Now the backup has to carry on: none breaks.
-    let dead = |member: &Member| member.events().iter().filter(|event| **event == "member-dead 1").count();
+    let dead =
+        |member: &Member| member.events().iter().filter(|event| **event == "member-dead 1").count();
     let told = dead(&members[1]);
     members[0].kill();
     site.set_links(1, "down");

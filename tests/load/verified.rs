@@ -1,7 +1,7 @@
 //! Entries of copies that vanish or change without an event, and the walk that finds them.
 //!
-//! Entries that are made while the sysctl `nf_conntrack_events` is 0 raise no event, whatever happens to them: so
-//! nothing but the walk can know.
+//! Entries that are made while the sysctl `nf_conntrack_events` is 0 raise no event, whatever
+//! happens to them: so nothing but the walk can know.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,8 @@ use crate::common::{may_make_namespaces, wait_for};
 use crate::conntrack::{Hand, connection, connections, count, difference, table};
 use crate::gateways::{Gateways, LATEST, check_dumps, is_protected, print_passes, stays};
 
-/// Gateways 1 and 2, the second with a walk of this period, a deaf kernel, and copies of so many connections.
+/// Gateways 1 and 2, the second with a walk of this period, a deaf kernel, and copies of so many
+/// connections.
 fn pair(period: &str, copies: u32) -> (Gateways, Member, Member) {
     let gateways = Gateways::build(2);
     let (one, two) = (gateways.start(1, &[]), gateways.start(2, &["--verify", period]));
@@ -55,14 +56,19 @@ fn an_entry_that_vanishes_in_silence_stays_away_until_a_walk_finds_it() {
         let deleted = Instant::now();
         if comes_back {
             wait_for("the walk writes them again", LATEST, || count(kernel2) == COPIES as u64);
-            println!("{GONE} of {COPIES} were there again {} ms later", deleted.elapsed().as_millis());
+            println!(
+                "{GONE} of {COPIES} were there again {} ms later",
+                deleted.elapsed().as_millis()
+            );
             assert_eq!(two.counter(Counter::VerifyMissing), GONE as u64);
             assert_eq!(difference(&table(gateways.gateway(1)), &table(kernel2)), None);
             assert!(table(kernel2).values().all(|c| c.state.timeout_s > KEPT_TIMEOUT_S - 120));
             let log = two.log();
             assert!(log.contains("was gone: it is written again"), "{log}");
         } else {
-            stays("nobody notices", Duration::from_secs(4), || count(kernel2) == (COPIES - GONE) as u64);
+            stays("nobody notices", Duration::from_secs(4), || {
+                count(kernel2) == (COPIES - GONE) as u64
+            });
             assert_eq!(two.counter(Counter::VerifyLooks), 0);
         }
         check_roles(&one, &two, COPIES);
@@ -84,8 +90,10 @@ fn an_entry_with_another_translation_mark_or_timeout_is_put_right() {
     };
     assert!(is_whole());
     wait_for_a_walk(&two);
-    let found =
-        || [Counter::VerifyMissing, Counter::VerifyDiffered, Counter::VerifyTouched].map(|c| two.counter(c));
+    let found = || {
+        [Counter::VerifyMissing, Counter::VerifyDiffered, Counter::VerifyTouched]
+            .map(|c| two.counter(c))
+    };
     assert_eq!(found(), [0; 3], "nothing is found where nothing is wrong");
 
     let elsewhere = |n: u32| {
@@ -105,7 +113,8 @@ fn an_entry_with_another_translation_mark_or_timeout_is_put_right() {
     hand.write((50..100).map(marked), Lifetime::Kept);
     wait_for("the marks are as they were", LATEST, is_whole);
     assert_eq!(found(), [0, 100, 0]);
-    // The timeout that a packet gives shows that one passed here: it is noticed, by each walk, and stays.
+    // The timeout that a packet gives shows that one passed here: it is noticed, by each walk, and
+    // stays.
     hand.open((100..150).map(connection));
     wait_for("they are noticed", LATEST, || found()[2] >= 100);
     let [missing, differed, _] = found();
@@ -162,7 +171,8 @@ fn a_walk_over_many_copies_keeps_to_its_budget() {
     for period in ["0s", "1s"] {
         let (gateways, one, two) = pair(period, COPIES);
         let processor = || -> u64 {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", two.pid())).expect("it runs");
+            let stat =
+                std::fs::read_to_string(format!("/proc/{}/stat", two.pid())).expect("it runs");
             let fields: Vec<&str> = stat[stat.rfind(')').expect("a name")..].split(' ').collect();
             // In ticks of 10 ms: user, system.
             fields[12..14].iter().map(|ticks| ticks.parse::<u64>().expect("a number") * 10).sum()
@@ -172,7 +182,8 @@ fn a_walk_over_many_copies_keeps_to_its_budget() {
             let is_walking = two.counter(Counter::VerifyLooks) > looks || period == "0s";
             since.elapsed() > Duration::from_secs(5) && is_walking
         });
-        let (looks, took) = (two.counter(Counter::VerifyLooks) - looks, since.elapsed().as_secs_f64());
+        let (looks, took) =
+            (two.counter(Counter::VerifyLooks) - looks, since.elapsed().as_secs_f64());
         println!(
             "--verify {period}, {COPIES} copies in two shards: {} look-ups and {} ms of processor time a second",
             (looks as f64 / took) as u64,

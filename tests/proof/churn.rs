@@ -1,5 +1,5 @@
-//! Churn: connections that open, change and close at some thousands of events a second, told to the members
-//! through their rings; and what the tables must hold of them in the end.
+//! Churn: connections that open, change and close at some thousands of events a second, told to the
+//! members through their rings; and what the tables must hold of them in the end.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -84,7 +84,8 @@ impl Churn {
         }
     }
 
-    /// Goes on until `condition` holds; returns how long that took. The condition is asked 50 times a second.
+    /// Goes on until `condition` holds; returns how long that took. The condition is asked 50 times
+    /// a second.
     pub fn go_on_until(
         &mut self,
         what: &str,
@@ -99,7 +100,8 @@ impl Churn {
         start.elapsed()
     }
 
-    /// Ends: the short-lived close, all others stay as they are now. Returns when the members have read all of it.
+    /// Ends: the short-lived close, all others stay as they are now. Returns when the members have
+    /// read all of it.
     pub fn finish(&mut self, members: &[&Member]) {
         let start = Instant::now();
         self.planes.iter_mut().for_each(|plane| plane.load.flows.finish(true));
@@ -116,7 +118,8 @@ impl Churn {
         }
     }
 
-    /// The member of this load is dead; its connections, as last told, are another member's from now on.
+    /// The member of this load is dead; its connections, as last told, are another member's from
+    /// now on.
     pub fn inherit(&mut self, plane: u8, heir: u8) {
         self.planes.iter_mut().filter(|p| p.number == plane).for_each(|p| p.active = heir);
     }
@@ -143,8 +146,8 @@ impl Churn {
         self.planes.iter().map(|plane| plane.load.flows.told().closed).sum()
     }
 
-    /// Waits until the members hold exactly what is open, and nothing is left half done; then checks it all, field by
-    /// field, as the demo does. Returns how long the group took.
+    /// Waits until the members hold exactly what is open, and nothing is left half done; then
+    /// checks it all, field by field, as the demo does. Returns how long the group took.
     pub fn settle(&self, what: &str, members: &[&Member], limit: Duration) -> Duration {
         let (start, wanted) = (Instant::now(), self.wanted());
         loop {
@@ -160,7 +163,8 @@ impl Churn {
                 let member = plane.active;
                 plane.load.flows.open().map(move |flow| Open { member, flow, is_recent: false })
             });
-            let verdict = check_at_rest(&tables.iter().collect::<Vec<_>>(), &open.collect::<Vec<_>>());
+            let verdict =
+                check_at_rest(&tables.iter().collect::<Vec<_>>(), &open.collect::<Vec<_>>());
             assert!(verdict.violations.is_empty(), "{what}: {:?}", verdict.violations);
             println!(
                 "{what}: agreed {} ms after the churn: {} connections, {} copies compared, {} closed ones nowhere",
@@ -186,7 +190,11 @@ fn is_at_rest(members: &[&Member]) -> Result<(), String> {
         for (kind, counter) in kinds.into_iter().zip(counted) {
             let (found, counted) = (slots_of(member, kind), member.counter(counter));
             if found != counted {
-                return Err(format!("member {} has {found} {} slots, not {counted}", member.id, kind.name()));
+                return Err(format!(
+                    "member {} has {found} {} slots, not {counted}",
+                    member.id,
+                    kind.name()
+                ));
             }
         }
     }
@@ -196,7 +204,7 @@ fn is_at_rest(members: &[&Member]) -> Result<(), String> {
 /// Slots of this kind in a member's table.
 pub fn slots_of(member: &Member, kind: Kind) -> u64 {
     let shards = 0..member.view().header().sizes.shards;
-    let kinds =
-        shards.flat_map(|shard| member.view().shard(shard).slots.iter().map(|slot| slot.line().kind()));
+    let kinds = shards
+        .flat_map(|shard| member.view().shard(shard).slots.iter().map(|slot| slot.line().kind()));
     kinds.filter(|found| *found == kind).count() as u64
 }

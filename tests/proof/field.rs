@@ -8,7 +8,8 @@ use crate::common::member::{Lab, Member, hypersync, with, words};
 use crate::common::namespace::{Namespace, unique_prefix};
 use crate::common::run;
 
-/// How long a group may take to agree once its fault is gone and the churn has ended. A busy machine is slow.
+/// How long a group may take to agree once its fault is gone and the churn has ended. A busy
+/// machine is slow.
 pub const AGREE_WITHIN: Duration = Duration::from_secs(30);
 /// The hold time of every member.
 pub const HOLD: &str = "200ms";
@@ -30,10 +31,14 @@ impl Field {
         let mut field = Field { lab, hosts: Vec::new(), switch };
         for n in 1..=count {
             let host = Namespace::new(&prefix, &format!("host{n}"));
-            host.ip(&format!("link add sy0 type veth peer name port{n} netns {}", field.switch.name()));
+            host.ip(&format!(
+                "link add sy0 type veth peer name port{n} netns {}",
+                field.switch.name()
+            ));
             field.switch.ip(&format!("link set port{n} master br0 up"));
             host.ip(&format!("address add 10.9.0.{n}/24 dev sy0\nlink set sy0 up"));
-            // Datagrams that leave as one send travel one by one, as on a wire: so each is lost by itself.
+            // Datagrams that leave as one send travel one by one, as on a wire: so each is lost by
+            // itself.
             run(host.command("ethtool").args(["-K", "sy0", "tx-udp-segmentation", "off"]));
             field.hosts.push(host);
         }
@@ -50,7 +55,8 @@ impl Field {
         [10, 9, 0, n].into()
     }
 
-    /// Starts a member on the host of its number, with these flags and values in place of the usual ones.
+    /// Starts a member on the host of its number, with these flags and values in place of the usual
+    /// ones.
     pub fn start(&self, member: u8, extra: &[&str]) -> Member {
         self.start_at(member, member, extra)
     }
@@ -70,7 +76,8 @@ impl Field {
         Member::start(&self.lab, &format!("h{host}"), member, command, &words)
     }
 
-    /// Drops what reaches a host's port 8116 and fits this condition, until the fault is dropped itself.
+    /// Drops what reaches a host's port 8116 and fits this condition, until the fault is dropped
+    /// itself.
     pub fn fault(&self, host: u8, condition: &str) -> Fault<'_> {
         let host = self.host(host);
         host.nft(&format!(
@@ -80,12 +87,14 @@ impl Field {
         Fault { host }
     }
 
-    /// Makes the switch's port of a host pass no IP packets above this size. The host's own interface does not know.
+    /// Makes the switch's port of a host pass no IP packets above this size. The host's own
+    /// interface does not know.
     pub fn set_port_mtu(&self, host: u8, mtu: u16) {
         self.switch.ip(&format!("link set port{host} mtu {mtu}"));
     }
 
-    /// Whether packets of this many bytes pass from one host to another, both ways and unfragmented.
+    /// Whether packets of this many bytes pass from one host to another, both ways and
+    /// unfragmented.
     pub fn passes(&self, from: u8, to: u8, size: u16) -> bool {
         let payload = (size - 28).to_string();
         let mut ping = self.host(from).command("ping");
@@ -135,5 +144,8 @@ pub fn memory_kb(pid: u32) -> (u64, u64) {
 
 /// What `hypersync-inspect` prints of a member.
 pub fn inspect(member: &Member, what: &str) -> String {
-    run(Command::new(env!("CARGO_BIN_EXE_hypersync-inspect")).arg("--shm").arg(&member.shm).arg(what))
+    run(Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"))
+        .arg("--shm")
+        .arg(&member.shm)
+        .arg(what))
 }

@@ -19,7 +19,10 @@ fn sum(members: &[&Member], counters: &[Counter]) -> u64 {
 
 /// Deltas that were sent for the first time.
 fn deltas(members: &[&Member]) -> u64 {
-    sum(members, &[Counter::DeltasNew, Counter::DeltasUpdate, Counter::DeltasClose, Counter::DeltasRelease])
+    sum(
+        members,
+        &[Counter::DeltasNew, Counter::DeltasUpdate, Counter::DeltasClose, Counter::DeltasRelease],
+    )
 }
 
 #[test]
@@ -86,11 +89,15 @@ fn thirty_seconds_without_the_sync_link_cost_no_memory_and_heal() {
     let mut samples = vec![sample(Instant::now(), &members)];
 
     let (faults, cut) = ([1, 2].map(|host| field.fault(host, "")), Instant::now());
-    churn.go_on_until("both find the other dead, and every shard lets go of what was agreed", SOON, || {
-        one.sees(2) == Status::Dead
-            && two.sees(1) == Status::Dead
-            && sum(&members, &[Counter::StreamsLost]) >= lost_before + 3
-    });
+    churn.go_on_until(
+        "both find the other dead, and every shard lets go of what was agreed",
+        SOON,
+        || {
+            one.sees(2) == Status::Dead
+                && two.sees(1) == Status::Dead
+                && sum(&members, &[Counter::StreamsLost]) >= lost_before + 3
+        },
+    );
     println!("30 s cut: streams declared lost after {} ms", cut.elapsed().as_millis());
     while cut.elapsed() < SECOND * 30 {
         churn.go_on(SECOND * 5);
@@ -102,8 +109,10 @@ fn thirty_seconds_without_the_sync_link_cost_no_memory_and_heal() {
     let now = churn.states();
     let opened = now.keys().filter(|tuple| !states.contains_key(tuple)).count();
     let closed = states.keys().filter(|tuple| !now.contains_key(tuple)).count();
-    let changed =
-        now.iter().filter(|(tuple, mark)| states.get(tuple).is_some_and(|old| old != *mark)).count();
+    let changed = now
+        .iter()
+        .filter(|(tuple, mark)| states.get(tuple).is_some_and(|old| old != *mark))
+        .count();
     let sent = Sent::by(&members);
     drop(faults);
     churn.settle("30 s cut, healed", &members, AGREE_WITHIN);
@@ -130,7 +139,9 @@ fn thirty_seconds_without_the_sync_link_cost_no_memory_and_heal() {
     });
     let sent = Sent::by(&members);
     drop(faults);
-    wait_for("both are backups again", SOON, || one.sees(2) == Status::Ready && two.sees(1) == Status::Ready);
+    wait_for("both are backups again", SOON, || {
+        one.sees(2) == Status::Ready && two.sees(1) == Status::Ready
+    });
     churn.settle("short cut without traffic, healed", &members, AGREE_WITHIN);
     println!("short cut: caught up with {}; nothing had changed", sent.until_now(&members));
 }
@@ -145,13 +156,15 @@ impl Sent {
     }
 
     fn until_now(&self, members: &[&Member]) -> String {
-        let [deltas, datagrams, bytes] = std::array::from_fn(|i| Sent::by(members).0[i] - self.0[i]);
+        let [deltas, datagrams, bytes] =
+            std::array::from_fn(|i| Sent::by(members).0[i] - self.0[i]);
         format!("{deltas} deltas in {datagrams} datagrams of {} KB", bytes / 1024)
     }
 }
 
-/// Memory that was touched before the cut is all that is ever needed, but for pages of the shared memory (reserved at the
-/// start) that were not touched before: slots are used oldest first, and datagrams go round the whole arena.
+/// Memory that was touched before the cut is all that is ever needed, but for pages of the shared
+/// memory (reserved at the start) that were not touched before: slots are used oldest first, and
+/// datagrams go round the whole arena.
 fn is_flat(samples: &[Sample]) {
     let (first, during) = (&samples[0], &samples[1..samples.len() - 1]);
     for member in 0..first.used.len() {
@@ -159,7 +172,12 @@ fn is_flat(samples: &[Sample]) {
             let grown = s.rss_kb[member].0.saturating_sub(first.rss_kb[member].0);
             assert!(grown <= 1024, "member {}: {grown} KB more at {:?}", member + 1, s.at);
             let grown = s.rss_kb[member].1.saturating_sub(first.rss_kb[member].1);
-            assert!(grown <= 256, "member {}: {grown} KB of its own more at {:?}", member + 1, s.at);
+            assert!(
+                grown <= 256,
+                "member {}: {grown} KB of its own more at {:?}",
+                member + 1,
+                s.at
+            );
         }
         for s in during {
             assert_eq!(
@@ -190,24 +208,31 @@ fn one_of_three_without_the_sync_link_heals_under_churn() {
     churn.go_on_until("the one and the others find each other dead", SOON, || {
         [&one, &three].iter().all(|m| m.sees(2) == Status::Dead && two.sees(m.id) == Status::Dead)
     });
-    let alone = churn.go_on_until("the one has nobody left: all that it has is exposed", SOON, || {
-        let active = two.counter(Counter::ConnectionsActive);
-        // Its own, and what it presumes.
-        let all = two.counter(Counter::ConnectionsActive) + two.counter(Counter::ConnectionsBackup);
-        active > 0 && two.counter(Counter::Exposure) * 10 > all * 9 && two.counter(Counter::StreamsLost) > 0
-    });
+    let alone =
+        churn.go_on_until("the one has nobody left: all that it has is exposed", SOON, || {
+            let active = two.counter(Counter::ConnectionsActive);
+            // Its own, and what it presumes.
+            let all =
+                two.counter(Counter::ConnectionsActive) + two.counter(Counter::ConnectionsBackup);
+            active > 0
+                && two.counter(Counter::Exposure) * 10 > all * 9
+                && two.counter(Counter::StreamsLost) > 0
+        });
     println!("one of three cut: all that it has is exposed {} ms after it knew", alone.as_millis());
     churn.go_on_until("the others protect each other meanwhile", SOON, || {
         cut.elapsed() > SECOND * 6 && sum(&[&one, &three], &[Counter::Unprotected]) < 50
     });
     let dropped: Vec<u64> = faults.iter().map(Fault::hits).collect();
     assert!(dropped.iter().all(|n| *n > 40), "dropped {dropped:?}: this tests nothing");
-    let lost: Vec<u64> = members.iter().map(|member| member.counter(Counter::StreamsLost)).collect();
+    let lost: Vec<u64> =
+        members.iter().map(|member| member.counter(Counter::StreamsLost)).collect();
     assert!(lost.iter().all(|n| *n > 0), "streams lost: {lost:?}");
     drop(faults);
     let healed = Instant::now();
     churn.go_on_until("everybody is everybody's backup again", SOON, || {
-        members.iter().all(|m| members.iter().all(|o| o.id == m.id || m.sees(o.id) == Status::Ready))
+        members
+            .iter()
+            .all(|m| members.iter().all(|o| o.id == m.id || m.sees(o.id) == Status::Ready))
     });
     println!(
         "one of three cut: streams lost {lost:?}; ready {} ms after the heal",
@@ -231,24 +256,32 @@ fn who_is_heard_and_does_not_hear_is_no_backup() {
     churn.go_on(SECOND);
     let fault = field.fault(2, "");
     churn.go_on_until("it is no backup for the others, and alive", SOON, || {
-        [&one, &three].iter().all(|m| m.sees(2) == Status::Joining && two.sees(m.id) == Status::Dead)
+        [&one, &three]
+            .iter()
+            .all(|m| m.sees(2) == Status::Joining && two.sees(m.id) == Status::Dead)
     });
     let said = format!("member 2 at {} does not hear this member", Field::address(2));
-    let told = churn
-        .go_on_until("the others say why", SOON, || one.log().contains(&said) && three.log().contains(&said));
-    let moved =
-        churn.go_on_until("the others' connections have other backups, its own have none", SOON, || {
+    let told = churn.go_on_until("the others say why", SOON, || {
+        one.log().contains(&said) && three.log().contains(&said)
+    });
+    let moved = churn.go_on_until(
+        "the others' connections have other backups, its own have none",
+        SOON,
+        || {
             let active = two.counter(Counter::ConnectionsActive);
             sum(&[&one, &three], &[Counter::Unprotected]) < 50
                 && two.counter(Counter::Unprotected) * 10 > active * 9
-        });
+        },
+    );
     assert!(fault.hits() > 20, "{} dropped: this tests nothing", fault.hits());
     assert!(two.was_told("member-dead 1") && two.was_told("member-dead 3"), "{:?}", two.events());
     assert!(!one.was_told("member-dead 2") && !three.was_told("member-dead 2"), "it is heard");
     println!("deaf: told after {} ms, moved {} ms later", told.as_millis(), moved.as_millis());
     drop(fault);
     churn.go_on_until("all are ready again", SOON, || {
-        members.iter().all(|m| members.iter().all(|o| o.id == m.id || m.sees(o.id) == Status::Ready))
+        members
+            .iter()
+            .all(|m| members.iter().all(|o| o.id == m.id || m.sees(o.id) == Status::Ready))
     });
     churn.go_on(SECOND);
     churn.finish(&members);
@@ -269,7 +302,8 @@ fn a_path_that_passes_small_datagrams_only_is_noticed_and_told() {
     );
     let (one, two) = (field.start(1, &[]), field.start(2, &[]));
     let members = [&one, &two];
-    let said = |n: u8| format!("member {n} at {}: only its small heartbeats arrive", Field::address(n));
+    let said =
+        |n: u8| format!("member {n} at {}: only its small heartbeats arrive", Field::address(n));
     wait_for("both are alive and ready", SOON, || {
         members.iter().all(|m| m.was_told(&format!("self-ready {}", m.id)))
             && one.sees(2) == Status::Joining
@@ -280,7 +314,10 @@ fn a_path_that_passes_small_datagrams_only_is_noticed_and_told() {
         one.log().contains(&said(2)) && two.log().contains(&said(1))
     });
     assert!(inspect(&one, "state").contains("joining"), "{}", inspect(&one, "state"));
-    assert!(!one.was_told("member-ready 2") && !two.was_told("member-ready 1"), "neither is a backup");
+    assert!(
+        !one.was_told("member-ready 2") && !two.was_told("member-ready 1"),
+        "neither is a backup"
+    );
     assert_eq!(sum(&members, &[Counter::ConnectionsBackup]), 0, "nothing is copied into a trap");
     println!("MTU trap at the start: told {} ms after the churn began", told.as_millis());
     field.set_port_mtu(2, 1500);
@@ -288,9 +325,12 @@ fn a_path_that_passes_small_datagrams_only_is_noticed_and_told() {
         one.sees(2) == Status::Ready && two.sees(1) == Status::Ready
     });
     churn.go_on(SECOND);
-    // And under traffic, one way only: what 1 sends to 2 is what 2 cannot say of its own heartbeats.
+    // And under traffic, one way only: what 1 sends to 2 is what 2 cannot say of its own
+    // heartbeats.
     let fault = field.fault(2, "meta length > 1300");
-    churn.go_on_until("both know", SOON, || two.sees(1) == Status::Joining && one.sees(2) == Status::Joining);
+    churn.go_on_until("both know", SOON, || {
+        two.sees(1) == Status::Joining && one.sees(2) == Status::Joining
+    });
     churn.go_on_until("who does not get the large ones says so", SOON, || {
         two.log().matches(&said(1)).count() == 2
     });

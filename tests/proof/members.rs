@@ -43,7 +43,9 @@ fn a_member_that_stands_still_for_a_second_is_taken_for_dead_and_all_agree_after
         assert_eq!(process_state(two.pid()), 'T');
         two.signal(libc::SIGCONT);
         let ready = churn.go_on_until("both are backups again", SOON, || {
-            process_state(two.pid()) != 'T' && one.sees(2) == Status::Ready && two.sees(1) == Status::Ready
+            process_state(two.pid()) != 'T'
+                && one.sees(2) == Status::Ready
+                && two.sees(1) == Status::Ready
         });
         churn.go_on(SECOND);
         churn.finish(&members);
@@ -55,7 +57,11 @@ fn a_member_that_stands_still_for_a_second_is_taken_for_dead_and_all_agree_after
             ready.as_millis(),
             one.counter(Counter::StreamsLost) - lost
         );
-        churn.settle(&format!("stopped, reprotect after {reprotect_after}"), &members, AGREE_WITHIN);
+        churn.settle(
+            &format!("stopped, reprotect after {reprotect_after}"),
+            &members,
+            AGREE_WITHIN,
+        );
         for member in members {
             assert_eq!(member.counter(Counter::Claims), 0, "no traffic moved");
         }
@@ -82,7 +88,9 @@ fn of_two_with_one_number_the_first_stays_and_the_second_comes_after_its_death()
     churn.add(3, &second);
     churn.ramp();
     churn.go_on(SECOND);
-    assert!(one.counter(Counter::DuplicateMember) > 0 && first.counter(Counter::DuplicateMember) > 0);
+    assert!(
+        one.counter(Counter::DuplicateMember) > 0 && first.counter(Counter::DuplicateMember) > 0
+    );
     assert!(!one.was_told("member-dead 2"), "the first stays");
     assert!(first.counter(Counter::ConnectionsBackup) > 0, "the first is a backup");
     // What the second has is exposed and not copied; it does not disturb the two.
@@ -123,7 +131,9 @@ fn a_group_of_one_is_ready_exposed_and_flat_until_a_second_comes() {
     let before = (memory_kb(one.pid()), slots_of(&one, Kind::Free));
     churn.go_on(SECOND * 4);
     let after = (memory_kb(one.pid()), slots_of(&one, Kind::Free));
-    println!("a group of one: RSS (all, private) KB and free slots {before:?}, 4 s later {after:?}");
+    println!(
+        "a group of one: RSS (all, private) KB and free slots {before:?}, 4 s later {after:?}"
+    );
     assert!(after.0.0 <= before.0.0 + 1024 && after.0.1 <= before.0.1 + 256, "memory grows");
     assert!(after.1 + 100 > before.1, "slots pile up");
     let open = churn.wanted().len() as u64;
@@ -133,7 +143,8 @@ fn a_group_of_one_is_ready_exposed_and_flat_until_a_second_comes() {
             && exposed == one.counter(Counter::ConnectionsActive)
             && exposed > 0
     });
-    let (exposed, unprotected) = (one.counter(Counter::Exposure), one.counter(Counter::Unprotected));
+    let (exposed, unprotected) =
+        (one.counter(Counter::Exposure), one.counter(Counter::Unprotected));
     println!(
         "a group of one: {open} connections open, {exposed} exposed, {unprotected} of them without a backup"
     );
@@ -146,9 +157,13 @@ fn a_group_of_one_is_ready_exposed_and_flat_until_a_second_comes() {
     let members = [&one, &two];
     let copied = churn.go_on_until("it is a backup, and everything is copied", SOON, || {
         one.sees(2) == Status::Ready
-            && two.counter(Counter::ConnectionsBackup) * 10 > one.counter(Counter::ConnectionsActive) * 9
+            && two.counter(Counter::ConnectionsBackup) * 10
+                > one.counter(Counter::ConnectionsActive) * 9
     });
-    println!("a group of one: nearly all is copied {} ms after the second's start", copied.as_millis());
+    println!(
+        "a group of one: nearly all is copied {} ms after the second's start",
+        copied.as_millis()
+    );
     churn.finish(&members);
     churn.settle("a group of one, then two", &members, AGREE_WITHIN);
 }

@@ -1,5 +1,6 @@
-//! Warm restarts under churn: a member's process is killed, or asked to restart, and the next one goes on with its
-//! table. Nobody asks the producers to do anything, and nothing is sent that the others have.
+//! Warm restarts under churn: a member's process is killed, or asked to restart, and the next one
+//! goes on with its table. Nobody asks the producers to do anything, and nothing is sent that the
+//! others have.
 
 use std::process::ExitStatus;
 use std::time::Duration;
@@ -29,7 +30,11 @@ fn counted(member: &Member) -> [u64; COUNTED.len()] {
 }
 
 /// A pair under churn; member 2 becomes another process meanwhile, as `absence` has it.
-fn story(what: &str, words: &[&str], absence: impl FnOnce(&Field, &Member, &mut Member, &mut Churn)) {
+fn story(
+    what: &str,
+    words: &[&str],
+    absence: impl FnOnce(&Field, &Member, &mut Member, &mut Churn),
+) {
     if !may_make_namespaces(what) {
         return;
     }
@@ -44,20 +49,30 @@ fn story(what: &str, words: &[&str], absence: impl FnOnce(&Field, &Member, &mut 
     absence(&field, &one, &mut two, &mut churn);
     assert_ne!(two.view().incarnation(), header.incarnation, "it is another process's run");
     assert_eq!(two.view().header().table_id, header.table_id, "with the same table");
-    churn
-        .go_on_until("both are ready", SOON, || one.sees(2) == Status::Ready && two.sees(1) == Status::Ready);
+    churn.go_on_until("both are ready", SOON, || {
+        one.sees(2) == Status::Ready && two.sees(1) == Status::Ready
+    });
     churn.go_on(SECOND);
     churn.finish(&[&one, &two]);
     churn.settle(what, &[&one, &two], AGREE_WITHIN);
     let opened = churn.opened() - opened;
     for (member, before) in [(&one, before[0]), (&two, before[1])] {
         let since: [u64; COUNTED.len()] = std::array::from_fn(|i| counted(member)[i] - before[i]);
-        let told: [String; COUNTED.len()] = std::array::from_fn(|i| format!("{} {}", COUNTED[i].0, since[i]));
-        println!("{what}: member {}, {opened} opened at both since: {}", member.id, told.join(", "));
+        let told: [String; COUNTED.len()] =
+            std::array::from_fn(|i| format!("{} {}", COUNTED[i].0, since[i]));
+        println!(
+            "{what}: member {}, {opened} opened at both since: {}",
+            member.id,
+            told.join(", ")
+        );
         let news = since[0];
-        // Half of them opened at each; a few are sent twice since they changed before the first was acknowledged.
+        // Half of them opened at each; a few are sent twice since they changed before the first was
+        // acknowledged.
         let most = opened / 2 + CONNECTIONS as u64 / 2;
-        assert!(news < most, "{news} whole connections were sent: that is a full sync, or half of one");
+        assert!(
+            news < most,
+            "{news} whole connections were sent: that is a full sync, or half of one"
+        );
         let lost = [member.counter(Counter::Claims), member.counter(Counter::Promotions)];
         assert_eq!(lost, [0, 0], "no traffic moved, and nothing was taken over");
     }

@@ -81,12 +81,13 @@ pub trait Feed {
     fn wake_at(&self, now: Time) -> Time;
     /// Whether everything that existed before the start was read.
     fn is_complete(&self) -> bool;
-    /// Whether events wait and their arrival ends the shard's wait; they are read in the pass that follows.
+    /// Whether events wait and their arrival ends the shard's wait; they are read in the pass that
+    /// follows.
     fn hear(&mut self, now: Time) -> bool;
 }
 
-/// Makes the feed of a shard: for a member, a shard of so many, with a table of so many slots, one that goes on with a
-/// table or begins one.
+/// Makes the feed of a shard: for a member, a shard of so many, with a table of so many slots, one
+/// that goes on with a table or begins one.
 pub type MakeFeed = dyn Fn(MemberId, u8, u8, u32, bool) -> Box<dyn Feed>;
 
 /// A member that is running, or was.
@@ -104,7 +105,8 @@ pub struct Host<'m> {
     pub kernel: HashMap<Tuple, Connection>,
     /// Entries that packets have passed since they were written, or that never were.
     pub touched: HashMap<Tuple, Connection>,
-    /// Connections whose packets pass here all the time, without an event: their entries' timeouts stay high.
+    /// Connections whose packets pass here all the time, without an event: their entries' timeouts
+    /// stay high.
     pub passing: HashMap<Tuple, Connection>,
     /// This life of its table.
     pub table_id: u32,
@@ -148,7 +150,8 @@ fn config(identity: &Identity, shard: u8, commit: CommitMode, timing: Timing) ->
 /// Pause between two pieces of a feed's work.
 const FEED_PAUSE: Duration = Duration::from_millis(1);
 
-/// Nothing follows sooner than this after something else, where time goes from one to the next: what a pass takes.
+/// Nothing follows sooner than this after something else, where time goes from one to the next:
+/// what a pass takes.
 const SHORTEST: Duration = Duration::from_micros(20);
 
 /// The longest wait of a shard, as the appliance's is half of its heartbeats' interval.
@@ -214,7 +217,8 @@ pub struct World<'m> {
     pub sent: Option<Vec<Sent>>,
     /// Told of everything that happens, a line each: member, what, detail.
     pub log: Option<fn(Time, MemberId, &str, std::fmt::Arguments<'_>)>,
-    /// Bytes that each member's protocol has allocated and not freed since it was made, measured by this.
+    /// Bytes that each member's protocol has allocated and not freed since it was made, measured by
+    /// this.
     pub allocated: Option<fn() -> isize>,
     pub grown: HashMap<MemberId, isize>,
     pub events: Vec<(MemberId, Event)>,
@@ -222,8 +226,8 @@ pub struct World<'m> {
     /// How members that start from now on commit.
     pub commit: CommitMode,
     pub timing: Timing,
-    /// Passes are made when something arrives or a timer that was announced has come, as the appliance
-    /// does, not at every step.
+    /// Passes are made when something arrives or a timer that was announced has come, as the
+    /// appliance does, not at every step.
     pub as_announced: bool,
     /// What was found due at a time that nobody had announced.
     pub unannounced: Option<String>,
@@ -272,7 +276,12 @@ impl<'m> World<'m> {
             events: Vec::new(),
             fresh: 0,
             commit: CommitMode::Eager,
-            timing: Timing { heartbeat: HEARTBEAT, hold: HOLD, reprotect_after: REPROTECT, compare: COMPARE },
+            timing: Timing {
+                heartbeat: HEARTBEAT,
+                hold: HOLD,
+                reprotect_after: REPROTECT,
+                compare: COMPARE,
+            },
             as_announced: false,
             unannounced: None,
             highest: 8,
@@ -306,10 +315,9 @@ impl<'m> World<'m> {
             (0..shards).map(|_| self.memories.next().expect("enough memories").parts()).collect();
         let feeds = self.make_feeds(member, &memory, false);
         let (commit, timing) = (self.commit, self.timing);
-        let replicas = memory
-            .iter()
-            .enumerate()
-            .map(|(shard, memory)| Replica::new(config(&identity, shard as u8, commit, timing), *memory));
+        let replicas = memory.iter().enumerate().map(|(shard, memory)| {
+            Replica::new(config(&identity, shard as u8, commit, timing), *memory)
+        });
         let host = Host {
             member,
             shards: replicas.collect(),
@@ -338,7 +346,12 @@ impl<'m> World<'m> {
         self.hosts.insert(member, host);
     }
 
-    fn make_feeds(&self, member: MemberId, memory: &[Memory<'_>], is_resumed: bool) -> Vec<Box<dyn Feed>> {
+    fn make_feeds(
+        &self,
+        member: MemberId,
+        memory: &[Memory<'_>],
+        is_resumed: bool,
+    ) -> Vec<Box<dyn Feed>> {
         let Some(make) = &self.make_feed else { return Vec::new() };
         let shards = memory.len() as u8;
         let feed = |(shard, memory): (usize, &Memory<'_>)| {
@@ -355,9 +368,9 @@ impl<'m> World<'m> {
         self.packets.retain(|_, p| p.to != member);
     }
 
-    /// The process of a member that was killed starts again and takes up the memory that was left behind. Its
-    /// kernel went on: what was owed to it is found by look-ups, as the feed makes them. If it is doomed it may be
-    /// killed again before it is ready; then it starts once more.
+    /// The process of a member that was killed starts again and takes up the memory that was left
+    /// behind. Its kernel went on: what was owed to it is found by look-ups, as the feed makes
+    /// them. If it is doomed it may be killed again before it is ready; then it starts once more.
     pub fn resume(&mut self, member: MemberId) {
         while self.mortal(member, |world| world.take_up(member)).is_none() {}
     }
@@ -468,11 +481,16 @@ impl<'m> World<'m> {
     pub fn fresh_tuple(&mut self) -> Tuple {
         self.fresh += 1;
         let client = Ipv4Addr::from(0x0a00_0000 + self.fresh);
-        Tuple::v4(6, (client, 1024 + self.fresh as u16 % 50_000), (Ipv4Addr::new(192, 0, 2, 1), 443))
+        Tuple::v4(
+            6,
+            (client, 1024 + self.fresh as u16 % 50_000),
+            (Ipv4Addr::new(192, 0, 2, 1), 443),
+        )
     }
 
     fn connection(tuple: Tuple, mark: u32) -> Connection {
-        let state = State { status: 0xe, tcp_state: 3, timeout_s: 432_000, mark, ..State::default() };
+        let state =
+            State { status: 0xe, tcp_state: 3, timeout_s: 432_000, mark, ..State::default() };
         let mut connection = Connection::new(tuple, Tuple { dport: 9, ..tuple.mirrored() }, state);
         if tuple.sport.is_multiple_of(8) {
             let labels = u128::from(mark).to_ne_bytes();
@@ -507,7 +525,9 @@ impl<'m> World<'m> {
         let before = self.allocated.map_or(0, |allocated| allocated());
         let host = self.host(member);
         let now = host.clock(now);
-        self.mortal(member, |world| world.host(member).shards[shard as usize].handle_source(now, event));
+        self.mortal(member, |world| {
+            world.host(member).shards[shard as usize].handle_source(now, event)
+        });
         self.account(member, before);
     }
 
@@ -544,10 +564,11 @@ impl<'m> World<'m> {
         self.tell(owner, &SourceEvent::seen(Self::connection(tuple, mark)));
     }
 
-    /// What the feed of a resumed member learns from its kernel by a dump and look-ups. It takes nothing for news
-    /// where the table says that the traffic is somebody else's.
+    /// What the feed of a resumed member learns from its kernel by a dump and look-ups. It takes
+    /// nothing for news where the table says that the traffic is somebody else's.
     pub fn read_kernel(&mut self, member: MemberId) {
-        let open = self.open.iter().filter(|(_, k)| k.owner == member).map(|(t, k)| (*t, Some(k.mark)));
+        let open =
+            self.open.iter().filter(|(_, k)| k.owner == member).map(|(t, k)| (*t, Some(k.mark)));
         let mut tuples: Vec<(Tuple, Option<u32>)> =
             open.chain(self.closed.iter().map(|t| (*t, None))).collect();
         tuples.sort();
@@ -557,7 +578,9 @@ impl<'m> World<'m> {
             let found = shard.table().find_original(&original);
             match mark {
                 _ if found.is_some_and(|slot| shard.is_unclaimed(slot)) => {}
-                Some(mark) => self.tell(member, &SourceEvent::seen(Self::connection(original, mark))),
+                Some(mark) => {
+                    self.tell(member, &SourceEvent::seen(Self::connection(original, mark)))
+                }
                 None if found.is_some() => self.tell(member, &SourceEvent::gone(original)),
                 None => {}
             }
@@ -624,7 +647,8 @@ impl<'m> World<'m> {
         self.step_to(self.now.after(STEP));
     }
 
-    /// When the next thing happens by itself, if passes are made as announced: something arrives, or a timer comes.
+    /// When the next thing happens by itself, if passes are made as announced: something arrives,
+    /// or a timer comes.
     pub fn next_at(&self) -> Time {
         let arrival = self.packets.first_key_value().map(|((at, _), _)| *at);
         let wakes = self.hosts.values().filter(|host| host.running && !host.paused).map(|host| {
@@ -672,8 +696,8 @@ impl<'m> World<'m> {
         sent
     }
 
-    /// Something is about to arrive for a shard. If it sleeps it makes a pass first, as a loop may that is
-    /// woken for nothing: whatever that finds to do should have been announced.
+    /// Something is about to arrive for a shard. If it sleeps it makes a pass first, as a loop may
+    /// that is woken for nothing: whatever that finds to do should have been announced.
     fn rouse(&mut self, member: MemberId, shard: u8) {
         let host = &self.hosts[&member];
         if !self.as_announced || !host.running || host.paused {
@@ -682,11 +706,15 @@ impl<'m> World<'m> {
         if host.due(self.now) >> shard & 1 == 0 {
             let (at, now) = (host.wake_at[shard as usize], host.clock(self.now));
             let sent = self.pass(member, 1 << shard);
-            // (What a feed does piece by piece, with a pause between two, it does sooner if it is called sooner.)
+            // (What a feed does piece by piece, with a pause between two, it does sooner if it is
+            // called sooner.)
             let is_paced = !self.hosts[&member].feeds.is_empty() && at.since(now) <= FEED_PAUSE;
             if sent > 0 && !is_paced {
                 self.unannounced.get_or_insert_with(|| {
-                    format!("shard {shard} of {member} sent {sent} datagrams {:?} too early", at.since(now))
+                    format!(
+                        "shard {shard} of {member} sent {sent} datagrams {:?} too early",
+                        at.since(now)
+                    )
                 });
             }
         }
@@ -764,7 +792,11 @@ impl<'m> World<'m> {
                     .map(|m| Counters::new(m.counters).get(Counter::ConnectionsBackup))
                     .sum(),
                 version,
-                settled: if host.shards.iter().all(|s| s.commits_waiting() == 0) { version } else { 0 },
+                settled: if host.shards.iter().all(|s| s.commits_waiting() == 0) {
+                    version
+                } else {
+                    0
+                },
             };
             while let Some(stage) = host.readiness.tick(now, host.group.view(), &own) {
                 if let Some(log) = log {
@@ -772,8 +804,10 @@ impl<'m> World<'m> {
                 }
             }
             let stage = host.readiness.stage();
-            let leased = host.memory.iter().map(|m| Counters::new(m.counters).get(Counter::SlotsLeased));
-            let room = leased.sum::<u64>() + host.shards.iter().map(|s| s.room() as u64).sum::<u64>();
+            let leased =
+                host.memory.iter().map(|m| Counters::new(m.counters).get(Counter::SlotsLeased));
+            let room =
+                leased.sum::<u64>() + host.shards.iter().map(|s| s.room() as u64).sum::<u64>();
             let capacity = host.memory.iter().map(|m| m.slots.len() as u64).sum();
             let leaving = host.leaving;
             let tables = Tables {
@@ -790,14 +824,18 @@ impl<'m> World<'m> {
                 heartbeat.encode(7, &shown, &mut w);
                 let len = w.len();
                 bytes.truncate(len);
-                out.extend((1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())));
+                out.extend(
+                    (1..=self.highest).filter(|to| *to != member).map(|to| (to, bytes.clone())),
+                );
             }
         }
         host.awake &= !shards;
         if !out.is_empty() {
             host.awake |= 1; // As after every send.
         }
-        for (index, memory) in host.memory.iter().enumerate().filter(|(index, _)| shards >> index & 1 == 1) {
+        for (index, memory) in
+            host.memory.iter().enumerate().filter(|(index, _)| shards >> index & 1 == 1)
+        {
             let shard = &mut host.shards[index];
             let counters = Counters::new(memory.counters);
             let feed = host.feeds.get_mut(index);
@@ -825,8 +863,15 @@ impl<'m> World<'m> {
                     }
                     Commit::Look { slot, generation } => {
                         let original = shard.table().tuples(slot).0;
-                        let (touched, written) = (host.touched.get(&original), host.kernel.get(&original));
-                        shard.handle_look(now, slot, generation, touched.or(written), touched.is_some());
+                        let (touched, written) =
+                            (host.touched.get(&original), host.kernel.get(&original));
+                        shard.handle_look(
+                            now,
+                            slot,
+                            generation,
+                            touched.or(written),
+                            touched.is_some(),
+                        );
                     }
                     // Timeouts do not run down here: but for what passes now, events tell.
                     Commit::Watch { slot, generation } => {
@@ -847,7 +892,8 @@ impl<'m> World<'m> {
                                 host.kernel.insert(connection.original, connection);
                                 host.touched.remove(&connection.original);
                             }
-                            let outcome = if refused { Err(Fault::NoRoom) } else { Ok(Written::Yes) };
+                            let outcome =
+                                if refused { Err(Fault::NoRoom) } else { Ok(Written::Yes) };
                             shard.handle_commit(now, slot, generation, outcome);
                         }
                     }
@@ -863,8 +909,10 @@ impl<'m> World<'m> {
                 true
             });
             // What was sent, and commits that wait, end the wait that follows.
-            let busy =
-                feed_busy || !landed.is_empty() || shard.commits_waiting() > 0 || shard.receive_room() == 0;
+            let busy = feed_busy
+                || !landed.is_empty()
+                || shard.commits_waiting() > 0
+                || shard.receive_room() == 0;
             host.awake |= u64::from(busy) << index;
             for token in landed {
                 shard.on_send_complete(token, false);
@@ -912,10 +960,19 @@ impl<'m> World<'m> {
     }
 
     /// Runs until the condition holds; panics after `limit`.
-    pub fn run_until(&mut self, limit: Duration, what: &str, mut holds: impl FnMut(&World<'m>) -> bool) {
+    pub fn run_until(
+        &mut self,
+        limit: Duration,
+        what: &str,
+        mut holds: impl FnMut(&World<'m>) -> bool,
+    ) {
         let end = self.now.after(limit);
         while !holds(self) {
-            assert!(!end.reached(self.now), "after {limit:?} still not: {what}\n{}", self.describe());
+            assert!(
+                !end.reached(self.now),
+                "after {limit:?} still not: {what}\n{}",
+                self.describe()
+            );
             self.step();
         }
     }
@@ -961,7 +1018,8 @@ impl<'m> World<'m> {
         for host in self.hosts.values().filter(|h| h.running) {
             let replica = &host.shards[shard_of(tuple, host.shards.len() as u8) as usize];
             let table = replica.table();
-            let is_it = |slot: &u32| table.kind(*slot).is_connection() && table.tuples(*slot).0 == *tuple;
+            let is_it =
+                |slot: &u32| table.kind(*slot).is_connection() && table.tuples(*slot).0 == *tuple;
             let found = (0..table.capacity()).filter(is_it);
             copies.extend(found.map(|slot| Copy::of(host.member, replica, slot)));
         }
@@ -985,14 +1043,19 @@ impl<'m> World<'m> {
             // Who is alone and was the backup is presumed active.
             assert!(actives == 1 || expected == 1 && actives == 0, "{tuple}: {found:?}");
             for copy in found {
-                assert_eq!(copy.connection, Self::connection(*tuple, known.mark), "{tuple}: {found:?}");
+                assert_eq!(
+                    copy.connection,
+                    Self::connection(*tuple, known.mark),
+                    "{tuple}: {found:?}"
+                );
                 assert_eq!(copy.stamp, found[0].stamp, "{tuple}: {found:?}");
                 if copy.kind == Kind::Backup && self.commit == CommitMode::Eager && expected == 2 {
                     let entry = self.hosts[&copy.member].kernel.get(tuple);
                     assert_eq!(entry, Some(&copy.connection), "{tuple}: the backup's kernel");
                 }
                 if expected == 2 {
-                    let other = found.iter().find(|c| c.member != copy.member).expect("two members");
+                    let other =
+                        found.iter().find(|c| c.member != copy.member).expect("two members");
                     assert_eq!(copy.peer, other.place, "{tuple}: {found:?}");
                 }
             }
@@ -1091,7 +1154,9 @@ fn describe_datagram(bytes: &[u8]) -> String {
             ),
             Message::Lease(places) => format!(" | lease of {}", places.iter().count()),
             Message::GiveBack(places) => format!(" | {} given back", places.iter().count()),
-            Message::Ack { session, floor, .. } => format!(" | ack {} of session {session}", floor.raw()),
+            Message::Ack { session, floor, .. } => {
+                format!(" | ack {} of session {session}", floor.raw())
+            }
             other => format!(" | {other:?}"),
         };
     }
@@ -1106,7 +1171,11 @@ impl std::fmt::Debug for Copy {
         };
         let State { status, mark, timeout_s, .. } = self.connection.state;
         write!(f, "{:?} at {} of {}, ", self.kind, place(self.place), place(self.peer))?;
-        write!(f, "stamp {}.{}, status {status} mark {mark} ", self.stamp.epoch, self.stamp.version)?;
+        write!(
+            f,
+            "stamp {}.{}, status {status} mark {mark} ",
+            self.stamp.epoch, self.stamp.version
+        )?;
         write!(f, "timeout {timeout_s} reply {:#x}", self.connection.reply.dst)
     }
 }

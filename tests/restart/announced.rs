@@ -21,7 +21,8 @@ fn restart(dir: &Path, within: &str) -> (Option<i32>, String) {
     let mut command = hypersync();
     command.arg("restart").arg("--shm").arg(dir).args(["--within", within]);
     let output = dies_with_us(&mut command).output().expect("the program is built");
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let said = format!("{out}{err}");
     assert_eq!(said.lines().count(), 1, "{said}");
     assert_eq!(out.is_empty(), !output.status.success(), "{said}");
@@ -76,7 +77,11 @@ fn what_cannot_be_restarted_is_refused_and_nothing_is_changed() {
         assert!(said.contains(words), "{words} is not in: {said}");
     }
     assert!(fs::read(dir.join(FILE)).unwrap()[..4096] == before, "something was written");
-    assert!(one.is_running() && one.view().incarnation() == incarnation && !one.log().contains("restarting"));
+    assert!(
+        one.is_running()
+            && one.view().incarnation() == incarnation
+            && !one.log().contains("restarting")
+    );
 
     one.kill();
     let (status, said) = restart(&dir, "5s");
@@ -97,11 +102,21 @@ fn a_restart_is_the_same_process_with_the_same_table_and_the_program_that_lies_t
         install(&lab);
         let (status, said) = restart(&one.shm, "20s");
         assert_eq!(status, Some(0), "{said}");
-        assert!(said.contains(&format!("process {}, with table {:08x}", one.pid(), old.table_id)), "{said}");
+        assert!(
+            said.contains(&format!("process {}, with table {:08x}", one.pid(), old.table_id)),
+            "{said}"
+        );
         let new = *RegionView::open(&one.shm).unwrap().header();
-        assert_eq!((new.pid, new.table_id, new.index_key), (one.pid(), old.table_id, old.index_key));
+        assert_eq!(
+            (new.pid, new.table_id, new.index_key),
+            (one.pid(), old.table_id, old.index_key)
+        );
         let running = fs::metadata(format!("/proc/{}/exe", one.pid())).unwrap();
-        assert_eq!(running.ino(), fs::metadata(&program).unwrap().ino(), "the program that was put there");
+        assert_eq!(
+            running.ino(),
+            fs::metadata(&program).unwrap().ino(),
+            "the program that was put there"
+        );
         wait_for("nothing of the process before is left open", SOON, || descriptors(&one) == open);
     }
     // As systemd's ExecReload= asks.
@@ -153,7 +168,10 @@ fn peers_wait_for_a_restart_that_takes_longer_than_their_dead_time() {
     wait_for_agreement("both have the newest", &[&one, &two], &wanted, SOON);
     same_places(&places[0], &copies(&one).unwrap());
     same_places(&places[1], &copies(&two).unwrap());
-    assert!(!two.was_told("member-dead 1") && two.counter(Counter::MembersDied) == died, "nobody died");
+    assert!(
+        !two.was_told("member-dead 1") && two.counter(Counter::MembersDied) == died,
+        "nobody died"
+    );
     assert_eq!(one.counter(Counter::StreamsLost) + two.counter(Counter::StreamsLost), 0);
     assert!(one.is_running());
 }

@@ -50,8 +50,15 @@ fn within_the_dead_time_a_kill_is_a_pause() {
     same_places(&places[1], &copies(&two).unwrap());
     wait_for("both are ready again", SOON, || is_ready(&one) && is_ready(&two));
     for member in [&one, &two] {
-        assert_eq!((member.counter(Counter::MembersDied), member.counter(Counter::StreamsLost)), (0, 0));
-        assert!(!member.events().iter().any(|event| event.contains("dead")), "{:?}", member.events());
+        assert_eq!(
+            (member.counter(Counter::MembersDied), member.counter(Counter::StreamsLost)),
+            (0, 0)
+        );
+        assert!(
+            !member.events().iter().any(|event| event.contains("dead")),
+            "{:?}",
+            member.events()
+        );
     }
 }
 
@@ -95,7 +102,9 @@ fn who_comes_back_after_its_streams_were_lost_keeps_what_had_no_traffic_elsewher
     wait_for_agreement("they are on both", &[&one, &two], &wanted, SOON);
     let table = one.view().header().table_id;
     one.kill();
-    wait_for("member 2 gives the stream to member 1 up", SOON, || two.counter(Counter::StreamsLost) > 0);
+    wait_for("member 2 gives the stream to member 1 up", SOON, || {
+        two.counter(Counter::StreamsLost) > 0
+    });
     // Meanwhile some have traffic at member 2.
     let mut producers = two.producers();
     for n in (0..300).step_by(3) {
@@ -119,7 +128,8 @@ fn who_comes_back_after_its_streams_were_lost_keeps_what_had_no_traffic_elsewher
 
 #[test]
 fn what_was_closed_during_an_absence_is_closed_everywhere_where_that_can_be_known() {
-    // Back before the streams are lost, and after it: then nobody remembers what was claimed and closed.
+    // Back before the streams are lost, and after it: then nobody remembers what was claimed and
+    // closed.
     for (reprotect_after, is_lost) in [("20s", false), ("300ms", true)] {
         let lab = Lab::new();
         let words = |shards| ["--shards", shards, "--reprotect-after", reprotect_after];
@@ -135,7 +145,9 @@ fn what_was_closed_during_an_absence_is_closed_everywhere_where_that_can_be_know
         wait_for_agreement("they are on both", &[&one, &two], &wanted, SOON);
         one.kill();
         wait_for("member 2 is told of the death", SOON, || two.was_told("member-dead 1"));
-        wait_for("the stream is lost, or not", SOON, || (two.counter(Counter::StreamsLost) > 0) == is_lost);
+        wait_for("the stream is lost, or not", SOON, || {
+            (two.counter(Counter::StreamsLost) > 0) == is_lost
+        });
 
         let mut changed = |n: u32| {
             let mut c = connection(n);
@@ -211,7 +223,8 @@ fn a_copy_that_was_overwritten_while_its_process_was_dead_is_told_and_sent_again
     // By the active, which knows for sure that the copy should be there.
     wait_for("it is told", SOON, || one.log().contains("is not what its active 1/0/"));
     let log = one.log();
-    let lines: Vec<&str> = log.lines().filter(|line| line.contains("is not what its active")).collect();
+    let lines: Vec<&str> =
+        log.lines().filter(|line| line.contains("is not what its active")).collect();
     println!("{lines:#?}");
     assert!(lines.len() == 1 && lines[0].contains("] copy 2/0/"), "one line a second: {lines:?}");
 }

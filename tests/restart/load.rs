@@ -24,7 +24,8 @@ pub fn stable() -> Wanted {
     connections(0..LASTING)
 }
 
-/// A lasting connection in a round. Marks and timeouts grow: a timeout that only runs down does not travel.
+/// A lasting connection in a round. Marks and timeouts grow: a timeout that only runs down does not
+/// travel.
 fn in_round(n: u32, round: u32) -> Connection {
     let mut c = connection(n);
     c.state.mark = round << 12 | n;
@@ -85,12 +86,14 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // A failed test is told by itself; a thread that goes on would feed a member of the next one.
+        // A failed test is told by itself; a thread that goes on would feed a member of the next
+        // one.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
-/// One round: a tenth of the lasting ones change, and some of the passing ones come, the last round's go.
+/// One round: a tenth of the lasting ones change, and some of the passing ones come, the last
+/// round's go.
 fn change(producers: &mut Producers, round: u32, wanted: &mut Wanted) {
     let mut push = |event: SourceEvent| {
         let start = Instant::now();
@@ -105,7 +108,8 @@ fn change(producers: &mut Producers, round: u32, wanted: &mut Wanted) {
         push(SourceEvent::seen(c));
         wanted.insert(c.original, c);
     }
-    let passing = |round: u32| (0..PASSING).map(move |n| LASTING + (round % 8) * PASSING + n).map(connection);
+    let passing =
+        |round: u32| (0..PASSING).map(move |n| LASTING + (round % 8) * PASSING + n).map(connection);
     for c in passing(round) {
         push(SourceEvent::seen(c));
         wanted.insert(c.original, c);
@@ -117,10 +121,12 @@ fn change(producers: &mut Producers, round: u32, wanted: &mut Wanted) {
     producers.flush();
 }
 
-/// Checks that each lasting connection is where it was: the same slot, generation, role and other copy.
+/// Checks that each lasting connection is where it was: the same slot, generation, role and other
+/// copy.
 pub fn same_places(before: &HashMap<Tuple, Copy>, after: &HashMap<Tuple, Copy>) {
     for original in stable().keys() {
-        let place = |all: &HashMap<Tuple, Copy>| all.get(original).map(|c| (c.kind, c.here, c.peer));
+        let place =
+            |all: &HashMap<Tuple, Copy>| all.get(original).map(|c| (c.kind, c.here, c.peer));
         assert_eq!(place(after), place(before), "{original}");
     }
 }

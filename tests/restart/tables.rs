@@ -12,22 +12,23 @@ use crate::common::wait_for;
 /// Starts member 1, alone, and returns it with what it said of its table.
 fn start(lab: &Lab, extra: &[&str]) -> (Member, String) {
     let words = with(lab.words(1, &[2]), &["--shards", "2"]);
-    let (switches, pairs): (Vec<&str>, Vec<&str>) = extra.iter().partition(|word| **word == "--new-table");
+    let (switches, pairs): (Vec<&str>, Vec<&str>) =
+        extra.iter().partition(|word| **word == "--new-table");
     let mut words = with(words, &pairs);
     words.extend(switches.into_iter().map(str::to_owned));
     let log = lab.path("m1.log");
-    let lines =
-        || fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>();
+    let lines = || {
+        fs::read_to_string(&log).unwrap_or_default().lines().map(str::to_owned).collect::<Vec<_>>()
+    };
     let before = lines().len();
     let member = Member::start(lab, "m1", 1, hypersync(), &words);
     // The log is written a moment after the member can be read.
     wait_for("it says that it runs", SOON, || {
         lines()[before..].iter().any(|l| l.contains("slots each, sync"))
     });
-    let said = lines()
-        .split_off(before)
-        .into_iter()
-        .find(|line| line.contains("starting a new table: ") || line.contains("going on with table"));
+    let said = lines().split_off(before).into_iter().find(|line| {
+        line.contains("starting a new table: ") || line.contains("going on with table")
+    });
     let said = said.unwrap_or_default();
     (member, said)
 }
@@ -101,7 +102,10 @@ fn a_table_that_ended_or_is_of_another_boot_is_not_taken_up() {
     write(&member.shm, 10, 0);
     let said;
     (member, said) = start(&lab, &[]);
-    assert!(said.ends_with("starting a new table: the old one is of an earlier boot of this host"), "{said}");
+    assert!(
+        said.ends_with("starting a new table: the old one is of an earlier boot of this host"),
+        "{said}"
+    );
     assert_ne!(table_id(&member), id);
 
     id = table_id(&member);
@@ -109,7 +113,9 @@ fn a_table_that_ended_or_is_of_another_boot_is_not_taken_up() {
     write(&member.shm, 19, 0);
     let (member, said) = start(&lab, &[]);
     assert!(
-        said.ends_with("starting a new table: the old one was never ready, or could not be taken up"),
+        said.ends_with(
+            "starting a new table: the old one was never ready, or could not be taken up"
+        ),
         "{said}"
     );
     assert_ne!(table_id(&member), id);

@@ -19,11 +19,12 @@ use hypersync::time::Time;
 use crate::truth::{Truth, life_of, serials};
 use crate::world::{Copy, Sent, World};
 
-/// Two members that took each other for dead need this long to agree again on what each of them holds.
+/// Two members that took each other for dead need this long to agree again on what each of them
+/// holds.
 const RECONCILE: Duration = Duration::from_millis(1500);
 
-/// Bytes by which the memory of one member's protocol may differ from what it had after its start: lists
-/// whose length follows the number of members.
+/// Bytes by which the memory of one member's protocol may differ from what it had after its start:
+/// lists whose length follows the number of members.
 const GROWTH_MAX: isize = 16 << 10;
 
 /// What a promise's name is and what broke it.
@@ -42,7 +43,8 @@ struct Seen {
     active: MemberId,
     /// Where its newest state was acknowledged last.
     acknowledged: Option<Coordinate>,
-    /// Whether its process was killed since: a copy may be half overwritten, by what was not acknowledged yet.
+    /// Whether its process was killed since: a copy may be half overwritten, by what was not
+    /// acknowledged yet.
     torn: bool,
     connection: Connection,
 }
@@ -54,20 +56,31 @@ pub struct Checks {
     apart: BTreeMap<(MemberId, MemberId), Time>,
     /// Whether two members that run do not take each other for alive right now.
     pub anybody_is_apart: bool,
-    /// Whether some members have fewer records for extras than slots. What fits in none is left out, at either side of a
-    /// pair, so extras are not compared.
+    /// Whether some members have fewer records for extras than slots. What fits in none is left
+    /// out, at either side of a pair, so extras are not compared.
     pub extras_lack: bool,
     next: usize,
     /// The newest number seen on each stream.
     newest: BTreeMap<(MemberId, u8, MemberId, u8, u32, u16), u64>,
 }
 
-fn durable_of<'m>(world: &World<'m>, member: MemberId, shard: usize, peer: Coordinate) -> Durable<'m> {
+fn durable_of<'m>(
+    world: &World<'m>,
+    member: MemberId,
+    shard: usize,
+    peer: Coordinate,
+) -> Durable<'m> {
     Durable(&world.hosts[&member].memory[shard].streams[stream_index(peer.member(), peer.shard())])
 }
 
 /// Whether the active's own words say that its newest state is at its backup.
-fn is_acknowledged(world: &World<'_>, member: MemberId, shard: usize, slot: u32, line: &Line) -> bool {
+fn is_acknowledged(
+    world: &World<'_>,
+    member: MemberId,
+    shard: usize,
+    slot: u32,
+    line: &Line,
+) -> bool {
     let on = world.hosts[&member].shards[shard].table().on(slot);
     let peer = line.peer();
     peer.is_somewhere()
@@ -85,11 +98,18 @@ impl Checks {
     /// A process that was killed goes on with its memory.
     pub fn resumed(&mut self, member: MemberId) {
         let of_member = self.seen.iter_mut().filter(|((m, _), _)| *m == member);
-        of_member.flat_map(|(_, slots)| slots.iter_mut().flatten()).for_each(|seen| seen.torn = true);
+        of_member
+            .flat_map(|(_, slots)| slots.iter_mut().flatten())
+            .for_each(|seen| seen.torn = true);
     }
 
     /// What holds after every step.
-    pub fn after_step(&mut self, world: &World<'_>, truth: &Truth, sent: &[Sent]) -> Result<(), Broken> {
+    pub fn after_step(
+        &mut self,
+        world: &World<'_>,
+        truth: &Truth,
+        sent: &[Sent],
+    ) -> Result<(), Broken> {
         self.note_who_is_apart(world);
         for datagram in sent {
             self.pair_only(world, datagram)?;
@@ -116,7 +136,11 @@ impl Checks {
         for host in world.hosts.values().filter(|host| host.running) {
             for (shard, replica) in host.shards.iter().enumerate() {
                 if let Err(what) = replica.check_sums() {
-                    return broken!("1 digests are true", "shard {shard} of {}: {what}", host.member);
+                    return broken!(
+                        "1 digests are true",
+                        "shard {shard} of {}: {what}",
+                        host.member
+                    );
                 }
             }
         }
@@ -192,7 +216,14 @@ impl Checks {
                 // Who takes over as the new backup may let the previous one go.
                 let together = self.are_together(world, member, line.peer().member());
                 if table.is_moving(slot) && is_new && acknowledged == Some(former) && together {
-                    self.previous_is_kept(world, truth, (member, shard), slot, former, &connection)?;
+                    self.previous_is_kept(
+                        world,
+                        truth,
+                        (member, shard),
+                        slot,
+                        former,
+                        &connection,
+                    )?;
                 }
             }
             seen[slot as usize] = Some(now);
@@ -227,7 +258,8 @@ impl Checks {
         }
     }
 
-    /// Whether two members never took each other for dead lately, so that what they agreed on holds.
+    /// Whether two members never took each other for dead lately, so that what they agreed on
+    /// holds.
     fn are_together(&self, world: &World<'_>, a: MemberId, b: MemberId) -> bool {
         let apart = self.apart.get(&(a, b));
         world.hosts.get(&b).is_some_and(|host| host.running)
@@ -247,7 +279,9 @@ impl Checks {
         connection: &Connection,
     ) -> Result<(), Broken> {
         let peer = line.peer();
-        if !self.are_together(world, member, peer.member()) || truth.closed.contains(&life_of(connection)) {
+        if !self.are_together(world, member, peer.member())
+            || truth.closed.contains(&life_of(connection))
+        {
             return Ok(());
         }
         if truth.strayed.contains(&connection.original) {
@@ -267,7 +301,9 @@ impl Checks {
         let is_outdone = || {
             let copies = world.copies_of(&connection.original);
             let life = life_of(connection);
-            copies.iter().any(|c| life_of(&c.connection) == life && c.stamp.epoch > line.stamp().epoch)
+            copies
+                .iter()
+                .any(|c| life_of(&c.connection) == life && c.stamp.epoch > line.stamp().epoch)
         };
         if !is_there && is_outdone() {
             return Ok(());
@@ -290,11 +326,16 @@ impl Checks {
                 line.stamp()
             );
         }
-        // Of two that claimed it in the same state, and have their backup in common, either may have its state there.
+        // Of two that claimed it in the same state, and have their backup in common, either may
+        // have its state there.
         let is_anothers = there.kind() == Kind::Backup && there.peer().member() != member;
         let is_contended = is_anothers && truth.contended.contains(&connection.original);
         if there.stamp() == line.stamp() && !is_contended && !self.alike(&other, connection) {
-            return broken!("1 two copies agree", "{}: {connection:?} but at {peer:?} {other:?}", at());
+            return broken!(
+                "1 two copies agree",
+                "{}: {connection:?} but at {peer:?} {other:?}",
+                at()
+            );
         }
         Ok(())
     }
@@ -310,7 +351,8 @@ impl Checks {
         connection: &Connection,
     ) -> Result<(), Broken> {
         let life = life_of(connection);
-        let has_ended = truth.closed.contains(&life) || truth.expired.contains(&(previous.member(), life));
+        let has_ended =
+            truth.closed.contains(&life) || truth.expired.contains(&(previous.member(), life));
         if has_ended || !self.are_together(world, member, previous.member()) {
             return Ok(());
         }
@@ -341,7 +383,14 @@ impl Checks {
             return Ok(());
         }
         let Ok(sync) = SyncHeader::decode(&mut r) else { return Ok(()) };
-        let key = (datagram.from, sync.from_shard, datagram.to, header.to_shard, sync.to_table, sync.session);
+        let key = (
+            datagram.from,
+            sync.from_shard,
+            datagram.to,
+            header.to_shard,
+            sync.to_table,
+            sync.session,
+        );
         let newest = self.newest.entry(key).or_default();
         if sync.seq.raw() <= *newest {
             return Ok(()); // Sent before, or not sequenced.
@@ -353,10 +402,10 @@ impl Checks {
             let Message::New { target, own, .. } = message else { continue };
             let line = table.line(own.slot);
             let to = Coordinate::new(datagram.to, header.to_shard, target.slot, target.generation);
-            // A datagram that a killed process composed leaves only when its memory was taken up: by then it may
-            // be closed.
-            let is_ours =
-                line.generation() == own.generation && matches!(line.kind(), Kind::Active | Kind::Closing);
+            // A datagram that a killed process composed leaves only when its memory was taken up:
+            // by then it may be closed.
+            let is_ours = line.generation() == own.generation
+                && matches!(line.kind(), Kind::Active | Kind::Closing);
             if !is_ours || line.peer() != to {
                 return broken!(
                     "10 state goes to the pair only",
@@ -370,8 +419,8 @@ impl Checks {
         Ok(())
     }
 
-    /// 1, 3, 9: at rest every connection is on two members that agree, nothing else is anywhere, and
-    /// nothing is called exposed that is not, or protected that is exposed.
+    /// 1, 3, 9: at rest every connection is on two members that agree, nothing else is anywhere,
+    /// and nothing is called exposed that is not, or protected that is exposed.
     pub fn at_rest(&mut self, world: &World<'_>, truth: &Truth) -> Result<(), Broken> {
         let live = world.live();
         let copies: BTreeMap<Tuple, _> = world.copies().into_iter().collect();
@@ -379,13 +428,15 @@ impl Checks {
         for (tuple, open) in &truth.open {
             let owner = open.owner.expect("somebody sees its traffic");
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
-            let is_of_another_life =
-                |copy: &Copy| copy.member != owner && life_of(&copy.connection) != life_of(&open.connection);
+            let is_of_another_life = |copy: &Copy| {
+                copy.member != owner && life_of(&copy.connection) != life_of(&open.connection)
+            };
             if room(world, owner, tuple) == 0 && found.iter().all(is_of_another_life) {
                 continue; // A full table: it was never taken, and nobody was told that an earlier one of this tuple is over.
             }
             if let [one] = found
-                && (one.kind == Kind::Active || !live.contains(&Coordinate::from_raw(one.peer).member()))
+                && (one.kind == Kind::Active
+                    || !live.contains(&Coordinate::from_raw(one.peer).member()))
                 && live.iter().all(|other| *other == one.member || is_full(world, *other, tuple))
             {
                 unprotected += 1;
@@ -421,13 +472,19 @@ impl Checks {
         }
         for (tuple, found) in &copies {
             if !truth.open.contains_key(tuple) {
-                return broken!("3 closed stays closed", "{tuple} is closed and still at {found:#?}");
+                return broken!(
+                    "3 closed stays closed",
+                    "{tuple} is closed and still at {found:#?}"
+                );
             }
         }
         let exposure: u64 =
             live.iter().flat_map(|m| &world.hosts[m].shards).map(|shard| shard.exposure()).sum();
         if exposure != unprotected {
-            return broken!("9 exposure is true", "{exposure} exposed, {unprotected} without a backup");
+            return broken!(
+                "9 exposure is true",
+                "{exposure} exposed, {unprotected} without a backup"
+            );
         }
         let pending: u64 = live.iter().map(|m| world.counter(*m, Counter::ReleasesPending)).sum();
         if pending != 0 {

@@ -16,7 +16,8 @@ use crate::world::{Network, Rng, memories_of};
 pub struct Plan {
     /// Shards and priority of each member.
     pub members: Vec<(u8, u8)>,
-    /// How large the memory of each member's shards is, and what each restart with a new table starts with.
+    /// How large the memory of each member's shards is, and what each restart with a new table
+    /// starts with.
     pub sizes: Vec<MemorySize>,
     pub restart_sizes: Vec<MemorySize>,
     pub network: Network,
@@ -36,13 +37,15 @@ pub struct Plan {
     pub drift: bool,
     /// In how many of 1000 steps a datagram is forged.
     pub forged: u64,
-    /// Whether passes are made when something arrives or an announced timer has come, not at every step.
+    /// Whether passes are made when something arrives or an announced timer has come, not at every
+    /// step.
     pub as_announced: bool,
     /// Whether traffic of a connection may show up at both of its members within a round trip.
     pub at_once: bool,
     /// Whether traffic may move to members that have no copy of its connection.
     pub strays: bool,
-    /// Whether a process that was killed may be back only when its connections have long been others'.
+    /// Whether a process that was killed may be back only when its connections have long been
+    /// others'.
     pub absences: bool,
     /// Whether members have counted for so long that their words are about to wrap.
     pub aged: bool,
@@ -68,12 +71,13 @@ impl Plan {
     pub fn draw(rng: &mut Rng) -> Plan {
         let n = [2, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8][rng.below(12) as usize];
         let shards_max = if n > 5 { 2 } else { 3 };
-        let members =
-            (0..n).map(|_| (1 + rng.below(shards_max) as u8, [50, 100, 100, 200][rng.below(4) as usize]));
+        let members = (0..n)
+            .map(|_| (1 + rng.below(shards_max) as u8, [50, 100, 100, 200][rng.below(4) as usize]));
         let members: Vec<(u8, u8)> = members.collect();
         let capacity = [SLOTS_MIN, 128, 256, 512, 512, 1024][rng.below(6) as usize];
         let mut some = |of: u64| if rng.chance(60) { rng.below(of) } else { 0 };
-        let network = Network { loss: some(20), repeats: some(20), late: some(30), refusals: some(20) };
+        let network =
+            Network { loss: some(20), repeats: some(20), late: some(30), refusals: some(20) };
         let refusals = if rng.chance(25) { network.refusals } else { 0 };
         let size = MemorySize { extras: capacity, ..MemorySize::new(capacity, ARENA_MIN) };
         let mut plan = Plan {
@@ -91,8 +95,8 @@ impl Plan {
             missed: if rng.chance(30) { rng.below(100) } else { 0 },
             drift: rng.chance(50),
             forged: rng.below(60),
-            // Not drawn from the same numbers, so that what a seed does does not depend on it otherwise. Nor is
-            // what follows.
+            // Not drawn from the same numbers, so that what a seed does does not depend on it
+            // otherwise. Nor is what follows.
             as_announced: Rng(!rng.0).chance(50),
             at_once: Rng(rng.0 ^ AT_ONCE).chance(30),
             strays: Rng(rng.0 ^ STRAYS).chance(30),
@@ -102,7 +106,8 @@ impl Plan {
         let mut sizes = Rng(rng.0 ^ SIZES);
         if sizes.chance(40) {
             for size in plan.sizes.iter_mut().chain(&mut plan.restart_sizes) {
-                let capacity = (capacity / 4 * [1, 2, 3, 4, 8][sizes.below(5) as usize]).max(SLOTS_MIN);
+                let capacity =
+                    (capacity / 4 * [1, 2, 3, 4, 8][sizes.below(5) as usize]).max(SLOTS_MIN);
                 let arena = ARENA_MIN + [0, 4096, ARENA_MIN][sizes.below(3) as usize];
                 let extras = [capacity, capacity, capacity / 8, 1][sizes.below(4) as usize];
                 *size = MemorySize { capacity, arena, extras };
@@ -116,12 +121,17 @@ impl Plan {
         self.sizes.iter().chain(&self.restart_sizes).any(|size| size.extras < size.capacity)
     }
 
-    /// The pieces of memory that this plan can need: those of the members one after the other, then three for each
-    /// restart with a new table.
+    /// The pieces of memory that this plan can need: those of the members one after the other, then
+    /// three for each restart with a new table.
     pub fn memories(&self) -> Vec<OwnedMemory> {
-        let firsts = self.members.iter().zip(&self.sizes).map(|((shards, _), size)| (*shards as usize, size));
+        let firsts = self
+            .members
+            .iter()
+            .zip(&self.sizes)
+            .map(|((shards, _), size)| (*shards as usize, size));
         let restarts = self.restart_sizes.iter().map(|size| (SHARDS_OF_RESTART, size));
-        let memories: Vec<_> = firsts.chain(restarts).flat_map(|(n, size)| memories_of(n, *size)).collect();
+        let memories: Vec<_> =
+            firsts.chain(restarts).flat_map(|(n, size)| memories_of(n, *size)).collect();
         if self.aged {
             memories.iter().for_each(|memory| age(&memory.parts()));
         }
@@ -129,8 +139,8 @@ impl Plan {
     }
 }
 
-/// What was counted through earlier runs, while nothing of them is left: generations of slots, sessions of streams and numbers of
-/// declines, all shortly before they begin anew.
+/// What was counted through earlier runs, while nothing of them is left: generations of slots,
+/// sessions of streams and numbers of declines, all shortly before they begin anew.
 fn age(memory: &Memory<'_>) {
     for (n, slot) in memory.slots.iter().enumerate() {
         let generation = Generation::from_low_bits(GENERATIONS - 1 - n as u32 % 7);

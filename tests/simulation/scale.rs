@@ -1,5 +1,5 @@
-//! What a connection costs in groups of 2 to 52 members at the same load per member, beside what it would
-//! cost if every member kept everything, and what one more member costs the others.
+//! What a connection costs in groups of 2 to 52 members at the same load per member, beside what it
+//! would cost if every member kept everything, and what one more member costs the others.
 
 use std::net::Ipv4Addr;
 use std::sync::Mutex;
@@ -17,7 +17,8 @@ use hypersync::memory::MemorySize;
 
 use crate::world::{Rng, STEP, Sent, Timing, World, memories_of};
 
-/// The appliance's own, but for the hold time: 0.5 s instead of 3 s, so that less has to be simulated.
+/// The appliance's own, but for the hold time: 0.5 s instead of 3 s, so that less has to be
+/// simulated.
 const TIMING: Timing = Timing {
     heartbeat: Duration::from_millis(100),
     hold: Duration::from_millis(500),
@@ -36,14 +37,17 @@ const MEASURED: Duration = Duration::from_millis(3200);
 /// What one more member may cost the others.
 const ALLOWED: f64 = 0.01;
 
-/// Connections a second and member that outlive the hold time and are sent; as many again end before.
+/// Connections a second and member that outlive the hold time and are sent; as many again end
+/// before.
 const RATE: u64 = 2000;
 /// Changes of each connection that is sent.
 const CHANGES: u64 = 2;
-/// How long connections live, milliseconds: short ones, and how long after the hold time the others.
+/// How long connections live, milliseconds: short ones, and how long after the hold time the
+/// others.
 const SHORT: std::ops::Range<u64> = 1..400;
 const LONG: std::ops::Range<u64> = 100..1500;
-/// Slots of a shard that are filled to 8 %: the room of all members lies in one and the same eighth.
+/// Slots of a shard that are filled to 8 %: the room of all members lies in one and the same
+/// eighth.
 const ROOMY: usize = 32_768;
 
 const SHARDS: u8 = 2;
@@ -68,7 +72,13 @@ struct Traffic {
 
 impl Traffic {
     fn new(member: MemberId) -> Traffic {
-        Traffic { member, rng: Rng(member.into()), steps: 0, opened: 0, due: vec![Vec::new(); PLANNED] }
+        Traffic {
+            member,
+            rng: Rng(member.into()),
+            steps: 0,
+            opened: 0,
+            due: vec![Vec::new(); PLANNED],
+        }
     }
 
     fn step(&mut self, world: &mut World<'_>) {
@@ -104,7 +114,8 @@ impl Traffic {
     fn open(&self, world: &mut World<'_>, net: u8) -> Tuple {
         let n = self.opened as u32;
         let client = Ipv4Addr::new(net, self.member, (n >> 8) as u8, n as u8);
-        let tuple = Tuple::v4(6, (client, 1024 + (n % 50_000) as u16), (Ipv4Addr::new(192, 0, 2, 1), 443));
+        let tuple =
+            Tuple::v4(6, (client, 1024 + (n % 50_000) as u16), (Ipv4Addr::new(192, 0, 2, 1), 443));
         world.reopen_at(self.member, tuple);
         tuple
     }
@@ -165,7 +176,8 @@ fn counted(world: &World<'_>) -> [u64; 7] {
         &[NoLease],
         &[TableFull],
     ];
-    let of = |counter: &Counter| world.live().iter().map(|m| world.counter(*m, *counter)).sum::<u64>();
+    let of =
+        |counter: &Counter| world.live().iter().map(|m| world.counter(*m, *counter)).sum::<u64>();
     groups.map(|group| group.iter().map(of).sum())
 }
 
@@ -219,15 +231,19 @@ impl Sums {
         self.events + self.built + self.applied + self.granted + self.walked
     }
 
-    /// Table work, and datagrams handled (sent or received, heartbeats too), of a member per second.
+    /// Table work, and datagrams handled (sent or received, heartbeats too), of a member per
+    /// second.
     fn member_work(&self) -> f64 {
-        self.rate(self.table_work() + 2 * self.datagrams + self.heartbeats_sent + self.heartbeats_heard)
+        self.rate(
+            self.table_work() + 2 * self.datagrams + self.heartbeats_sent + self.heartbeats_heard,
+        )
     }
 }
 
 /// Runs a group whose shards have this many slots; its figures.
 fn measure(members: MemberId, capacity: usize) -> Sums {
-    let memories = memories_of(members as usize * SHARDS as usize, MemorySize::new(capacity, ARENA_MIN * 2));
+    let memories =
+        memories_of(members as usize * SHARDS as usize, MemorySize::new(capacity, ARENA_MIN * 2));
     let mut world = World::new(1, &memories);
     (world.timing, world.highest) = (TIMING, members);
     for member in 1..=members {
@@ -237,7 +253,8 @@ fn measure(members: MemberId, capacity: usize) -> Sums {
     }
     world.run_until(Duration::from_secs(3), "everybody is ready for everybody", |world| {
         let is_ready = |host: &crate::world::Host<'_>| {
-            let ready = host.group.view().others().filter(|(_, other)| other.status == Status::Ready);
+            let ready =
+                host.group.view().others().filter(|(_, other)| other.status == Status::Ready);
             ready.count() == members as usize - 1
         };
         world.hosts.values().all(is_ready)
@@ -303,7 +320,9 @@ fn measure_all(sizes: &[MemberId], capacity: usize) -> Vec<Sums> {
 
 fn assert_cheap(all: &[Sums]) {
     for (a, b) in all.iter().zip(&all[1..]) {
-        for (what, of) in [("bytes", Sums::member_bytes as fn(&Sums) -> f64), ("work", Sums::member_work)] {
+        for (what, of) in
+            [("bytes", Sums::member_bytes as fn(&Sums) -> f64), ("work", Sums::member_work)]
+        {
             let growth = growth(a, b, of);
             assert!(
                 growth <= ALLOWED,

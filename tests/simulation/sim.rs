@@ -24,16 +24,19 @@ use crate::world::{Copy, Link, REPROTECT, Rng, STEP, Sent, World, address};
 /// Once all faults are over everything agrees again within this time.
 pub const CONVERGES: Duration = Duration::from_secs(8);
 
-/// How long after a death its traffic shows up elsewhere at the earliest: datagrams of the dead have arrived.
+/// How long after a death its traffic shows up elsewhere at the earliest: datagrams of the dead
+/// have arrived.
 const MOVES_AFTER: Duration = Duration::from_millis(40);
 
 /// An entry in a kernel that sees no traffic is forgotten after this time.
 const EXPIRES: Duration = Duration::from_millis(300);
 
-/// Where numbers of streams stand that have been counted for years: short of 32 bits, and of the 48 that they have.
+/// Where numbers of streams stand that have been counted for years: short of 32 bits, and of the 48
+/// that they have.
 const AGED_SEQ: [u64; 2] = [u32::MAX as u64 - 100, (1 << 48) - 200_000];
 
-/// For so long both of two members that took over the same state may carry it on before a packet shows up.
+/// For so long both of two members that took over the same state may carry it on before a packet
+/// shows up.
 const SPEAKS: Duration = Duration::from_secs(3);
 
 fn ms(n: u64) -> Duration {
@@ -53,9 +56,11 @@ pub struct Sim<'m> {
     lately: VecDeque<Tuple>,
     /// Datagrams of which forgeries are made.
     samples: VecDeque<Sent>,
-    /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel forgets it in time.
+    /// Connections whose traffic moved lately. If the one who had it cannot be told, its kernel
+    /// forgets it in time.
     moved: VecDeque<(Time, Tuple)>,
-    /// Packets that show up at any of the members that have a copy, and in which life of their tuple.
+    /// Packets that show up at any of the members that have a copy, and in which life of their
+    /// tuple.
     contended: Vec<(Time, Tuple, u32)>,
     at_once: Rng,
     strays: Rng,
@@ -114,8 +119,11 @@ impl<'m> Sim<'m> {
 
     fn start(&mut self, member: MemberId) {
         let (shards, priority) = self.plan.members[member as usize - 1];
-        let shards =
-            if self.restarts > 0 && self.rng.chance(30) { 1 + self.rng.below(3) as u8 } else { shards };
+        let shards = if self.restarts > 0 && self.rng.chance(30) {
+            1 + self.rng.below(3) as u8
+        } else {
+            shards
+        };
         if self.restarts > 0 {
             self.world.supply(&self.spare[(self.restarts - 1) * SHARDS_OF_RESTART..]);
         }
@@ -197,8 +205,9 @@ impl<'m> Sim<'m> {
         Ok(())
     }
 
-    /// 1: digests find nothing, unless a process was killed in the middle of something: copies never differ by the
-    /// protocol's own doing. (Between pairs that were apart they are expected to, and that is no finding.)
+    /// 1: digests find nothing, unless a process was killed in the middle of something: copies
+    /// never differ by the protocol's own doing. (Between pairs that were apart they are expected
+    /// to, and that is no finding.)
     fn nothing_is_found(&mut self) -> Result<(), Broken> {
         for host in self.world.hosts.values_mut().filter(|host| host.running) {
             for shard in &mut host.shards {
@@ -235,7 +244,8 @@ impl<'m> Sim<'m> {
         self.truth.open.keys().nth(at).copied()
     }
 
-    /// The connection ends at its owner. Who saw packets of it at the same time has it until it is idle there, even if it gave way.
+    /// The connection ends at its owner. Who saw packets of it at the same time has it until it is
+    /// idle there, even if it gave way.
     fn close(&mut self, tuple: Tuple, owner: MemberId) -> SourceEvent {
         let copies = self.copies_of(&tuple);
         let another = copies.iter().any(|(member, ..)| *member != owner);
@@ -277,8 +287,8 @@ impl<'m> Sim<'m> {
                 self.lately.push_back(tuple);
                 let is_unseen = self.truth.open[&tuple].life % 10 < 3;
                 let event = self.close(tuple, owner);
-                // Whether a kernel saw the end, or just has it no more. Then one that had its packets lately has it until it is
-                // idle there as well.
+                // Whether a kernel saw the end, or just has it no more. Then one that had its
+                // packets lately has it until it is idle there as well.
                 let event = match is_unseen {
                     true => {
                         self.truth.expiring.insert(tuple);
@@ -313,7 +323,8 @@ impl<'m> Sim<'m> {
                         && able.contains(member)
                         && active.is_some_and(|active| active.2.epoch == stamp.epoch)
                 });
-                let together = |to: MemberId| self.world.live().len() > 1 && self.is_calm(owner, to);
+                let together =
+                    |to: MemberId| self.world.live().len() > 1 && self.is_calm(owner, to);
                 if let Some((to, ..)) = copy.copied()
                     && together(to)
                 {
@@ -350,7 +361,8 @@ impl<'m> Sim<'m> {
         self.world.tell(to, &event);
     }
 
-    /// Traffic of a connection shows up at both of its members within a round trip, here and there in any order.
+    /// Traffic of a connection shows up at both of its members within a round trip, here and there
+    /// in any order.
     fn contend(&mut self, traffic: bool) {
         let now = self.world.now;
         if traffic && self.at_once.below(2000) < self.plan.traffic {
@@ -379,43 +391,51 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// Packets of connections that showed up at two members at once go on at the owner: they raise no event, and show to who watches the entry.
+    /// Packets of connections that showed up at two members at once go on at the owner: they raise
+    /// no event, and show to who watches the entry.
     fn go_on(&mut self) {
         if self.truth.contended.is_empty() {
             return;
         }
         for host in self.world.hosts.values_mut() {
             let is_owner = |tuple: &&Tuple| self.truth.open[*tuple].owner == Some(host.member);
-            let open = self.truth.contended.iter().filter(|tuple| self.truth.open.contains_key(tuple));
+            let open =
+                self.truth.contended.iter().filter(|tuple| self.truth.open.contains_key(tuple));
             host.passing.clear();
-            host.passing
-                .extend(open.filter(is_owner).map(|tuple| (*tuple, self.truth.open[tuple].connection)));
+            host.passing.extend(
+                open.filter(is_owner).map(|tuple| (*tuple, self.truth.open[tuple].connection)),
+            );
         }
     }
 
     /// Both members of a connection, if nobody else has a copy and each names the other.
     fn pair_of(&self, tuple: &Tuple) -> Option<(MemberId, MemberId)> {
         let life = self.truth.open[tuple].life;
-        let copies: Vec<_> = self.copies_of(tuple).into_iter().filter(|copy| copy.3 == life).collect();
+        let copies: Vec<_> =
+            self.copies_of(tuple).into_iter().filter(|copy| copy.3 == life).collect();
         let [a, b] = copies[..] else { return None };
         (a.4 == b.0 && b.4 == a.0).then_some((a.0, b.0))
     }
 
-    /// A packet of a connection shows up at one of those that have a copy. Of several actives the one with the highest stamp
-    /// stays, of equal ones the higher member's.
+    /// A packet of a connection shows up at one of those that have a copy. Of several actives the
+    /// one with the highest stamp stays, of equal ones the higher member's.
     fn appear(&mut self, tuple: Tuple, life: u32) {
-        if self.truth.open.get(&tuple).is_none_or(|open| open.life != life || open.owner.is_none()) {
+        if self.truth.open.get(&tuple).is_none_or(|open| open.life != life || open.owner.is_none())
+        {
             return;
         }
         let able = self.able();
         let mut copies = self.copies_of(&tuple);
-        copies.retain(|(member, kind, _, of, _)| *of == life && *kind != Kind::Held && able.contains(member));
+        copies.retain(|(member, kind, _, of, _)| {
+            *of == life && *kind != Kind::Held && able.contains(member)
+        });
         if copies.len() < 2 {
             return;
         }
         if self.pair_of(&tuple).is_none() {
-            // It is changing its backup, or lost its active. Of three that know it two may go on that neither sends to the
-            // other: the kernel of the one that the traffic left forgets it in time.
+            // It is changing its backup, or lost its active. Of three that know it two may go on
+            // that neither sends to the other: the kernel of the one that the traffic left forgets
+            // it in time.
             self.truth.expiring.insert(tuple);
         }
         let (to, ..) = copies[self.at_once.below(copies.len() as u64) as usize];
@@ -428,7 +448,9 @@ impl<'m> Sim<'m> {
         self.world.tell(to, &event);
         let mut actives = self.world.copies_of(&tuple);
         actives.retain(|copy| copy.kind == Kind::Active && life_of(&copy.connection) == life);
-        let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else { return };
+        let Some(first) = actives.iter().max_by_key(|copy| (copy.stamp, copy.member)) else {
+            return;
+        };
         let rival = |copy: &&Copy| copy.stamp == first.stamp && copy.member != first.member;
         let has_common_backup = |copy: &Copy| {
             let peers = [first, copy].map(|copy| Coordinate::from_raw(copy.peer).member());
@@ -447,7 +469,8 @@ impl<'m> Sim<'m> {
         self.truth.tied.retain(|tuple| {
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
             // (One that looks for its packets may have it yet.)
-            let mut actives = found.iter().filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held));
+            let mut actives =
+                found.iter().filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held));
             let (Some(one), None) = (actives.next(), actives.next()) else { return true };
             if let Some(open) = self.truth.open.get_mut(tuple)
                 && life_of(&one.connection) == open.life
@@ -466,7 +489,9 @@ impl<'m> Sim<'m> {
     fn is_calm(&self, a: MemberId, b: MemberId) -> bool {
         let sees = |a: MemberId, b: MemberId| {
             let seen = &self.world.hosts[&a].group.view().members[b as usize];
-            seen.status.is_alive() && seen.hears_me && seen.table_id == self.world.hosts[&b].table_id
+            seen.status.is_alive()
+                && seen.hears_me
+                && seen.table_id == self.world.hosts[&b].table_id
         };
         self.plan.tangled || sees(a, b) && sees(b, a)
     }
@@ -481,13 +506,17 @@ impl<'m> Sim<'m> {
     fn find_owner(&mut self, tuple: Tuple, owner: MemberId) -> MemberId {
         let holds = |m: MemberId| {
             let shards = &self.world.hosts[&m].shards;
-            shards[shard_of(&tuple, shards.len() as u8) as usize].table().find_original(&tuple).is_some()
+            shards[shard_of(&tuple, shards.len() as u8) as usize]
+                .table()
+                .find_original(&tuple)
+                .is_some()
         };
         if holds(owner) {
             return owner;
         }
         let life = self.truth.open[&tuple].life;
-        let newest = self.copies_of(&tuple).into_iter().filter(|c| c.3 == life).max_by_key(|c| (c.2, c.0));
+        let newest =
+            self.copies_of(&tuple).into_iter().filter(|c| c.3 == life).max_by_key(|c| (c.2, c.0));
         let Some((to, ..)) = newest else { return owner };
         self.world.note(to, "moved", format_args!("{tuple} from {owner}, which has lost it"));
         self.truth.open.get_mut(&tuple).expect("it is open").owner = Some(to);
@@ -525,7 +554,9 @@ impl<'m> Sim<'m> {
     fn repair(&mut self) {
         let now = self.world.now;
         let hosts = &self.world.hosts;
-        let ready = |r: &Repair| r.at.reached(now) && !(hosts[&r.member].running && hosts[&r.member].paused);
+        let ready = |r: &Repair| {
+            r.at.reached(now) && !(hosts[&r.member].running && hosts[&r.member].paused)
+        };
         let (due, later) = std::mem::take(&mut self.repairs).into_iter().partition(ready);
         self.repairs = later;
         for Repair { member, tuple, .. } in due {
@@ -533,7 +564,9 @@ impl<'m> Sim<'m> {
                 Some(open) => open.owner.map(|owner| self.find_owner(tuple, owner)),
                 None => Some(member),
             };
-            if let Some(to) = to.filter(|to| self.world.hosts[to].running && !self.world.hosts[to].paused) {
+            if let Some(to) =
+                to.filter(|to| self.world.hosts[to].running && !self.world.hosts[to].paused)
+            {
                 self.world.tell(to, &self.truth.dumped(tuple));
             } else if let Some(at) = to.filter(|to| self.world.hosts[to].running) {
                 self.repairs.push(Repair { at: now.after(ms(5)), member: at, tuple });
@@ -546,7 +579,8 @@ impl<'m> Sim<'m> {
     fn episode(&mut self) -> Result<(), Broken> {
         let able = self.able();
         let Some(victim) = self.any(&able) else { return Ok(()) };
-        let others: Vec<MemberId> = self.world.live().into_iter().filter(|m| *m != victim).collect();
+        let others: Vec<MemberId> =
+            self.world.live().into_iter().filter(|m| *m != victim).collect();
         let Some(other) = self.any(&others) else { return Ok(()) };
         let span = fault_time(&mut self.rng);
         let until = self.world.now.after(span);
@@ -567,8 +601,12 @@ impl<'m> Sim<'m> {
             }
             3 | 4 => {
                 // Some on one side, the rest on the other.
-                let side: Vec<MemberId> =
-                    others.iter().copied().filter(|_| self.rng.chance(20)).chain([victim]).collect();
+                let side: Vec<MemberId> = others
+                    .iter()
+                    .copied()
+                    .filter(|_| self.rng.chance(20))
+                    .chain([victim])
+                    .collect();
                 self.world.note(victim, "cut", format_args!("{side:?} from all others, {span:?}"));
                 for a in self.world.live() {
                     for b in self.world.live() {
@@ -634,8 +672,8 @@ impl<'m> Sim<'m> {
         Ok(())
     }
 
-    /// The process dies and comes back over its memory. Its kernel goes on: what its source missed it finds by
-    /// a dump and look-ups, and what was owed to the kernel is made up for.
+    /// The process dies and comes back over its memory. Its kernel goes on: what its source missed
+    /// it finds by a dump and look-ups, and what was owed to the kernel is made up for.
     fn restart(&mut self, victim: MemberId, span: Duration) -> Result<(), Broken> {
         // With the feature it is killed between two stores.
         self.killed = true;
@@ -670,12 +708,17 @@ impl<'m> Sim<'m> {
         tuples.sort();
         tuples.dedup();
         let now = self.world.now;
-        self.repairs.extend(tuples.into_iter().map(|tuple| Repair { at: now, member: victim, tuple }));
+        self.repairs.extend(tuples.into_iter().map(|tuple| Repair {
+            at: now,
+            member: victim,
+            tuple,
+        }));
         self.run_for(ms(50), true)
     }
 
-    /// The process of this member is gone for several times the time after which its connections have other members, and much
-    /// happens meanwhile. Either its gateway goes on, or the routes lead elsewhere.
+    /// The process of this member is gone for several times the time after which its connections
+    /// have other members, and much happens meanwhile. Either its gateway goes on, or the routes
+    /// lead elsewhere.
     fn be_absent(&mut self, victim: MemberId) -> Result<(), Broken> {
         let span = REPROTECT * (3 + self.absences.below(20)) as u32;
         let routes_move = self.absences.chance(60);
@@ -683,7 +726,9 @@ impl<'m> Sim<'m> {
         self.busy = 600;
         if routes_move {
             let mut moved = Vec::new();
-            for (tuple, open) in self.truth.open.iter_mut().filter(|(_, open)| open.owner == Some(victim)) {
+            for (tuple, open) in
+                self.truth.open.iter_mut().filter(|(_, open)| open.owner == Some(victim))
+            {
                 open.owner = None;
                 moved.push((*tuple, open.life));
             }
@@ -727,7 +772,9 @@ impl<'m> Sim<'m> {
         self.world.note(victim, "leave", format_args!(""));
         self.world.host(victim).leaving = true;
         let limit = self.world.now.after(ms(600));
-        while self.world.counter(victim, Counter::ConnectionsBackup) > 0 && !limit.reached(self.world.now) {
+        while self.world.counter(victim, Counter::ConnectionsBackup) > 0
+            && !limit.reached(self.world.now)
+        {
             self.step(true)?;
         }
         for shard in 0..self.world.hosts[&victim].shards.len() {
@@ -742,15 +789,16 @@ impl<'m> Sim<'m> {
         self.come_back(victim, span)
     }
 
-    /// Who died has been silent long enough: the traffic of its connections goes where the newest copy is,
-    /// with the state that this has. What only the dead knew is lost, or ends unheard.
+    /// Who died has been silent long enough: the traffic of its connections goes where the newest
+    /// copy is, with the state that this has. What only the dead knew is lost, or ends unheard.
     fn move_orphans(&mut self) {
         let now = self.world.now;
         if !self.orphans.iter().any(|(at, _)| at.reached(now)) {
             return;
         }
         self.orphans.retain(|(at, _)| !at.reached(now));
-        let mut newest: BTreeMap<Tuple, (Stamp, MemberId, hypersync::conn::Connection)> = BTreeMap::new();
+        let mut newest: BTreeMap<Tuple, (Stamp, MemberId, hypersync::conn::Connection)> =
+            BTreeMap::new();
         let copies: BTreeMap<Tuple, _> = self.world.copies().into_iter().collect();
         for (tuple, found) in copies {
             if found.len() > 1 {
@@ -789,7 +837,9 @@ impl<'m> Sim<'m> {
         let n = self.rng.below(self.samples.len().max(1) as u64) as usize;
         let Some(sample) = self.samples.get(n) else { return Ok(()) };
         let (from, to, mut bytes) = (sample.from, sample.to, sample.bytes.clone());
-        let Some(host) = self.world.hosts.get(&to).filter(|h| h.running && !h.paused) else { return Ok(()) };
+        let Some(host) = self.world.hosts.get(&to).filter(|h| h.running && !h.paused) else {
+            return Ok(());
+        };
         let mut r = Reader::new(&bytes);
         let Ok(header) = Header::decode(&mut r, 7) else { return Ok(()) };
         if header.opcode != OPCODE_SYNC || header.to_shard as usize >= host.shards.len() {
@@ -798,7 +848,8 @@ impl<'m> Sim<'m> {
         let mut source = address(from);
         let sync = SyncHeader::decode(&mut r).expect("it was sent");
         let stream = stream_index(from, sync.from_shard);
-        let known_session = Durable(&host.memory[header.to_shard as usize].streams[stream]).peer_session();
+        let known_session =
+            Durable(&host.memory[header.to_shard as usize].streams[stream]).peer_session();
         let kind = self.rng.below(8);
         match kind {
             0 => {
@@ -883,15 +934,16 @@ impl<'m> Sim<'m> {
         self.truth.expired.clear();
         self.truth.tied.clear();
         self.doubled.clear();
-        // (Where the next one of a tuple found a full table, nobody was told that the one before is over.)
+        // (Where the next one of a tuple found a full table, nobody was told that the one before is
+        // over.)
         let held: BTreeSet<u32> =
             self.world.copies().values().flatten().map(|copy| life_of(&copy.connection)).collect();
         self.truth.buried.extend(self.truth.closed.difference(&held));
         Ok(())
     }
 
-    /// Everything is at rest. All processes are restarted over their memory, in which versions of states and numbers of
-    /// streams have come as far as in years.
+    /// Everything is at rest. All processes are restarted over their memory, in which versions of
+    /// states and numbers of streams have come as far as in years.
     fn age(&mut self) {
         self.world.note(0, "aged", format_args!(""));
         let members = self.world.live();
@@ -899,7 +951,8 @@ impl<'m> Sim<'m> {
             self.world.kill(*member);
         }
         for (tuple, open) in &self.truth.open {
-            // As many changes of a connection at both of its copies, and as many claims (a history keeps ten bits of them).
+            // As many changes of a connection at both of its copies, and as many claims (a history
+            // keeps ten bits of them).
             let version = u32::MAX - open.life % 5;
             for member in &members {
                 let host = &self.world.hosts[member];
@@ -941,9 +994,10 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// A connection for which there was no slot, or that had to give way to another life of its tuple, is
-    /// found by a dump. Where the older state of a pair was taken for that of a connection that strayed, or a claim was heard of late that was made before
-    /// its traffic left, its next packet tells.
+    /// A connection for which there was no slot, or that had to give way to another life of its
+    /// tuple, is found by a dump. Where the older state of a pair was taken for that of a
+    /// connection that strayed, or a claim was heard of late that was made before its traffic left,
+    /// its next packet tells.
     fn dump(&mut self) {
         let copies = self.world.copies();
         let may_be_older = |(tuple, open): &(&Tuple, &Open)| {
@@ -952,30 +1006,40 @@ impl<'m> Sim<'m> {
         for (tuple, open) in self.truth.open.iter().filter(may_be_older) {
             let found = copies.get(tuple).map_or(&[][..], |found| &found[..]);
             let at_owner = found.iter().find(|copy| Some(copy.member) == open.owner);
-            if let Some(copy) = at_owner.filter(|copy| !self.checks.alike(&copy.connection, &open.connection))
+            if let Some(copy) =
+                at_owner.filter(|copy| !self.checks.alike(&copy.connection, &open.connection))
             {
-                self.repairs.push(Repair { at: self.world.now, member: copy.member, tuple: *tuple });
+                self.repairs.push(Repair {
+                    at: self.world.now,
+                    member: copy.member,
+                    tuple: *tuple,
+                });
             }
         }
         for (tuple, open) in &self.truth.open {
             let Some(owner) = open.owner.filter(|_| !copies.contains_key(tuple)) else { continue };
-            if self.world.counter(owner, Counter::TableFull) > 0 || self.truth.expiring.contains(tuple) {
+            if self.world.counter(owner, Counter::TableFull) > 0
+                || self.truth.expiring.contains(tuple)
+            {
                 self.repairs.push(Repair { at: self.world.now, member: owner, tuple: *tuple });
             }
         }
     }
 
-    /// Two members that took over a connection, of which no packet shows up anywhere, both carry it on, and nobody can tell
-    /// which of them should: the first packet at one of them settles it. Of two that both saw packets the owner goes on seeing them; they raise
-    /// no event, and show to who watches its entry.
+    /// Two members that took over a connection, of which no packet shows up anywhere, both carry it
+    /// on, and nobody can tell which of them should: the first packet at one of them settles it. Of
+    /// two that both saw packets the owner goes on seeing them; they raise no event, and show to
+    /// who watches its entry.
     fn speak(&mut self) {
         let mut doubled = Vec::new();
         for (tuple, found) in self.world.copies() {
             let open = self.truth.open.get(&tuple).copied();
             let Some(Open { owner: Some(owner), connection, .. }) = open else { continue };
             // (What was told to give way looks for its packets while it is held.)
-            let actives: Vec<_> =
-                found.iter().filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held)).collect();
+            let actives: Vec<_> = found
+                .iter()
+                .filter(|copy| matches!(copy.kind, Kind::Active | Kind::Held))
+                .collect();
             if actives.len() < 2 {
                 continue;
             }
@@ -983,14 +1047,17 @@ impl<'m> Sim<'m> {
             if actives.iter().any(|copy| copy.member == owner) {
                 self.world.host(owner).passing.insert(tuple, connection);
             } else if (alike || self.truth.expiring.contains(&tuple))
-                && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now)) > SPEAKS
+                && self.world.now.since(*self.doubled.entry(tuple).or_insert(self.world.now))
+                    > SPEAKS
             {
                 doubled.push(tuple);
             }
         }
         doubled.sort();
         for tuple in doubled {
-            let Some(owner) = self.truth.open.get(&tuple).and_then(|open| open.owner) else { continue };
+            let Some(owner) = self.truth.open.get(&tuple).and_then(|open| open.owner) else {
+                continue;
+            };
             let to = self.find_owner(tuple, owner);
             self.world.note(to, "speaks", format_args!("{tuple}"));
             self.world.tell(to, &self.truth.dumped(tuple));
@@ -1021,7 +1088,8 @@ impl<'m> Sim<'m> {
                     Some(open) if open.life != life => forgotten || left,
                     Some(open) => {
                         let owner = open.owner;
-                        let another = found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
+                        let another =
+                            found.iter().any(|c| Some(c.member) == owner && c.kind == Kind::Active);
                         let strayed = self.truth.strayed.contains(&tuple);
                         forgotten && owner != Some(copy.member) && (another || strayed)
                     }
@@ -1036,10 +1104,17 @@ impl<'m> Sim<'m> {
                     }
                     self.world.note(copy.member, "expired", format_args!("{tuple}"));
                     self.truth.expired.insert((copy.member, life));
-                    self.world.tell(copy.member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
+                    self.world.tell(
+                        copy.member,
+                        &SourceEvent::Gone { original: tuple, end: End::Unseen },
+                    );
                     if let Some(owner) = open.and_then(|open| open.owner) {
                         // What was in its way is gone: the next dump tells of it.
-                        self.repairs.push(Repair { at: self.world.now.after(ms(20)), member: owner, tuple });
+                        self.repairs.push(Repair {
+                            at: self.world.now.after(ms(20)),
+                            member: owner,
+                            tuple,
+                        });
                     }
                 }
             }

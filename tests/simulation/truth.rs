@@ -1,9 +1,10 @@
-//! What really is: which connections are open, whose traffic they are, and what their newest state is.
+//! What really is: which connections are open, whose traffic they are, and what their newest state
+//! is.
 //!
 //! Every change draws the next serial number and writes it into one group of the connection's state
-//! (status, mark, timeout or labels). So of two states of one connection the older one shows in every
-//! group, and a group that a lost delta left behind shows as well. The translated address says which
-//! life of its tuple a connection is.
+//! (status, mark, timeout or labels). So of two states of one connection the older one shows in
+//! every group, and a group that a lost delta left behind shows as well. The translated address
+//! says which life of its tuple a connection is.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -39,20 +40,23 @@ pub struct Truth {
     /// Lives that ended, and those of them that were seen to be gone everywhere.
     pub closed: BTreeSet<u32>,
     pub buried: BTreeSet<u32>,
-    /// Tuples of which somebody may hold what nobody can tell it to let go: a close died with the member that
-    /// knew of it, or traffic moved away from a member that could not be told. Its kernel forgets it in time.
+    /// Tuples of which somebody may hold what nobody can tell it to let go: a close died with the
+    /// member that knew of it, or traffic moved away from a member that could not be told. Its
+    /// kernel forgets it in time.
     pub expiring: BTreeSet<Tuple>,
-    /// Lives whose traffic left a member while its process was gone. When they end elsewhere nobody remembers that for it: its
-    /// own kernel forgets them in time.
+    /// Lives whose traffic left a member while its process was gone. When they end elsewhere nobody
+    /// remembers that for it: its own kernel forgets them in time.
     pub left: BTreeSet<u32>,
-    /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is lost.
+    /// Tuples whose traffic showed up at two members at once: what the one that loses saw since is
+    /// lost.
     pub contended: BTreeSet<Tuple>,
-    /// Of them, those that two claimed in the same state who have a backup in common: whose word it heard first has them.
+    /// Of them, those that two claimed in the same state who have a backup in common: whose word it
+    /// heard first has them.
     pub tied: BTreeSet<Tuple>,
     /// Entries that ran out, each with its kernel, while another member had the connection as well.
     pub expired: BTreeSet<(MemberId, u32)>,
-    /// Tuples whose traffic moved to a member that had no copy. Nobody tells the pair; its kernels, which see no packets any
-    /// more, forget the connection in time.
+    /// Tuples whose traffic moved to a member that had no copy. Nobody tells the pair; its kernels,
+    /// which see no packets any more, forget the connection in time.
     pub strayed: BTreeSet<Tuple>,
     lives: u32,
     serial: u32,
@@ -87,21 +91,31 @@ impl Truth {
     pub fn fresh_tuple(&mut self) -> Tuple {
         self.tuples += 1;
         let client = Ipv4Addr::from(0x0a00_0000 + self.tuples);
-        Tuple::v4(6, (client, 1024 + self.tuples as u16 % 50_000), (Ipv4Addr::new(192, 0, 2, 1), 443))
+        Tuple::v4(
+            6,
+            (client, 1024 + self.tuples as u16 % 50_000),
+            (Ipv4Addr::new(192, 0, 2, 1), 443),
+        )
     }
 
     /// A connection opens.
     pub fn open(&mut self, tuple: Tuple, owner: MemberId) -> SourceEvent {
         let serial = self.next_serial();
         self.lives += 1;
-        let state =
-            State { status: serial, tcp_state: 3, timeout_s: serial, mark: serial, ..State::default() };
+        let state = State {
+            status: serial,
+            tcp_state: 3,
+            timeout_s: serial,
+            mark: serial,
+            ..State::default()
+        };
         let client = Ipv4Addr::from(LIVES_AT + self.lives);
         let reply = Tuple::v4(6, (Ipv4Addr::new(192, 0, 2, 1), 443), (client, tuple.sport));
         let mut connection = Connection::new(tuple, reply, state);
         if self.lives.is_multiple_of(8) {
             let labels = u128::from(serial);
-            connection.extra = Extra { parts: parts::LABELS, labels: labels.to_le_bytes(), ..Extra::NONE };
+            connection.extra =
+                Extra { parts: parts::LABELS, labels: labels.to_le_bytes(), ..Extra::NONE };
         }
         self.open.insert(tuple, Open { owner: Some(owner), life: self.lives, connection });
         SourceEvent::seen(connection)
@@ -130,7 +144,8 @@ impl Truth {
                 groups::MARK
             }
         };
-        // The pair's older state may have been written over what the kernel had. A packet there tells all of it again.
+        // The pair's older state may have been written over what the kernel had. A packet there
+        // tells all of it again.
         let whole = n.is_multiple_of(3) || self.strayed.contains(&tuple);
         let known = if whole { groups::ALL } else { known | groups::TUPLES };
         SourceEvent::Seen { connection: *connection, known }

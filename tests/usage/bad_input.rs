@@ -110,11 +110,23 @@ fn flags_that_make_no_sense_are_named_with_their_range() {
     refused(&mut member(&lab, &["--colour", "blue"]));
     for (extra, says) in [
         (["--interface", "sy1"], "--interface sy1 and --sync fe80::1%sy0 contradict each other"),
-        (["--peer", "fe80::3%sy1"], "--sync fe80::1%sy0 and --peer fe80::3%sy1 contradict each other"),
+        (
+            ["--peer", "fe80::3%sy1"],
+            "--sync fe80::1%sy0 and --peer fe80::3%sy1 contradict each other",
+        ),
     ] {
         let mut command = hypersync();
-        let words =
-            ["run", "--member", "1", "--source", "ring", "--sync", "fe80::1%sy0", "--peer", "fe80::2"];
+        let words = [
+            "run",
+            "--member",
+            "1",
+            "--source",
+            "ring",
+            "--sync",
+            "fe80::1%sy0",
+            "--peer",
+            "fe80::2",
+        ];
         command.args(words).args(extra).arg("--shm").arg(lab.path("m1"));
         assert_says(&refused(&mut command), &[says]);
     }
@@ -134,7 +146,8 @@ fn a_bad_rule_of_a_file_is_named_with_its_line() {
 
 #[test]
 fn a_missing_member_number_is_usage_too() {
-    let output = hypersync().args(["run", "--sync", "127.0.0.1"]).output().expect("the program is built");
+    let output =
+        hypersync().args(["run", "--sync", "127.0.0.1"]).output().expect("the program is built");
     assert_eq!(output.status.code(), Some(2));
     assert_says(&String::from_utf8_lossy(&output.stderr), &["--member"]);
 }
@@ -145,7 +158,9 @@ fn a_directory_that_cannot_be_used_is_named() {
     let file = lab.path("file");
     fs::write(&file, "here first").unwrap();
     let within = file.join("shm");
-    for place in [&file, &within, Path::new("/proc/hypersync"), &lab.path("missing").join("further")] {
+    for place in
+        [&file, &within, Path::new("/proc/hypersync"), &lab.path("missing").join("further")]
+    {
         let line = refused(hypersync().args(lab.words(1, &[2])).arg("--shm").arg(place));
         assert_says(&line, &[place.to_str().unwrap()]);
     }
@@ -266,7 +281,8 @@ fn a_memory_lock_limit_that_is_too_small_is_named_with_what_to_do() {
     // Too little for the ring's queues, and too little for the arena.
     for (limit, needed) in [(64 << 10, "131072"), (1 << 20, "4194304")] {
         let mut command = member(&lab, &["--shards", "1", "--arena", "4194304"]);
-        // SAFETY: system calls that may be made between fork and exec; the struct lives on the stack.
+        // SAFETY: system calls that may be made between fork and exec; the struct lives on the
+        // stack.
         unsafe {
             command.pre_exec(move || {
                 let limit = libc::rlimit { rlim_cur: limit, rlim_max: limit };
@@ -294,8 +310,8 @@ fn io_uring_refused_is_named_with_errno_sysctl_and_kernel() {
     let lab = Lab::new();
     let mut command = member(&lab, &["--shards", "1"]);
     const IO_URING_SETUP: u32 = 425;
-    // SAFETY: prctl may be called between fork and exec; the filter and its program live on the stack,
-    // and the kernel copies both.
+    // SAFETY: prctl may be called between fork and exec; the filter and its program live on the
+    // stack, and the kernel copies both.
     unsafe {
         command.pre_exec(|| {
             let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
@@ -303,12 +319,19 @@ fn io_uring_refused_is_named_with_errno_sysctl_and_kernel() {
                 // The system call's number is the first word.
                 step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
                 step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, IO_URING_SETUP),
-                step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+                step(
+                    libc::BPF_RET | libc::BPF_K,
+                    0,
+                    0,
+                    libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+                ),
                 step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
             ];
-            let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+            let program =
+                libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
             let quiet = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-            let set = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
+            let set =
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
             if quiet != 0 || set != 0 {
                 return Err(std::io::Error::last_os_error());
             }
@@ -351,11 +374,14 @@ fn netlink_refused_is_named_with_what_to_do() {
         // SAFETY: as in the test above.
         unsafe {
             command.pre_exec(move || {
-                let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+                let step =
+                    |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
                 let load = |offset| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, offset);
-                let unless = |k, skip| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, k);
+                let unless =
+                    |k, skip| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, skip, k);
                 let end = |k| step(libc::BPF_RET | libc::BPF_K, 0, 0, k);
-                // The system call's number is the first word; arguments of 8 bytes each begin at byte 16.
+                // The system call's number is the first word; arguments of 8 bytes each begin at
+                // byte 16.
                 let mut filter = [
                     load(0),
                     unless(libc::SYS_socket as u32, 5),
@@ -366,9 +392,14 @@ fn netlink_refused_is_named_with_what_to_do() {
                     end(libc::SECCOMP_RET_ERRNO | errno as u32),
                     end(libc::SECCOMP_RET_ALLOW),
                 ];
-                let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+                let program =
+                    libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
                 let quiet = libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-                let set = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
+                let set = libc::prctl(
+                    libc::PR_SET_SECCOMP,
+                    libc::SECCOMP_MODE_FILTER,
+                    &raw const program,
+                );
                 if quiet != 0 || set != 0 {
                     return Err(std::io::Error::last_os_error());
                 }

@@ -33,7 +33,8 @@ fn lines_with(member: &Member, words: &str) -> usize {
     member.log().lines().filter(|line| line.contains(words)).count()
 }
 
-const REFUSED: &str = "sending to 10.9.0.2 is refused by this host's packet filter: let UDP port 8116 out";
+const REFUSED: &str =
+    "sending to 10.9.0.2 is refused by this host's packet filter: let UDP port 8116 out";
 const DEAF: &str =
     "member 2 at 10.9.0.2 does not hear this member: UDP port 8116 is blocked on the way there";
 

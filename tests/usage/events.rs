@@ -33,7 +33,8 @@ fn the_events_of_a_life_are_told_in_order() {
     drop(one);
 
     let mut one = lab.start(1, &[2], &["--shards", "1"]);
-    let ready = |events: Vec<String>| events.iter().filter(|event| *event == "member-ready 1").count();
+    let ready =
+        |events: Vec<String>| events.iter().filter(|event| *event == "member-ready 1").count();
     wait_for("member 1 is back", SOON, || ready(two.events()) == 2);
     wait_until_ready(&[&one, &two]);
     one.signal(libc::SIGTERM);
@@ -64,7 +65,11 @@ fn a_member_that_is_told_to_end_moves_its_copies_away_and_says_goodbye() {
     let wanted = connections(0..1000);
     push_all(&mut one.producers(), wanted.values());
     wait_for_agreement("all have them", &[&one, &two, &three], &wanted, SOON);
-    assert_eq!(two.counter(Counter::ConnectionsBackup), 1000, "the highest priority has the copies");
+    assert_eq!(
+        two.counter(Counter::ConnectionsBackup),
+        1000,
+        "the highest priority has the copies"
+    );
 
     two.signal(libc::SIGTERM);
     let status = two.end(SOON);
@@ -116,7 +121,8 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
 
     let says = |member: &Member, words: [&str; 2]| {
         let log = member.log();
-        log.lines().any(|line| line.contains("ERROR") && words.iter().all(|word| line.contains(word)))
+        log.lines()
+            .any(|line| line.contains("ERROR") && words.iter().all(|word| line.contains(word)))
     };
     let (first, second) = (lab.address(1).to_string(), lab.address(9).to_string());
     wait_for("everybody says so", SOON, || {
@@ -124,8 +130,10 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
             && says(&rival, [&first, "also is member 1"])
             && says(&two, [&second, "two hosts are member 1"])
     });
-    // The first is taken for the member by the others, and they say so. The second is not ready, and says why.
-    let reason = format!("another host, {first}, also is member 1, and nobody says that it takes this one");
+    // The first is taken for the member by the others, and they say so. The second is not ready,
+    // and says why.
+    let reason =
+        format!("another host, {first}, also is member 1, and nobody says that it takes this one");
     wait_for("the second says that it is not ready", SOON, || {
         let (status, line) = rival.check();
         status == Some(2) && line.starts_with("not-ready") && line.contains(&reason)
@@ -137,7 +145,11 @@ fn two_members_with_one_number_both_say_so_and_keep_what_they_have() {
     for member in [&one, &two] {
         assert!(member.counter(Counter::DuplicateMember) > 0);
     }
-    assert_eq!(two.view().group().read(1).unwrap().address, Some(lab.address(1)), "the first is kept");
+    assert_eq!(
+        two.view().group().read(1).unwrap().address,
+        Some(lab.address(1)),
+        "the first is kept"
+    );
     assert_eq!((copies(&one).unwrap(), copies(&two).unwrap()), before, "nothing changed");
     assert_eq!(copies(&rival).unwrap().len(), 100, "the second keeps what it has");
     let lines = two.log().lines().filter(|line| line.contains("two hosts")).count();
@@ -165,7 +177,9 @@ fn two_hosts_with_one_number_are_both_not_ready_until_one_is_gone() {
         Member::start(&lab, name, 1, hypersync(), &words)
     };
     let one = start("one", 1, 9);
-    wait_for("the first is ready", SOON, || one.was_told("self-ready 1") && one.check().0 == Some(0));
+    wait_for("the first is ready", SOON, || {
+        one.was_told("self-ready 1") && one.check().0 == Some(0)
+    });
     let mut rival = start("rival", 9, 1);
     for (member, other) in [(&one, 9), (&rival, 1)] {
         let reason = format!("another host, {}, also is member 1", lab.address(other));

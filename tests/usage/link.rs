@@ -1,5 +1,5 @@
-//! The sync link as networks have it: it is there later than the member, its address is link-local, tools delete it and
-//! make it anew.
+//! The sync link as networks have it: it is there later than the member, its address is link-local,
+//! tools delete it and make it anew.
 
 use std::fs::{self, File};
 use std::process::{Child, Command, Stdio};
@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use hypersync::group::view::Status;
 
 use crate::common::copies::{connections, push_all, wait_for_agreement};
-use crate::common::member::{Lab, Member, SOON, dies_with_us, hypersync, wait_until_ready, with, words};
+use crate::common::member::{
+    Lab, Member, SOON, dies_with_us, hypersync, wait_until_ready, with, words,
+};
 use crate::common::namespace::{Namespace, two_hosts, unique_prefix};
 use crate::common::{may_make_namespaces, wait_for};
 
@@ -45,7 +47,10 @@ const LINK_LOCAL: [Way; 3] = [
     },
     Way {
         what: "link-local peers, the interface behind each address",
-        words: [("fe80::1%sy0", &["--peer", "fe80::2%sy0"]), ("fe80::2%sy0", &["--peer", "fe80::1%sy0"])],
+        words: [
+            ("fe80::1%sy0", &["--peer", "fe80::2%sy0"]),
+            ("fe80::2%sy0", &["--peer", "fe80::1%sy0"]),
+        ],
     },
     Way {
         what: "link-local multicast",
@@ -67,7 +72,8 @@ fn a_link_local_sync_address_works_in_both_spellings() {
         for (host, n) in hosts.iter().zip(1..) {
             host.ip(&format!("address add fe80::{n}/64 dev sy0 nodad"));
         }
-        let [one, two] = [0, 1].map(|i| start(&lab, &hosts[i], i as u8 + 1, way.words[i].0, way.words[i].1));
+        let [one, two] =
+            [0, 1].map(|i| start(&lab, &hosts[i], i as u8 + 1, way.words[i].0, way.words[i].1));
         wait_until_ready(&[&one, &two]);
         let wanted = connections(0..500);
         push_all(&mut one.producers(), wanted.values());
@@ -91,7 +97,10 @@ const REBUILT: [Way; 5] = [
     },
     Way {
         what: "IPv6 multicast",
-        words: [("fd08::1", &["--multicast", "ff02::74"]), ("fd08::2", &["--multicast", "ff02::74"])],
+        words: [
+            ("fd08::1", &["--multicast", "ff02::74"]),
+            ("fd08::2", &["--multicast", "ff02::74"]),
+        ],
     },
     Way {
         what: "link-local multicast",
@@ -102,7 +111,10 @@ const REBUILT: [Way; 5] = [
     },
     Way {
         what: "link-local peers",
-        words: [("fe80::8:1%br-sy", &["--peer", "fe80::8:2"]), ("fe80::8:2%br-sy", &["--peer", "fe80::8:1"])],
+        words: [
+            ("fe80::8:1%br-sy", &["--peer", "fe80::8:2"]),
+            ("fe80::8:2%br-sy", &["--peer", "fe80::8:1"]),
+        ],
     },
     Way {
         what: "peers",
@@ -120,7 +132,8 @@ fn a_sync_link_that_is_deleted_and_made_anew_is_heard_again_within_a_second() {
         for (host, n) in hosts.iter().zip(1..) {
             make_link(host, n);
         }
-        let [one, two] = [0, 1].map(|i| start(&lab, &hosts[i], i as u8 + 1, way.words[i].0, way.words[i].1));
+        let [one, two] =
+            [0, 1].map(|i| start(&lab, &hosts[i], i as u8 + 1, way.words[i].0, way.words[i].1));
         wait_until_ready(&[&one, &two]);
         let mut wanted = connections(0..500);
         let mut producers = one.producers();
@@ -169,10 +182,17 @@ fn a_multicast_group_that_the_kernel_forgot_is_joined_again() {
     }
     let (lab, hosts) = (Lab::new(), two_hosts());
     let [one, two] = [1, 2].map(|n| {
-        start(&lab, &hosts[usize::from(n) - 1], n, &format!("fd00::{n}"), &["--multicast", "ff02::74"])
+        start(
+            &lab,
+            &hosts[usize::from(n) - 1],
+            n,
+            &format!("fd00::{n}"),
+            &["--multicast", "ff02::74"],
+        )
     });
     wait_until_ready(&[&one, &two]);
-    // IPv6 needs an MTU of 1280: below, the kernel takes it off the interface, groups included. The interface keeps its index.
+    // IPv6 needs an MTU of 1280: below, the kernel takes it off the interface, groups included. The
+    // interface keeps its index.
     hosts[1].ip("link set sy0 mtu 1200");
     wait_for("each is dead for the other", SOON, || {
         one.sees(2) == Status::Dead && two.sees(1) == Status::Dead
@@ -189,14 +209,18 @@ fn a_member_that_hears_nobody_any_more_says_so() {
         return;
     }
     let (lab, hosts) = (Lab::new(), two_hosts());
-    let [one, two] = [1, 2]
-        .map(|n| start(&lab, &hosts[usize::from(n) - 1], n, &format!("10.9.0.{n}"), &["--interface", "sy0"]));
+    let [one, two] = [1, 2].map(|n| {
+        start(&lab, &hosts[usize::from(n) - 1], n, &format!("10.9.0.{n}"), &["--interface", "sy0"])
+    });
     wait_until_ready(&[&one, &two]);
     hosts[0].ip("link set sy0 down");
-    let lines =
-        |member: &Member, words: &str| member.log().lines().filter(|line| line.contains(words)).count();
+    let lines = |member: &Member, words: &str| {
+        member.log().lines().filter(|line| line.contains(words)).count()
+    };
     let own = "not even this member's own to the multicast group";
-    wait_for("member 1 says that not even its own heartbeats come back", SOON, || lines(&one, own) == 1);
+    wait_for("member 1 says that not even its own heartbeats come back", SOON, || {
+        lines(&one, own) == 1
+    });
     let nobody = "no heartbeat of any other member of group 7: nothing is copied";
     wait_for("member 2 says that nobody is heard", SOON, || lines(&two, nobody) == 1);
     let (status, line) = one.check();
@@ -248,10 +272,16 @@ fn a_member_started_before_its_link_waits_and_goes_on_by_itself() {
                 let mut inspect = Command::new(env!("CARGO_BIN_EXE_hypersync-inspect"));
                 let checked = inspect.arg("--shm").arg(lab.path("m1")).arg("check").output();
                 let checked = checked.expect("the inspector is built");
-                assert_eq!(checked.status.code(), Some(1), "{}", String::from_utf8_lossy(&checked.stdout));
+                assert_eq!(
+                    checked.status.code(),
+                    Some(1),
+                    "{}",
+                    String::from_utf8_lossy(&checked.stdout)
+                );
                 host.ip("address add 10.9.0.1/24 dev sy0");
             });
-            // It returns once the member's memory can be read. The member dies with the thread that starts it.
+            // It returns once the member's memory can be read. The member dies with the thread that
+            // starts it.
             let member = start(&lab, &host, 1, "10.9.0.1", interface);
             steps.join().expect("its failure was told");
             member
@@ -289,13 +319,18 @@ fn a_member_that_waits_ends_when_it_is_told_to() {
         dies_with_us(&mut command).spawn().expect("the program is built")
     };
     for (sync, extra, says) in [
-        ("192.0.2.1", &["--peer", "192.0.2.2"] as &[&str], "192.0.2.1 is not an address of this host"),
+        (
+            "192.0.2.1",
+            &["--peer", "192.0.2.2"] as &[&str],
+            "192.0.2.1 is not an address of this host",
+        ),
         ("127.0.0.1", &["--interface", "nosuch0"], "there is no interface nosuch0"),
         ("fe80::1%nosuch0", &["--peer", "fe80::2"], "there is no interface nosuch0"),
     ] {
         let mut child = here(sync, extra);
         wait_for("it says what it waits for", SOON, || said(&lab, says) == 1);
-        // SAFETY: kill has no memory arguments; the child was not waited for, so the number is its own.
+        // SAFETY: kill has no memory arguments; the child was not waited for, so the number is its
+        // own.
         assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGTERM) }, 0);
         let mut status = None;
         wait_for("it ends", SOON, || {

@@ -14,7 +14,8 @@ use crate::common::copies::connection;
 use crate::common::member::{Lab, Member, SOON};
 use crate::common::wait_for;
 
-/// Offers changes of a few connections until a ring was full so many times, each time again after this pause.
+/// Offers changes of a few connections until a ring was full so many times, each time again after
+/// this pause.
 fn fill(producers: &mut Producers, times: u32, pause: Duration) {
     let (start, mut full) = (Instant::now(), 0);
     for n in 0_u32.. {
@@ -57,14 +58,15 @@ fn a_shard_does_not_wait_while_its_ring_holds_more_than_a_pass_takes() {
     fill(&mut producers, 500, Duration::from_micros(50));
     let [passes, waits, _] = since(before, &member);
     println!("16384 records: {passes} passes, {waits} waits");
-    // Some, for a busy machine may keep the producer from its processor for longer than the ring lasts.
+    // Some, for a busy machine may keep the producer from its processor for longer than the ring
+    // lasts.
     assert!(waits * 10 <= passes, "{waits} waits in {passes} passes");
 }
 
 #[test]
 fn a_shard_does_not_wait_for_company_while_a_small_ring_fills_again() {
-    // Once a full ring of 64 records lay there for half a millisecond, and the shard slept: 107,000 events a
-    // second of the 400,000 that it can take from such a ring.
+    // Once a full ring of 64 records lay there for half a millisecond, and the shard slept: 107,000
+    // events a second of the 400,000 that it can take from such a ring.
     let lab = Lab::new();
     let member = start(&lab, "64");
     let mut producers = member.producers();
@@ -81,7 +83,8 @@ fn a_shard_does_not_wait_for_company_while_a_small_ring_fills_again() {
 
 #[test]
 fn a_datagram_at_the_wrong_shard_is_handed_over_or_counted_as_lost() {
-    // Trains of which the first datagram is for shard 0, and with it the whole arrives there; the others are for shard 1.
+    // Trains of which the first datagram is for shard 0, and with it the whole arrives there; the
+    // others are for shard 1.
     const IN_TRAIN: usize = 44;
     const BYTES: usize = 64;
     let lab = Lab::new();
@@ -91,7 +94,13 @@ fn a_datagram_at_the_wrong_shard_is_handed_over_or_counted_as_lost() {
     let (size, len) = (BYTES as i32, size_of::<i32>() as libc::socklen_t);
     // SAFETY: the option's value is an i32, which lives through the call.
     let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, (&raw const size).cast(), len)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const size).cast(),
+            len,
+        )
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     let mut train = [0; IN_TRAIN * BYTES];
@@ -108,5 +117,7 @@ fn a_datagram_at_the_wrong_shard_is_handed_over_or_counted_as_lost() {
         wait_for("all were read", SOON, || member.counter(Counter::Strays) == sent);
         member.counter(Counter::StraysLost) > 0
     });
-    wait_for("each arrived or is counted", SOON, || arrived() + member.counter(Counter::StraysLost) == sent);
+    wait_for("each arrived or is counted", SOON, || {
+        arrived() + member.counter(Counter::StraysLost) == sent
+    });
 }

@@ -1,4 +1,5 @@
-//! The two sysctls that hypersync changes are the operator's again once it is gone, however it went.
+//! The two sysctls that hypersync changes are the operator's again once it is gone, however it
+//! went.
 
 use std::fs;
 use std::process::Command;
@@ -23,7 +24,8 @@ fn host() -> Namespace {
 fn settings(host: &Namespace) -> [u64; 2] {
     host.inside(|| {
         SYSCTLS.map(|name| {
-            let text = fs::read_to_string(format!("/proc/sys/net/netfilter/{name}")).expect("it exists");
+            let text =
+                fs::read_to_string(format!("/proc/sys/net/netfilter/{name}")).expect("it exists");
             text.trim().parse().expect("a number")
         })
     })
@@ -31,7 +33,8 @@ fn settings(host: &Namespace) -> [u64; 2] {
 
 fn start(lab: &Lab, host: &Namespace, sysctl: &str) -> Member {
     let address = "10.9.0.1".parse().expect("an address");
-    let of_kernel = ["--source", "kernel", "--shards", "1", "--peer", "10.9.0.2", "--sysctl", sysctl];
+    let of_kernel =
+        ["--source", "kernel", "--shards", "1", "--peer", "10.9.0.2", "--sysctl", sysctl];
     let mut command = host.command("env");
     command.arg(hypersync().get_program());
     Member::start(lab, "m1", 1, command, &with(words(1, address), &of_kernel))
@@ -73,7 +76,9 @@ fn sysctls_that_a_killed_member_changed_are_put_back_by_the_next_one() {
     let leaving = start(&lab, &host, "leave");
     stop(leaving);
     assert_eq!(settings(&host), [1, 1]);
-    assert!(state(&lab, true).contains(r#""sysctls_before":{"net.netfilter.nf_conntrack_events":2,"#));
+    assert!(
+        state(&lab, true).contains(r#""sysctls_before":{"net.netfilter.nf_conntrack_events":2,"#)
+    );
 
     let last = start(&lab, &host, "set");
     assert_eq!(settings(&host), [1, 1]);

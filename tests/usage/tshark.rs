@@ -43,12 +43,20 @@ fn socket_at(address: SocketAddr) -> UdpSocket {
 }
 
 /// Receives until the condition holds for what came.
-fn catch(socket: &UdpSocket, what: &str, mut is_enough: impl FnMut(&[Caught]) -> bool) -> Vec<Caught> {
+fn catch(
+    socket: &UdpSocket,
+    what: &str,
+    mut is_enough: impl FnMut(&[Caught]) -> bool,
+) -> Vec<Caught> {
     let (mut all, start, mut buffer) = (Vec::new(), Instant::now(), [0; 65_536]);
     while !is_enough(&all) {
         assert!(start.elapsed() < SOON, "{} datagrams, but not {what}", all.len());
         if let Ok((len, from)) = socket.recv_from(&mut buffer) {
-            all.push(Caught { from, to: socket.local_addr().unwrap(), payload: buffer[..len].to_vec() });
+            all.push(Caught {
+                from,
+                to: socket.local_addr().unwrap(),
+                payload: buffer[..len].to_vec(),
+            });
         }
     }
     all
@@ -61,7 +69,9 @@ fn write_pcap(path: &Path, caught: &[Caught]) {
         file.extend(word.to_ne_bytes());
     }
     for (i, c) in caught.iter().enumerate() {
-        let (SocketAddr::V4(from), SocketAddr::V4(to)) = (c.from, c.to) else { panic!("IPv4 only") };
+        let (SocketAddr::V4(from), SocketAddr::V4(to)) = (c.from, c.to) else {
+            panic!("IPv4 only")
+        };
         let len = 28 + c.payload.len();
         for word in [i as u32, 0, len as u32, len as u32] {
             file.extend(word.to_ne_bytes());
@@ -138,7 +148,11 @@ fn heartbeats_are_what_stock_tshark_takes_them_for() {
     let row = |rows: &[Vec<String>], n: usize, id: u8| {
         rows.iter().filter(|row| row[4] == id.to_string()).nth(n).cloned()
     };
-    assert_eq!(row(&beginning, 0, 1).unwrap()[11], "1", "a member that has just begun is initializing");
+    assert_eq!(
+        row(&beginning, 0, 1).unwrap()[11],
+        "1",
+        "a member that has just begun is initializing"
+    );
 
     wait_until_ready(&[&one, &three]);
     while ear.set_nonblocking(true).is_ok() && ear.recv_from(&mut [0; 2000]).is_ok() {}

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use argh::FromArgs;
 
-/// Shows what a hypersync appliance on this host holds. Reads its shared memory only: it cannot disturb
-/// the appliance.
+/// Shows what a hypersync appliance on this host holds. Reads its shared memory only: it cannot
+/// disturb the appliance.
 #[derive(FromArgs)]
 pub struct Args {
     /// directory of the shared memory (default: /dev/shm/hypersync)
@@ -44,15 +44,16 @@ pub struct State {
     pub json: bool,
 }
 
-/// Where the copies of one connection are, by its original or its reply tuple. Exit status 1: nowhere here.
+/// Where the copies of one connection are, by its original or its reply tuple. Exit status 1:
+/// nowhere here.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "find")]
 pub struct Find {
     /// as JSON
     #[argh(switch)]
     pub json: bool,
-    /// as 'tcp 10.0.0.1:1000 > 10.0.0.2:80', or without quotes: tcp 10.0.0.1:1000 10.0.0.2:80; IPv6 as
-    /// `[2001:db8::1]:1000`; with 'zone 5' behind if it has one
+    /// as 'tcp 10.0.0.1:1000 > 10.0.0.2:80', or without quotes: tcp 10.0.0.1:1000 10.0.0.2:80; IPv6
+    /// as `[2001:db8::1]:1000`; with 'zone 5' behind if it has one
     #[argh(positional)]
     pub tuple: Vec<String>,
 }
@@ -75,7 +76,8 @@ pub struct Counters {
     pub json: bool,
 }
 
-/// How far the full sync to each other member is: connections that it has, connections to do, rate, time left.
+/// How far the full sync to each other member is: connections that it has, connections to do, rate,
+/// time left.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "sync")]
 pub struct Sync {
@@ -84,8 +86,8 @@ pub struct Sync {
     pub json: bool,
 }
 
-/// Whether this member can carry the group's traffic, for scripts. Exit status 0: it can; 1: it does not
-/// run; 2: it runs and is not ready (starting, syncing, leaving, or it hangs).
+/// Whether this member can carry the group's traffic, for scripts. Exit status 0: it can; 1: it
+/// does not run; 2: it runs and is not ready (starting, syncing, leaving, or it hangs).
 #[derive(FromArgs)]
 #[argh(subcommand, name = "check")]
 pub struct Check {

@@ -2,8 +2,8 @@
 //! line says why.
 //!
 //! A verdict of "ready" is only as good as it is fresh, so it takes a process that exists and whose
-//! every shard has made a pass a moment ago: a process that hangs, is stopped, or whose number another
-//! process has by now, says nothing of today.
+//! every shard has made a pass a moment ago: a process that hangs, is stopped, or whose number
+//! another process has by now, says nothing of today.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -56,7 +56,11 @@ impl Verdict {
 }
 
 /// Prints the answer.
-pub fn print(view: &Result<RegionView, ShmError>, json: bool, out: &mut dyn Write) -> io::Result<ExitCode> {
+pub fn print(
+    view: &Result<RegionView, ShmError>,
+    json: bool,
+    out: &mut dyn Write,
+) -> io::Result<ExitCode> {
     let (verdict, why) = match view {
         Ok(view) => judge(view),
         Err(error @ ShmError::NotReady(_)) => (Verdict::NotReady, error.to_string()),
@@ -90,11 +94,13 @@ fn judge(view: &RegionView) -> (Verdict, String) {
         .map(|shard| (shard, view.group().shard(shard).last_pass()))
         .min_by_key(|(_, pass)| *pass)
         .expect("there is at least one shard");
-    // Read last: nothing that was read can be younger. Before its first pass a shard is as old as the process.
+    // Read last: nothing that was read can be younger. Before its first pass a shard is as old as
+    // the process.
     let silent = hypersync::clock::now().since(pass.max(h.started));
     if silent > STALE_AFTER {
         let seconds = silent.as_secs();
-        let why = format!("{whom}, process {}: shard {slowest} has done nothing for {seconds} s", h.pid);
+        let why =
+            format!("{whom}, process {}: shard {slowest} has done nothing for {seconds} s", h.pid);
         return (Verdict::Stale, why);
     }
     let troubles = view.group().shard(0).troubles();
@@ -113,9 +119,10 @@ fn judge(view: &RegionView) -> (Verdict, String) {
         }
         Standing::Syncing => (Verdict::NotReady, format!("{whom} is syncing: {}", syncing(view))),
         Standing::Leaving => (Verdict::NotReady, format!("{whom} is leaving the group")),
-        Standing::Ready => {
-            (Verdict::Ready, format!("{whom} can carry the group's traffic{}", hears_nobody(view, &troubles)))
-        }
+        Standing::Ready => (
+            Verdict::Ready,
+            format!("{whom} can carry the group's traffic{}", hears_nobody(view, &troubles)),
+        ),
     }
 }
 
@@ -126,7 +133,8 @@ fn hears_nobody(view: &RegionView, troubles: &Troubles) -> String {
     let last = known.filter(|(_, m)| m.status == Status::Dead).max_by_key(|(_, m)| m.last_heard);
     match last {
         _ if troubles.deaf => {
-            ", but hears nobody, and not even its own heartbeats come back from the multicast group".into()
+            ", but hears nobody, and not even its own heartbeats come back from the multicast group"
+                .into()
         }
         _ if !troubles.lonely => String::new(),
         Some((id, m)) => {

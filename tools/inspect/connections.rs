@@ -61,8 +61,12 @@ pub fn snapshot(slot: &Slot<ReadWord>) -> Option<(Line, Addresses)> {
     })
 }
 
-/// A whole copy of a slot and what belongs to it in the sparse table; that is missing if it is torn for good.
-fn snapshot_with_extra(memory: &Memory<'_, ReadWord>, slot: u32) -> Option<(Line, Addresses, Option<Extra>)> {
+/// A whole copy of a slot and what belongs to it in the sparse table; that is missing if it is torn
+/// for good.
+fn snapshot_with_extra(
+    memory: &Memory<'_, ReadWord>,
+    slot: u32,
+) -> Option<(Line, Addresses, Option<Extra>)> {
     let words = &memory.slots[slot as usize];
     let (mut line, mut addresses) = snapshot(words)?;
     for _ in 0..TRIES {
@@ -105,9 +109,10 @@ impl Shown {
         }
         let (original, reply) = line.tuples(&addresses);
         let other = line.peer();
-        let has_backup = matches!(line.kind(), Kind::Active | Kind::Closing) && other.is_plausible();
-        let floor =
-            has_backup.then(|| Durable(&memory.streams[stream_index(other.member(), other.shard())]).floor());
+        let has_backup =
+            matches!(line.kind(), Kind::Active | Kind::Closing) && other.is_plausible();
+        let floor = has_backup
+            .then(|| Durable(&memory.streams[stream_index(other.member(), other.shard())]).floor());
         let former = memory.former[slot as usize].get();
         Some(Shown {
             kind: line.kind(),
@@ -177,10 +182,15 @@ impl Shown {
         writeln!(out, "  stamp         epoch {}, version {}", self.epoch, self.version)?;
         write!(out, "  acknowledged  {}", self.acknowledged_word())?;
         match self.floor {
-            Some(floor) if self.last != Seq::NONE => {
-                writeln!(out, "   (newest state in datagram {}, floor {})", self.last.raw(), floor.raw())?
+            Some(floor) if self.last != Seq::NONE => writeln!(
+                out,
+                "   (newest state in datagram {}, floor {})",
+                self.last.raw(),
+                floor.raw()
+            )?,
+            Some(floor) => {
+                writeln!(out, "   (newest state in no datagram yet, floor {})", floor.raw())?
             }
-            Some(floor) => writeln!(out, "   (newest state in no datagram yet, floor {})", floor.raw())?,
             None => writeln!(out)?,
         }
         writeln!(
@@ -223,11 +233,19 @@ impl Shown {
             words.push(match self.original.protocol {
                 DCCP => (
                     "dccp",
-                    format!("state {}, role {}, handshake sequence number {}", p.state, p.role, p.value),
+                    format!(
+                        "state {}, role {}, handshake sequence number {}",
+                        p.state, p.role, p.value
+                    ),
                 ),
                 _ => (
                     "sctp",
-                    format!("state {}, tags {:#010x} {:#010x}", p.state, p.value >> 32, p.value as u32),
+                    format!(
+                        "state {}, tags {:#010x} {:#010x}",
+                        p.state,
+                        p.value >> 32,
+                        p.value as u32
+                    ),
                 ),
             });
         }
@@ -262,7 +280,8 @@ impl Shown {
             let p = &x.protoinfo;
             match self.original.protocol {
                 DCCP => {
-                    object["dccp"] = json!({ "state": p.state, "role": p.role, "handshake_seq": p.value });
+                    object["dccp"] =
+                        json!({ "state": p.state, "role": p.role, "handshake_seq": p.value });
                 }
                 _ => {
                     let (original, reply) = (p.value >> 32, p.value & 0xffff_ffff);
@@ -319,7 +338,9 @@ const TCP_STATES: [&str; 10] = [
 
 fn state_word(original: &Tuple, state: &State) -> &'static str {
     match original.protocol {
-        hypersync::conn::tuple::TCP => TCP_STATES.get(state.tcp_state as usize).unwrap_or(&"unknown"),
+        hypersync::conn::tuple::TCP => {
+            TCP_STATES.get(state.tcp_state as usize).unwrap_or(&"unknown")
+        }
         _ => "-",
     }
 }
@@ -402,7 +423,8 @@ pub fn print_found(
 }
 
 /// What the index knows under a tuple. An original tuple is in the shard that `shard_of` names; a
-/// reply tuple can be in any. More than one: a new connection that overtook the close of an old one.
+/// reply tuple can be in any. More than one: a new connection that overtook the close of an old
+/// one.
 fn find(view: &RegionView, tuple: &Tuple) -> Vec<Shown> {
     let shards = view.header().sizes.shards;
     let home = shard_of(tuple, shards);
@@ -410,10 +432,17 @@ fn find(view: &RegionView, tuple: &Tuple) -> Vec<Shown> {
     if !original.is_empty() {
         return original;
     }
-    (0..shards).flat_map(|shard| find_in(view, shard, tuple, |shown| shown.reply == *tuple)).collect()
+    (0..shards)
+        .flat_map(|shard| find_in(view, shard, tuple, |shown| shown.reply == *tuple))
+        .collect()
 }
 
-fn find_in(view: &RegionView, shard: u8, tuple: &Tuple, is_it: impl Fn(&Shown) -> bool) -> Vec<Shown> {
+fn find_in(
+    view: &RegionView,
+    shard: u8,
+    tuple: &Tuple,
+    is_it: impl Fn(&Shown) -> bool,
+) -> Vec<Shown> {
     let memory = view.shard(shard);
     let (mut found, silent) = (Vec::new(), silent(view));
     Index::new(memory.index, view.header().index_key).find(tuple, |slot| {

@@ -77,7 +77,10 @@ pub fn print(view: &RegionView, json: bool, out: &mut dyn Write) -> io::Result<(
         let us = us.map_or("-".into(), |us| us.to_string());
         write!(out, "{name:<width$} {us:>12}")?;
         write!(out, "{:1$}", "", 13 * shards as usize)?;
-        writeln!(out, "  from a change to its acknowledged copy, microseconds, at most a quarter too high")?;
+        writeln!(
+            out,
+            "  from a change to its acknowledged copy, microseconds, at most a quarter too high"
+        )?;
     }
     Ok(())
 }

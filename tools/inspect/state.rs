@@ -42,7 +42,11 @@ impl Shard {
         let mut roles = [0; ROLES.len()];
         for (line, _) in memory.slots.iter().filter_map(snapshot) {
             let role = role(&line, silent);
-            roles.iter_mut().zip(ROLES).filter(|(_, name)| *name == role).for_each(|(n, _)| *n += 1);
+            roles
+                .iter_mut()
+                .zip(ROLES)
+                .filter(|(_, name)| *name == role)
+                .for_each(|(n, _)| *n += 1);
         }
         let counters = Counters::new(memory.counters);
         let status = view.group().shard(shard);
@@ -60,7 +64,8 @@ impl Shard {
         }
     }
 
-    /// Adds another shard's: sums, the oldest exposure, the pass that is longest ago, the lowest version.
+    /// Adds another shard's: sums, the oldest exposure, the pass that is longest ago, the lowest
+    /// version.
     fn with(mut self, other: Shard) -> Shard {
         self.roles.iter_mut().zip(other.roles).for_each(|(sum, n)| *sum += n);
         self.exposure += other.exposure;
@@ -138,7 +143,11 @@ fn print_text(
     out: &mut dyn Write,
 ) -> io::Result<()> {
     let h = view.header();
-    write!(out, "member {} of group {}, pid {}, table {:08x}, ", h.member, h.group, h.pid, h.table_id)?;
+    write!(
+        out,
+        "member {} of group {}, pid {}, table {:08x}, ",
+        h.member, h.group, h.pid, h.table_id
+    )?;
     match view.is_running() {
         true => writeln!(out, "up {}", span(now.since(h.started)))?,
         false => {
@@ -172,7 +181,15 @@ fn print_text(
     writeln!(
         out,
         " {:>9} {:>9} {:>11} {:>12} {:>9} {:>9} {:>10} {:>8} {:>8}",
-        "exposed", "oldest", "unprotected", "events", "rejected", "overruns", "last pass", "view", "settled"
+        "exposed",
+        "oldest",
+        "unprotected",
+        "events",
+        "rejected",
+        "overruns",
+        "last pass",
+        "view",
+        "settled"
     )?;
     for (i, shard) in shards.iter().enumerate() {
         shard.write_line(&i.to_string(), now, out)?;

@@ -1,7 +1,7 @@
 //! `sync`: how far the full sync to each other member is, as this member counts it.
 //!
-//! Each shard publishes its own figures; here they are added up. A full sync is under way until it is done in
-//! every shard.
+//! Each shard publishes its own figures; here they are added up. A full sync is under way until it
+//! is done in every shard.
 
 use std::io::{self, Write};
 use std::time::Duration;

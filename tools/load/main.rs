@@ -1,7 +1,7 @@
 //! hypersync-load: loads an appliance that listens to the ring source with made-up connections.
 //!
-//! Prints a line a second and totals at the end. Exit status: 0; 2 if it was called wrongly or there
-//! is no appliance to load (one line on standard error says what).
+//! Prints a line a second and totals at the end. Exit status: 0; 2 if it was called wrongly or
+//! there is no appliance to load (one line on standard error says what).
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,7 +16,8 @@ use hypersync::time::Time;
 /// How often what is due is told.
 const BEAT: Duration = Duration::from_millis(2);
 
-/// How soon an event that found its ring full is offered again: in less than any ring takes to run empty.
+/// How soon an event that found its ring full is offered again: in less than any ring takes to run
+/// empty.
 const AGAIN: Duration = Duration::from_micros(50);
 
 /// How long the end may take to close what is open while the rings are full.
@@ -70,7 +71,8 @@ struct FlowsArgs {
     /// everything random follows from this number (default: 1)
     #[argh(option, default = "1")]
     seed: u64,
-    /// which data plane this is, 1 to 255: part of every address, so that two never meet (default: 1)
+    /// which data plane this is, 1 to 255: part of every address, so that two never meet
+    /// (default: 1)
     #[argh(option, default = "1")]
     plane: u8,
     /// leave the long-lived connections open at the end
@@ -148,7 +150,9 @@ fn run(args: &FlowsArgs) -> Result<(), String> {
         if now.since(report.at) >= Duration::from_secs(1) {
             report.print(&load, started, now);
             if !load.is_current() {
-                return Err("the appliance began a new table: nobody reads these rings any more".into());
+                return Err(
+                    "the appliance began a new table: nobody reads these rings any more".into()
+                );
             }
         }
         if end.reached(now) || interrupt::came() {
@@ -177,7 +181,9 @@ fn run(args: &FlowsArgs) -> Result<(), String> {
     );
     match load.flows.is_finished() {
         true => Ok(()),
-        false => Err("the appliance does not read its rings: not every connection was closed".into()),
+        false => {
+            Err("the appliance does not read its rings: not every connection was closed".into())
+        }
     }
 }
 

@@ -100,5 +100,8 @@ fn read(count: u32) -> Result<(), String> {
 /// Processor time of this thread, ns.
 fn processor_time() -> Result<u64, String> {
     let text = std::fs::read_to_string("/proc/thread-self/schedstat").map_err(|e| e.to_string())?;
-    text.split(' ').next().and_then(|word| word.parse().ok()).ok_or_else(|| "no schedstat".to_owned())
+    text.split(' ')
+        .next()
+        .and_then(|word| word.parse().ok())
+        .ok_or_else(|| "no schedstat".to_owned())
 }

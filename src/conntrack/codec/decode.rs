@@ -2,19 +2,21 @@
 //!
 //! What names a connection (tuples, zones, protocol) has to be right, or the message is refused.
 //! Anything else is of use without the rest: an attribute that we do not know is passed over, one
-//! that we know and that has another shape than expected is counted in [`Decoded::skipped`], and what
-//! is not there is left out of `known` (or of the extra's parts).
+//! that we know and that has another shape than expected is counted in [`Decoded::skipped`], and
+//! what is not there is left out of `known` (or of the extra's parts).
 //!
 //! **What is left out** means one thing in an event and another in an entry. Events tell what has
-//! changed: a mark, labels, helper, TCP or SCTP state, shifts that are not there keep their last known
-//! value. A dump or the answer to a GET describes the whole entry: a mark that is not there, for some
-//! kernels leave out one of zero, is zero ([`decode_entry`]). In both, the kernel leaves out labels that
-//! are all zero, and timeout and protocol state of offloaded flows.
+//! changed: a mark, labels, helper, TCP or SCTP state, shifts that are not there keep their last
+//! known value. A dump or the answer to a GET describes the whole entry: a mark that is not there,
+//! for some kernels leave out one of zero, is zero ([`decode_entry`]). In both, the kernel leaves
+//! out labels that are all zero, and timeout and protocol state of offloaded flows.
 
 use super::attribute::{Attributes, Malformed, be16, be32, byte, field};
 use super::extra::{decode_extra, find};
 use super::number::*;
-use super::{GIVEN_MAX_S, HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW};
+use super::{
+    GIVEN_MAX_S, HEADER, HEADERS, SUBSYSTEM_EXPECT, TYPE_DELETE, TYPE_DONE, TYPE_ERROR, TYPE_NEW,
+};
 use crate::conn::extra::{Extra, ProtoInfo, parts};
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, SCTP, TCP};
@@ -64,7 +66,8 @@ pub fn is_expectation(message: &[u8]) -> bool {
         .is_some_and(|kind| u16::from_ne_bytes([kind[0], kind[1]]) >> 8 == SUBSYSTEM_EXPECT as u16)
 }
 
-/// The original tuple of the connection on whose behalf this message's expectation is made; its zone is not told.
+/// The original tuple of the connection on whose behalf this message's expectation is made; its
+/// zone is not told.
 pub fn expecting(message: &[u8]) -> Result<Tuple, Malformed> {
     let header = message.get(..HEADERS).ok_or(Malformed::Short)?;
     let family = family(header)?;
@@ -112,8 +115,8 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     let (mut original, own_zone) = original.ok_or(Malformed::NoOriginal)?;
     original.zone = own_zone.unwrap_or(zone);
     if kind == TYPE_DELETE {
-        // It carries the state that the entry was in; whether a timeout, a person or a closing connection ended it follows
-        // from that alone.
+        // It carries the state that the entry was in; whether a timeout, a person or a closing
+        // connection ended it follows from that alone.
         let Rest { state, extra, .. } = rest.settled(original.protocol);
         let end = end_of(&Connection { original, reply: original, state, extra });
         return Ok(Decoded { event: SourceEvent::Gone { original, end }, skipped });
@@ -128,8 +131,9 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
 }
 
-/// What it says of a connection that its entry, which was like this, is no more. One that still had the timeout of copies no
-/// packet had passed: whatever its state was, that the connection ended nobody saw here.
+/// What it says of a connection that its entry, which was like this, is no more. One that still had
+/// the timeout of copies no packet had passed: whatever its state was, that the connection ended
+/// nobody saw here.
 pub fn end_of(entry: &Connection) -> End {
     match entry.phase() {
         Phase::Ending | Phase::Over if entry.state.timeout_s <= GIVEN_MAX_S => End::Seen,
@@ -225,7 +229,9 @@ fn decode_tuple(payload: &[u8], family: Family) -> Result<(Tuple, Option<u16>), 
                         PROTO_ICMP_TYPE | PROTO_ICMPV6_TYPE => {
                             dport = dport & 0xff | (byte(payload)? as u16) << 8
                         }
-                        PROTO_ICMP_CODE | PROTO_ICMPV6_CODE => dport = dport & 0xff00 | byte(payload)? as u16,
+                        PROTO_ICMP_CODE | PROTO_ICMPV6_CODE => {
+                            dport = dport & 0xff00 | byte(payload)? as u16
+                        }
                         _ => {}
                     }
                 }
@@ -264,7 +270,8 @@ fn decode_protoinfo(payload: &[u8]) -> Result<Option<ProtocolState>, Malformed> 
     if let Some(dccp) = find(payload, PROTOINFO_DCCP)? {
         let state = find(dccp, DCCP_STATE)?.map(byte).transpose()?;
         let role = find(dccp, DCCP_ROLE)?.map(byte).transpose()?;
-        let handshake = find(dccp, DCCP_HANDSHAKE_SEQ)?.map(field).transpose()?.map(u64::from_be_bytes);
+        let handshake =
+            find(dccp, DCCP_HANDSHAKE_SEQ)?.map(field).transpose()?.map(u64::from_be_bytes);
         return Ok(state
             .zip(role)
             .zip(handshake)
@@ -294,7 +301,8 @@ fn decode_tcp(payload: &[u8]) -> Result<Option<ProtocolState>, Malformed> {
 /// What every answer has, whatever it says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Answer {
-    /// Its type: [`TYPE_ERROR`](super::TYPE_ERROR), [`TYPE_DONE`](super::TYPE_DONE), or a conntrack message.
+    /// Its type: [`TYPE_ERROR`](super::TYPE_ERROR), [`TYPE_DONE`](super::TYPE_DONE), or a conntrack
+    /// message.
     pub kind: u16,
     /// The sequence number of the request that it answers.
     pub sequence: u32,

@@ -8,12 +8,13 @@
 //! direction left out gets a "null binding", which may move a source port that is taken.
 //!
 //! What no request restores (seen on 6.18; tests/conntrack/kinds.rs): different zones for the two
-//! directions (EINVAL); keys of GRE that PPTP's helper translated (they stay as they were); that an entry
-//! was expected by another; TCP windows (hence BE_LIBERAL), and window scales unless both sides' flags say
-//! that they are used; labels where no rule sets any; a helper that this kernel does not have
-//! (EOPNOTSUPP), and what a helper remembers besides its name; counters, the time of birth, a timeout
-//! policy, a security context, offloading. A GRE entry has timeouts of its own, which are zero in one that
-//! was restored: its first packet ends it, and the next one begins another.
+//! directions (EINVAL); keys of GRE that PPTP's helper translated (they stay as they were); that an
+//! entry was expected by another; TCP windows (hence BE_LIBERAL), and window scales unless both
+//! sides' flags say that they are used; labels where no rule sets any; a helper that this kernel
+//! does not have (EOPNOTSUPP), and what a helper remembers besides its name; counters, the time of
+//! birth, a timeout policy, a security context, offloading. A GRE entry has timeouts of its own,
+//! which are zero in one that was restored: its first packet ends it, and the next one begins
+//! another.
 //!
 //! Every function writes one message at the start of the caller's buffer, which has at least
 //! [`MESSAGE_MAX`](super::MESSAGE_MAX) bytes, and returns its length.
@@ -35,7 +36,12 @@ const TCP_BE_LIBERAL: u8 = 0x08;
 
 /// The request that restores a connection; EEXIST if the entry, or another one with the same
 /// translated tuple, is there already.
-pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, timeout_s: u32) -> usize {
+pub fn encode_create(
+    buffer: &mut [u8],
+    sequence: u32,
+    connection: &Connection,
+    timeout_s: u32,
+) -> usize {
     let flags = REQUEST | (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
     let Connection { original, reply, state, extra } = connection;
     let mut w = Writer::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
@@ -47,8 +53,9 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     w.tuple(TUPLE_ORIG, original, only_original);
     w.tuple(TUPLE_REPLY, &mirrored, only_reply);
     w.zone(ZONE, both);
-    // GRE entries carry their timeouts with them, which their first packet sets and ctnetlink cannot: with zeros, the
-    // first packet after a takeover would end the entry. One with a fixed timeout no packet ends.
+    // GRE entries carry their timeouts with them, which their first packet sets and ctnetlink
+    // cannot: with zeros, the first packet after a takeover would end the entry. One with a fixed
+    // timeout no packet ends.
     let fixed = if original.protocol == GRE { status::FIXED_TIMEOUT } else { 0 };
     w.field(STATUS, &(copied_status(state.status) | fixed).to_be_bytes());
     w.field(TIMEOUT, &timeout_s.to_be_bytes());
@@ -71,10 +78,9 @@ pub fn encode_create(buffer: &mut [u8], sequence: u32, connection: &Connection, 
     w.finish()
 }
 
-/// The request that brings an entry up to date; ENOENT if it is not there. `present` is the
-/// status that the entry has: bits of it that were set cannot be taken back (EBUSY), and a fixed timeout
-/// stays as it is.
-/// Translations cannot be changed: delete and create instead.
+/// The request that brings an entry up to date; ENOENT if it is not there. `present` is the status
+/// that the entry has: bits of it that were set cannot be taken back (EBUSY), and a fixed timeout
+/// stays as it is. Translations cannot be changed: delete and create instead.
 pub fn encode_update(
     buffer: &mut [u8],
     sequence: u32,
@@ -86,7 +92,8 @@ pub fn encode_update(
     let mut w = Writer::new(buffer, TYPE_NEW, REQUEST, sequence, Some(original.family));
     w.tuple(TUPLE_ORIG, original, 0);
     w.zone(ZONE, original.zone);
-    // Bits that cannot be changed must be as they are, and the kernel looks at EXPECTED and DYING as well.
+    // Bits that cannot be changed must be as they are, and the kernel looks at EXPECTED and DYING
+    // as well.
     w.field(STATUS, &(present | copied_status(state.status)).to_be_bytes());
     if present & status::FIXED_TIMEOUT == 0 {
         w.field(TIMEOUT, &timeout_s.to_be_bytes()); // EPERM otherwise
@@ -168,7 +175,8 @@ impl Writer<'_> {
         if connection.original.protocol != TCP {
             return;
         }
-        // A state that was never reported: an assured connection had been established; about others nothing is said.
+        // A state that was never reported: an assured connection had been established; about others
+        // nothing is said.
         let tcp_state = match s.tcp_state {
             0 if s.status & status::ASSURED != 0 => TCP_ESTABLISHED,
             0 => return,

@@ -93,9 +93,10 @@ impl Writer<'_> {
         self.shifts_and_state(extra, protocol);
     }
 
-    /// What an entry that is there is to have. Its helper the kernel only compares: where there is none
-    /// it answers EOPNOTSUPP, where there is another one EBUSY, before it changes anything. Labels come
-    /// last: where the entry has no room for any it answers ENOSPC, and has changed all the rest.
+    /// What an entry that is there is to have. Its helper the kernel only compares: where there is
+    /// none it answers EOPNOTSUPP, where there is another one EBUSY, before it changes anything.
+    /// Labels come last: where the entry has no room for any it answers ENOSPC, and has changed all
+    /// the rest.
     pub(super) fn extra_of_present(&mut self, extra: &Extra, protocol: u8) {
         self.helper(extra);
         if extra.has(parts::LABELS) {
@@ -115,7 +116,10 @@ impl Writer<'_> {
     fn shifts_and_state(&mut self, extra: &Extra, protocol: u8) {
         if extra.has(parts::SEQADJ) {
             for (kind, shift) in [SEQ_ADJ_ORIGINAL, SEQ_ADJ_REPLY].into_iter().zip(&extra.seqadj) {
-                self.words(kind, [shift.correction_position, shift.offset_before, shift.offset_after]);
+                self.words(
+                    kind,
+                    [shift.correction_position, shift.offset_before, shift.offset_after],
+                );
             }
         }
         if extra.has(parts::SYNPROXY) {

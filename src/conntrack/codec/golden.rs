@@ -1,8 +1,8 @@
 //! Golden messages of every kind, and what they mean.
 //!
-//! Taken from a kernel 6.18 (x86-64): real packets over lo, from raw sockets where the host has no such
-//! protocol, with rules of nftables that set zones, labels, marks and helpers; then a dump. Those with NAT
-//! are in `tests.rs`.
+//! Taken from a kernel 6.18 (x86-64): real packets over lo, from raw sockets where the host has no
+//! such protocol, with rules of nftables that set zones, labels, marks and helpers; then a dump.
+//! Those with NAT are in `tests.rs`.
 
 use super::tests::{bytes, tuple};
 use super::*;
@@ -192,7 +192,9 @@ pub const ENTRIES: [&str; 6] =
 
 fn seen(decoded: Result<Decoded, Malformed>) -> (Connection, u8) {
     match decoded {
-        Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped: 0 }) => (connection, known),
+        Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped: 0 }) => {
+            (connection, known)
+        }
         other => panic!("{other:?}"),
     }
 }
@@ -243,7 +245,11 @@ fn events_of_every_kind_say_what_they_mean() {
         (UDP_ANSWERED, plain("udp 127.0.0.1:41002 > 127.0.0.2:5355", 10, 30), PLAIN),
         (UDP6_ORIGINAL_ZONE_NEW, one_way, PLAIN),
         (TCP_HELPED_NEW, helped_tcp(0x2008, 120, 1, 0x0a, (3, 0)), PLAIN | groups::EXTRA),
-        (TCP_HELPED_UPDATE, helped_tcp(0x200e, 432_000, 3, 0xaa, (0x23, 0x23)), PLAIN | groups::EXTRA),
+        (
+            TCP_HELPED_UPDATE,
+            helped_tcp(0x200e, 432_000, 3, 0xaa, (0x23, 0x23)),
+            PLAIN | groups::EXTRA,
+        ),
         (ESP_NEW, plain("50 127.0.0.1:0 > 127.0.0.2:0", 8, 600), PLAIN),
         (GRE_CALL_NEW, gre, PLAIN),
         (ICMP_NEW, plain("icmp 127.0.0.1:119 > 127.0.0.2:2048", 8, 30), PLAIN),
@@ -290,7 +296,11 @@ fn entries_of_every_kind_say_what_they_mean() {
             labels: *b"\x01\0\0\0\0\0\0\x80\0\0\x02\0\0\0\0\x40",
             seqadj: [
                 SeqAdj { correction_position: 1000, offset_before: 5, offset_after: 12 },
-                SeqAdj { correction_position: 2000, offset_before: u32::MAX, offset_after: u32::MAX - 2 },
+                SeqAdj {
+                    correction_position: 2000,
+                    offset_before: u32::MAX,
+                    offset_after: u32::MAX - 2,
+                },
             ],
             synproxy: Synproxy { isn: 0xdead_beef, its: 7, tsoff: 0xffff_0000 },
             ..helped()
@@ -304,7 +314,12 @@ fn entries_of_every_kind_say_what_they_mean() {
         (ICMP6_ENTRY, plain("icmpv6 [::1]:120 > [::1]:32768", 10, 29), ENTRY),
         (EVERYTHING_ENTRY, everything, ENTRY | groups::EXTRA),
     ] {
-        assert_eq!(seen(decode_entry(&bytes(message))), (connection, known), "{}", connection.original);
+        assert_eq!(
+            seen(decode_entry(&bytes(message))),
+            (connection, known),
+            "{}",
+            connection.original
+        );
     }
 }
 

@@ -29,10 +29,12 @@ mod writer;
 
 pub use attribute::{Attributes, Malformed};
 pub use decode::{
-    Answer, Decoded, Origin, answer, decode, decode_entry, end_of, expecting, is_expectation, origin,
+    Answer, Decoded, Origin, answer, decode, decode_entry, end_of, expecting, is_expectation,
+    origin,
 };
 pub use encode::{
-    encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update, request_ack,
+    encode_create, encode_delete, encode_dump, encode_get, encode_statistics, encode_update,
+    request_ack,
 };
 pub use writer::MESSAGE_MAX;
 
@@ -55,9 +57,10 @@ const TYPE_GET: u16 = SUBSYSTEM | 1;
 const TYPE_DELETE: u16 = SUBSYSTEM | 2;
 const TYPE_GET_STATS: u16 = SUBSYSTEM | 5;
 
-/// A longer timeout is taken for one that only we give: an entry has it until a packet passes, which gives it the normal
-/// one. What is committed has at least [`KEPT_TIMEOUT_S`](super::commit::KEPT_TIMEOUT_S), less the time after which it
-/// is written again while a member runs.
+/// A longer timeout is taken for one that only we give: an entry has it until a packet passes,
+/// which gives it the normal one. What is committed has at least
+/// [`KEPT_TIMEOUT_S`](super::commit::KEPT_TIMEOUT_S), less the time after which it is written again
+/// while a member runs.
 pub const GIVEN_MAX_S: u32 = 6 * 24 * 3600;
 
 /// Attribute and flag numbers of `linux/netfilter/nfnetlink_conntrack.h`, without the prefixes.

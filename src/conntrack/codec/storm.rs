@@ -1,4 +1,5 @@
-//! A storm of broken and strange messages: what no kernel sends today, and what one may send tomorrow.
+//! A storm of broken and strange messages: what no kernel sends today, and what one may send
+//! tomorrow.
 
 use super::tests::{TRANSLATED, bytes};
 use super::*;
@@ -11,7 +12,8 @@ struct Dice(u64);
 
 impl Dice {
     fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n
     }
 }
@@ -86,7 +88,10 @@ fn no_broken_message_is_more_than_an_error() {
             match dice.below(3) {
                 0 => message[at] ^= 1 << dice.below(8),
                 // Small values and extremes are what lengths and types stumble over.
-                _ => message[at] = [dice.below(256), dice.below(16), 0, 255, 128][dice.below(5)] as u8,
+                _ => {
+                    message[at] =
+                        [dice.below(256), dice.below(16), 0, 255, 128][dice.below(5)] as u8
+                }
             }
         }
         match dice.below(5) {

@@ -59,8 +59,15 @@ const RESTORED: &str = "\
     140003800600010007d000000600020007d00000";
 
 /// Those of them that the kernel sent.
-pub const TRANSLATED: [&str; 7] =
-    [TCP_NEW, TCP_SYN_RECV, TCP_ESTABLISHED_UPDATE, TCP_DESTROY, UDP_ZONE, TCP_V6, SNAT_ORIGINAL_ZONE];
+pub const TRANSLATED: [&str; 7] = [
+    TCP_NEW,
+    TCP_SYN_RECV,
+    TCP_ESTABLISHED_UPDATE,
+    TCP_DESTROY,
+    UDP_ZONE,
+    TCP_V6,
+    SNAT_ORIGINAL_ZONE,
+];
 
 pub fn bytes(hex: &str) -> Vec<u8> {
     let digit = |c: u8| (c as char).to_digit(16).unwrap() as u8;
@@ -96,8 +103,15 @@ fn a_translated_tcp_connection_is_followed_from_its_birth_to_its_end() {
         (TCP_ESTABLISHED_UPDATE, 0x1be, 432_000, 3, 0xaa, (0x23, 0x23)),
     ] {
         let (tcp_flags_original, tcp_flags_reply) = flags;
-        let state =
-            State { status, tcp_state, tcp_scale, tcp_flags_original, tcp_flags_reply, timeout_s, mark: 0 };
+        let state = State {
+            status,
+            tcp_state,
+            tcp_scale,
+            tcp_flags_original,
+            tcp_flags_reply,
+            timeout_s,
+            mark: 0,
+        };
         let known = groups::TUPLES | groups::STATE | groups::TIMEOUT;
         assert_eq!(seen(message), (Connection::new(original, reply, state), known));
     }
@@ -120,7 +134,9 @@ fn zones_marks_and_families_are_read() {
 #[test]
 fn what_a_message_leaves_out_is_not_known() {
     // Attributes turned into others that nobody knows (200).
-    for (kind, missing) in [(3, groups::STATE), (4, groups::STATE), (7, groups::TIMEOUT), (8, groups::MARK)] {
+    for (kind, missing) in
+        [(3, groups::STATE), (4, groups::STATE), (7, groups::TIMEOUT), (8, groups::MARK)]
+    {
         let mut message = bytes(SNAT_ORIGINAL_ZONE);
         let mut at = HEADERS;
         while at < message.len() {
@@ -130,7 +146,9 @@ fn what_a_message_leaves_out_is_not_known() {
             }
             at += length.next_multiple_of(4);
         }
-        let Ok(SourceEvent::Seen { known, .. }) = event(&message) else { panic!("still a connection") };
+        let Ok(SourceEvent::Seen { known, .. }) = event(&message) else {
+            panic!("still a connection")
+        };
         assert_eq!(known & missing, 0, "attribute {kind}");
     }
 }
@@ -175,7 +193,8 @@ fn snat() -> Connection {
 
 #[test]
 fn a_restored_connection_has_a_mirrored_reply_and_its_translation_apart() {
-    // Entries made from these bytes were seen to translate real traffic (tests/conntrack/traffic.rs).
+    // Entries made from these bytes were seen to translate real traffic
+    // (tests/conntrack/traffic.rs).
     let mut buffer = [0xa5; MESSAGE_MAX];
     let length = encode_create(&mut buffer, 0x0403_0201, &snat(), 600);
     assert_eq!(hex(&buffer[..length]), RESTORED);
@@ -189,7 +208,10 @@ fn an_update_has_no_translation_and_takes_nothing_back() {
     connection.state.status = status::CONFIRMED | status::SEEN_REPLY;
     let length = encode_update(&mut buffer, 1, &connection, 600, 0x19e);
     let kinds: Vec<u16> = Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap().0).collect();
-    assert_eq!(kinds, [number::TUPLE_ORIG, number::STATUS, number::TIMEOUT, number::MARK, number::PROTOINFO]);
+    assert_eq!(
+        kinds,
+        [number::TUPLE_ORIG, number::STATUS, number::TIMEOUT, number::MARK, number::PROTOINFO]
+    );
     let status = Attributes::new(&buffer[HEADERS..length]).nth(1).unwrap().unwrap().1;
     assert_eq!(status, 0x19eu32.to_be_bytes());
 }
@@ -225,8 +247,14 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
         let mut buffer = [0; MESSAGE_MAX];
         let length = encode_create(&mut buffer, 1, &Connection { original, reply, ..snat() }, 5);
         assert!(length < 430, "{length}");
-        let Ok(SourceEvent::Seen { connection, known }) = event(&buffer[..length]) else { panic!("{text}") };
-        assert_eq!((connection.original, connection.reply), (original, original.mirrored()), "{text}");
+        let Ok(SourceEvent::Seen { connection, known }) = event(&buffer[..length]) else {
+            panic!("{text}")
+        };
+        assert_eq!(
+            (connection.original, connection.reply),
+            (original, original.mirrored()),
+            "{text}"
+        );
         assert_eq!(
             (connection.state.mark, connection.state.timeout_s, known),
             (7, 5, groups::ALL & !groups::EXTRA)
@@ -273,23 +301,31 @@ fn labels_are_replaced_and_a_helper_that_has_no_name_is_not_handed_on() {
     };
     let mut buffer = [0; MESSAGE_MAX];
     let length = encode_update(&mut buffer, 1, &connection, 600, 0x19e);
-    let last: Vec<_> = Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap()).skip(6).collect();
+    let last: Vec<_> =
+        Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap()).skip(6).collect();
     assert_eq!(last, [(number::LABELS, &[0; 16][..]), (number::LABELS_MASK, &[0xff; 16][..])]);
     let length = encode_create(&mut buffer, 1, &connection, 600);
     let kinds: Vec<u16> = Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap().0).collect();
-    assert!(kinds.contains(&number::HELP) && !kinds.contains(&number::LABELS), "a new entry has no labels");
+    assert!(
+        kinds.contains(&number::HELP) && !kinds.contains(&number::LABELS),
+        "a new entry has no labels"
+    );
     // The kernel loads modules by this name: what is no name is not handed on.
     for bad in [[0; 16], [b'x'; 16], *b"a b\0\0\0\0\0\0\0\0\0\0\0\0\0", [200; 16]] {
         connection.extra.helper = bad;
         let length = encode_create(&mut buffer, 1, &connection, 600);
-        assert!(Attributes::new(&buffer[HEADERS..length]).all(|a| a.unwrap().0 != number::HELP), "{bad:?}");
+        assert!(
+            Attributes::new(&buffer[HEADERS..length]).all(|a| a.unwrap().0 != number::HELP),
+            "{bad:?}"
+        );
     }
 }
 
 fn rich() -> Extra {
     let mut helper = [0; HELPER_NAME];
     helper[..15].copy_from_slice(b"fifteen-letters");
-    let adjustment = |n| SeqAdj { correction_position: n, offset_before: n + 1, offset_after: u32::MAX };
+    let adjustment =
+        |n| SeqAdj { correction_position: n, offset_before: n + 1, offset_after: u32::MAX };
     Extra {
         parts: parts::ALL,
         labels: std::array::from_fn(|i| i as u8 + 1),
@@ -314,7 +350,10 @@ fn what_only_few_connections_have_reads_back_and_fits() {
         let protocol = original.protocol;
         let mut extra = rich();
         match protocol {
-            TCP => (extra.parts, extra.protoinfo) = (parts::ALL & !parts::PROTOINFO, ProtoInfo::default()),
+            TCP => {
+                (extra.parts, extra.protoinfo) =
+                    (parts::ALL & !parts::PROTOINFO, ProtoInfo::default())
+            }
             DCCP => extra.protoinfo.role = 1,
             _ => {}
         }
@@ -345,8 +384,10 @@ fn what_a_newer_kernel_writes_in_another_form_is_left_out_and_counted() {
     while at < length {
         let size = u16::from_ne_bytes([buffer[at], buffer[at + 1]]) as usize;
         let kind = u16::from_ne_bytes([buffer[at + 2], buffer[at + 3]]) & number::TYPE_MASK;
-        if !matches!(kind, number::TUPLE_ORIG | number::TUPLE_REPLY | number::ZONE | number::LABELS_MASK)
-            && !matches!(kind, number::NAT_SRC | number::NAT_DST)
+        if !matches!(
+            kind,
+            number::TUPLE_ORIG | number::TUPLE_REPLY | number::ZONE | number::LABELS_MASK
+        ) && !matches!(kind, number::NAT_SRC | number::NAT_DST)
         {
             // Its payload ends in the middle of a field.
             let mut message = buffer[..at].to_vec();
@@ -355,12 +396,18 @@ fn what_a_newer_kernel_writes_in_another_form_is_left_out_and_counted() {
             let decoded = decode(&message).expect("the rest is used");
             assert_eq!(decoded.skipped, 1, "attribute {kind}");
             let SourceEvent::Seen { connection: read, .. } = decoded.event else { panic!() };
-            assert_eq!((read.original, read.reply), (connection.original, connection.original.mirrored()));
+            assert_eq!(
+                (read.original, read.reply),
+                (connection.original, connection.original.mirrored())
+            );
             cut += 1;
         }
         at += size.next_multiple_of(4);
     }
-    assert_eq!(cut, 9, "status, timeout, mark, protoinfo, labels, helper, two adjustments, SYN proxy");
+    assert_eq!(
+        cut, 9,
+        "status, timeout, mark, protoinfo, labels, helper, two adjustments, SYN proxy"
+    );
 }
 
 #[test]

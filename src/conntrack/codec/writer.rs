@@ -4,8 +4,8 @@ use super::number::NESTED;
 use super::{HEADERS, family_number};
 use crate::conn::Family;
 
-/// Room that any request fits: the longest, a translated TCP connection over IPv6 that has everything
-/// which a connection can have, takes 476 bytes.
+/// Room that any request fits: the longest, a translated TCP connection over IPv6 that has
+/// everything which a connection can have, takes 476 bytes.
 pub const MESSAGE_MAX: usize = 512;
 
 /// A message that grows at the start of the caller's buffer.

@@ -41,7 +41,8 @@ fn opening_and_closing_streams_leaks_nothing_and_every_send_is_reported_once() {
         }
         let mut ports = [port];
         run(&mut ports, &mut seen, |seen| seen.events.len() >= 500);
-        let tokens: HashSet<u64> = seen.events.iter().filter_map(|event| sent_token(*event)).collect();
+        let tokens: HashSet<u64> =
+            seen.events.iter().filter_map(|event| sent_token(*event)).collect();
         assert_eq!((tokens.len(), seen.events.len()), (500, 500));
         // Where sockets were closed with room in the queue, the sends went out.
         assert!(seen.events.iter().all(|event| matches!(event, Event::Sent { result: 3000, .. })));
@@ -120,9 +121,10 @@ fn heartbeats_reach_all_members_of_the_multicast_group() {
         );
         return;
     }
-    for (group, locals) in
-        [("224.0.0.116", ["10.81.14.1", "10.81.14.2"]), ("ff02::8116", ["fd00:81::1", "fd00:81::2"])]
-    {
+    for (group, locals) in [
+        ("224.0.0.116", ["10.81.14.1", "10.81.14.2"]),
+        ("ff02::8116", ["fd00:81::1", "fd00:81::2"]),
+    ] {
         let arena = arena();
         let mut ports: Vec<Port> = locals
             .iter()
@@ -151,7 +153,9 @@ fn heartbeats_reach_all_members_of_the_multicast_group() {
         at.sort_unstable();
         assert_eq!(at, [0, 1], "once at each, the sender included");
         assert!(
-            seen.datagrams.iter().all(|(_, source, bytes)| *source == ip(locals[0]) && bytes.len() == 200)
+            seen.datagrams
+                .iter()
+                .all(|(_, source, bytes)| *source == ip(locals[0]) && bytes.len() == 200)
         );
     }
 }

@@ -77,10 +77,17 @@ impl Seen {
 fn run(ports: &mut [Port], seen: &mut Seen, mut enough: impl FnMut(&Seen) -> bool) {
     let end = now().after(PATIENCE);
     while !enough(seen) {
-        assert!(!end.reached(now()), "{} datagrams, events {:?}", seen.datagrams.len(), seen.events);
+        assert!(
+            !end.reached(now()),
+            "{} datagrams, events {:?}",
+            seen.datagrams.len(),
+            seen.events
+        );
         for (index, port) in ports.iter_mut().enumerate() {
             port.reap(&mut |event| seen.events.push(event));
-            port.receive(64, &mut |source, bytes| seen.datagrams.push((index, source, bytes.to_vec())));
+            port.receive(64, &mut |source, bytes| {
+                seen.datagrams.push((index, source, bytes.to_vec()))
+            });
             port.wait(now().after(Duration::from_millis(1))).unwrap();
         }
     }
@@ -118,15 +125,17 @@ fn train_arrives(local: IpAddr, send: SendMode, features: Features, full: usize)
 
 #[test]
 fn a_train_arrives_whole_and_in_order_in_one_completion() {
-    let counts = train_arrives(ip("127.81.1.1"), SendMode::Fixed, Features::all(), SEGMENTS_MAX - 1);
+    let counts =
+        train_arrives(ip("127.81.1.1"), SendMode::Fixed, Features::all(), SEGMENTS_MAX - 1);
     assert_eq!(counts.trains, 1);
     assert_eq!(counts.truncated, 0);
 }
 
 #[test]
 fn every_way_of_sending_delivers_the_same() {
-    for (i, mode) in
-        [SendMode::Fixed, SendMode::ZeroCopy, SendMode::Copy, SendMode::Auto].into_iter().enumerate()
+    for (i, mode) in [SendMode::Fixed, SendMode::ZeroCopy, SendMode::Copy, SendMode::Auto]
+        .into_iter()
+        .enumerate()
     {
         train_arrives(ip(&format!("127.81.2.{}", i + 1)), mode, Features::all(), 7);
     }
@@ -152,13 +161,16 @@ fn each_datagram_reaches_the_shard_that_it_names() {
         let arena = arena();
         let group = bind_group(local, PORT, shards, 0).unwrap();
         let config = |shard| PortConfig { shard, ..config(local, &arena) };
-        let mut ports: Vec<Port> =
-            (0..shards).zip(group).map(|(shard, fd)| Port::new(&config(shard), fd, None).unwrap()).collect();
+        let mut ports: Vec<Port> = (0..shards)
+            .zip(group)
+            .map(|(shard, fd)| Port::new(&config(shard), fd, None).unwrap())
+            .collect();
         // A stream for each destination shard, as trains must not mix shards.
         for shard in 0..shards {
             ports[0].open(usize::from(shard), local).unwrap();
-            let train: Vec<u8> =
-                (0..10).flat_map(|i| datagram(i + 100 * u32::from(shard), shard, DATAGRAM_MAX)).collect();
+            let train: Vec<u8> = (0..10)
+                .flat_map(|i| datagram(i + 100 * u32::from(shard), shard, DATAGRAM_MAX))
+                .collect();
             let offset = u32::from(shard) * 16384;
             write_arena(&arena, offset as usize, &train);
             let to = Target::Stream(usize::from(shard));

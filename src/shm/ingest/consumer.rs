@@ -16,23 +16,29 @@ pub struct Consumer<'m> {
 }
 
 impl<'m> Consumer<'m> {
-    /// The consumer of a new ring, or of one whose consumer is gone. That goes on where the last one said that it
-    /// was, which it said once a drain: what the last drain before a kill handed over, at most its `cap` records,
-    /// is handed over again, in the same order, and nothing is left out. The region must be writable (the
-    /// appliance's).
+    /// The consumer of a new ring, or of one whose consumer is gone. That goes on where the last
+    /// one said that it was, which it said once a drain: what the last drain before a kill handed
+    /// over, at most its `cap` records, is handed over again, in the same order, and nothing is
+    /// left out. The region must be writable (the appliance's).
     pub fn new(ring: Ring<'m>) -> Consumer<'m> {
         let tail = ring.words.tail.load(Ordering::Relaxed);
         Consumer { ring, tail, head_seen: tail }
     }
 
-    /// Takes at most `cap` records out of the ring and hands each to `f`, checked. If the producer's
-    /// position makes no sense, `f` is told once and what the ring holds is skipped. Returns how often
-    /// `f` was called.
-    pub fn drain(&mut self, cap: usize, f: &mut dyn FnMut(Result<SourceEvent, BadRecord>)) -> usize {
+    /// Takes at most `cap` records out of the ring and hands each to `f`, checked. If the
+    /// producer's position makes no sense, `f` is told once and what the ring holds is skipped.
+    /// Returns how often `f` was called.
+    pub fn drain(
+        &mut self,
+        cap: usize,
+        f: &mut dyn FnMut(Result<SourceEvent, BadRecord>),
+    ) -> usize {
         // Pairs with the release in `Producer::flush`: the records before `head` are visible.
         let head = self.ring.words.head.load(Ordering::Acquire);
         let waiting = head.wrapping_sub(self.tail);
-        if waiting > self.ring.records.len() as u64 || waiting < self.head_seen.wrapping_sub(self.tail) {
+        if waiting > self.ring.records.len() as u64
+            || waiting < self.head_seen.wrapping_sub(self.tail)
+        {
             self.move_to(head);
             self.head_seen = head;
             f(Err(BadRecord::Position));
@@ -43,8 +49,8 @@ impl<'m> Consumer<'m> {
         for n in 0..taken {
             f(self.read(self.tail.wrapping_add(n)));
         }
-        // Also if nothing was taken: a producer may have scribbled over the copy of our position, and
-        // the next one would find the ring full for ever.
+        // Also if nothing was taken: a producer may have scribbled over the copy of our position,
+        // and the next one would find the ring full for ever.
         if self.ring.words.tail.load(Ordering::Relaxed) != self.tail || taken > 0 {
             self.move_to(self.tail.wrapping_add(taken));
         }
@@ -64,9 +70,9 @@ impl<'m> Consumer<'m> {
     }
 
     /// Announces that the consumer is about to sleep. `None`: there is work, do not. Otherwise the
-    /// futex word and the value to wait for with FUTEX_WAIT (shared, 32 bits). A wait armed earlier that
-    /// has not completed still serves: arm one only if there is none. After waking up, for whatever
-    /// reason, call [`awake`](Consumer::awake).
+    /// futex word and the value to wait for with FUTEX_WAIT (shared, 32 bits). A wait armed earlier
+    /// that has not completed still serves: arm one only if there is none. After waking up, for
+    /// whatever reason, call [`awake`](Consumer::awake).
     pub fn prepare_sleep(&self) -> Option<(&'m AtomicU32, u32)> {
         let bell = &self.ring.words.bell;
         bell.store(ASLEEP, Ordering::Relaxed);

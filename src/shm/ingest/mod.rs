@@ -49,8 +49,8 @@ const MAGIC: u64 = u64::from_be_bytes(*b"hsring01");
 const AWAKE: u32 = 0;
 const ASLEEP: u32 = 1;
 
-/// The ring's first page. What consumer and producer write lies in cache line pairs of its own, so that they do not
-/// push lines to and fro.
+/// The ring's first page. What consumer and producer write lies in cache line pairs of its own, so
+/// that they do not push lines to and fro.
 #[repr(C, align(4096))]
 pub struct RingWords {
     magic: AtomicU64,
@@ -71,7 +71,8 @@ const _: () = assert!(std::mem::offset_of!(RingWords, head) == 256);
 const _: () = assert!(std::mem::offset_of!(RingWords, bell) == 384);
 const _: () = assert!(std::mem::offset_of!(RingWords, pid) == 512);
 // No padding: the fields, as many bytes as they have, fill the page, as `shm::mapping` asks.
-const _: () = assert!(size_of::<RingWords>() == 8 * (2 + 14 + 1 + 15 + 1 + 15) + 4 * (1 + 31 + 1 + 895));
+const _: () =
+    assert!(size_of::<RingWords>() == 8 * (2 + 14 + 1 + 15 + 1 + 15) + 4 * (1 + 31 + 1 + 895));
 
 impl RingWords {
     /// Writes what never changes; the rest begins as zero.

@@ -48,7 +48,8 @@ impl Producer {
     /// ended: what that one had not published is lost.
     ///
     /// # Errors
-    /// As for [`RegionView::open`]; or the ring has a producer that lives; or there is no such shard.
+    /// As for [`RegionView::open`]; or the ring has a producer that lives; or there is no such
+    /// shard.
     pub fn open(dir: &Path, shard: u8) -> Result<Producer, ShmError> {
         let path = dir.join(FILE);
         let file = open_file(&path, OpenOptions::new().read(true).write(true))?;
@@ -58,8 +59,8 @@ impl Producer {
             return Err(ShmError::NoSuchShard { shard, shards });
         }
         let ShardLayout { ring, records, end, .. } = view.layout(shard);
-        let mapping =
-            Mapping::read_write(&file, ring.offset, end - ring.offset).map_err(ShmError::io("map", &path))?;
+        let mapping = Mapping::read_write(&file, ring.offset, end - ring.offset)
+            .map_err(ShmError::io("map", &path))?;
         let words = &mapping.slice::<RingWords>(ring)[0];
         if !claim(&file, ring.offset).map_err(ShmError::io("claim a ring of", &path))? {
             return Err(ShmError::RingTaken { shard, pid: words.pid.load(Ordering::Relaxed) });
@@ -67,7 +68,8 @@ impl Producer {
         words.pid.store(std::process::id(), Ordering::Relaxed);
         let head = words.head.load(Ordering::Relaxed);
         let tail = words.tail.load(Ordering::Acquire);
-        let producer = Producer { mapping, ring, records, shards, head, published: head, tail, path, file };
+        let producer =
+            Producer { mapping, ring, records, shards, head, published: head, tail, path, file };
         // The one before may have died between publishing and ringing.
         producer.wake();
         Ok(producer)
@@ -92,8 +94,8 @@ impl Producer {
                 return Err(Full);
             }
         }
-        let record =
-            &self.mapping.slice::<RecordWords>(self.records)[self.head as usize & (self.records.items - 1)];
+        let record = &self.mapping.slice::<RecordWords>(self.records)
+            [self.head as usize & (self.records.items - 1)];
         for (word, value) in record.0.iter().zip(encode(event, self.head)) {
             word.store(value, Ordering::Relaxed);
         }
@@ -112,8 +114,9 @@ impl Producer {
         self.wake();
     }
 
-    /// Whether this is still the appliance's region. A restart takes it up again, and the ring with it; a new
-    /// table is in a new one, and then nobody reads this ring any more. Asks the file system, so not for every record.
+    /// Whether this is still the appliance's region. A restart takes it up again, and the ring with
+    /// it; a new table is in a new one, and then nobody reads this ring any more. Asks the file
+    /// system, so not for every record.
     pub fn is_current(&self) -> bool {
         let id = |about: std::fs::Metadata| (about.dev(), about.ino());
         match (self.file.metadata().map(id), std::fs::metadata(&self.path).map(id)) {
@@ -128,7 +131,8 @@ impl Producer {
 
     fn wake(&self) {
         let bell = &self.words().bell;
-        // Pairs with the fence in `Consumer::prepare_sleep`: either it sees our head or we see its bell.
+        // Pairs with the fence in `Consumer::prepare_sleep`: either it sees our head or we see its
+        // bell.
         fence(Ordering::SeqCst);
         if bell.load(Ordering::Relaxed) == ASLEEP && bell.swap(AWAKE, Ordering::Relaxed) == ASLEEP {
             futex_wake(bell);

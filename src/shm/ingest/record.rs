@@ -123,7 +123,14 @@ pub fn decode(w: &Words, position: u64, shard: u8, shards: u8) -> Result<SourceE
     Ok(SourceEvent::Seen { connection: Connection::new(original, reply, state), known })
 }
 
-fn take_tuple(w: &Words, family: Family, protocol: u8, at: usize, ports_at: u32, zone: u16) -> Tuple {
+fn take_tuple(
+    w: &Words,
+    family: Family,
+    protocol: u8,
+    at: usize,
+    ports_at: u32,
+    zone: u16,
+) -> Tuple {
     let ports = (w[1] >> ports_at) as u32;
     let wide = |i: usize| (w[i + 1] as u128) << 64 | w[i] as u128;
     Tuple {
@@ -152,7 +159,8 @@ fn check_tuple(t: &Tuple) -> Result<(), BadRecord> {
     }
     let fits = match t.protocol {
         TCP | DCCP | SCTP => t.sport != 0 && t.dport != 0,
-        // An ICMP identifier, type and code, the source port of one-way UDP, or GRE's keys may be anything.
+        // An ICMP identifier, type and code, the source port of one-way UDP, or GRE's keys may be
+        // anything.
         ICMP | ICMPV6 => true,
         p if has_keys(p) => true,
         _ => t.sport == 0 && t.dport == 0,
@@ -170,8 +178,11 @@ mod tests {
     use super::*;
 
     fn seen() -> Connection {
-        let mut original =
-            Tuple::v6(TCP, ("2001:db8::1".parse().unwrap(), 40_000), ("2001:db8::2".parse().unwrap(), 443));
+        let mut original = Tuple::v6(
+            TCP,
+            ("2001:db8::1".parse().unwrap(), 40_000),
+            ("2001:db8::2".parse().unwrap(), 443),
+        );
         original.zone = 7;
         let reply = Tuple { dst: 5 << 100, dport: 9, zone: 8, ..original.mirrored() };
         let state = State {

@@ -93,12 +93,17 @@ fn events_find_the_ring_of_their_shard() {
     let mut total = 0;
     for shard in 0..3 {
         total += Consumer::new(region.ring(shard)).drain(999, &mut |got| match got.unwrap() {
-            SourceEvent::Seen { connection, .. } => assert_eq!(shard_of(&connection.original, 3), shard),
+            SourceEvent::Seen { connection, .. } => {
+                assert_eq!(shard_of(&connection.original, 3), shard)
+            }
             SourceEvent::Gone { original, .. } => assert_eq!(shard_of(&original, 3), shard),
         });
     }
     assert_eq!((total, producers.shards(), producers.is_current()), (300, 3, true));
-    assert!(matches!(Producer::open(&dir.0, 3), Err(ShmError::NoSuchShard { shard: 3, shards: 3 })));
+    assert!(matches!(
+        Producer::open(&dir.0, 3),
+        Err(ShmError::NoSuchShard { shard: 3, shards: 3 })
+    ));
     drop(region);
     let _next = Region::create(&dir.0, &config()).unwrap();
     assert!(!producers.is_current());
@@ -132,7 +137,8 @@ fn a_consumer_that_was_killed_is_followed_by_one_that_repeats_but_skips_nothing(
     let mut consumer = Consumer::new(first.ring(0));
     assert_eq!(ports(&mut consumer, 10).len(), 10);
     assert!(consumer.prepare_sleep().is_none());
-    // Killed in the middle of a drain: five of ten were handed over, and the position was not moved.
+    // Killed in the middle of a drain: five of ten were handed over, and the position was not
+    // moved.
     let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let mut left = 5;
         consumer.drain(10, &mut |_| {
@@ -145,7 +151,8 @@ fn a_consumer_that_was_killed_is_followed_by_one_that_repeats_but_skips_nothing(
     assert!(killed.is_err());
     drop(first);
     assert!(push(20), "the producer notices nothing");
-    let config = RegionConfig { sizes: Sizes { shards: 1, ring_records: 64, ..config().sizes }, ..config() };
+    let config =
+        RegionConfig { sizes: Sizes { shards: 1, ring_records: 64, ..config().sizes }, ..config() };
     let second = Region::resume(Place::claim(&dir.0).unwrap(), &config).unwrap();
     assert!(push(10));
     let seen = ports(&mut Consumer::new(second.ring(0)), 99);
@@ -269,7 +276,10 @@ fn no_wake_up_is_ever_lost() {
             if let Some((word, expected)) = consumer.prepare_sleep() {
                 let before = Instant::now();
                 futex_wait(word, expected, Duration::from_secs(20));
-                assert!(before.elapsed() < Duration::from_secs(10), "a wake-up was lost in round {next}");
+                assert!(
+                    before.elapsed() < Duration::from_secs(10),
+                    "a wake-up was lost in round {next}"
+                );
                 consumer.awake();
                 slept += 1;
             }

@@ -1,4 +1,5 @@
-//! What happens to gateways: routes that move, kernels and processes that die, operators and other programs.
+//! What happens to gateways: routes that move, kernels and processes that die, operators and other
+//! programs.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -30,24 +31,29 @@ impl Sim<'_> {
         self.routes[route] = to;
     }
 
-    /// The address that connections are masqueraded behind has gone from gateways: their kernels drop those
-    /// connections.
+    /// The address that connections are masqueraded behind has gone from gateways: their kernels
+    /// drop those connections.
     pub(super) fn addresses_leave(&mut self) {
         let now = self.world.now;
-        let (due, later) = std::mem::take(&mut self.leaving).into_iter().partition(|(at, _)| at.reached(now));
+        let (due, later) =
+            std::mem::take(&mut self.leaving).into_iter().partition(|(at, _)| at.reached(now));
         self.leaving = later;
         let due: Vec<(Time, MemberId)> = due;
         for (_, member) in due {
             let Some(kernel) = self.kernel(member) else { continue };
             self.world.note(member, "address", format_args!("gone"));
-            let before: BTreeSet<Tuple> = kernel.entries(now).iter().map(|entry| entry.original).collect();
-            kernel.act(now, |table, now| table.drop_address(now, Family::V4, u32::from(VIP) as u128));
-            let after: BTreeSet<Tuple> = kernel.entries(now).iter().map(|entry| entry.original).collect();
+            let before: BTreeSet<Tuple> =
+                kernel.entries(now).iter().map(|entry| entry.original).collect();
+            kernel
+                .act(now, |table, now| table.drop_address(now, Family::V4, u32::from(VIP) as u128));
+            let after: BTreeSet<Tuple> =
+                kernel.entries(now).iter().map(|entry| entry.original).collect();
             self.are_cut_at(member, &(&before - &after));
         }
     }
 
-    /// What passes this gateway, and has lost its entry there, is cut, as is meant; what passes elsewhere goes on.
+    /// What passes this gateway, and has lost its entry there, is cut, as is meant; what passes
+    /// elsewhere goes on.
     fn are_cut_at(&mut self, member: MemberId, gone: &BTreeSet<Tuple>) {
         for flow in self.flows.iter_mut().filter(|flow| gone.contains(&flow.original)) {
             if flow.passed.is_none_or(|(_, at)| at == member) {
@@ -74,7 +80,8 @@ impl Sim<'_> {
     pub(super) fn fault(&mut self) -> Result<(), Broken> {
         let victim = 1 + self.rng.below(self.plan.shards.len() as u64) as MemberId;
         let other = self.other_than(victim);
-        let is_there = self.kernels.borrow().contains_key(&victim) && self.world.hosts[&victim].running;
+        let is_there =
+            self.kernels.borrow().contains_key(&victim) && self.world.hosts[&victim].running;
         if !is_there {
             return Ok(());
         }
@@ -102,7 +109,8 @@ impl Sim<'_> {
             }
             let (from, to) = if turn % 2 == 0 { (from, to) } else { (to, from) };
             self.reroute_all(from, to);
-            let span = ms([0, 5, 100, 2000, 12_000][self.rng.below(5) as usize] + self.rng.below(10));
+            let span =
+                ms([0, 5, 100, 2000, 12_000][self.rng.below(5) as usize] + self.rng.below(10));
             self.run_for(span, true)?;
         }
         Ok(())
@@ -142,7 +150,12 @@ impl Sim<'_> {
     }
 
     /// Routes stay, move, or move and come back.
-    fn meanwhile(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+    fn meanwhile(
+        &mut self,
+        victim: MemberId,
+        other: MemberId,
+        span: Duration,
+    ) -> Result<(), Broken> {
         let moves = self.rng.below(3);
         let early = span.mul_f64(self.rng.below(1000) as f64 / 1000.0);
         self.run_for(early, true)?;
@@ -157,7 +170,12 @@ impl Sim<'_> {
     }
 
     /// A process is killed, and comes back over its memory or with a new one.
-    fn restarts(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+    fn restarts(
+        &mut self,
+        victim: MemberId,
+        other: MemberId,
+        span: Duration,
+    ) -> Result<(), Broken> {
         self.disturb();
         self.world.note(victim, "killed", format_args!("{span:?}"));
         self.world.kill(victim);
@@ -175,7 +193,12 @@ impl Sim<'_> {
     }
 
     /// Two members do not hear each other.
-    fn is_cut_off(&mut self, victim: MemberId, other: MemberId, span: Duration) -> Result<(), Broken> {
+    fn is_cut_off(
+        &mut self,
+        victim: MemberId,
+        other: MemberId,
+        span: Duration,
+    ) -> Result<(), Broken> {
         self.disturb();
         self.world.note(victim, "cut", format_args!("off from all others, {span:?}"));
         for a in 1..=self.plan.shards.len() as MemberId {
@@ -215,7 +238,10 @@ impl Sim<'_> {
             *seconds = *seconds * [1, 2, 3][self.rng.below(3) as usize] / 2;
         }
         self.world.note(0, "timeouts", format_args!("{changed:?}"));
-        let only = self.rng.chance(50).then(|| 1 + self.rng.below(self.plan.shards.len() as u64) as MemberId);
+        let only = self
+            .rng
+            .chance(50)
+            .then(|| 1 + self.rng.below(self.plan.shards.len() as u64) as MemberId);
         let now = self.world.now;
         for (member, kernel) in self.kernels.borrow().iter() {
             if only.is_none_or(|only| only == *member) {
@@ -265,7 +291,8 @@ impl Sim<'_> {
         let has_labels = self.plan.has_labels[of] && self.rng.chance(40);
         let port = self.rng.below(20) as u16;
         let server = if has_helper { 21 } else { 443 };
-        let original = Tuple::v4(TCP, (Ipv4Addr::new(10, 9, 0, member), 20_000 + port), (SERVER, server));
+        let original =
+            Tuple::v4(TCP, (Ipv4Addr::new(10, 9, 0, member), 20_000 + port), (SERVER, server));
         // No two members give away one port.
         let outside = 40_000 + 100 * member as u16 + port;
         let reply = match self.plan.nat {
@@ -288,13 +315,20 @@ impl Sim<'_> {
             connection.extra.labels[0] = 1 + self.rng.below(255) as u8;
         }
         let given_s = 1 + self.rng.below(GIVEN_S);
-        let done = kernel.act(now, |table, now| table.create(now, By::Tool, &connection, given_s as u32));
+        let done =
+            kernel.act(now, |table, now| table.create(now, By::Tool, &connection, given_s as u32));
         self.world.note(member, "plants", format_args!("{original} for {given_s} s: {done:?}"));
         if done.is_ok() {
             self.numbers += 1;
             let until = now.after(Duration::from_secs(given_s));
             self.planted.retain(|planted| planted.connection.original != original);
-            self.planted.push(Planted { number: self.numbers, connection, at: member, since: now, until });
+            self.planted.push(Planted {
+                number: self.numbers,
+                connection,
+                at: member,
+                since: now,
+                until,
+            });
         }
     }
 

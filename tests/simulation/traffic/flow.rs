@@ -1,4 +1,5 @@
-//! Flows: a client and a server that speak to each other, packet by packet, through whichever gateway the routes name.
+//! Flows: a client and a server that speak to each other, packet by packet, through whichever
+//! gateway the routes name.
 
 use std::time::Duration;
 
@@ -29,7 +30,8 @@ pub enum Step {
     /// Something is said by one end, and answered by the other.
     Say(End),
     Answer(End),
-    /// The first FIN comes from this end; the other acknowledges it, goes on to speak, and says FIN itself.
+    /// The first FIN comes from this end; the other acknowledges it, goes on to speak, and says FIN
+    /// itself.
     Fin(End),
     FinAck(End),
     /// The other end's FIN, and the last acknowledgement.
@@ -84,8 +86,9 @@ pub struct Flow {
     pub is_intact: bool,
     /// Whether it had two copies before whatever is going on began.
     pub is_safe: bool,
-    /// Whether a kernel refused its packets while that was not promised to go well, or took them for another connection's: from then on they confirm that
-    /// state there, and being the latest they win; or it goes on by chance, on an entry that nobody has in a table.
+    /// Whether a kernel refused its packets while that was not promised to go well, or took them
+    /// for another connection's: from then on they confirm that state there, and being the latest
+    /// they win; or it goes on by chance, on an entry that nobody has in a table.
     pub is_mistaken: bool,
     /// Members that lost its entry since: they may need a moment to have it again.
     pub lacking: Vec<MemberId>,

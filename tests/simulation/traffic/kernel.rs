@@ -1,4 +1,5 @@
-//! A kernel that is played, and a shard's ends of it: the model's table behind the appliance's own feed.
+//! A kernel that is played, and a shard's ends of it: the model's table behind the appliance's own
+//! feed.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -237,7 +238,9 @@ impl Entries for Pen {
             let errno = &mut of_entry.errno[(last == Some(index)) as usize];
             last = Some(index);
             let done = self.kernel.again(|table, now| match &asked {
-                Asked::Create(connection, timeout_s) => table.create(now, By::Ours, connection, *timeout_s),
+                Asked::Create(connection, timeout_s) => {
+                    table.create(now, By::Ours, connection, *timeout_s)
+                }
                 Asked::Update(connection, timeout_s, present) => {
                     table.update(now, By::Ours, connection, *timeout_s, *present)
                 }

@@ -1,11 +1,14 @@
-//! The simulator with its kernel: gateways whose conntrack is the model that tests/kernel holds against the real one,
-//! each with the appliance's own feed and protocol, and flows that send packets along routes.
+//! The simulator with its kernel: gateways whose conntrack is the model that tests/kernel holds
+//! against the real one, each with the appliance's own feed and protocol, and flows that send
+//! packets along routes.
 //!
-//! Here nobody tells the protocol the truth. Entries linger when their connection has ended, traffic moves without an
-//! event, idle entries run out while their connection lives elsewhere, ports are used again at once, operators flush
-//! and delete, and change timeouts; other programs write entries, some with helpers or labels that not every kernel has; tables are full; the address goes with the
-//! routes, and what was masqueraded behind it; processes stand still, are killed and come back, kernels die. What is checked is what a user
-//! would see: packets that pass, in the translation that they had, and entries that are there or gone.
+//! Here nobody tells the protocol the truth. Entries linger when their connection has ended,
+//! traffic moves without an event, idle entries run out while their connection lives elsewhere,
+//! ports are used again at once, operators flush and delete, and change timeouts; other programs
+//! write entries, some with helpers or labels that not every kernel has; tables are full; the
+//! address goes with the routes, and what was masqueraded behind it; processes stand still, are
+//! killed and come back, kernels die. What is checked is what a user would see: packets that pass,
+//! in the translation that they had, and entries that are there or gone.
 //!
 //! | promise | how it is checked |
 //! |---|---|

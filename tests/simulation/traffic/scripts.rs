@@ -1,4 +1,5 @@
-//! What the simulator once found between the feed and its kernel, each as the shortest script that shows it.
+//! What the simulator once found between the feed and its kernel, each as the shortest script that
+//! shows it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -30,7 +31,8 @@ fn memories(count: usize) -> Vec<OwnedMemory> {
 }
 
 impl<'m> Gateways<'m> {
-    /// Kernels of so many gateways, and no process yet. Who is born while none listens raises no events.
+    /// Kernels of so many gateways, and no process yet. Who is born while none listens raises no
+    /// events.
     fn boot(memories: &'m [OwnedMemory], count: MemberId) -> Gateways<'m> {
         let mut world = World::new(1, memories);
         world.as_announced = true;
@@ -61,7 +63,8 @@ impl<'m> Gateways<'m> {
     fn pass(&mut self, tuple: Tuple, payload: Payload, is_from_inside: bool, member: MemberId) {
         let tuple = if is_from_inside { tuple } else { tuple.mirrored() };
         let packet = Packet { tuple, payload, is_from_inside };
-        let verdict = self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
+        let verdict =
+            self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
         assert!(matches!(verdict, Verdict::Passed(_)), "{tuple} passes {member}: {verdict:?}");
     }
 
@@ -79,7 +82,9 @@ impl<'m> Gateways<'m> {
 
     /// A TCP connection opens, or closes.
     fn shake(&mut self, tuple: Tuple, flags: u8, member: MemberId) {
-        for (flags, is_from_inside) in [(flags, true), (flags | flag::ACK, false), (flag::ACK, true)] {
+        for (flags, is_from_inside) in
+            [(flags, true), (flags | flag::ACK, false), (flag::ACK, true)]
+        {
             self.pass(tuple, segment(flags, false), is_from_inside, member);
         }
     }
@@ -92,7 +97,9 @@ impl<'m> Gateways<'m> {
             self.world.step_to(at);
             if collect_at.reached(at) {
                 collect_at = at.after(SECOND);
-                self.kernels.values().for_each(|kernel| kernel.act(at, |table, now| table.collect(now)));
+                self.kernels
+                    .values()
+                    .for_each(|kernel| kernel.act(at, |table, now| table.collect(now)));
             }
             for member in self.world.live() {
                 self.world.hear(member);
@@ -122,7 +129,8 @@ impl<'m> Gateways<'m> {
         }
     }
 
-    /// 1 carries the connection on, and has found its copy a place over the entry that 2's kernel has had from before anybody listened.
+    /// 1 carries the connection on, and has found its copy a place over the entry that 2's kernel
+    /// has had from before anybody listened.
     fn settle_over_an_unheard_entry(&mut self, tuple: Tuple) {
         self.world.start(2, 1, 100);
         // 2 finds its entry, and carries it on as well: who has the packets has the connection.
@@ -153,8 +161,9 @@ fn udp() -> Tuple {
     Tuple::v4(UDP, ([10, 0, 0, 1].into(), 5000), ([192, 0, 2, 1].into(), 53))
 }
 
-/// Traffic seeds 700000026, 600001368, 600001870: an entry that was born before the process of its gateway raises no events. As a copy it
-/// became another slot's when packets were found to pass it, and then nobody asked for it: when it had run out the pair stayed for good.
+/// Traffic seeds 700000026, 600001368, 600001870: an entry that was born before the process of its
+/// gateway raises no events. As a copy it became another slot's when packets were found to pass it,
+/// and then nobody asked for it: when it had run out the pair stayed for good.
 #[test]
 fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
     let memories = memories(2);
@@ -176,8 +185,9 @@ fn an_entry_that_raises_no_events_is_asked_for_whatever_slot_it_has() {
     gateways.assert_gone(udp());
 }
 
-/// Traffic seed 600001843: the walk over the copies gave such an entry its copy's state again, though packets had changed it since: here a
-/// connection that had closed, there the next one from its port.
+/// Traffic seed 600001843: the walk over the copies gave such an entry its copy's state again,
+/// though packets had changed it since: here a connection that had closed, there the next one from
+/// its port.
 #[test]
 fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
     let memories = memories(2);
@@ -194,8 +204,9 @@ fn an_entry_that_packets_have_changed_is_not_given_its_copys_state_again() {
     gateways.assert_gone(tcp());
 }
 
-/// Traffic seeds 600000676, 600001812: a copy that was given its normal timeout while its active was silent was left with it, as if packets had
-/// passed: it ran out, and was not there when the active died.
+/// Traffic seeds 600000676, 600001812: a copy that was given its normal timeout while its active
+/// was silent was left with it, as if packets had passed: it ran out, and was not there when the
+/// active died.
 #[test]
 fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
     for has_packets in [false, true] {
@@ -205,22 +216,30 @@ fn a_copy_whose_active_was_silent_for_a_while_lasts_as_a_copy_again() {
         assert!(gateways.left(2, udp()).is_some_and(|left| left > GIVEN_MAX_S), "it is a copy");
         gateways.world.pause(1, true);
         gateways.run_for(SECOND * 4);
-        assert!(gateways.left(2, udp()).is_some_and(|left| left <= GIVEN_MAX_S), "it was taken over");
+        assert!(
+            gateways.left(2, udp()).is_some_and(|left| left <= GIVEN_MAX_S),
+            "it was taken over"
+        );
         if has_packets {
             gateways.talk(udp(), 2);
         }
         gateways.world.pause(1, false);
         gateways.run_for(SECOND * 3);
         let is_copys = gateways.left(2, udp()).is_some_and(|left| left > GIVEN_MAX_S);
-        assert_eq!(is_copys, !has_packets, "its own packets tell that it may be needed: {has_packets}");
+        assert_eq!(
+            is_copys, !has_packets,
+            "its own packets tell that it may be needed: {has_packets}"
+        );
     }
 }
 
-/// Traffic seeds 920001082, 920002557, 961000933: packets that had passed within three seconds after a takeover were not seen when the active was heard
-/// again.
+/// Traffic seeds 920001082, 920002557, 961000933: packets that had passed within three seconds
+/// after a takeover were not seen when the active was heard again.
 #[test]
 fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
-    for (offset, after) in (0..10).flat_map(|offset| [0, 3, 7, 14, 18, 22].map(|after| (offset, after))) {
+    for (offset, after) in
+        (0..10).flat_map(|offset| [0, 3, 7, 14, 18, 22].map(|after| (offset, after)))
+    {
         let memories = memories(2);
         let mut gateways = Gateways::pair(&memories);
         gateways.shake(tcp(), flag::SYN, 1);
@@ -233,11 +252,15 @@ fn packets_soon_after_a_takeover_tell_as_well_that_the_entry_may_be_needed() {
         }
         gateways.world.pause(1, false);
         gateways.run_for(SECOND / 2);
-        assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "{offset}, {after}");
+        assert!(
+            gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S),
+            "{offset}, {after}"
+        );
     }
 }
 
-/// Traffic seed 965000238: packets after a takeover had left the entry less than it was given then, which was its active's, and did not count.
+/// Traffic seed 965000238: packets after a takeover had left the entry less than it was given then,
+/// which was its active's, and did not count.
 #[test]
 fn packets_that_left_an_entry_less_than_its_takeover_tell_that_it_may_be_needed() {
     let memories = memories(2);
@@ -251,15 +274,18 @@ fn packets_that_left_an_entry_less_than_its_takeover_tell_that_it_may_be_needed(
     };
     set(&gateways, 3000);
     gateways.sleep_until_taken_over(tcp());
-    assert!(gateways.left(2, tcp()).is_some_and(|left| left > 3000), "what its active's kernel gave it");
+    assert!(
+        gateways.left(2, tcp()).is_some_and(|left| left > 3000),
+        "what its active's kernel gave it"
+    );
     (0..3).for_each(|_| gateways.talk(tcp(), 2));
     gateways.world.pause(1, false);
     gateways.run_for(SECOND / 2);
     assert!(gateways.left(2, tcp()).is_some_and(|left| left <= 3000), "it may be needed as it is");
 }
 
-/// Traffic seed 965000470: somebody gave the entry of a copy a short timeout, which looked like a packet: the copy was claimed, its entry ran out, and
-/// the connection was deleted where it lived.
+/// Traffic seed 965000470: somebody gave the entry of a copy a short timeout, which looked like a
+/// packet: the copy was claimed, its entry ran out, and the connection was deleted where it lived.
 #[test]
 fn what_a_program_writes_into_the_entry_of_a_copy_is_no_packet() {
     let memories = memories(2);
@@ -271,12 +297,19 @@ fn what_a_program_writes_into_the_entry_of_a_copy_is_no_packet() {
     assert_eq!(written, Ok(()));
     gateways.run_for(SECOND * 3);
     assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Active), Some(Kind::Backup)]);
-    assert!(gateways.left(1, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "its packets pass here");
-    assert!(gateways.left(2, tcp()).is_some_and(|left| left > GIVEN_MAX_S), "it is a copy as before");
+    assert!(
+        gateways.left(1, tcp()).is_some_and(|left| left <= GIVEN_MAX_S),
+        "its packets pass here"
+    );
+    assert!(
+        gateways.left(2, tcp()).is_some_and(|left| left > GIVEN_MAX_S),
+        "it is a copy as before"
+    );
 }
 
-/// Traffic seeds 965000262, 960001055: a process began anew over entries that the one before had left, and traffic moved there, whose entry at the other gateway went at
-/// that moment. Nobody knew of the connection any more, and of its packets no event told.
+/// Traffic seeds 965000262, 960001055: a process began anew over entries that the one before had
+/// left, and traffic moved there, whose entry at the other gateway went at that moment. Nobody knew
+/// of the connection any more, and of its packets no event told.
 #[test]
 fn an_entry_that_an_earlier_process_left_is_a_connection_when_packets_pass_it() {
     let memories = memories(3);
@@ -291,8 +324,8 @@ fn an_entry_that_an_earlier_process_left_is_a_connection_when_packets_pass_it() 
     gateways.run_for(SECOND * 2);
     gateways.world.start(2, 1, 100);
     for tuple in [tcp(), idle()] {
-        let gone =
-            gateways.kernels[&1].act(gateways.world.now, |table, now| table.delete(now, By::Kernel, &tuple));
+        let gone = gateways.kernels[&1]
+            .act(gateways.world.now, |table, now| table.delete(now, By::Kernel, &tuple));
         assert_eq!(gone, Ok(()));
     }
     (0..7).for_each(|_| gateways.talk(tcp(), 2));
@@ -301,8 +334,9 @@ fn an_entry_that_an_earlier_process_left_is_a_connection_when_packets_pass_it() 
     assert_eq!([1, 2].map(|m| gateways.kind(m, idle())), [None; 2], "nobody spoke there");
 }
 
-/// Traffic seed 966000034: a connection that outlived its hold while nobody could be its backup, and had one last word to say when somebody could, was sent.
-/// There it overwrote the next one from its port.
+/// Traffic seed 966000034: a connection that outlived its hold while nobody could be its backup,
+/// and had one last word to say when somebody could, was sent. There it overwrote the next one from
+/// its port.
 #[test]
 fn what_has_one_last_word_to_say_is_not_sent_to_who_comes_then() {
     let memories = memories(2);
@@ -323,8 +357,9 @@ fn what_has_one_last_word_to_say_is_not_sent_to_who_comes_then() {
     assert_eq!(gateways.kind(1, tcp()), None, "its end was told");
 }
 
-/// Traffic seeds 920002725, 960000150: a gateway that had slept read that its connection was closed elsewhere before it read that the next one had begun
-/// from that port. The entry that it deleted was that one's.
+/// Traffic seeds 920002725, 960000150: a gateway that had slept read that its connection was closed
+/// elsewhere before it read that the next one had begun from that port. The entry that it deleted
+/// was that one's.
 #[test]
 fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_closed_elsewhere() {
     let memories = memories(2);
@@ -347,8 +382,9 @@ fn what_began_while_its_gateway_slept_keeps_its_entry_when_the_one_before_is_clo
     assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Backup), Some(Kind::Active)]);
 }
 
-/// Traffic seed 960001948: an entry that packets had passed, and that was left as it was when its active was heard again, ran out within a second after
-/// that active's death. It counted as the end of the connection, whose packets had been at the active.
+/// Traffic seed 960001948: an entry that packets had passed, and that was left as it was when its
+/// active was heard again, ran out within a second after that active's death. It counted as the end
+/// of the connection, whose packets had been at the active.
 #[test]
 fn a_copy_that_was_left_as_it_was_does_not_end_with_its_active() {
     let memories = memories(2);

@@ -37,7 +37,8 @@ const SEEN_LATE: Duration = Duration::from_millis(20);
 const STARTS: usize = FAULTS_MAX as usize;
 /// Faults in a run.
 const FAULTS_MAX: u64 = 5;
-/// After a start without a table it takes so long to find which entries of the process before have traffic.
+/// After a start without a table it takes so long to find which entries of the process before have
+/// traffic.
 const LEFTOVERS_FOUND_AFTER: Duration = Duration::from_secs(15);
 /// `nf_conntrack_max` of a kernel that has room for everything.
 const WIDE: usize = 4096;
@@ -127,7 +128,8 @@ impl Plan {
     /// The memory that this plan can need, in the order in which it is taken.
     pub fn memories(&self) -> Vec<OwnedMemory> {
         let firsts = self.shards.iter().zip(&self.sizes);
-        let all = firsts.map(|(shards, size)| (*shards as usize, size)).chain([(STARTS * 2, &self.size)]);
+        let all =
+            firsts.map(|(shards, size)| (*shards as usize, size)).chain([(STARTS * 2, &self.size)]);
         all.flat_map(|(pieces, size)| memories_of(pieces, *size)).collect()
     }
 }
@@ -321,7 +323,8 @@ impl<'m> Sim<'m> {
         let flows = self.flows.iter().map(|flow| flow.at).min().unwrap_or(Time::NEVER);
         let begin = if traffic { self.begin_at } else { Time::NEVER };
         let leaving = self.leaving.iter().map(|(at, _)| *at).min().unwrap_or(Time::NEVER);
-        let at = self.world.next_at().min(flows).min(begin).min(leaving).min(self.collect_at).min(end);
+        let at =
+            self.world.next_at().min(flows).min(begin).min(leaving).min(self.collect_at).min(end);
         self.world.step_to(at.max(self.world.now));
         let now = self.world.now;
         if self.is_disturbed() {
@@ -388,8 +391,9 @@ impl<'m> Sim<'m> {
             self.flows.iter().map(|flow| self.having(&flow.original, flow.leaving).len()).collect();
         for (flow, having) in self.flows.iter_mut().zip(having) {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
-            // One that is cut off already is no concern of what follows.
-            // (Nor what counts as exposed: that there is nothing else without two copies is checked when all has settled.)
+            // One that is cut off already is no concern of what follows. (Nor what counts as
+            // exposed: that there is nothing else without two copies is checked when all has
+            // settled.)
             flow.is_safe = is_calm && is_old && flow.tries == 0 && having >= 2;
             flow.lacking.clear();
         }
@@ -409,8 +413,9 @@ impl<'m> Sim<'m> {
         let protocol = if self.rng.chance(75) { TCP } else { UDP };
         let again = self.rng.chance(60).then(|| self.free.pop()).flatten();
         let original = again.unwrap_or_else(|| {
-            let client =
-                Ipv4Addr::from(0x0a00_0001 + self.rng.below(self.plan.clients) as u32 + (route as u32) * 16);
+            let client = Ipv4Addr::from(
+                0x0a00_0001 + self.rng.below(self.plan.clients) as u32 + (route as u32) * 16,
+            );
             // With several gateways at work behind one address, each port is somebody's alone.
             let port = match self.plan.shards.len() > 2 {
                 true => {
@@ -476,7 +481,8 @@ impl<'m> Sim<'m> {
             std::mem::take(&mut self.flows).into_iter().partition(|flow| flow.step == Step::Over);
         self.flows = going;
         for flow in over {
-            // Silence leaves a server that goes on for a while: nobody takes that client's port at once.
+            // Silence leaves a server that goes on for a while: nobody takes that client's port at
+            // once.
             if flow.ended.is_some() && !matches!(flow.manner, Manner::Silence) {
                 self.free.push(flow.original);
             }
@@ -495,11 +501,14 @@ impl<'m> Sim<'m> {
         Ok(())
     }
 
-    /// Which gateway the next packet of this flow takes. In a group of more than two, when the routes have moved, it is one
-    /// that has it, if any has: what a third one makes of it is not promised yet.
+    /// Which gateway the next packet of this flow takes. In a group of more than two, when the
+    /// routes have moved, it is one that has it, if any has: what a third one makes of it is not
+    /// promised yet.
     fn way_of(&self, flow: &Flow) -> MemberId {
         let route = self.routes[flow.route];
-        let Some((way, routed)) = flow.way.filter(|_| self.plan.shards.len() > 2) else { return route };
+        let Some((way, routed)) = flow.way.filter(|_| self.plan.shards.len() > 2) else {
+            return route;
+        };
         if routed == route && self.kernels.borrow().contains_key(&way) {
             return way;
         }
@@ -507,7 +516,9 @@ impl<'m> Sim<'m> {
         let has = |member: &MemberId| {
             let host = &self.world.hosts[member];
             let shard = shard_of(&flow.original, host.shards.len().max(1) as u8) as usize;
-            host.shards.get(shard).is_some_and(|shard| shard.table().find_original(&flow.original).is_some())
+            host.shards
+                .get(shard)
+                .is_some_and(|shard| shard.table().find_original(&flow.original).is_some())
                 && self.kernel(*member).is_some_and(|kernel| {
                     kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
                 })
@@ -541,7 +552,8 @@ impl<'m> Sim<'m> {
         let had_entry = kernel.act(now, |table, now| table.get(now, &flow.original)).is_some();
         let verdict = kernel.act(now, |table, now| {
             // Who is outside begins nothing, and inside nothing but TCP's SYN begins a connection.
-            // (What comes for the port of a connection that is lost may meet that port's next one: its ends know better.)
+            // (What comes for the port of a connection that is lost may meet that port's next one:
+            // its ends know better.)
             let there = table.get(now, &packet.tuple);
             if !packet.is_from_inside && there.is_none_or(|there| there.original != flow.original) {
                 return Verdict::Dropped;
@@ -549,8 +561,8 @@ impl<'m> Sim<'m> {
             table.packet(now, &packet)
         });
         let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
-        // Where its packets have not passed for long its entry may have run out, though this member still is its active: only a packet
-        // elsewhere that raised an event would have told.
+        // Where its packets have not passed for long its entry may have run out, though this member
+        // still is its active: only a packet elsewhere that raised an event would have told.
         let idle = self.passed_at.get(&(flow.original, way)).map(|at| now.since(*at));
         let lives = self.timeouts.iter().map(|of| idle_of(of, flow)).min().unwrap_or_default();
         if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= lives) {
@@ -561,8 +573,11 @@ impl<'m> Sim<'m> {
             (flow.is_intact, flow.is_safe) = (false, false);
         }
         let has_to_pass = flow.is_intact || flow.is_safe;
-        let why =
-            if flow.is_intact { "nothing is cut that nothing happened to" } else { "one death cuts nothing" };
+        let why = if flow.is_intact {
+            "nothing is cut that nothing happened to"
+        } else {
+            "one death cuts nothing"
+        };
         let flow = &mut self.flows[n];
         let told = format!("{} {:?}", flow.original, flow.step);
         let wanted = match end {
@@ -586,7 +601,11 @@ impl<'m> Sim<'m> {
                     );
                 }
                 let state = entry.map(|entry| entry.state.tcp_state);
-                if was_talking && flow.is_tcp() && state != Some(tcp::ESTABLISHED) && !flow.is_mistaken {
+                if was_talking
+                    && flow.is_tcp()
+                    && state != Some(tcp::ESTABLISHED)
+                    && !flow.is_mistaken
+                {
                     if has_to_pass {
                         return Err(format!(
                             "one life changes no other: {told} passed {way}, whose entry is in {state:?}"
@@ -598,21 +617,28 @@ impl<'m> Sim<'m> {
             }
             Verdict::Passed(leaving) => {
                 if has_to_pass {
-                    return Err(format!("{why}: {told} leaves {way} as {leaving}, not as {wanted:?}"));
+                    return Err(format!(
+                        "{why}: {told} leaves {way} as {leaving}, not as {wanted:?}"
+                    ));
                 }
                 // Another connection for whoever gets it.
                 (flow.step, flow.manner) = (Step::Over, Manner::Silence);
                 Ok(())
             }
-            // An entry that stood in the way of the SYN went at this very moment: the client sends it again.
-            Verdict::Invalid | Verdict::Dropped if matches!(flow.step, Step::SynAck) && flow.tries < 3 => {
+            // An entry that stood in the way of the SYN went at this very moment: the client sends
+            // it again.
+            Verdict::Invalid | Verdict::Dropped
+                if matches!(flow.step, Step::SynAck) && flow.tries < 3 =>
+            {
                 (flow.step, flow.leaving) = (Step::Syn, None);
                 flow.lost(now);
                 Ok(())
             }
             Verdict::Invalid | Verdict::Dropped => {
                 if has_to_pass {
-                    return Err(format!("{why}: {told} does not pass {way}: {verdict:?}, entry {entry:?}"));
+                    return Err(format!(
+                        "{why}: {told} does not pass {way}: {verdict:?}, entry {entry:?}"
+                    ));
                 }
                 flow.is_mistaken |= flow.established.is_some();
                 flow.lost(now);
@@ -639,9 +665,15 @@ impl<'m> Sim<'m> {
                 let Some(life) = self.lives.get(&connection.original) else { continue };
                 // (It may be an earlier one of the tuple that the sender took over.)
                 let is_own = !self.copied.contains(&(connection.original, datagram.from));
-                let is_first =
-                    self.sent.insert((datagram.from, header.to_shard, own.slot, own.generation.raw()));
-                let ended = life.ended.filter(|(at, by)| now.since(*at) > SEEN_LATE && *by == datagram.from);
+                let is_first = self.sent.insert((
+                    datagram.from,
+                    header.to_shard,
+                    own.slot,
+                    own.generation.raw(),
+                ));
+                let ended = life
+                    .ended
+                    .filter(|(at, by)| now.since(*at) > SEEN_LATE && *by == datagram.from);
                 // What events did not tell, the sender has to find out.
                 let is_told = life.is_heard
                     && !self.kernels.borrow()[&datagram.from]
@@ -669,8 +701,9 @@ impl<'m> Sim<'m> {
                 return Err(format!("it settles: still not\n{}", self.world.describe()));
             }
         }
-        // For a moment one may be missing: the entry of an active that is idle, while its traffic is elsewhere, runs out. And what
-        // has no copy because another connection's entry is in the way counts as exposed.
+        // For a moment one may be missing: the entry of an active that is idle, while its traffic
+        // is elsewhere, runs out. And what has no copy because another connection's entry is in the
+        // way counts as exposed.
         let exposure = |sim: &Self| {
             let shards = sim.world.hosts.values().flat_map(|host| &host.shards);
             shards.map(|shard| shard.exposure()).sum::<u64>() as usize
@@ -680,11 +713,16 @@ impl<'m> Sim<'m> {
             return Ok(());
         }
         self.run_for(ms(1000), true)?;
-        if let Some((_, (tuple, having))) =
-            self.without_two_copies().into_iter().filter(|(n, _)| alone.contains_key(n)).nth(exposure(self))
+        if let Some((_, (tuple, having))) = self
+            .without_two_copies()
+            .into_iter()
+            .filter(|(n, _)| alone.contains_key(n))
+            .nth(exposure(self))
         {
             let copies = self.world.copies().remove(&tuple);
-            return Err(format!("two copies: {tuple} is in the kernels of {having:?} only: {copies:?}"));
+            return Err(format!(
+                "two copies: {tuple} is in the kernels of {having:?} only: {copies:?}"
+            ));
         }
         match self.unexplained().into_iter().find(|(at, _)| unexplained.contains_key(at)) {
             Some((_, what)) => Err(format!("what has ended goes: {what}")),
@@ -698,7 +736,9 @@ impl<'m> Sim<'m> {
         let having = kernels.iter().filter(|(_, kernel)| {
             let entry = kernel.act(self.world.now, |table, now| table.get(now, original));
             // (What has ended there is an earlier one's.)
-            entry.is_some_and(|entry| Some(entry.reply.mirrored()) == leaving && entry.phase() != Phase::Over)
+            entry.is_some_and(|entry| {
+                Some(entry.reply.mirrored()) == leaving && entry.phase() != Phase::Over
+            })
         });
         having.map(|(member, _)| *member).collect()
     }
@@ -732,7 +772,8 @@ impl<'m> Sim<'m> {
         }
         for planted in &self.planted {
             let Connection { original, reply, .. } = &planted.connection;
-            let is_there = now.since(planted.since) >= HOLD + SETTLES && planted.until.since(now) > ms(2000);
+            let is_there =
+                now.since(planted.since) >= HOLD + SETTLES && planted.until.since(now) > ms(2000);
             let having = self.having(original, Some(reply.mirrored()));
             if is_there && having == [planted.at] {
                 alone.insert(planted.number, (*original, having));
@@ -760,7 +801,8 @@ impl<'m> Sim<'m> {
         found
     }
 
-    /// Whether the table of this member says that the entry is a copy, and that of another one that it is the active.
+    /// Whether the table of this member says that the entry is a copy, and that of another one that
+    /// it is the active.
     fn is_copy(&self, member: MemberId, entry: &Connection) -> bool {
         let copies = self.world.copies();
         let found = copies.get(&entry.original).map_or(&[][..], |found| &found[..]);
@@ -781,7 +823,8 @@ impl<'m> Sim<'m> {
         if let Some(flow) = self.flows.first() {
             return Err(format!("flows end: {flow:?}"));
         }
-        let all = self.timeouts.iter().flat_map(|of| of.tcp.iter().chain([&of.udp, &of.udp_stream]));
+        let all =
+            self.timeouts.iter().flat_map(|of| of.tcp.iter().chain([&of.udp, &of.udp_stream]));
         let longest = all.max().copied().unwrap_or_default();
         let unheard = if self.plan.events == 2 { 62 } else { 0 };
         self.run_for(Duration::from_secs((longest + unheard) as u64) + BOUND, false)?;
@@ -800,7 +843,9 @@ impl<'m> Sim<'m> {
             }
         }
         match copies.iter().next() {
-            Some((tuple, found)) => Err(format!("what has ended goes: {tuple} is still at {found:?}")),
+            Some((tuple, found)) => {
+                Err(format!("what has ended goes: {tuple} is still at {found:?}"))
+            }
             None => Ok(()),
         }
     }
