@@ -6,16 +6,16 @@
 //! datagram again.
 
 use super::history::{Content, EpochBits};
+use super::inbox::Refusal;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
-use super::stream::{Refusal, stream_member, stream_shard};
+use super::stream::{stream_member, stream_shard};
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
 use crate::ccp::message::{Bitmap, Message, Reason};
 use crate::conn::{Coordinate, Kind};
 use crate::counters::Counter;
-use crate::limits::WINDOW;
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -47,11 +47,7 @@ impl Replica<'_> {
                     self.wake(stream);
                 }
                 Message::Skip { to } => {
-                    if to.beyond(self.durable(stream).receive_floor()) > WINDOW {
-                        return Err(Reject::Window);
-                    }
-                    self.durable(stream).skip(to);
-                    self.streams[stream].ack_due = true;
+                    self.inbox.skip(stream, to)?;
                     self.wake(stream);
                 }
                 Message::Digest { session, seq, unverified, sums } => {

@@ -7,7 +7,8 @@ use crate::conn::Tuple;
 use crate::group::view::{Member, Status, View};
 use crate::memory::{MemorySize, OwnedMemory};
 use crate::source::{CommitMode, SourceEvent};
-use crate::sync::stream::{Refusal, stream_index};
+use crate::sync::inbox::Refusal;
+use crate::sync::stream::stream_index;
 use crate::sync::{ReplicaConfig, test_config};
 
 const NOW: Time = Time(1);

@@ -47,7 +47,7 @@ use crate::conn::{Coordinate, Kind, MemberId};
 use crate::counters::Counter;
 #[cfg(any(test, feature = "mutations"))]
 use crate::limits::STREAMS_MAX;
-use crate::limits::{DATAGRAM_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX, WINDOW};
+use crate::limits::{DATAGRAM_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -252,8 +252,7 @@ impl Replica<'_> {
         if session != durable.peer_session() {
             return Err(Reject::Table);
         }
-        let mut beyond = [0; (WINDOW / 64) as usize];
-        if durable.receive_floor() != seq || durable.beyond(&mut beyond) != 0 {
+        if !self.inbox.is_at(stream, seq) {
             return Ok(()); // Not the moment that it speaks of. There will be another.
         }
         self.counters.count(Counter::DigestsCompared);
@@ -396,9 +395,7 @@ impl Replica<'_> {
 
     /// Whether this datagram is applied right after all before it, and before all behind it.
     pub(super) fn is_in_order(&self, stream: usize, seq: Seq) -> bool {
-        let durable = self.durable(stream);
-        durable.receive_floor().next() == seq
-            && durable.beyond(&mut [0; (WINDOW / 64) as usize]) == 0
+        self.inbox.is_next(stream, seq) && self.inbox.has_no_gap(stream)
     }
 
     /// The active has a connection at `own` and takes the copy at `target` for this.

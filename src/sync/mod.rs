@@ -26,6 +26,7 @@
 //! - `contests`: what two members take for theirs, and what their entries have shown;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
 //! - `full_sync`: who has all that it should have;
+//! - `inbox`: what was received, and what its sender is to be told;
 //! - `outbox`: what was sent, what of it is acknowledged, what goes again;
 //! - `peers`: what each member is to this shard;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
@@ -53,6 +54,7 @@ mod digest;
 mod endings;
 pub mod full_sync;
 pub mod history;
+mod inbox;
 mod ingest;
 pub mod lease;
 mod moves;

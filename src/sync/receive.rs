@@ -7,9 +7,10 @@
 
 use std::net::IpAddr;
 
+use super::inbox::{Refusal, Session};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
-use super::stream::{Refusal, stream_index, stream_member, stream_shard};
+use super::stream::{stream_index, stream_member, stream_shard};
 use super::verdict::New;
 use super::verdict::Verdict::{Applied, Busy, Refused};
 use super::walks::Walk;
@@ -103,29 +104,16 @@ impl Replica<'_> {
     /// The sender's half of the stream is in this session. A new one ends what was agreed on
     /// before.
     fn accept_session(&mut self, stream: usize, session: u16) -> Result<(), Reject> {
-        let durable = self.durable(stream);
-        let known = durable.peer_session();
-        if session == known && session != 0 {
-            return Ok(());
+        match self.inbox.on_session(stream, session)? {
+            Session::Known => return Ok(()),
+            Session::First => {}
+            Session::Anew => {
+                // It may have let go of our copies, too.
+                self.unverify_stream(stream);
+                self.walks.push(Walk::Verify { stream });
+            }
         }
-        if is(Mutation::SessionUnchecked)
-            && session != 0
-            && known != 0
-            && session.wrapping_sub(known) > u16::MAX / 2
-        {
-            return Ok(());
-        }
-        if session == 0 || (known != 0 && session.wrapping_sub(known) > u16::MAX / 2) {
-            return Err(Reject::Table);
-        }
-        durable.begin_peer_session(session);
-        self.streams[stream].refusals.clear();
         self.credit.drop_all(stream);
-        if known != 0 {
-            // It may have let go of our copies, too.
-            self.unverify_stream(stream);
-            self.walks.push(Walk::Verify { stream });
-        }
         Ok(())
     }
 
@@ -136,15 +124,8 @@ impl Replica<'_> {
         seq: Seq,
         mut r: Reader<'_>,
     ) -> Result<(), Reject> {
-        let durable = self.durable(stream);
-        self.streams[stream].ack_due = true; // Also for repeated ones: the ack may have been lost.
         self.wake(stream);
-        if durable.is_received(seq) && !is(Mutation::RepeatedApplied) {
-            return Err(Reject::Repeated);
-        }
-        if seq.beyond(durable.receive_floor()) > WINDOW && !is(Mutation::WindowUnchecked) {
-            return Err(Reject::Window);
-        }
+        self.inbox.on_datagram(stream, seq)?;
         self.counters.count(Counter::DatagramsReceived);
         let mut complete = true;
         let mut again = r;
@@ -184,7 +165,7 @@ impl Replica<'_> {
                     Applied
                 }
                 // It speaks of items before it: they come first.
-                Message::End { .. } if seq != durable.receive_floor().next() => Busy,
+                Message::End { .. } if !self.inbox.is_next(stream, seq) => Busy,
                 Message::End { round, mask } => {
                     self.apply_end(stream, round, mask);
                     Applied
@@ -201,9 +182,7 @@ impl Replica<'_> {
                     };
                     complete = false;
                     self.counters.count(Counter::Refused);
-                    if !self.refusals_full(stream) {
-                        self.streams[stream].refusals.push(Refusal { seq, target, reason, own });
-                    }
+                    self.inbox.refuse(stream, Refusal { seq, target, reason, own });
                 }
                 (Refused(_), _) => unreachable!("only new and update are refused"),
             }
@@ -219,7 +198,7 @@ impl Replica<'_> {
                     _ => {}
                 }
             }
-            durable.receive(seq);
+            self.inbox.applied(stream, seq);
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::contests::Contests;
 use super::credit::Credit;
 use super::full_sync::FullSyncs;
 use super::history::History;
+use super::inbox::Inbox;
 use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
 use super::peers::PeerState;
@@ -109,6 +110,7 @@ pub struct Replica<'m> {
     pub(super) busy: VecDeque<u16>,
     pub(super) credit: Credit<'m>,
     pub(super) outbox: Outbox<'m>,
+    pub(super) inbox: Inbox<'m>,
     pub(super) requests: Requests,
     pub(super) contests: Contests,
     pub(super) view: View,
@@ -184,6 +186,7 @@ impl<'m> Replica<'m> {
             busy: VecDeque::with_capacity(STREAMS_MAX),
             credit,
             outbox: Outbox::new(history, memory.streams),
+            inbox: Inbox::new(memory.streams),
             requests: Requests::new(),
             contests: Contests::new(),
             view: View::new(config.member),

@@ -224,11 +224,9 @@ impl<'m> Replica<'m> {
             if !durable.is_known() {
                 continue;
             }
-            durable.resume_floor();
+            self.inbox.resume(stream);
             let floor = durable.floor();
             self.outbox.resume_session(now, stream);
-            let s = &mut self.streams[stream];
-            s.ack_due = durable.peer_session() != 0;
             self.credit.resume_want(stream);
             self.free_closed(stream, floor);
             self.wake(stream);

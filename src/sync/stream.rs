@@ -14,7 +14,7 @@ use super::full_sync::{Figures, Phase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
-use crate::limits::{REFUSALS_MAX, SHARDS_MAX, WINDOW};
+use crate::limits::{SHARDS_MAX, WINDOW};
 use crate::memory::StreamWords;
 use crate::seq::Seq;
 use crate::time::Time;
@@ -332,19 +332,6 @@ impl Durable<'_> {
     }
 }
 
-/// A refusal that waits to be told to the active.
-#[derive(Clone, Copy, Debug)]
-pub struct Refusal {
-    /// The datagram that brought the delta.
-    pub seq: Seq,
-    /// The target that it named.
-    pub target: crate::ccp::message::Place,
-    /// Why.
-    pub reason: crate::ccp::message::Reason,
-    /// Where the active has the connection, if it was a new.
-    pub own: Option<crate::ccp::message::Place>,
-}
-
 /// The private half of a stream.
 pub struct Stream {
     /// Connections (and closes) that wait to be sent.
@@ -355,10 +342,6 @@ pub struct Stream {
     pub closing: List,
     /// When to send what is dirty.
     pub flush_at: Time,
-    /// Whether an ack is due.
-    pub ack_due: bool,
-    /// Refusals that wait for the next control datagram.
-    pub refusals: Vec<Refusal>,
     /// Own connections whose backup lies here, and copies here for the peer.
     pub actives: u64,
     /// Copies held here for the peer.
@@ -377,8 +360,6 @@ impl Stream {
             dirty_actives: 0,
             closing: List::default(),
             flush_at: Time::NEVER,
-            ack_due: false,
-            refusals: Vec::with_capacity(REFUSALS_MAX),
             actives: 0,
             copies: 0,
             comparing: Comparing::default(),

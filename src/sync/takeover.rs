@@ -119,8 +119,7 @@ impl Replica<'_> {
                 self.write_copies(member);
                 for shard in 0..SHARDS_MAX as u8 {
                     let stream = stream_index(member, shard);
-                    self.streams[stream].refusals.clear();
-                    self.streams[stream].ack_due = false;
+                    self.inbox.fall_silent(stream);
                 }
                 self.stop_comparing(member);
                 self.review_down(now, member);
@@ -227,12 +226,12 @@ impl Replica<'_> {
             self.durable(stream_index(member, 0)).set_forgetting(true);
         }
         for shard in (0..SHARDS_MAX as u8).filter(|_| !returned) {
-            let durable = self.durable(stream_index(member, shard));
+            let stream = stream_index(member, shard);
             let exists = shard < seen.shards
                 && shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards);
             match exists {
-                true => durable.begin_peer_session(0),
-                false => durable.forget(),
+                true => self.inbox.await_session(stream),
+                false => self.durable(stream).forget(),
             }
         }
         self.begin_lives(now, member);

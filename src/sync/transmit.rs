@@ -7,10 +7,11 @@
 //! only then is the peer told to skip it.
 
 use super::history::{Content, Entry, EpochBits, MANIFEST_PER_DATAGRAM};
+use super::inbox::Refusal;
 use super::mutation::{Mutation, is};
 use super::outbox::{NOT_TAKEN, Room};
 use super::replica::Replica;
-use super::stream::{Refusal, stream_member, stream_shard};
+use super::stream::{stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{
@@ -22,9 +23,7 @@ use crate::conn::slot::groups;
 use crate::conn::table::On;
 use crate::conn::{Coordinate, Extra, Kind};
 use crate::counters::Counter;
-use crate::limits::{
-    DATAGRAM_MAX, LEASE_GRANT_MAX, REFUSALS_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS, WINDOW,
-};
+use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -106,8 +105,7 @@ impl Replica<'_> {
         let s = &self.streams[stream];
         !s.dirty.is_empty()
             || self.outbox.is_outstanding(stream)
-            || s.ack_due
-            || !s.refusals.is_empty()
+            || self.inbox.is_busy(stream)
             || s.comparing.is_due()
             || self.has_answers(stream)
             || self.has_lines(stream)
@@ -153,28 +151,20 @@ impl Replica<'_> {
         let want = self.credit.ask_due(now, stream);
         let skip =
             self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
-        let s = &self.streams[stream];
-        let answers = self.has_answers(stream);
-        if !s.ack_due && s.refusals.is_empty() && want.is_none() && skip.is_none() && !answers {
+        let has_answers = self.inbox.is_busy(stream) || self.has_answers(stream);
+        if !has_answers && want.is_none() && skip.is_none() {
             return;
         }
         let (header, sync) = self.headers(stream, Seq::NONE);
         let mut scratch = [0; DATAGRAM_MAX];
         let mut w = Writer::new(&mut scratch);
         sync.encode(&header, &mut w);
-        let durable = self.durable(stream);
-        let mut beyond = [0; (WINDOW / 64) as usize];
-        let words = durable.beyond(&mut beyond);
-        let mut floor = durable.receive_floor();
-        if is(Mutation::AckSkipsGap) && words > 0 {
-            floor = floor.next();
-        }
-        encode_ack(durable.peer_session(), floor, &beyond[..words], &mut w);
+        let session = self.durable(stream).peer_session();
+        let (floor, beyond, words) = self.inbox.received(stream);
+        encode_ack(session, floor, &beyond[..words], &mut w);
         self.counters.count(Counter::AcksSent);
-        for refusal in self.streams[stream].refusals.drain(..) {
-            let Refusal { seq, target, reason, own } = refusal;
-            Message::Refuse { session: durable.peer_session(), seq, target, reason, own }
-                .encode(&mut w);
+        for Refusal { seq, target, reason, own } in self.inbox.take_refusals(stream) {
+            Message::Refuse { session, seq, target, reason, own }.encode(&mut w);
         }
         if let Some(total) = want {
             Message::Want { total }.encode(&mut w);
@@ -194,7 +184,7 @@ impl Replica<'_> {
         let len = w.len();
         let sent = self.send_control_bytes(stream, &scratch[..len], send);
         if sent {
-            self.streams[stream].ack_due = false;
+            self.inbox.acked(stream);
         }
         match (skip, sent) {
             (Some(_), true) => self.outbox.skip_said(now, stream),
@@ -608,10 +598,5 @@ impl Replica<'_> {
             self.table.recycle(place.slot);
             line.session()
         })
-    }
-
-    /// Room for refusals in the next control datagram.
-    pub(super) fn refusals_full(&self, stream: usize) -> bool {
-        self.streams[stream].refusals.len() >= REFUSALS_MAX
     }
 }
