@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use crate::bell::Bell;
 use crate::clock;
 use crate::config::{Config, EXIT_USAGE, SourceKind, SysctlMode};
 use crate::conntrack::commit::Committer;
@@ -18,6 +17,7 @@ use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalAddresses;
 use crate::conntrack::sysctl;
 use crate::counters::Counters;
+use crate::doorbell::Doorbell;
 use crate::feed::{EVENTS_KEY, Feed, KernelParts};
 use crate::group::hearing::Hearing;
 use crate::group::{Group, Identity};
@@ -29,7 +29,7 @@ use crate::net::{
 use crate::notify::Notifier;
 use crate::restart;
 use crate::ring::RingError;
-use crate::shard::{BELL_KEY, Shard, ShardParts, Stray};
+use crate::shard::{DOORBELL_KEY, Shard, ShardParts, Stray};
 use crate::shm::ingest::Consumer;
 use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
@@ -111,7 +111,7 @@ struct Parts<'b> {
     port_ids: Vec<u32>,
     strays: Receiver<Stray>,
     handover: Vec<SyncSender<Stray>>,
-    bells: &'b [Bell],
+    doorbells: &'b [Doorbell],
     gate: Gate,
 }
 
@@ -284,8 +284,10 @@ fn serve(
         })
         .unzip();
     drop(set_up);
-    let bells =
-        (0..config.shards).map(|_| Bell::new()).collect::<Result<Vec<_>, _>>().map_err(usage)?;
+    let doorbells = (0..config.shards)
+        .map(|_| Doorbell::new())
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(usage)?;
     let mut committers = committers.into_iter();
     let parts: Vec<Parts<'_>> = receivers
         .into_iter()
@@ -302,7 +304,7 @@ fn serve(
             port_ids: port_ids.clone(),
             strays,
             handover: senders.clone(),
-            bells: &bells,
+            doorbells: &doorbells,
             gate,
         })
         .collect();
@@ -352,7 +354,7 @@ fn serve(
                 // tells.
                 let _ = go.send(());
             }
-            attend(config, region, &shared, link, &bells);
+            attend(config, region, &shared, link, &doorbells);
         }
         drop(goes);
         let failures: Vec<String> = threads
@@ -451,7 +453,7 @@ fn run_shard(
         port_ids,
         strays,
         handover,
-        bells,
+        doorbells,
         gate,
     } = parts;
     pin(shard);
@@ -478,7 +480,7 @@ fn run_shard(
     let again = |fd: BorrowedFd<'_>| {
         fd.try_clone_to_owned().map_err(|e| format!("cannot watch a descriptor: {e}"))
     };
-    port.add_watch(BELL_KEY, again(bells[shard as usize].fd())?);
+    port.add_watch(DOORBELL_KEY, again(doorbells[shard as usize].fd())?);
     let feed = match options.source {
         SourceKind::Ring => Feed::ring(Consumer::new(region.ring(shard)), config.rules.clone()),
         SourceKind::Kernel => {
@@ -565,7 +567,7 @@ fn run_shard(
         shared,
         strays,
         handover,
-        bells,
+        doorbells,
     });
     match gate.pass() {
         true => shard.run().map_err(|e| e.to_string()),
@@ -574,7 +576,7 @@ fn run_shard(
 }
 
 /// Waits for signals; keeps the list of this host's addresses, and an eye on the sync link.
-fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, bells: &[Bell]) {
+fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, doorbells: &[Doorbell]) {
     let mut attendant = LinkAttendant { link, joined: Instant::now(), told: None };
     let mut asked = false;
     let mut told = None;
@@ -600,7 +602,7 @@ fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, bells: 
                 shared.stop.store(true, Ordering::Relaxed);
             }
         }
-        attendant.look(shared, bells);
+        attendant.look(shared, doorbells);
         if config.options.source == SourceKind::Kernel {
             let trouble = ADDRESSES.refresh().err();
             if let Some(e) = trouble.as_ref().filter(|_| trouble != told) {
@@ -621,7 +623,7 @@ struct LinkAttendant {
 
 impl LinkAttendant {
     /// If the link was made anew, or nobody is heard, every shard gets new sockets.
-    fn look(&mut self, shared: &Shared, bells: &[Bell]) {
+    fn look(&mut self, shared: &Shared, doorbells: &[Doorbell]) {
         let before = self.link.interface().index;
         let deaf = shared.deaf.load(Ordering::Relaxed) && self.joined.elapsed() >= REJOIN_PAUSE;
         let Receivers { shards, mut group } = match self.link.renew(deaf) {
@@ -642,13 +644,13 @@ impl LinkAttendant {
             log::info!("the sync link, {name}, was made anew: listening there again");
         }
         let mut receivers = shards.into_iter();
-        for (handover, bell) in shared.renewals.iter().zip(bells) {
+        for (handover, doorbell) in shared.renewals.iter().zip(doorbells) {
             handover.put(Renewal {
                 interface: *index,
                 receiver: receivers.next(),
                 group: group.take(),
             });
-            bell.ring();
+            doorbell.ring();
         }
     }
 }

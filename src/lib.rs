@@ -65,7 +65,6 @@
 #![warn(missing_docs)]
 
 pub mod appliance;
-pub mod bell;
 pub mod ccp;
 pub mod clock;
 pub mod config;
@@ -73,6 +72,7 @@ pub mod conn;
 pub mod conntrack;
 pub mod counters;
 pub mod demo;
+pub mod doorbell;
 pub mod feed;
 pub mod few;
 pub mod group;

@@ -10,12 +10,12 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
-use crate::bell::Bell;
 use crate::ccp::Reject;
 use crate::ccp::header::Addressee;
 use crate::clock;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
+use crate::doorbell::Doorbell;
 use crate::feed::{EVENTS_KEY, Feed};
 use crate::group::view::View;
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS_MAX};
@@ -28,8 +28,8 @@ use crate::sync::stream::stream_member;
 use crate::sync::{Finding, Replica, Token};
 use crate::time::Time;
 
-/// The watch key of the shard's bell.
-pub const BELL_KEY: u64 = EVENTS_KEY + 1;
+/// The watch key of the shard's doorbell.
+pub const DOORBELL_KEY: u64 = EVENTS_KEY + 1;
 /// A pass that takes longer makes heartbeats late.
 const LATE: Duration = Duration::from_millis(10);
 /// The longest wait: the words that ask the process to end are looked at this often.
@@ -57,8 +57,8 @@ pub struct ShardParts<'m> {
     pub member: MemberId,
     /// The protocol.
     pub replica: Replica<'m>,
-    /// The network. It has the shard's bell, and the kernel's events if that is the source, as what
-    /// can be watched.
+    /// The network. It has the shard's doorbell, and the kernel's events if that is the source, as
+    /// what can be watched.
     pub port: Port<'m>,
     /// The source.
     pub feed: Feed<'m>,
@@ -72,8 +72,8 @@ pub struct ShardParts<'m> {
     pub strays: Receiver<Stray>,
     /// Where strays of other shards go.
     pub handover: Vec<SyncSender<Stray>>,
-    /// The bells of all shards of this member.
-    pub bells: &'m [Bell],
+    /// The doorbells of all shards of this member.
+    pub doorbells: &'m [Doorbell],
 }
 
 /// A shard: what it is made of ([`ShardParts`]), and what it remembers from pass to pass.
@@ -87,7 +87,7 @@ pub struct Shard<'m> {
     shared: &'m Shared,
     strays: Receiver<Stray>,
     handover: Vec<SyncSender<Stray>>,
-    bells: &'m [Bell],
+    doorbells: &'m [Doorbell],
     /// The streams' sockets, by stream.
     open: Vec<Option<IpAddr>>,
     /// This shard's counters.
@@ -116,7 +116,7 @@ impl<'m> Shard<'m> {
     /// Puts a shard together.
     pub fn new(parts: ShardParts<'m>) -> Shard<'m> {
         let ShardParts { shard, member, replica, port, feed, membership, .. } = parts;
-        let ShardParts { region, shared, strays, handover, bells, .. } = parts;
+        let ShardParts { region, shared, strays, handover, doorbells, .. } = parts;
         Shard {
             shard,
             replica,
@@ -127,7 +127,7 @@ impl<'m> Shard<'m> {
             shared,
             strays,
             handover,
-            bells,
+            doorbells,
             open: vec![None; STREAMS_MAX],
             counters: Counters::new(region.shard(shard).counters),
             view: View::new(member),
@@ -170,7 +170,7 @@ impl<'m> Shard<'m> {
     /// Completions: buffers come back, sources wake.
     fn reap(&mut self, now: Time) {
         self.follow_link();
-        let Shard { port, replica, feed, watching, listening, bells, shard, .. } = self;
+        let Shard { port, replica, feed, watching, listening, doorbells, shard, .. } = self;
         port.reap(&mut |event| match event {
             Event::Sent { token, result } => replica.on_send_complete(Token(token), result < 0),
             Event::Ready { key: EVENTS_KEY } => {
@@ -179,7 +179,7 @@ impl<'m> Shard<'m> {
             }
             Event::Ready { .. } => {
                 *listening = false;
-                bells[*shard as usize].hear();
+                doorbells[*shard as usize].hear();
             }
             Event::Woken => {}
         });
@@ -207,7 +207,7 @@ impl<'m> Shard<'m> {
     /// Datagrams: heartbeats to the group, synchronization to the protocol. Returns whether more
     /// may wait.
     fn receive(&mut self, now: Time) -> bool {
-        let Shard { port, replica, membership, counters, handover, shard, bells, .. } = self;
+        let Shard { port, replica, membership, counters, handover, shard, doorbells, .. } = self;
         let cap = RECEIVE_PER_PASS.min(replica.receive_room());
         let received = port.receive(cap, &mut |source, bytes| {
             match (Addressee::of(bytes), membership.as_mut()) {
@@ -225,7 +225,7 @@ impl<'m> Shard<'m> {
                     stray.bytes[..bytes.len()].copy_from_slice(bytes);
                     // A full queue loses it: it is repeated like any other that was lost.
                     match handover[to as usize].try_send(stray) {
-                        Ok(()) => bells[to as usize].ring(),
+                        Ok(()) => doorbells[to as usize].ring(),
                         Err(_) => counters.count(Counter::StraysLost),
                     }
                 }
@@ -247,7 +247,7 @@ impl<'m> Shard<'m> {
         if let Some(membership) = &mut self.membership {
             membership.handle_goodbyes(now, self.replica.take_goodbyes());
             if membership.tick(now, self.replica.receive_room() == 0) {
-                self.bells[1..].iter().for_each(Bell::ring);
+                self.doorbells[1..].iter().for_each(Doorbell::ring);
             }
         }
         self.follow_view(now);
@@ -356,7 +356,7 @@ impl<'m> Shard<'m> {
             && self.replica.commits_done() >= asked
         {
             status.set_settled_version(version);
-            self.bells[0].ring(); // A death may wait to be told.
+            self.doorbells[0].ring(); // A death may wait to be told.
             let next = (self.view_version, self.replica.commits_asked());
             self.settling = (version != self.view_version).then_some(next);
         }
@@ -398,7 +398,7 @@ impl<'m> Shard<'m> {
         }
         if !self.listening {
             self.listening = true;
-            self.port.watch(BELL_KEY);
+            self.port.watch(DOORBELL_KEY);
         }
         let source = self.feed.arm(now, &mut self.port);
         let mut at = now.after(WAIT_MAX).min(source).min(self.replica.poll_at());

@@ -776,7 +776,7 @@ fn counters_and_the_ring_read_as_documented() {
     assert_eq!(bytes.word(at("magic")), u64::from_be_bytes(*b"hsring01"));
     assert_eq!(bytes.word(at("records, a power")), 64);
     assert_eq!((bytes.word(at("tail")), bytes.word(at("head"))), (1, 2));
-    assert_eq!((bytes.half(at("bell")), bytes.half(at("u32: pid"))), (0, std::process::id()));
+    assert_eq!((bytes.half(at("doorbell")), bytes.half(at("u32: pid"))), (0, std::process::id()));
     let record = at("records of 128 bytes") + 128;
     let check = |position: u64| {
         let mix =
@@ -788,5 +788,5 @@ fn counters_and_the_ring_read_as_documented() {
     bytes.assert_fields("record", record, &documented);
 
     assert!(consumer.drain(9, &mut |_| ()) == 1 && consumer.prepare_sleep().is_some());
-    assert_eq!(lab.read().half(at("bell")), 1);
+    assert_eq!(lab.read().half(at("doorbell")), 1);
 }

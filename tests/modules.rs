@@ -23,7 +23,7 @@ const MODULES: &[(&str, Kind)] = &[
     ("notify", Kind::Edge),
     ("appliance", Kind::Edge),
     ("restart", Kind::Edge),
-    ("bell", Kind::Edge),
+    ("doorbell", Kind::Edge),
     ("feed", Kind::Edge),
     ("membership", Kind::Edge),
     ("logging", Kind::Edge),

@@ -33,7 +33,7 @@ pub enum On {
     /// Connections that have no backup, longest waiting first.
     Waiting,
     /// Connections that were refused because the other side holds a newer state, longest first.
-    Shelved,
+    BackingOff,
     /// Connections and closes that a stream must send.
     Dirty,
     /// Copies whose entry the kernel does not have, longest first.

@@ -34,7 +34,7 @@ impl Replica<'_> {
                 // Before anything was received there is nothing to acknowledge: session 0.
                 Message::Ack { session: 0, .. } => {}
                 Message::Ack { session: of, floor, beyond } if of == session => {
-                    self.outbox.greeted(stream);
+                    self.outbox.establish(stream);
                     self.handle_ack(now, stream, floor, beyond)?;
                 }
                 Message::Refuse { session: of, seq, target, reason, own } if of == session => {
@@ -152,7 +152,7 @@ impl Replica<'_> {
                     Reason::Superseded => {
                         // What the other one's is was not told.
                         self.contest(now, place.slot, None);
-                        self.shelve(now, place.slot);
+                        self.back_off(now, place.slot);
                     }
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
                 }

@@ -157,7 +157,7 @@ impl Replica<'_> {
         if !self.requests.has_room(Rank::Consequence) {
             return Stays(Busy);
         }
-        self.step_down(slot, own, stamp);
+        self.demote(slot, own, stamp);
         // Who has it is settled: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
         self.table.update(slot, |line| {
@@ -278,7 +278,7 @@ impl Replica<'_> {
             self.end_copy(slot);
             self.leave_behind(line.peer().member());
         } else {
-            self.step_down(slot, own, stamp);
+            self.demote(slot, own, stamp);
         }
         self.table.forget(slot);
         self.table.recycle(slot);
@@ -307,7 +307,7 @@ impl Replica<'_> {
 
     /// An active connection here gives way to `winner`: its backup is released, it stands in no
     /// list.
-    pub(super) fn step_down(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
+    pub(super) fn demote(&mut self, slot: u32, winner: Coordinate, stamp: Stamp) {
         self.counters.count(Counter::ClaimsLost);
         self.commits.may_hold_entries();
         self.end_move(slot);

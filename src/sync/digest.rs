@@ -217,7 +217,7 @@ impl Replica<'_> {
         if s.dirty.is_empty() {
             s.comparing.trust_sums();
         }
-        if !s.comparing.can_ask() || !self.outbox.is_greeted(stream) {
+        if !s.comparing.can_ask() || !self.outbox.is_established(stream) {
             return;
         }
         if self.requests.first_due(stream).is_some() {

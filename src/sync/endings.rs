@@ -105,7 +105,7 @@ impl Replica<'_> {
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.step_down(target.slot, Coordinate::NOWHERE, stamp);
+                self.demote(target.slot, Coordinate::NOWHERE, stamp);
                 let original = self.drop_to_lease(target.slot, stream);
                 self.delete_entry(&original);
             }
@@ -240,7 +240,7 @@ impl Replica<'_> {
         // The backup's place may be the very claim that this gives way to: what outranks this
         // active must not come back there and outrank that.
         let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
-        self.step_down(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
+        self.demote(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
         if is_ours && !self.lives_besides(slot, &connection.original) {
             self.doubt(now, &connection, stamp, doubt);
         }

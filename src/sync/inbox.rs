@@ -1,12 +1,13 @@
 //! The inbox: what was received on each stream, and what the sender is to be told of it.
 //!
-//! The numbers received lie in memory that outlives the process: everything up to the *floor* is received and applied, or
-//! was skipped, and one bit each tells of those beyond. Acks and refusals wait here for the next control datagram.
+//! The numbers received lie in memory that outlives the process: everything up to the *floor* is
+//! received and applied, or was skipped, and one bit each tells of those beyond. Acks and refusals
+//! wait here for the next control datagram.
 //!
 //! What always holds:
 //!
-//! 1. *A number is received once*, and only within the window: what comes again, or from far ahead, is refused before
-//!    anything of it is applied.
+//! 1. *A number is received once*, and only within the window: what comes again, or from far ahead,
+//!    is refused before anything of it is applied.
 //! 2. *An ack means applied*: a number is noted after all of its datagram was.
 //! 3. *The floor never goes back* within a session of the peer's; a new session begins at zero.
 //! 4. *Refusals are bounded*; one that finds no room is found again when its datagram is repeated.
@@ -70,7 +71,8 @@ impl<'m> Inbox<'m> {
 
     // Sessions.
 
-    /// The sender says that its half of the stream is in this session. A later one begins now; an earlier one is refused.
+    /// The sender says that its half of the stream is in this session. A later one begins now; an
+    /// earlier one is refused.
     pub(super) fn on_session(&mut self, stream: usize, session: u16) -> Result<Session, Reject> {
         let known = self.durable(stream).peer_session();
         if session == known && session != 0 {
@@ -107,7 +109,8 @@ impl<'m> Inbox<'m> {
 
     // Receiving.
 
-    /// A datagram with this number came, again perhaps: an ack is due, for the one before may have been lost.
+    /// A datagram with this number came, again perhaps: an ack is due, for the one before may have
+    /// been lost.
     pub(super) fn on_datagram(&mut self, stream: usize, seq: Seq) -> Result<(), Reject> {
         self.streams[stream].is_ack_due = true;
         let durable = self.durable(stream);
@@ -165,7 +168,8 @@ impl<'m> Inbox<'m> {
         self.streams[stream].is_ack_due || !self.streams[stream].refusals.is_empty()
     }
 
-    /// The floor, and the bits of what was received beyond it, of which so many words are to be told.
+    /// The floor, and the bits of what was received beyond it, of which so many words are to be
+    /// told.
     pub(super) fn received(&self, stream: usize) -> (Seq, Beyond, usize) {
         let mut beyond = [0; (WINDOW / 64) as usize];
         let words = self.durable(stream).beyond(&mut beyond);

@@ -264,7 +264,7 @@ impl Replica<'_> {
             Some(line)
                 if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch =>
             {
-                self.step_down(target.slot, own, stamp);
+                self.demote(target.slot, own, stamp);
                 self.table.forget(target.slot);
                 self.table.recycle(target.slot);
             }

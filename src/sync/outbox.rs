@@ -76,7 +76,7 @@ struct Sending {
     /// How often that was done without any progress.
     timeouts: u32,
     /// Whether the peer has acknowledged anything in this session, so that it knows of it.
-    is_greeted: bool,
+    is_established: bool,
     /// Connections in what is outstanding.
     unacknowledged: u64,
 }
@@ -93,7 +93,7 @@ impl Sending {
             round_trip: 0,
             retransmit_at: Time::NEVER,
             timeouts: 0,
-            is_greeted: true,
+            is_established: true,
             unacknowledged: 0,
         }
     }
@@ -355,7 +355,7 @@ impl<'m> Outbox<'m> {
             }
         }
         let (floor, sent) = (self.durable(stream).floor(), self.durable(stream).sent());
-        let patience = self.streams[stream].round_trip.max(500_000);
+        let round_trip = self.streams[stream].round_trip.max(500_000);
         let mut next = self.streams[stream].oldest;
         while let Some(id) = next
             && highest > 0
@@ -369,7 +369,7 @@ impl<'m> Outbox<'m> {
             if words[(bit / 64) as usize] >> (bit % 64) & 1 == 1 {
                 self.history.set_arrived(id);
             } else if highest - at >= OVERTAKEN
-                && now.since(self.history.last_sent(id)).as_nanos() as u64 >= patience
+                && now.since(self.history.last_sent(id)).as_nanos() as u64 >= round_trip
                 && self.overtaken.len() < OVERTAKEN_MAX
                 && !self.overtaken.contains(&(id, seq))
             {
@@ -397,7 +397,7 @@ impl<'m> Outbox<'m> {
         sending.oldest = self.history.next(id);
         if sending.oldest.is_none() {
             sending.newest = None;
-            if sending.is_greeted {
+            if sending.is_established {
                 sending.retransmit_at = Time::NEVER;
             }
         }
@@ -476,7 +476,7 @@ impl<'m> Outbox<'m> {
     pub(super) fn skip_due(&self, stream: usize) -> Option<Seq> {
         let durable = self.durable(stream);
         let is_waited_for = durable.given_up().is_after(durable.floor());
-        (is_waited_for || !self.is_greeted(stream)).then(|| durable.given_up())
+        (is_waited_for || !self.is_established(stream)).then(|| durable.given_up())
     }
 
     /// That was said. With datagrams outstanding, retransmitting them moves the timer.
@@ -487,13 +487,13 @@ impl<'m> Outbox<'m> {
     }
 
     /// Whether the peer has acknowledged anything in this session.
-    pub(super) fn is_greeted(&self, stream: usize) -> bool {
-        self.streams[stream].is_greeted
+    pub(super) fn is_established(&self, stream: usize) -> bool {
+        self.streams[stream].is_established
     }
 
     /// The peer has acknowledged something of this session.
-    pub(super) fn greeted(&mut self, stream: usize) {
-        self.streams[stream].is_greeted = true;
+    pub(super) fn establish(&mut self, stream: usize) {
+        self.streams[stream].is_established = true;
     }
 
     /// Sending begins anew: the peer is to be told so. Everything of the session before was given
@@ -501,15 +501,15 @@ impl<'m> Outbox<'m> {
     pub(super) fn begin_session(&mut self, now: Time, stream: usize) {
         assert!(!self.is_outstanding(stream), "the caller gave up what was outstanding");
         let sending = &mut self.streams[stream];
-        (sending.is_greeted, sending.timeouts, sending.retransmit_at) = (false, 0, now);
+        (sending.is_established, sending.timeouts, sending.retransmit_at) = (false, 0, now);
     }
 
     /// The process was killed and goes on: it says skip until the peer has answered, so both know
     /// at once where they stand.
     pub(super) fn resume_session(&mut self, now: Time, stream: usize) {
-        let is_greeted = self.durable(stream).peer_table() == 0;
+        let is_established = self.durable(stream).peer_table() == 0;
         let sending = &mut self.streams[stream];
-        (sending.is_greeted, sending.retransmit_at) = (is_greeted, now);
+        (sending.is_established, sending.retransmit_at) = (is_established, now);
     }
 
     /// The peer was away and is back: what it missed is sent at once. Tells how many datagrams that
@@ -695,7 +695,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_session_greets_until_the_peer_answers() {
+    fn a_new_session_is_said_again_until_the_peer_answers() {
         let memory = memory();
         let mut outbox = outbox(&memory);
         outbox.begin_session(at(0), STREAM);
@@ -707,7 +707,7 @@ mod tests {
         send(&mut outbox, at(1), 1);
         ack(&mut outbox, at(2), 1);
         assert_ne!(outbox.retransmit_at(STREAM), Time::NEVER, "it has not named the session yet");
-        outbox.greeted(STREAM);
+        outbox.establish(STREAM);
         assert_eq!(outbox.skip_due(STREAM), None);
     }
 

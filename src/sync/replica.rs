@@ -40,7 +40,7 @@ const STARVED: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_millis(10);
 
 /// How long a connection that was refused as older waits before it asks again.
-const SHELF: Duration = Duration::from_secs(1);
+const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Whether a connection can have a backup.
 pub(super) enum Found {
@@ -138,7 +138,7 @@ pub struct Replica<'m> {
     pub(super) epoch: u32,
     pub(super) waiting: List,
     /// Connections that were refused because the other side holds a newer state.
-    pub(super) shelved: List,
+    pub(super) backing_off: List,
     /// Copies whose entry the kernel does not have.
     pub(super) missing: List,
     /// Active connections whose backup's kernel refused them, and since when there are any.
@@ -203,7 +203,7 @@ impl<'m> Replica<'m> {
             source_is_behind: false,
             epoch: 0,
             waiting: List::default(),
-            shelved: List::default(),
+            backing_off: List::default(),
             missing: List::default(),
             declined: 0,
             declined_since: Time(0),
@@ -370,7 +370,7 @@ impl<'m> Replica<'m> {
             On::None => {}
             On::Held => self.table.unlink(&mut self.held, slot),
             On::Waiting => self.table.unlink(&mut self.waiting, slot),
-            On::Shelved => self.table.unlink(&mut self.shelved, slot),
+            On::BackingOff => self.table.unlink(&mut self.backing_off, slot),
             On::Dirty => {
                 let stream = self.stream_of(line.peer());
                 let s = &mut self.streams[stream];
@@ -565,17 +565,17 @@ impl<'m> Replica<'m> {
 
     /// The connection was refused as older than what the other side holds: it waits before it asks
     /// again.
-    pub(super) fn shelve(&mut self, now: Time, slot: u32) {
-        self.table.push(&mut self.shelved, On::Shelved, slot, now);
+    pub(super) fn back_off(&mut self, now: Time, slot: u32) {
+        self.table.push(&mut self.backing_off, On::BackingOff, slot, now);
     }
 
-    fn shelf_at(&self) -> Time {
-        self.shelved.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(SHELF))
+    fn backed_off_until(&self) -> Time {
+        self.backing_off.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(BACK_OFF))
     }
 
     fn tick_waiting(&mut self, now: Time) {
-        while self.shelf_at().reached(now)
-            && let Some(slot) = self.table.pop(&mut self.shelved)
+        while self.backed_off_until().reached(now)
+            && let Some(slot) = self.table.pop(&mut self.backing_off)
         {
             self.protect(now, slot);
         }
@@ -632,7 +632,7 @@ impl<'m> Replica<'m> {
             })
             .map(|(member, _)| self.of_member(member))
             .sum();
-        let waiting = (self.waiting.len() + self.shelved.len()) as u64;
+        let waiting = (self.waiting.len() + self.backing_off.len()) as u64;
         let unacknowledged =
             if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
         self.dirty_actives
@@ -660,7 +660,8 @@ impl<'m> Replica<'m> {
     fn publish_gauges(&mut self, now: Time) {
         let exposure = self.exposure();
         self.counters.set(Counter::Exposure, exposure);
-        self.counters.set(Counter::Unprotected, (self.waiting.len() + self.shelved.len()) as u64);
+        self.counters
+            .set(Counter::Unprotected, (self.waiting.len() + self.backing_off.len()) as u64);
         self.counters.set(Counter::ReleasesPending, self.requests.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.waiting() as u64);
         self.counters
@@ -668,7 +669,7 @@ impl<'m> Replica<'m> {
         self.counters.set(Counter::Declined, self.declined);
         let mut oldest = now;
         if exposure > 0 {
-            for slot in [self.waiting.first(), self.shelved.first()].into_iter().flatten() {
+            for slot in [self.waiting.first(), self.backing_off.first()].into_iter().flatten() {
                 oldest = oldest.min(self.table.since(slot));
             }
             for i in 0..self.busy.len() {
@@ -699,7 +700,7 @@ impl<'m> Replica<'m> {
             .digests_at()
             .min(self.hold_at())
             .min(self.walk_at())
-            .min(self.shelf_at())
+            .min(self.backed_off_until())
             .min(self.missing_at())
             .min(self.contests.look_at())
             .min(self.credit.review_at())

@@ -90,7 +90,7 @@ impl Replica<'_> {
             self.streams[stream].busy = false;
             if self.is_up(stream_member(stream)) {
                 self.send_control(now, stream, send);
-                self.send_repeats(now, stream, send);
+                self.send_retransmissions(now, stream, send);
                 self.send_data(now, stream, &mut budget, send);
                 self.send_digest(stream, send);
             }
@@ -242,7 +242,12 @@ impl Replica<'_> {
     }
 
     /// Nothing was acknowledged for too long: the oldest datagrams go again.
-    fn send_repeats(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+    fn send_retransmissions(
+        &mut self,
+        now: Time,
+        stream: usize,
+        send: &mut dyn FnMut(Transmit) -> bool,
+    ) {
         if is(Mutation::NothingRepeated) {
             return;
         }

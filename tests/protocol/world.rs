@@ -780,7 +780,7 @@ impl<'m> World<'m> {
                 for shard in &mut host.shards {
                     shard.handle_view(now, host.group.view());
                 }
-                shards = u64::MAX; // Their bells ring.
+                shards = u64::MAX; // Their doorbells ring.
             }
             // As in the appliance's membership.
             let version = host.group.view().version;

@@ -74,20 +74,20 @@ impl<'m> Consumer<'m> {
     /// that has not completed still serves: arm one only if there is none. After waking up, for
     /// whatever reason, call [`awake`](Consumer::awake).
     pub fn prepare_sleep(&self) -> Option<(&'m AtomicU32, u32)> {
-        let bell = &self.ring.words.bell;
-        bell.store(ASLEEP, Ordering::Relaxed);
-        // Pairs with the fence in `Producer::wake`: either we see its head or it sees our bell.
+        let doorbell = &self.ring.words.doorbell;
+        doorbell.store(ASLEEP, Ordering::Relaxed);
+        // Pairs with the fence in `Producer::wake`: either we see its head or it sees our doorbell.
         fence(Ordering::SeqCst);
         if self.ring.words.head.load(Ordering::Relaxed) != self.tail {
             self.awake();
             return None;
         }
-        Some((bell, ASLEEP))
+        Some((doorbell, ASLEEP))
     }
 
     /// Tells the producer that it need not ring.
     pub fn awake(&self) {
-        self.ring.words.bell.store(AWAKE, Ordering::Relaxed);
+        self.ring.words.doorbell.store(AWAKE, Ordering::Relaxed);
     }
 
     /// Records that the ring holds.

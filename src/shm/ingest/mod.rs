@@ -7,7 +7,7 @@
 //!          8  records, a power of two
 //!        128  tail: records read so far                          written by the consumer
 //!        256  head: records written so far                       written by the producer
-//!        384  bell (u32): 1 while the consumer sleeps on it      written by both
+//!        384  doorbell (u32): 1 while the consumer sleeps on it      written by both
 //!        512  pid of the producer, for people (0: none so far)   written by the producer
 //!       4096  records, 128 bytes each; number n lies at n modulo records (see `record`)
 //! ```
@@ -20,14 +20,14 @@
 //!
 //! ```text
 //!   consumer                          producer
-//!   bell = 1                          head = n
+//!   doorbell = 1                          head = n
 //!   fence                             fence
-//!   head moved? then bell = 0, work   bell == 1? then bell = 0, FUTEX_WAKE
-//!   else FUTEX_WAIT(bell, 1)
+//!   head moved? then doorbell = 0, work   doorbell == 1? then doorbell = 0, FUTEX_WAKE
+//!   else FUTEX_WAIT(doorbell, 1)
 //! ```
 //!
 //! Of the two fences one comes first, so one side sees what the other wrote. If the producer
-//! rings between the consumer's check and its wait, the bell is 0 and the wait returns at once.
+//! rings between the consumer's check and its wait, the doorbell is 0 and the wait returns at once.
 //!
 //! **Producers are not trusted.** A record is copied out once and checked then; `head` is only
 //! a claim. The consumer's own position is private, the word in memory is a copy for the
@@ -60,15 +60,15 @@ pub struct RingWords {
     _behind_tail: [AtomicU64; 15],
     head: AtomicU64,
     _behind_head: [AtomicU64; 15],
-    bell: AtomicU32,
-    _behind_bell: [AtomicU32; 31],
+    doorbell: AtomicU32,
+    _behind_doorbell: [AtomicU32; 31],
     pid: AtomicU32,
     _behind_pid: [AtomicU32; 895],
 }
 
 const _: () = assert!(std::mem::offset_of!(RingWords, tail) == 128);
 const _: () = assert!(std::mem::offset_of!(RingWords, head) == 256);
-const _: () = assert!(std::mem::offset_of!(RingWords, bell) == 384);
+const _: () = assert!(std::mem::offset_of!(RingWords, doorbell) == 384);
 const _: () = assert!(std::mem::offset_of!(RingWords, pid) == 512);
 // No padding: the fields, as many bytes as they have, fill the page, as `shm::mapping` asks.
 const _: () =

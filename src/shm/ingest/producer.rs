@@ -130,12 +130,14 @@ impl Producer {
     }
 
     fn wake(&self) {
-        let bell = &self.words().bell;
+        let doorbell = &self.words().doorbell;
         // Pairs with the fence in `Consumer::prepare_sleep`: either it sees our head or we see its
-        // bell.
+        // doorbell.
         fence(Ordering::SeqCst);
-        if bell.load(Ordering::Relaxed) == ASLEEP && bell.swap(AWAKE, Ordering::Relaxed) == ASLEEP {
-            futex_wake(bell);
+        if doorbell.load(Ordering::Relaxed) == ASLEEP
+            && doorbell.swap(AWAKE, Ordering::Relaxed) == ASLEEP
+        {
+            futex_wake(doorbell);
         }
     }
 }

@@ -177,7 +177,7 @@ fn whatever_a_producer_scribbles_the_consumer_carries_on() {
         match next() % 8 {
             0 => ring.words.head.store(next(), Ordering::Relaxed),
             1 => ring.words.tail.store(next(), Ordering::Relaxed),
-            2 => ring.words.bell.store(next() as u32, Ordering::Relaxed),
+            2 => ring.words.doorbell.store(next() as u32, Ordering::Relaxed),
             3 => ring.words.records.store(next(), Ordering::Relaxed),
             4 => {
                 let head = ring.words.head.load(Ordering::Relaxed);

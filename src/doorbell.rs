@@ -5,22 +5,22 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// One shard's bell. Everybody may ring it; its shard hears it.
-pub struct Bell(OwnedFd);
+/// One shard's doorbell. Everybody may ring it; its shard hears it.
+pub struct Doorbell(OwnedFd);
 
-impl Bell {
-    /// A bell that nobody rang.
-    pub fn new() -> io::Result<Bell> {
+impl Doorbell {
+    /// A doorbell that nobody rang.
+    pub fn new() -> io::Result<Doorbell> {
         // SAFETY: the call takes two numbers and returns a new descriptor or -1.
         let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: the descriptor was just made and nobody else owns it.
-        Ok(Bell(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Doorbell(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// What to watch: readable once the bell was rung.
+    /// What to watch: readable once the doorbell was rung.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
