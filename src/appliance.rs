@@ -31,7 +31,7 @@ use crate::restart;
 use crate::ring::RingError;
 use crate::shard::{DOORBELL_KEY, Shard, ShardParts, Stray};
 use crate::shm::ingest::Consumer;
-use crate::shm::{Fresh, Place, Region, RegionConfig, ShmError};
+use crate::shm::{Fresh, Location, Region, RegionConfig, ShmError};
 use crate::sync::{Replica, ReplicaConfig};
 
 /// How long a change may wait for others to travel with.
@@ -140,7 +140,7 @@ fn start(config: &Config) -> Result<End, Failure> {
     // First the lock, then the sync link and the port, which a second process could join in
     // silence; then the kernel, and then the region, so that a start that cannot succeed leaves the
     // old one, and what it says of sysctls, in its place.
-    let place = Place::claim(&options.shm).map_err(usage)?;
+    let place = Location::claim(&options.shm).map_err(usage)?;
     let Some((link, receivers)) = wait_for_link(config).map_err(usage)? else {
         return Ok(End::Left);
     };
@@ -187,7 +187,7 @@ fn start(config: &Config) -> Result<End, Failure> {
 
 /// The region that lies in the place, if it fits, or a new one; and a line for the log of a start
 /// that succeeds.
-fn take_region(config: &Config, place: Place) -> Result<(Region, Option<String>), ShmError> {
+fn take_region(config: &Config, place: Location) -> Result<(Region, Option<String>), ShmError> {
     let options = &config.options;
     let wanted = RegionConfig {
         sizes: config.sizes,

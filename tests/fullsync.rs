@@ -13,7 +13,7 @@ use hypersync::group::readiness::{STALL, Stage};
 use hypersync::group::view::Status;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
-use hypersync::sync::full_sync::{Figures, Phase};
+use hypersync::sync::full_sync::{Figures, SyncPhase};
 use hypersync::sync::stream::{Durable, stream_index};
 use world::{HOLD, Network, World, memories, memories_of};
 
@@ -85,7 +85,7 @@ fn a_joining_member_is_not_ready_before_it_has_everything() {
         assert!(partial > 2, "it took a while: {partial} steps");
         assert_eq!(copies(&world, 2), 3000);
         world.check();
-        assert!(figures(&world, 1, 2).iter().all(|f| f.phase == Phase::Done && f.to_do == 0));
+        assert!(figures(&world, 1, 2).iter().all(|f| f.phase == SyncPhase::Done && f.to_do == 0));
         assert_eq!(figures(&world, 1, 2).iter().map(|f| f.done).sum::<u64>(), 3000);
         world.run_until(SECOND, "member 1 hears that it is ready", |w| {
             w.hosts[&1].group.view().members[2].status == Status::Ready
@@ -139,7 +139,7 @@ fn a_member_of_higher_priority_is_ready_once_everything_was_moved_there() {
     world.start(3, 2, 200);
     world.run_until(SECOND * 2, "member 3 syncs", |w| {
         stage(w, 3) == Stage::Syncing
-            && figures(w, 1, 3).iter().all(|f| f.phase == Phase::Syncing && f.to_do > 0)
+            && figures(w, 1, 3).iter().all(|f| f.phase == SyncPhase::Syncing && f.to_do > 0)
     });
     let whole: u64 = figures(&world, 1, 3).iter().map(|f| f.done + f.to_do).sum();
     assert!((1500..1600).contains(&whole), "what is to be moved is known from the begin: {whole}");
@@ -161,7 +161,7 @@ fn a_member_that_is_full_is_ready_with_what_it_took() {
     assert!((1500..=2048).contains(&copies(&world, 2)), "{}", copies(&world, 2));
     let left = 2500 - copies(&world, 2);
     assert_eq!(world.counter(1, Counter::Unprotected), left);
-    assert!(figures(&world, 1, 2).iter().all(|f| f.phase == Phase::Full));
+    assert!(figures(&world, 1, 2).iter().all(|f| f.phase == SyncPhase::Full));
     assert_eq!(figures(&world, 1, 2).iter().map(|f| f.to_do).sum::<u64>(), left);
 }
 
@@ -190,7 +190,7 @@ fn an_interrupted_sync_goes_on_by_itself_and_sends_nothing_again_that_was_acknow
         world.run_for(ms(100));
         assert_eq!(world.hosts[&1].group.view().members[2].status, Status::Dead);
         assert_eq!(stage(&world, 2), Stage::Syncing);
-        assert!(figures(&world, 1, 2).iter().all(|f| f.phase == Phase::Interrupted));
+        assert!(figures(&world, 1, 2).iter().all(|f| f.phase == SyncPhase::Interrupted));
         assert!(copies(&world, 2) < N);
         world.cut.clear();
     }
@@ -204,7 +204,7 @@ fn an_interrupted_sync_goes_on_by_itself_and_sends_nothing_again_that_was_acknow
         world.counter(1, Counter::CatchUpDatagrams) > 0,
         "something was on its way at the cuts"
     );
-    assert!(figures(&world, 1, 2).iter().all(|f| f.before > 0 && f.phase == Phase::Done));
+    assert!(figures(&world, 1, 2).iter().all(|f| f.before > 0 && f.phase == SyncPhase::Done));
 }
 
 #[test]

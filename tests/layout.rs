@@ -25,8 +25,8 @@ use hypersync::shm::ingest::{Consumer, Producer};
 use hypersync::shm::layout::{VERSION, shard_layout};
 use hypersync::shm::{FILE, Region, RegionConfig, Sizes, ask_back_within};
 use hypersync::source::SourceEvent;
-use hypersync::sync::full_sync::{Figures, Phase};
-use hypersync::sync::history::{Content, Entry, EpochBits, History};
+use hypersync::sync::full_sync::{Figures, SyncPhase};
+use hypersync::sync::history::{Content, Datagram, EpochBits, History};
 use hypersync::sync::lease::{LeaseList, LeasePool};
 use hypersync::sync::stream::Durable;
 use hypersync::time::Time;
@@ -625,7 +625,7 @@ fn streams_leases_and_history_read_as_documented() {
     d.set_forgetting(true);
     let (begun, ended) = (Time(61), Time(62));
     d.set_full_sync(&Figures {
-        phase: Phase::Interrupted,
+        phase: SyncPhase::Interrupted,
         begun,
         ended,
         before: 63,
@@ -648,7 +648,7 @@ fn streams_leases_and_history_read_as_documented() {
         history.note(Content::Request(0x89ab_cdef));
         history.note(Content::GivenBack(place(3, 4)));
         let first_sent = Time(70 + n);
-        let entry = Entry {
+        let entry = Datagram {
             stream: number,
             session: 0x6789,
             seq: seq(1 << 47 | n),

@@ -73,7 +73,7 @@ pub struct Violation {
 
 /// What was checked, and what does not hold.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Verdict {
+pub struct Report {
     /// The victim's connections whose newest state was acknowledged.
     pub protected: u64,
     /// ... whose newest state was not, but an earlier one was.
@@ -98,7 +98,7 @@ pub struct Verdict {
     pub violations: Vec<Violation>,
 }
 
-impl Verdict {
+impl Report {
     /// The victim's connections whose newest state was not acknowledged.
     pub fn exposed(&self) -> u64 {
         self.exposed_state + self.exposed_whole + self.exposed_unread
@@ -139,13 +139,13 @@ impl<'a> Places<'a> {
 
 /// Checks the tables of a whole group at rest, of two members at least, against what the load told:
 /// nobody died.
-pub fn check_at_rest(members: &[&TableCopy], open: &[Open<'_>]) -> Verdict {
+pub fn check_at_rest(members: &[&TableCopy], open: &[Open<'_>]) -> Report {
     check(&TableCopy { member: NOBODY, found: Vec::new() }, members, open)
 }
 
 /// Checks the survivors' tables at rest against what the load told and what the victim left behind.
-pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) -> Verdict {
-    let mut verdict = Verdict::default();
+pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) -> Report {
+    let mut verdict = Report::default();
     for found in std::iter::once(&victim).chain(survivors).flat_map(|table| &table.found) {
         if found.kind == Kind::Backup && !found.is_torn && is_short(&found.connection.original) {
             verdict.blame(
@@ -206,7 +206,7 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
     verdict
 }
 
-fn check_victims(verdict: &mut Verdict, open: &Open<'_>, left: Option<&Found>, at: &Places<'_>) {
+fn check_victims(verdict: &mut Report, open: &Open<'_>, left: Option<&Found>, at: &Places<'_>) {
     let flow = open.flow;
     let some_state = |found: &Found| compare_any(found, flow);
     let Some(left) = left else {
@@ -291,7 +291,7 @@ fn compare_any(found: &Found, flow: &Flow) -> Result<(), Wrong> {
     }
 }
 
-fn require_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>) {
+fn require_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>) {
     if let Some(found) = at.any() {
         let found = format!("{} at {}, but it was never sent", found.kind.name(), found.at);
         verdict.blame(&flow.original, Wrong::ClosedPresent, found);
@@ -300,7 +300,7 @@ fn require_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>) {
 
 type Compare<'a> = &'a dyn Fn(&Found) -> Result<(), Wrong>;
 
-fn require_pair_or_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>, compare: Compare<'_>) {
+fn require_pair_or_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>, compare: Compare<'_>) {
     if at.any().is_some() {
         require_pair(verdict, flow, at, None, "any state it had", compare);
     }
@@ -309,7 +309,7 @@ fn require_pair_or_none(verdict: &mut Verdict, flow: &Flow, at: &Places<'_>, com
 /// Both survivors hold it, one as active (`active`, if that is said) and one as backup, and both
 /// copies pass.
 fn require_pair(
-    verdict: &mut Verdict,
+    verdict: &mut Report,
     flow: &Flow,
     at: &Places<'_>,
     active: Option<MemberId>,

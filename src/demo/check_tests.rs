@@ -84,7 +84,7 @@ impl World {
         n
     }
 
-    fn check(&self) -> Verdict {
+    fn check(&self) -> Report {
         let open: Vec<Open<'_>> = self
             .flows
             .iter()

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
-use super::check::{Open, Verdict, check};
+use super::check::{Open, Report, check};
 use super::figures::{Figures, commas, span, sum};
 use super::group::Group;
 use super::options::{DemoOptions, HOLD, MEMBERS, SURVIVORS, VICTIM};
@@ -162,7 +162,7 @@ fn die(group: &mut Group) -> Result<Recovery, String> {
     }
 }
 
-fn audit(group: &Group, recovery: &Recovery) -> Verdict {
+fn audit(group: &Group, recovery: &Recovery) -> Report {
     let mut open = Vec::new();
     for (member, load) in MEMBERS.into_iter().zip(&group.loads) {
         let kill = load.age(recovery.killed);
@@ -202,7 +202,7 @@ fn steady(figures: &Figures, took: Duration, open: u64, group: &Group, say: Say<
     say("change to ack", format!("p50 {p50}, p99 {p99}, p99.9 {p999}, max {max} (bucket edges)"));
 }
 
-fn aftermath(r: &Recovery, v: &Verdict, say: Say<'_>) {
+fn aftermath(r: &Recovery, v: &Report, say: Say<'_>) {
     let after = |at: Time| span(at.since(r.killed));
     say("killed", "member 2, with SIGKILL, in the midst of its load".into());
     let of = v.protected + v.exposed();
@@ -251,7 +251,7 @@ fn clues(group: &Group, say: Say<'_>) {
     }
 }
 
-fn conclude(group: &Group, v: &Verdict, say: Say<'_>) {
+fn conclude(group: &Group, v: &Report, say: Say<'_>) {
     let closed: u64 = group.loads.iter().map(|load| load.flows.told().closed).sum();
     let short: u64 = group.loads.iter().map(|load| load.flows.told().opened_short).sum();
     let text =

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 
 pub use layout::{Header, Sizes};
 pub use old_values::OldValues;
-pub use region::{Fresh, Place, Region, RegionConfig, ask_back_within};
+pub use region::{Fresh, Location, Region, RegionConfig, ask_back_within};
 pub use view::RegionView;
 
 /// Name of the region's file in its directory.

@@ -61,7 +61,7 @@ impl Deref for Region {
 
 /// The right to put a region into a directory: nobody else has it as long as this lives. What lies
 /// there is as it was until [`Region::create_in`] or [`Region::resume`].
-pub struct Place {
+pub struct Location {
     dir: PathBuf,
     lock: File,
     /// The region that lies there.
@@ -120,17 +120,17 @@ impl std::fmt::Display for Fresh {
     }
 }
 
-impl Place {
+impl Location {
     /// Takes the directory, which is made (0700) if it is missing.
     ///
     /// # Errors
     /// Another appliance has it; an existing file is not a region of this layout version; or the
     /// system refuses.
-    pub fn claim(dir: &Path) -> Result<Place, ShmError> {
+    pub fn claim(dir: &Path) -> Result<Location, ShmError> {
         make_directory(dir)?;
         let lock = take_lock(dir)?;
         let lying = check_replaceable(&dir.join(FILE))?;
-        Ok(Place { dir: dir.into(), lock, lying })
+        Ok(Location { dir: dir.into(), lock, lying })
     }
 
     /// Whether the region that lies here can be taken up by an appliance like this, or why it
@@ -181,12 +181,12 @@ impl Place {
 }
 
 impl Region {
-    /// [`Place::claim`] and [`Region::create_in`] in one.
+    /// [`Location::claim`] and [`Region::create_in`] in one.
     ///
     /// # Errors
     /// Those of both.
     pub fn create(dir: &Path, config: &RegionConfig) -> Result<Region, ShmError> {
-        Region::create_in(Place::claim(dir)?, config)
+        Region::create_in(Location::claim(dir)?, config)
     }
 
     /// Makes a new, zeroed region with a new table id, in the place of the one that may be there.
@@ -198,11 +198,11 @@ impl Region {
     ///
     /// # Panics
     /// If the sizes or the member id lie outside the limits: the configuration has checked them.
-    pub fn create_in(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
+    pub fn create_in(place: Location, config: &RegionConfig) -> Result<Region, ShmError> {
         assert!(config.sizes.is_valid() && config.member >= 1);
         assert!(config.member as usize <= crate::limits::MEMBERS_MAX);
         let old_values = place.old_values()?;
-        let Place { dir, lock, .. } = place;
+        let Location { dir, lock, .. } = place;
         let path = dir.join(FILE);
 
         let mut random = [0; 12];
@@ -234,9 +234,9 @@ impl Region {
         Ok(Region { view: RegionView::of_creator(mapping, header), resumed: false, _lock: lock })
     }
 
-    /// Takes up the region that lies in the place, which is [resumable](Place::resumable) with this
-    /// configuration: the same file, table id and index key. Only pid, incarnation and start are
-    /// written anew, and what the shards said of their progress. Readers refuse it until
+    /// Takes up the region that lies in the place, which is [resumable](Location::resumable) with
+    /// this configuration: the same file, table id and index key. Only pid, incarnation and start
+    /// are written anew, and what the shards said of their progress. Readers refuse it until
     /// [`publish_ready`](Region::publish_ready); those that have it mapped go on reading.
     ///
     /// # Errors
@@ -244,9 +244,9 @@ impl Region {
     ///
     /// # Panics
     /// If the place is not resumable with this configuration.
-    pub fn resume(place: Place, config: &RegionConfig) -> Result<Region, ShmError> {
+    pub fn resume(place: Location, config: &RegionConfig) -> Result<Region, ShmError> {
         assert_eq!(place.resumable(config), Ok(()));
-        let Place { dir, lock, .. } = place;
+        let Location { dir, lock, .. } = place;
         let path = dir.join(FILE);
         let file = open_file(&path, OpenOptions::new().read(true).write(true))?;
         let bytes = file_bytes(&file, &path)?;

@@ -189,7 +189,7 @@ fn what_sysctls_were_survives_a_crash_and_a_start_that_fails_but_no_boot() {
     region.old_values().set(1, Some(0));
     drop(region);
     // One that goes no further than the directory, and one that never becomes ready.
-    drop(Place::claim(&dir.0).unwrap());
+    drop(Location::claim(&dir.0).unwrap());
     drop(Region::create(&dir.0, &config()).unwrap());
     let region = Region::create(&dir.0, &config()).unwrap();
     region.publish_ready();
@@ -216,7 +216,7 @@ fn left_behind(dir: &TestDir) -> Header {
 
 /// Why a start like this makes a new table.
 fn fresh(dir: &TestDir, config: &RegionConfig) -> Fresh {
-    Place::claim(&dir.0).unwrap().resumable(config).expect_err("it is not taken up")
+    Location::claim(&dir.0).unwrap().resumable(config).expect_err("it is not taken up")
 }
 
 #[test]
@@ -235,7 +235,7 @@ fn a_start_takes_up_what_lies_there_and_whoever_has_it_mapped_goes_on() {
     ask_back_within(&dir.0, std::time::Duration::from_secs(9)).unwrap();
 
     let later = RegionConfig { incarnation: 4, started: Time(100), ..config() };
-    let region = Region::resume(Place::claim(&dir.0).unwrap(), &later).unwrap();
+    let region = Region::resume(Location::claim(&dir.0).unwrap(), &later).unwrap();
     assert!(region.is_resumed());
     assert_eq!(*region.header(), Header { incarnation: 4, started: Time(100), ..old });
     assert!(matches!(unreadable(&dir.0), ShmError::NotReady(_)), "not before it says so");
@@ -260,7 +260,7 @@ fn a_start_takes_up_what_lies_there_and_whoever_has_it_mapped_goes_on() {
 fn what_does_not_fit_is_not_taken_up_and_the_reason_is_named() {
     let dir = TestDir::new("unfit");
     left_behind(&dir);
-    assert_eq!(Place::claim(&dir.0).unwrap().resumable(&config()), Ok(()));
+    assert_eq!(Location::claim(&dir.0).unwrap().resumable(&config()), Ok(()));
     type Spoil = fn(&mut RegionConfig);
     let changes: [(Spoil, &str); 7] = [
         (|c| c.group = 8, "--group was 7 and is 8"),
@@ -294,7 +294,7 @@ fn a_table_that_ended_or_cannot_be_taken_up_is_left_behind() {
     drop(region);
     assert_eq!(fresh(&dir, &config()), Fresh::Unfinished, "it never was ready");
     left_behind(&dir);
-    let take = || Region::resume(Place::claim(&dir.0).unwrap(), &config()).unwrap();
+    let take = || Region::resume(Location::claim(&dir.0).unwrap(), &config()).unwrap();
     for _ in 0..2 {
         // Three starts in a row fail, one in between does not.
         (0..2).for_each(|_| drop(take()));

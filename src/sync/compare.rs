@@ -321,7 +321,7 @@ impl Comparing {
 
 /// A message of a round that waits to be sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Line {
+pub(super) enum RoundPart {
     /// This connection, as it is then.
     Item { own: Place, round: u8 },
     /// All in these buckets was named.
@@ -350,7 +350,7 @@ pub enum Finding {
 /// What waits of all streams' comparisons: lines, of one stream after the other; connections that
 /// their active has to send again; and what was found, for the log.
 pub(super) struct Comparisons {
-    pub(super) lines: VecDeque<(u16, Line)>,
+    pub(super) lines: VecDeque<(u16, RoundPart)>,
     pub(super) resends: Vec<(u16, Place, Doubt)>,
     findings: VecDeque<(Finding, bool)>,
     /// When the streams are looked at next.
@@ -380,7 +380,7 @@ impl Comparisons {
     }
 
     /// The next line, if it is this stream's.
-    pub(super) fn next_line(&self, stream: usize) -> Option<Line> {
+    pub(super) fn next_line(&self, stream: usize) -> Option<RoundPart> {
         self.lines.front().filter(|(of, _)| *of as usize == stream).map(|(_, line)| *line)
     }
 

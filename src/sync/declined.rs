@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 
 use super::commits::{TRIES_PER_TICK, TRY_AGAIN};
 use super::mutation::{Mutation, is};
-use super::replica::{Found, Replica};
+use super::replica::{Candidate, Replica};
 use super::requests::{Rank, Task};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::slot::groups;
@@ -171,7 +171,7 @@ impl Replica<'_> {
         let may_move = !self.table.is_moving(slot)
             && matches!(self.table.on(slot), On::None | On::Dirty)
             && self.requests.has_room(Rank::Question);
-        if may_move && let Found::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
+        if may_move && let Candidate::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
             assert!(taken, "there was room for a request");
         } else if heard == Heard::PerhapsNewest {

@@ -26,7 +26,7 @@
 
 use std::time::Duration;
 
-use super::compare::{Answer, Comparing, Finding, Heard, Judgement, Line};
+use super::compare::{Answer, Comparing, Finding, Heard, Judgement, RoundPart};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
@@ -301,7 +301,7 @@ impl Replica<'_> {
             return false;
         }
         let own = Place { slot, generation: self.table.line(slot).generation() };
-        self.comparisons.lines.push_back((stream as u16, Line::Item { own, round }));
+        self.comparisons.lines.push_back((stream as u16, RoundPart::Item { own, round }));
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
         true
@@ -319,11 +319,11 @@ impl Replica<'_> {
         }
         for (own, previous) in self.requests.previous_backups() {
             if stream_index(previous.member(), previous.shard()) == stream {
-                lines.push_back((stream as u16, Line::Item { own, round }));
+                lines.push_back((stream as u16, RoundPart::Item { own, round }));
                 self.counters.count(Counter::CompareItems);
             }
         }
-        lines.push_back((stream as u16, Line::End { round, mask }));
+        lines.push_back((stream as u16, RoundPart::End { round, mask }));
         self.wake(stream);
     }
 
@@ -345,7 +345,7 @@ impl Replica<'_> {
         while let Some(line) = self.comparisons.next_line(stream)
             && w.room() >= END_BYTES
         {
-            if matches!(line, Line::End { .. })
+            if matches!(line, RoundPart::End { .. })
                 && (self.requests.first_due(stream).is_some()
                     || !self.streams[stream].dirty.is_empty())
             {
@@ -353,7 +353,7 @@ impl Replica<'_> {
             }
             match line {
                 // As it is now: a delta may have left since the walk passed it.
-                Line::Item { own, round } => {
+                RoundPart::Item { own, round } => {
                     let line = self.table.line(own.slot);
                     let named =
                         self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
@@ -361,7 +361,7 @@ impl Replica<'_> {
                         Message::Item { target, own, hash, round }.encode(w);
                     }
                 }
-                Line::End { round, mask } => Message::End { round, mask }.encode(w),
+                RoundPart::End { round, mask } => Message::End { round, mask }.encode(w),
             }
             self.comparisons.lines.pop_front();
             if let Some(next) = self.comparisons.next_stream() {

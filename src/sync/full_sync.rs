@@ -35,7 +35,7 @@ const PUBLISH: Duration = Duration::from_millis(10);
 /// How far a full sync to a member is, as an inspector reads it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(u8)]
-pub enum Phase {
+pub enum SyncPhase {
     /// There was none yet, or the member is gone.
     #[default]
     Idle = 0,
@@ -50,26 +50,26 @@ pub enum Phase {
     Interrupted = 4,
 }
 
-impl Phase {
+impl SyncPhase {
     /// The phase that a number stands for.
-    pub fn from_raw(raw: u64) -> Phase {
+    pub fn from_raw(raw: u64) -> SyncPhase {
         match raw {
-            1 => Phase::Syncing,
-            2 => Phase::Done,
-            3 => Phase::Full,
-            4 => Phase::Interrupted,
-            _ => Phase::Idle,
+            1 => SyncPhase::Syncing,
+            2 => SyncPhase::Done,
+            3 => SyncPhase::Full,
+            4 => SyncPhase::Interrupted,
+            _ => SyncPhase::Idle,
         }
     }
 
     /// The word for an operator.
     pub fn name(self) -> &'static str {
         match self {
-            Phase::Idle => "idle",
-            Phase::Syncing => "syncing",
-            Phase::Done => "done",
-            Phase::Full => "full",
-            Phase::Interrupted => "interrupted",
+            SyncPhase::Idle => "idle",
+            SyncPhase::Syncing => "syncing",
+            SyncPhase::Done => "done",
+            SyncPhase::Full => "full",
+            SyncPhase::Interrupted => "interrupted",
         }
     }
 }
@@ -78,7 +78,7 @@ impl Phase {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Figures {
     /// How far it is.
-    pub phase: Phase,
+    pub phase: SyncPhase,
     /// When it began, or went on after an interruption.
     pub begun: Time,
     /// When it was done, or interrupted; 0 while it is under way.
@@ -187,7 +187,7 @@ impl FullSyncs {
         let is_told = has_changed || is_published && stage != Stage::Done;
         if is_told {
             (figures.done, figures.to_do) = sight.counts();
-            if stage == Stage::Done && figures.phase == Phase::Done {
+            if stage == Stage::Done && figures.phase == SyncPhase::Done {
                 figures.to_do = 0; // What is dirty now is live traffic.
             }
         }
@@ -205,13 +205,13 @@ impl FullSyncs {
             Stage::Idle if sight.takes() => {
                 let (before, _) = sight.counts();
                 *figures =
-                    Figures { phase: Phase::Syncing, begun: now, before, ..Figures::default() };
+                    Figures { phase: SyncPhase::Syncing, begun: now, before, ..Figures::default() };
                 Stage::Giving
             }
             Stage::Idle => Stage::Idle,
             _ if !sight.takes() => {
                 let was_done = stage == Stage::Done;
-                figures.phase = if was_done { Phase::Idle } else { Phase::Interrupted };
+                figures.phase = if was_done { SyncPhase::Idle } else { SyncPhase::Interrupted };
                 figures.ended = if was_done { figures.ended } else { now };
                 Stage::Idle
             }
@@ -231,7 +231,7 @@ impl FullSyncs {
             Stage::Draining(by, given_up) if sight.is_sent(by) => Stage::Flying(now, given_up),
             Stage::Flying(by, _) if sight.is_acknowledged(by) => {
                 figures.ended = now;
-                figures.phase = if sight.has_waiting() { Phase::Full } else { Phase::Done };
+                figures.phase = if sight.has_waiting() { SyncPhase::Full } else { SyncPhase::Done };
                 Stage::Done
             }
             stage => stage,
@@ -302,14 +302,14 @@ mod tests {
         syncs.go(MEMBER, step)
     }
 
-    fn step(syncs: &mut FullSyncs, ms: u64, seen: &Seen) -> Option<Phase> {
+    fn step(syncs: &mut FullSyncs, ms: u64, seen: &Seen) -> Option<SyncPhase> {
         figures(syncs, ms, seen, false).map(|figures| figures.phase)
     }
 
     #[test]
     fn a_full_sync_is_done_when_all_that_was_to_go_there_is_acknowledged() {
         let (mut syncs, mut seen) = (FullSyncs::new(), joined());
-        assert_eq!(step(&mut syncs, 0, &seen), Some(Phase::Syncing));
+        assert_eq!(step(&mut syncs, 0, &seen), Some(SyncPhase::Syncing));
         assert_eq!(step(&mut syncs, 1, &seen), None, "they wait for a backup");
         (seen.is_given, seen.waiting, seen.dirty_since) = (true, 0, Some(at(1)));
         assert_eq!(step(&mut syncs, 2, &seen), None);
@@ -320,7 +320,7 @@ mod tests {
         (seen.outstanding_since, seen.copies) = (Some(at(6)), 10);
         let figures = figures(&mut syncs, 7, &seen, false).expect("it is done");
         let expected = Figures {
-            phase: Phase::Done,
+            phase: SyncPhase::Done,
             begun: at(0),
             ended: at(7),
             before: 0,
@@ -360,7 +360,7 @@ mod tests {
         }
         assert_eq!(
             last,
-            Some((1503, Phase::Full)),
+            Some((1503, SyncPhase::Full)),
             "a second after the last one that found a place"
         );
     }
@@ -370,7 +370,7 @@ mod tests {
         let (mut syncs, mut seen) = (FullSyncs::new(), joined());
         step(&mut syncs, 0, &seen);
         seen.takes = false;
-        assert_eq!(step(&mut syncs, 1, &seen), Some(Phase::Interrupted));
+        assert_eq!(step(&mut syncs, 1, &seen), Some(SyncPhase::Interrupted));
         assert_eq!(step(&mut syncs, 2, &seen), None);
         (seen.takes, seen.is_given, seen.waiting) = (true, true, 0);
         for ms in 3..7 {
@@ -378,7 +378,7 @@ mod tests {
         }
         assert_eq!(syncs.done(), 1 << MEMBER);
         seen.takes = false;
-        assert_eq!((step(&mut syncs, 7, &seen), syncs.done()), (Some(Phase::Idle), 0));
+        assert_eq!((step(&mut syncs, 7, &seen), syncs.done()), (Some(SyncPhase::Idle), 0));
     }
 
     #[test]

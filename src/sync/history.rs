@@ -91,7 +91,7 @@ impl Content {
 
 /// What is known of a datagram besides its bytes.
 #[derive(Clone, Copy, Debug)]
-pub struct Entry {
+pub struct Datagram {
     /// Its stream.
     pub stream: usize,
     /// The session of that stream in which it has its number.
@@ -150,7 +150,7 @@ impl<'m> History<'m> {
     /// The history that a killed process left behind. Nothing of it is outstanding until
     /// [`take_up`](Self::take_up) says so. If the newest datagram was not `counted` as sent it is
     /// taken out: its number goes to another one.
-    pub fn resume(memory: &Memory<'m>, counted: impl Fn(&Entry) -> bool) -> History<'m> {
+    pub fn resume(memory: &Memory<'m>, counted: impl Fn(&Datagram) -> bool) -> History<'m> {
         let mut history = History::new(memory);
         let journal = |word: usize| memory.journal[word].load(Ordering::Relaxed);
         let (mut head, tail) = (journal(JOURNAL_HEAD), journal(JOURNAL_TAIL));
@@ -285,7 +285,7 @@ impl<'m> History<'m> {
     /// beyond the datagram become zeros.
     pub fn append(
         &mut self,
-        entry: &Entry,
+        entry: &Datagram,
         bytes: &[u8],
         stride: usize,
         oldest_change: Time,
@@ -327,11 +327,11 @@ impl<'m> History<'m> {
     }
 
     /// The entry's durable half.
-    pub fn entry(&self, id: u32) -> Entry {
+    pub fn entry(&self, id: u32) -> Datagram {
         let words = &self.entries[id as usize].0;
         let first = words[0].load(Ordering::Relaxed);
         let second = words[1].load(Ordering::Relaxed);
-        Entry {
+        Datagram {
             stream: (first >> 48) as usize,
             len: (first >> 32) as u32 & 0xffff,
             offset: first as u32,
@@ -459,7 +459,7 @@ mod tests {
     fn append(history: &mut History<'_>, n: u64, len: usize) -> Result<u32, NoRoom> {
         let offset = history.make_room()?;
         history.note(Content::Request(n as u32));
-        let entry = Entry {
+        let entry = Datagram {
             stream: 3,
             session: 1,
             seq: Seq::NONE.plus(n),

@@ -21,7 +21,7 @@
 
 use std::time::Duration;
 
-use super::history::{Content, Entry, History, NoRoom};
+use super::history::{Content, Datagram, History, NoRoom};
 use super::stream::Durable;
 use crate::few::Few;
 use crate::limits::{STREAMS_MAX, WINDOW, WINDOW_MIN};
@@ -181,7 +181,7 @@ impl<'m> Outbox<'m> {
     }
 
     /// The oldest datagram that is outstanding.
-    pub(super) fn oldest(&self, stream: usize) -> Option<(u32, Entry)> {
+    pub(super) fn oldest(&self, stream: usize) -> Option<(u32, Datagram)> {
         self.streams[stream].oldest.map(|id| (id, self.history.entry(id)))
     }
 
@@ -210,7 +210,7 @@ impl<'m> Outbox<'m> {
     }
 
     /// What is known of a datagram.
-    pub(super) fn entry(&self, id: u32) -> Entry {
+    pub(super) fn entry(&self, id: u32) -> Datagram {
         self.history.entry(id)
     }
 
@@ -244,7 +244,7 @@ impl<'m> Outbox<'m> {
     /// in the history.
     pub(super) fn append(
         &mut self,
-        entry: &Entry,
+        entry: &Datagram,
         bytes: &[u8],
         stride: usize,
         oldest_change: Time,
@@ -565,7 +565,7 @@ mod tests {
     fn send(outbox: &mut Outbox<'_>, now: Time, connections: u32) -> u32 {
         let Room::At(offset) = outbox.room(now) else { panic!("the arena has room") };
         let seq = outbox.durable(STREAM).sent().next();
-        let entry = Entry { stream: STREAM, session: 1, seq, offset, len: 100, first_sent: now };
+        let entry = Datagram { stream: STREAM, session: 1, seq, offset, len: 100, first_sent: now };
         let id = outbox.append(&entry, &[0xa5; 100], DATAGRAM_MAX, now, connections);
         outbox.on_send_complete(id, 1);
         id

@@ -43,7 +43,7 @@ const RETRY: Duration = Duration::from_millis(10);
 const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Whether a connection can have a backup.
-pub(super) enum Found {
+pub(super) enum Candidate {
     /// In this slot.
     At(Coordinate),
     /// The best member was asked for slots a moment ago.
@@ -399,9 +399,9 @@ impl<'m> Replica<'m> {
             return;
         }
         match self.lease_for(now, slot, 0) {
-            Found::At(backup) => self.assign(now, slot, backup),
-            Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
-            Found::Soon | Found::Nobody => self.wait(now, slot),
+            Candidate::At(backup) => self.assign(now, slot, backup),
+            Candidate::Soon | Candidate::Nobody if self.go_back(now, slot) => {}
+            Candidate::Soon | Candidate::Nobody => self.wait(now, slot),
         }
     }
 
@@ -418,7 +418,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
-    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Found {
+    pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Candidate {
         let original = self.table.tuples(slot).0;
         let former = self.table.former(slot);
         // What is only presumed is offered to its former active, never sent there as if it were
@@ -435,14 +435,14 @@ impl<'m> Replica<'m> {
             let shard = shard_of(&original, self.view.members[member as usize].shards);
             let stream = stream_index(member, shard);
             if let Some(place) = self.take_lease(now, stream) {
-                return Found::At(Coordinate::new(member, shard, place.slot, place.generation));
+                return Candidate::At(Coordinate::new(member, shard, place.slot, place.generation));
             }
             self.counters.count(Counter::NoLease);
             if self.credit.starved_for(now, stream) < STARVED {
-                return Found::Soon; // It was asked just now: the best backup is worth a short wait.
+                return Candidate::Soon; // It was asked just now: the best backup is worth a short wait.
             }
         }
-        Found::Nobody
+        Candidate::Nobody
     }
 
     /// A slot at a peer is empty again, one life later: it goes back to the stream's lease, if it
@@ -600,13 +600,13 @@ impl<'m> Replica<'m> {
                 continue;
             }
             match self.lease_for(now, slot, 0) {
-                Found::At(backup) => {
+                Candidate::At(backup) => {
                     // What waits is asked for by its number; only what comes anew makes a rate.
                     self.credit.discount(self.stream_of(backup));
                     self.assign(now, slot, backup);
                 }
-                Found::Soon | Found::Nobody if self.go_back(now, slot) => {}
-                Found::Soon | Found::Nobody => {
+                Candidate::Soon | Candidate::Nobody if self.go_back(now, slot) => {}
+                Candidate::Soon | Candidate::Nobody => {
                     self.table.push(&mut self.waiting, On::Waiting, slot, since);
                     failed += 1;
                     if failed > 64 {

@@ -19,7 +19,7 @@
 use std::collections::HashSet;
 
 use super::credit::Credit;
-use super::history::{Content, Entry, History};
+use super::history::{Content, Datagram, History};
 use super::peers::PeerState;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
@@ -54,7 +54,7 @@ impl<'m> Replica<'m> {
         });
         let mut given_back = HashSet::new();
         for id in history.ids() {
-            let Entry { stream, session, seq, .. } = history.entry(id);
+            let Datagram { stream, session, seq, .. } = history.entry(id);
             if is_outstanding(Durable(&memory.streams[stream]), session, seq) {
                 given_back.extend(history.contents(id).filter_map(|content| match content {
                     Content::GivenBack(place) => Some((stream, place.slot, place.generation.raw())),

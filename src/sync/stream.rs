@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::compare::Comparing;
-use super::full_sync::{Figures, Phase};
+use super::full_sync::{Figures, SyncPhase};
 use crate::conn::MemberId;
 use crate::conn::table::List;
 use crate::kill::kill_point;
@@ -91,7 +91,7 @@ impl<W: Word> Durable<'_, W> {
     pub fn full_sync(&self) -> Figures {
         let [phase, begun, ended, before, done, to_do] =
             std::array::from_fn(|i| self.get(WORD_FULL_SYNC + i));
-        let phase = Phase::from_raw(phase);
+        let phase = SyncPhase::from_raw(phase);
         Figures { phase, begun: Time(begun), ended: Time(ended), before, done, to_do }
     }
 }

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::mutation::{Mutation, is};
 use super::peers::PeerState;
-use super::replica::{Found, Replica};
+use super::replica::{Candidate, Replica};
 use super::requests::Rank;
 use super::stream::{stream_index, stream_member};
 use super::walks::Walk;
@@ -643,13 +643,13 @@ impl Replica<'_> {
             return false;
         }
         match self.lease_for(now, slot, away_from) {
-            Found::At(backup) => {
+            Candidate::At(backup) => {
                 let taken = self.move_backup(now, slot, backup);
                 assert!(taken, "there was room for a request");
                 true
             }
-            Found::Soon => false,
-            Found::Nobody => true,
+            Candidate::Soon => false,
+            Candidate::Nobody => true,
         }
     }
 

@@ -6,7 +6,7 @@
 //! the room of a datagram that was never acknowledged, its connections become dirty first, and
 //! only then is the peer told to skip it.
 
-use super::history::{Content, Entry, EpochBits, MANIFEST_PER_DATAGRAM};
+use super::history::{Content, Datagram, EpochBits, MANIFEST_PER_DATAGRAM};
 use super::inbox::Refusal;
 use super::mutation::{Mutation, is};
 use super::outbox::{NOT_TAKEN, Room};
@@ -393,7 +393,7 @@ impl Replica<'_> {
             || self.credit.to_give_back(stream) > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
         let session = self.durable(stream).session();
-        let entry = Entry { stream, session, seq, offset, len: len as u32, first_sent: now };
+        let entry = Datagram { stream, session, seq, offset, len: len as u32, first_sent: now };
         let id = self.outbox.append(&entry, &scratch[..len], stride, oldest_change, connections);
         // Only now: a process that is killed before it has lent nothing.
         self.lend(stream, &places[..granted]);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use hypersync::conn::MemberId;
 use hypersync::limits::MEMBERS_MAX;
 use hypersync::shm::RegionView;
-use hypersync::sync::full_sync::{Figures, Phase};
+use hypersync::sync::full_sync::{Figures, SyncPhase};
 use hypersync::sync::stream::{Durable, stream_index};
 use hypersync::time::Time;
 use serde_json::{Value, json};
@@ -35,7 +35,7 @@ impl Row {
     }
 
     fn is_under_way(&self) -> bool {
-        self.figures.phase == Phase::Syncing
+        self.figures.phase == SyncPhase::Syncing
     }
 
     fn took(&self) -> Duration {
@@ -61,7 +61,13 @@ impl Row {
 /// Figures of two shards as one.
 fn together(a: Figures, b: Figures) -> Figures {
     // The one that is furthest from done.
-    let order = [Phase::Done, Phase::Full, Phase::Idle, Phase::Interrupted, Phase::Syncing];
+    let order = [
+        SyncPhase::Done,
+        SyncPhase::Full,
+        SyncPhase::Idle,
+        SyncPhase::Interrupted,
+        SyncPhase::Syncing,
+    ];
     let rank = |phase| order.iter().position(|p| *p == phase);
     Figures {
         phase: if rank(a.phase) > rank(b.phase) { a.phase } else { b.phase },

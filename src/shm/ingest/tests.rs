@@ -4,7 +4,7 @@
 use super::*;
 use crate::conn::{Connection, State, Tuple, shard_of};
 use crate::shm::region::tests::{TestDir, config};
-use crate::shm::{Place, Region, RegionConfig, ShmError, Sizes};
+use crate::shm::{Location, Region, RegionConfig, ShmError, Sizes};
 use crate::source::SourceEvent;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -153,7 +153,7 @@ fn a_consumer_that_was_killed_is_followed_by_one_that_repeats_but_skips_nothing(
     assert!(push(20), "the producer notices nothing");
     let config =
         RegionConfig { sizes: Sizes { shards: 1, ring_records: 64, ..config().sizes }, ..config() };
-    let second = Region::resume(Place::claim(&dir.0).unwrap(), &config).unwrap();
+    let second = Region::resume(Location::claim(&dir.0).unwrap(), &config).unwrap();
     assert!(push(10));
     let seen = ports(&mut Consumer::new(second.ring(0)), 99);
     assert_eq!(seen, (10..60).map(original).collect::<Vec<_>>(), "from 10 on: 10 to 14 come again");
