@@ -306,7 +306,7 @@ mod tests {
     /// held, in this slot.
     fn refused(memory: &OwnedMemory) -> (Replica<'_>, u32) {
         let (mut replica, slot) = held(memory);
-        replica.peers[2] = PeerState::Up;
+        replica.peers.set(2, PeerState::Up);
         replica.unlist(slot);
         replica.table.update(slot, |line| line.set_kind(Kind::Active));
         replica.table.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
@@ -358,7 +358,7 @@ mod tests {
             for seconds in 0..dies_at {
                 watch(&mut replica, slot, &[(seconds, Some(300 - seconds as u32))]);
             }
-            replica.peers[2] = PeerState::Vacant;
+            replica.peers.set(2, PeerState::Vacant);
             watch(&mut replica, slot, &[(dies_at, Some(300 - dies_at as u32))]);
             let is_ours = dies_at < 10;
             assert_eq!(replica.table.find_original(&connection(0).original).is_some(), is_ours);

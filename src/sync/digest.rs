@@ -123,7 +123,7 @@ impl Replica<'_> {
 
     /// What was agreed with this member may have been let go on either side.
     pub(super) fn unverify(&mut self, member: MemberId) {
-        let shards = self.view.members[member as usize].shards;
+        let shards = self.peers.seen(member).shards;
         for shard in 0..shards {
             if shards_can_meet(self.config.shard, self.config.shards, shard, shards) {
                 self.unverify_stream(stream_index(member, shard));
@@ -170,10 +170,9 @@ impl Replica<'_> {
             return 0;
         }
         // Only those of members that are there: this is asked at every tick.
-        let up = (1..self.peers.len() as MemberId).filter(|member| self.is_up(*member));
-        let streams = up.flat_map(|member| {
+        let streams = self.peers.up().flat_map(|member| {
             let first = stream_index(member, 0);
-            first..first + self.view.members[member as usize].shards as usize
+            first..first + self.peers.seen(member).shards as usize
         });
         let unverified = streams.filter(|stream| self.streams[*stream].comparing.is_unverified());
         unverified.map(|stream| self.uncounted(stream)).sum()
@@ -186,11 +185,8 @@ impl Replica<'_> {
         }
         self.comparisons.sweep_at = now.after(self.sweep_period());
         let (me, shards) = (self.config.shard, self.config.shards);
-        for member in 1..self.peers.len() as u8 {
-            if !self.is_up(member) {
-                continue;
-            }
-            let theirs = self.view.members[member as usize].shards;
+        for member in self.peers.up() {
+            let theirs = self.peers.seen(member).shards;
             for shard in (0..theirs).filter(|shard| shards_can_meet(me, shards, *shard, theirs)) {
                 let stream = stream_index(member, shard);
                 let s = &mut self.streams[stream];
@@ -207,8 +203,7 @@ impl Replica<'_> {
 
     /// When [`tick_digests`](Self::tick_digests) has something to do.
     pub(super) fn digests_at(&self) -> Time {
-        let anybody = (1..self.peers.len() as u8).any(|member| self.is_up(member));
-        if anybody { self.comparisons.sweep_at } else { Time::NEVER }
+        if self.peers.up().next().is_some() { self.comparisons.sweep_at } else { Time::NEVER }
     }
 
     /// The sums over what was sent, at the number sent last.

@@ -343,7 +343,7 @@ impl Replica<'_> {
         line.set_groups(groups::ALL);
         line.set_claimed(true);
         line.set_session(self.durable(stream).peer_session());
-        let waits = matches!(self.peers[peer.member() as usize], PeerState::Down { .. })
+        let waits = matches!(self.peers.state(peer.member()), PeerState::Down { .. })
             && !self.has_another(peer.member());
         if self.is_up(peer.member()) || waits {
             // The former active is the backup now: the pair stays, only its direction turns. If it

@@ -72,7 +72,7 @@ impl Seen<'_, '_> {
 
 impl Sight for Seen<'_, '_> {
     fn takes(&self) -> bool {
-        let seen = &self.replica.view.members[self.member as usize];
+        let seen = self.replica.peers.seen(self.member);
         let is_able = seen.status.is_able() || seen.status == Status::Leaving;
         self.replica.is_up(self.member) && seen.hears_me && is_able
     }
@@ -115,7 +115,7 @@ impl Sight for Seen<'_, '_> {
         // Of all members: what flies to others makes this a few too many.
         let open = (dirty + self.replica.outbox.unacknowledged()).min(actives);
         let mut coming = self.replica.waiting.len() as u64;
-        if self.replica.ranked.first() == Some(&self.member) {
+        if self.replica.peers.ranked().first() == Some(&self.member) {
             for walk in walks.iter() {
                 if let Walk::Rehome { away_from, .. } = walk {
                     let all =

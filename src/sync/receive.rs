@@ -51,7 +51,7 @@ impl Replica<'_> {
             return Err(Reject::Shard);
         }
         let sync = SyncHeader::decode(&mut r)?;
-        let member = &self.view.members[header.from as usize];
+        let member = self.peers.seen(header.from);
         if !self.is_up(header.from) {
             return Err(Reject::Table);
         }

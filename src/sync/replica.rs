@@ -14,7 +14,7 @@ use super::history::History;
 use super::inbox::Inbox;
 use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
-use super::peers::PeerState;
+use super::peers::Peers;
 use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::sums::Sums;
@@ -25,9 +25,7 @@ use crate::conn::table::{List, On, Table};
 use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
-use crate::few::Few;
-use crate::group::view::View;
-use crate::limits::{MEMBERS_MAX, STREAMS_MAX};
+use crate::limits::STREAMS_MAX;
 use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
@@ -113,13 +111,7 @@ pub struct Replica<'m> {
     pub(super) inbox: Inbox<'m>,
     pub(super) requests: Requests,
     pub(super) contests: Contests,
-    pub(super) view: View,
-    pub(super) peers: Vec<PeerState>,
-    pub(super) ranked: Few<MemberId, MEMBERS_MAX>,
-    /// Members that are short of room, as bits.
-    pub(super) short: u64,
-    /// Tables that peers had when they were last here.
-    pub(super) tables: Vec<u32>,
+    pub(super) peers: Peers,
     /// Members that do not hear us and whose copies of ours were given up, as bits.
     pub(super) abandoned: u64,
     /// Silent members, since a resume, whose copies may have to be written to the kernel, as bits.
@@ -189,11 +181,7 @@ impl<'m> Replica<'m> {
             inbox: Inbox::new(memory.streams),
             requests: Requests::new(),
             contests: Contests::new(),
-            view: View::new(config.member),
-            peers: vec![PeerState::Vacant; MEMBERS_MAX + 1],
-            ranked: Few::new(),
-            short: 0,
-            tables: vec![0; MEMBERS_MAX + 1],
+            peers: Peers::new(config.member),
             abandoned: 0,
             unwritten: 0,
             walks: Walks::new(),
@@ -235,13 +223,13 @@ impl<'m> Replica<'m> {
 
     /// Whether the member's table, as far as this shard knows it, still lives.
     pub(super) fn is_up(&self, member: MemberId) -> bool {
-        matches!(self.peers[member as usize], PeerState::Up)
+        self.peers.is_up(member)
     }
 
     /// Whether the member may come back with the table that this shard knows, and nothing that was
     /// agreed with it has been let go.
     pub(super) fn may_return(&self, member: MemberId) -> bool {
-        matches!(self.peers[member as usize], PeerState::Up | PeerState::Down { lost: false, .. })
+        self.peers.may_return(member)
     }
 
     /// The coordinate of one of our own slots.
@@ -408,7 +396,7 @@ impl<'m> Replica<'m> {
     /// Whether the connection in this slot changes its backup, and the previous one is the best by
     /// now.
     fn is_best_left(&self, slot: u32) -> bool {
-        let best = self.ranked.iter().find(|member| self.is_up(**member));
+        let best = self.peers.ranked().iter().find(|member| self.is_up(**member));
         self.table.is_moving(slot) && best == Some(&self.table.former(slot).member())
     }
 
@@ -427,12 +415,12 @@ impl<'m> Replica<'m> {
         let not_there = former.is_somewhere()
             && (self.table.is_moving(slot) || !self.table.line(slot).is_claimed());
         let except = if not_there { except | 1 << former.member() } else { except };
-        for i in 0..self.ranked.len() {
-            let member = self.ranked[i];
+        for i in 0..self.peers.ranked().len() {
+            let member = self.peers.ranked()[i];
             if except >> member & 1 == 1 || !self.is_up(member) {
                 continue;
             }
-            let shard = shard_of(&original, self.view.members[member as usize].shards);
+            let shard = shard_of(&original, self.peers.seen(member).shards);
             let stream = stream_index(member, shard);
             if let Some(place) = self.take_lease(now, stream) {
                 return Candidate::At(Coordinate::new(member, shard, place.slot, place.generation));
@@ -465,10 +453,7 @@ impl<'m> Replica<'m> {
 
     /// Of what waits for a backup, the stream's share: what one stream hoards another may lack.
     fn waiting_share(&self, stream: usize) -> u64 {
-        let met = shards_met(
-            self.config.shards,
-            self.view.members[stream_member(stream) as usize].shards,
-        );
+        let met = shards_met(self.config.shards, self.peers.seen(stream_member(stream)).shards);
         (self.waiting.len() as u64).div_ceil(met as u64)
     }
 
@@ -476,7 +461,7 @@ impl<'m> Replica<'m> {
         if !self.credit.begin_review(now) {
             return;
         }
-        let best = self.ranked.first().copied();
+        let best = self.peers.ranked().first().copied();
         for stream in 0..self.streams.len() {
             let is_first_choice = best == Some(stream_member(stream));
             if self.credit.has_leases(stream)
@@ -545,7 +530,7 @@ impl<'m> Replica<'m> {
         let (table, peers) = (&self.table, &self.peers);
         self.commits.ask(commit, || {
             let Commit::Write { slot, .. } = commit else { return false };
-            !matches!(peers[table.line(slot).peer().member() as usize], PeerState::Up)
+            !peers.is_up(table.line(slot).peer().member())
         });
     }
 
@@ -624,14 +609,7 @@ impl<'m> Replica<'m> {
 
     /// Connections past the hold time that have no up-to-date acknowledged second copy.
     pub fn exposure(&self) -> u64 {
-        let orphaned: u64 = self
-            .view
-            .others()
-            .filter(|(member, _)| {
-                matches!(self.peers[*member as usize], PeerState::Down { .. } | PeerState::Purge)
-            })
-            .map(|(member, _)| self.of_member(member))
-            .sum();
+        let orphaned: u64 = self.peers.gone().map(|member| self.of_member(member)).sum();
         let waiting = (self.waiting.len() + self.backing_off.len()) as u64;
         let unacknowledged =
             if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
@@ -684,11 +662,7 @@ impl<'m> Replica<'m> {
             if self.declined > 0 {
                 oldest = oldest.min(self.declined_since);
             }
-            for peer in &self.peers {
-                if let PeerState::Down { since, .. } = peer {
-                    oldest = oldest.min(*since);
-                }
-            }
+            oldest = oldest.min(self.peers.silent_since().unwrap_or(now));
         }
         self.counters.set(Counter::ExposureOldestUs, now.since(oldest).as_micros() as u64);
     }

@@ -204,9 +204,8 @@ impl<'m> Replica<'m> {
                 continue;
             };
             let let_go = first != table || known.iter().any(Durable::is_let_go);
-            self.tables[member as usize] = table;
-            self.peers[member as usize] =
-                PeerState::Down { since: now, left_behind: true, lost: false };
+            self.peers.set_table(member, table);
+            self.peers.set(member, PeerState::Down { since: now, left_behind: true, lost: false });
             if self.config.commit == CommitMode::Takeover {
                 self.unwritten |= 1 << member;
             }
@@ -236,7 +235,7 @@ impl<'m> Replica<'m> {
             let member = line.peer().member();
             let refers = line.peer().is_somewhere() && line.kind() != Kind::Free;
             assert!(
-                !refers || !matches!(self.peers[member as usize], PeerState::Vacant),
+                !refers || !matches!(self.peers.state(member), PeerState::Vacant),
                 "slot {slot} refers to member {member}, which nothing is known of"
             );
         }

@@ -19,7 +19,7 @@
 use std::time::Duration;
 
 use super::mutation::{Mutation, is};
-use super::peers::PeerState;
+use super::peers::{PeerState, members_in};
 use super::replica::{Candidate, Replica};
 use super::requests::Rank;
 use super::stream::{stream_index, stream_member};
@@ -30,7 +30,6 @@ use crate::conn::table::On;
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Generation, Kind, MemberId, Tuple, shard_of};
 use crate::counters::Counter;
-use crate::group::selection::ranked;
 use crate::group::view::{Status, View};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, WALK_PER_TICK};
 use crate::seq::Seq;
@@ -54,23 +53,22 @@ impl Replica<'_> {
     /// The view changed.
     pub fn handle_view(&mut self, now: Time, view: &View) {
         assert_eq!(view.me, self.config.member);
-        let old_best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
+        let old_best = self.peers.ranked().first().map(|m| (*m, self.peers.seen(*m).priority));
         // A process that took its memory up again may have lost what it was writing.
-        let resumed = self.view.others().filter(|(id, old)| {
+        let resumed = self.peers.view().others().filter(|(id, old)| {
             let new = &view.members[*id as usize];
             old.incarnation != 0
                 && old.incarnation != new.incarnation
                 && old.table_id == new.table_id
         });
         let resumed: u64 = resumed.fold(0, |bits, (id, _)| bits | 1 << id);
-        self.view.clone_from(view);
-        self.ranked = ranked(view, self.config.site, &mut self.short);
-        for member in 1..self.peers.len() as MemberId {
+        self.peers.on_view(view, self.config.site);
+        for member in 1..=MEMBERS_MAX as MemberId {
             if member != self.config.member {
                 self.review(now, member);
             }
         }
-        for member in (1..self.peers.len() as MemberId).filter(|m| resumed >> m & 1 == 1) {
+        for member in members_in(resumed) {
             if self.is_up(member) {
                 self.unverify(member);
                 if self.declined > 0 {
@@ -82,7 +80,7 @@ impl Replica<'_> {
         if leaving != 0 {
             self.walks.push_rehome(leaving, true);
         }
-        let best = self.ranked.first().map(|m| (*m, self.view.members[*m as usize].priority));
+        let best = self.peers.ranked().first().map(|m| (*m, self.peers.seen(*m).priority));
         if let Some((_, priority)) = best
             && best != old_best
         {
@@ -95,14 +93,14 @@ impl Replica<'_> {
     }
 
     fn bits(&self, is_it: impl Fn(&crate::group::view::Member) -> bool) -> u64 {
-        self.view.others().filter(|(_, m)| is_it(m)).fold(0, |bits, (id, _)| bits | 1 << id)
+        self.peers.view().others().filter(|(_, m)| is_it(m)).fold(0, |bits, (id, _)| bits | 1 << id)
     }
 
     /// What this shard makes of a member, now that the view changed.
     fn review(&mut self, now: Time, member: MemberId) {
-        let seen = self.view.members[member as usize];
-        let same_table = seen.table_id == self.tables[member as usize];
-        match self.peers[member as usize] {
+        let seen = *self.peers.seen(member);
+        let same_table = seen.table_id == self.peers.table(member);
+        match self.peers.state(member) {
             PeerState::Vacant if seen.status.is_alive() => self.come_up(now, member),
             PeerState::Up if seen.status.is_alive() && same_table => {}
             PeerState::Up => {
@@ -110,8 +108,7 @@ impl Replica<'_> {
                 let left_behind = !self.is_verified(member)
                     || self.offered >> member & 1 == 1
                     || self.walks.contains(Walk::Offer { member });
-                self.peers[member as usize] =
-                    PeerState::Down { since: now, left_behind, lost: false };
+                self.peers.set(member, PeerState::Down { since: now, left_behind, lost: false });
                 self.epoch = self.epoch.saturating_add(2);
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
@@ -130,11 +127,11 @@ impl Replica<'_> {
     }
 
     fn review_down(&mut self, now: Time, member: MemberId) {
-        let PeerState::Down { since, left_behind, lost } = self.peers[member as usize] else {
+        let PeerState::Down { since, left_behind, lost } = self.peers.state(member) else {
             return;
         };
-        let seen = self.view.members[member as usize];
-        let same_table = seen.table_id == self.tables[member as usize];
+        let seen = *self.peers.seen(member);
+        let same_table = seen.table_id == self.peers.table(member);
         let is_late = since.after(self.config.reprotect_after).reached(now);
         let is_back = seen.status.is_alive() && same_table;
         if !is_back && (is_late || seen.status != Status::Absent) {
@@ -178,13 +175,13 @@ impl Replica<'_> {
 
     /// Whether a connection could have its copy at another member than this one.
     pub(super) fn has_another(&self, member: MemberId) -> bool {
-        self.ranked.iter().any(|other| *other != member && self.is_up(*other))
+        self.peers.ranked().iter().any(|other| *other != member && self.is_up(*other))
     }
 
     /// A silent member is back with its table: the streams go on where they stood. It gets what it
     /// missed from the history, and what was changed since then as deltas.
     fn go_on(&mut self, now: Time, member: MemberId) {
-        self.peers[member as usize] = PeerState::Up;
+        self.peers.set(member, PeerState::Up);
         for shard in 0..SHARDS_MAX as u8 {
             let stream = stream_index(member, shard);
             self.counters.add(Counter::CatchUpDatagrams, self.outbox.catch_up(now, stream));
@@ -198,9 +195,7 @@ impl Replica<'_> {
     /// agreed, and so does what we hold for it; but closes do not pile up for it, nor datagrams.
     /// When it returns it finds out by comparing.
     fn lose(&mut self, now: Time, member: MemberId) {
-        if let PeerState::Down { left_behind, lost, .. } = &mut self.peers[member as usize] {
-            (*left_behind, *lost) = (true, true);
-        }
+        self.peers.lose(member);
         self.counters.count(Counter::StreamsLost);
         self.give_up_all(now, member);
         self.walks.push(Walk::Lose { member });
@@ -215,11 +210,11 @@ impl Replica<'_> {
     }
 
     fn come_up(&mut self, now: Time, member: MemberId) {
-        let seen = self.view.members[member as usize];
-        let known = self.tables[member as usize];
+        let seen = *self.peers.seen(member);
+        let known = self.peers.table(member);
         let returned = known == seen.table_id;
-        self.tables[member as usize] = seen.table_id;
-        self.peers[member as usize] = PeerState::Up;
+        self.peers.set_table(member, seen.table_id);
+        self.peers.set(member, PeerState::Up);
         if !returned && known != 0 {
             // Before anything says that this is the table: who goes on from here must forget the
             // other one as well.
@@ -246,13 +241,11 @@ impl Replica<'_> {
 
     /// Something agreed on with a silent member was let go.
     pub(super) fn leave_behind(&mut self, member: MemberId) {
-        if let PeerState::Down { left_behind, .. } = &mut self.peers[member as usize] {
-            *left_behind = true;
-        }
+        self.peers.leave_behind(member);
     }
 
     pub(super) fn purge(&mut self, now: Time, member: MemberId) {
-        self.peers[member as usize] = PeerState::Purge;
+        self.peers.set(member, PeerState::Purge);
         self.give_up_all(now, member);
         // Before it can be Up again, with another table perhaps.
         self.drop_requests(member);
@@ -268,7 +261,7 @@ impl Replica<'_> {
 
     /// Silent members whose time has come, and a stretch of the walk that is under way.
     pub(super) fn tick_walk(&mut self, now: Time) {
-        for member in 1..self.peers.len() as MemberId {
+        for member in self.peers.down() {
             self.review_down(now, member);
         }
         self.abandon_the_deaf(now);
@@ -301,7 +294,7 @@ impl Replica<'_> {
         }
         self.offer_at = Time::NEVER;
         let offered = std::mem::take(&mut self.offered);
-        for member in (1..self.peers.len() as MemberId).filter(|m| offered >> m & 1 == 1) {
+        for member in members_in(offered) {
             if self.is_up(member) && !self.walks.contains(Walk::Offer { member }) {
                 self.walks.push(Walk::Offer { member });
             }
@@ -316,8 +309,8 @@ impl Replica<'_> {
 
     /// Who does not hear us acknowledges nothing.
     fn abandon_the_deaf(&mut self, now: Time) {
-        for member in 1..self.peers.len() as MemberId {
-            let seen = &self.view.members[member as usize];
+        for member in self.peers.up_or(self.abandoned) {
+            let seen = *self.peers.seen(member);
             let deaf = self.is_up(member)
                 && seen.status.is_alive()
                 && !seen.hears_me
@@ -354,7 +347,7 @@ impl Replica<'_> {
 
     /// Sending begins anew: what the member holds for us it must ask about.
     fn begin_lives(&mut self, now: Time, member: MemberId) {
-        let seen = self.view.members[member as usize];
+        let seen = *self.peers.seen(member);
         for shard in 0..seen.shards {
             let stream = stream_index(member, shard);
             if !shards_can_meet(self.config.shard, self.config.shards, shard, seen.shards) {
@@ -394,13 +387,13 @@ impl Replica<'_> {
             return self.walks.next_at();
         }
         let again = self.offer_at;
-        let downs = self.peers.iter().filter_map(|peer| match peer {
+        let downs = self.peers.down().filter_map(|member| match self.peers.state(member) {
             PeerState::Down { since, lost: false, .. } => {
                 Some(since.after(self.config.reprotect_after))
             }
             _ => None,
         });
-        let deaf = self.view.others().filter(|(id, m)| {
+        let deaf = self.peers.view().others().filter(|(id, m)| {
             m.status.is_alive() && !m.hears_me && self.is_up(*id) && self.abandoned >> *id & 1 == 0
         });
         let deaf = deaf.map(|(_, m)| m.since.after(self.config.reprotect_after));
@@ -420,14 +413,12 @@ impl Replica<'_> {
                         "something still refers to member {member}"
                     );
                 }
-                self.peers[member as usize] = PeerState::Vacant;
+                self.peers.set(member, PeerState::Vacant);
                 self.review(now, member);
             }
             Walk::Rehome { away_from, .. } => {
                 let leaving = self.bits(|m| m.status == Status::Leaving) & away_from;
-                let left = (1..self.peers.len())
-                    .any(|m| leaving >> m & 1 == 1 && self.has_actives(m as MemberId));
-                if left {
+                if members_in(leaving).any(|member| self.has_actives(member)) {
                     // Somebody is left who could not move yet.
                     self.walks.push_rehome(leaving, true);
                     self.walks.pause(now.after(REHOME_PAUSE));
@@ -553,7 +544,7 @@ impl Replica<'_> {
     fn lose_slot(&mut self, member: MemberId, slot: u32) -> bool {
         let line = self.table.line(slot);
         if line.peer().member() == member
-            && matches!(self.peers[member as usize], PeerState::Down { .. })
+            && matches!(self.peers.state(member), PeerState::Down { .. })
         {
             match line.kind() {
                 Kind::Closing => self.drop_closing(slot),
@@ -612,9 +603,7 @@ impl Replica<'_> {
     pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, previous: Coordinate) {
         assert!(self.table.on(slot) == On::None);
         // A member that came back with other shards has nothing there.
-        let shards = self.view.members[previous.member().min(MEMBERS_MAX as MemberId) as usize]
-            .shards
-            .max(1);
+        let shards = self.peers.seen(previous.member().min(MEMBERS_MAX as MemberId)).shards.max(1);
         let fits = previous.shard() == shard_of(&self.table.tuples(slot).0, shards);
         let ours = previous.member() == self.config.member;
         if previous.is_somewhere() && fits && !ours && self.is_up(previous.member()) {
@@ -753,7 +742,7 @@ mod tests {
         ));
         let late = now.after(replica.config.reprotect_after);
         replica.tick(late);
-        assert_eq!(replica.peers[2], PeerState::Vacant, "nothing here refers to it any more");
+        assert_eq!(replica.peers.state(2), PeerState::Vacant, "nothing here refers to it any more");
         see(&mut replica, late, 2, Status::Ready, 9);
         assert!(replica.is_up(2));
         replica.transmit(late, &mut |_| true);

@@ -139,7 +139,7 @@ impl Replica<'_> {
             SyncHeader {
                 from_shard: self.config.shard,
                 from_table: self.config.table_id,
-                to_table: self.view.members[member as usize].table_id,
+                to_table: self.peers.seen(member).table_id,
                 session: durable.session(),
                 seq,
             },
@@ -226,10 +226,7 @@ impl Replica<'_> {
 
     /// Says goodbye to every member that is there.
     pub fn send_goodbyes(&mut self, send: &mut dyn FnMut(Transmit) -> bool) {
-        for member in 1..self.peers.len() as u8 {
-            if !self.is_up(member) {
-                continue;
-            }
+        for member in self.peers.up() {
             let stream = super::stream::stream_index(member, 0);
             let (header, sync) = self.headers(stream, Seq::NONE);
             let mut bytes = [0; 64];
