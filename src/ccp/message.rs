@@ -46,7 +46,7 @@ const WHOLE: u8 = groups::ALL & !groups::EXTRA;
 pub struct Place {
     /// The slot.
     pub slot: u32,
-    /// Its life.
+    /// The life of the slot.
     pub generation: Generation,
 }
 

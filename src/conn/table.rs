@@ -447,7 +447,7 @@ impl<'m> Table<'m> {
         self.side[slot as usize].digest
     }
 
-    /// Replaces that; what it was before.
+    /// Replaces the hash that digests count of this copy; returns the one before.
     pub fn set_digest(&mut self, slot: u32, hash: u32) -> u32 {
         std::mem::replace(&mut self.side[slot as usize].digest, hash)
     }
@@ -457,7 +457,7 @@ impl<'m> Table<'m> {
         self.side[slot as usize].seen
     }
 
-    /// Notes that.
+    /// Notes the round in which this copy was named.
     pub fn set_seen(&mut self, slot: u32, round: u8) {
         self.side[slot as usize].seen = round;
     }

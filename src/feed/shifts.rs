@@ -39,7 +39,8 @@ use crate::time::Time;
 const PAUSE: Duration = Duration::from_millis(2);
 /// The time from one walk's beginning to the next.
 const WALK_PERIOD: Duration = Duration::from_secs(1);
-/// The same, if an expectation told of a connection that is not known by that name.
+/// The time from one walk's beginning to the next, if an expectation told of a connection that is
+/// not known by that name.
 const WALK_PERIOD_MIN: Duration = Duration::from_millis(100);
 /// The pause between two steps of the walk.
 const STEP_PAUSE: Duration = Duration::from_millis(16);

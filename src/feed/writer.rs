@@ -46,7 +46,7 @@ enum For {
     Nobody,
     /// The question whether the connection in this slot is there.
     Look(u32, Generation),
-    /// The same of a copy, for the walk that verifies.
+    /// The question whether the entry of this copy is there, for the walk that verifies.
     Verify(u32, Generation),
     /// The question by how much the connection in this slot is shifted.
     Shift(u32, Generation),

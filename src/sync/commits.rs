@@ -55,7 +55,7 @@ pub(super) struct Commits {
     deletes: usize,
     /// Commits asked for since the start.
     asked: u64,
-    /// What that was when the last walk that writes copies of a dead member was done.
+    /// What `asked` was when the last walk that writes copies of a dead member was done.
     taken_over_at: u64,
     owed: VecDeque<Owed>,
     /// Whether the kernel may have entries of copies although they are not written while their

@@ -391,7 +391,7 @@ impl Comparisons {
         Some((own, doubt))
     }
 
-    /// Whether there is one.
+    /// Whether the peer of this stream has any connection to send again.
     pub(super) fn has_resend(&self, stream: usize) -> bool {
         self.resends.iter().any(|(of, ..)| *of as usize == stream)
     }

@@ -39,7 +39,7 @@ struct Account {
     lease: LeaseList,
     /// Slots that this member wants to have been granted in this session.
     want: u64,
-    /// What that was when this member asked last.
+    /// What `want` was when this member asked last.
     asked: u64,
     /// How often it asked for that.
     asked_in_vain: u32,
@@ -324,7 +324,7 @@ impl<'m> Credit<'m> {
         self.accounts[stream].owed
     }
 
-    /// There is no room for it: the peer asks again.
+    /// There is no room for what the peer asked for: it asks again.
     pub(super) fn grant_nothing(&mut self, stream: usize) {
         self.accounts[stream].owed = 0;
     }

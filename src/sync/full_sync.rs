@@ -77,7 +77,7 @@ impl SyncPhase {
 /// The figures of a full sync, of one shard to one member.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Figures {
-    /// How far it is.
+    /// How far the full sync is.
     pub phase: SyncPhase,
     /// When it began, or went on after an interruption.
     pub begun: Time,

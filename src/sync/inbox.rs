@@ -39,7 +39,7 @@ pub(super) type Beyond = [u64; (WINDOW / 64) as usize];
 /// What the session that a datagram names is to the one that is known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Session {
-    /// The same.
+    /// The session that is known.
     Known,
     /// The first one.
     First,
@@ -123,7 +123,7 @@ impl<'m> Inbox<'m> {
         Ok(())
     }
 
-    /// All of it was applied.
+    /// All of the datagram with this number was applied.
     pub(super) fn applied(&mut self, stream: usize, seq: Seq) {
         self.durable(stream).receive(seq);
     }
@@ -163,7 +163,7 @@ impl<'m> Inbox<'m> {
 
     // What the sender is told.
 
-    /// Whether there is anything.
+    /// Whether the sender is to be told anything.
     pub(super) fn is_busy(&self, stream: usize) -> bool {
         self.streams[stream].is_ack_due || !self.streams[stream].refusals.is_empty()
     }

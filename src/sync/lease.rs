@@ -50,7 +50,7 @@ impl LeaseList {
         self.len
     }
 
-    /// Whether there is none.
+    /// Whether no slot is in it.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

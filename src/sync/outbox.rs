@@ -479,7 +479,7 @@ impl<'m> Outbox<'m> {
         (is_waited_for || !self.is_established(stream)).then(|| durable.given_up())
     }
 
-    /// That was said. With datagrams outstanding, retransmitting them moves the timer.
+    /// The peer was told to skip. With datagrams outstanding, retransmitting them moves the timer.
     pub(super) fn skip_said(&mut self, now: Time, stream: usize) {
         if !self.is_outstanding(stream) {
             self.timed_out(now, stream);

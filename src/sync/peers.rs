@@ -108,7 +108,7 @@ impl Peers {
         self.states[member as usize]
     }
 
-    /// It is that from now on.
+    /// The member is in this state from now on.
     pub(super) fn set(&mut self, member: MemberId, state: PeerState) {
         self.states[member as usize] = state;
         let bit = 1 << member;

@@ -164,7 +164,7 @@ impl Requests {
         })
     }
 
-    /// Those under way, with their numbers.
+    /// All requests that are under way, with their numbers.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &Request)> {
         self.ids().filter_map(|id| Some((id, self.requests[id as usize].as_ref()?)))
     }
@@ -174,7 +174,7 @@ impl Requests {
         self.requests[id as usize]
     }
 
-    /// It is to be sent, behind the others of its stream.
+    /// The request is to be sent, behind the others of its stream.
     pub(super) fn set_due(&mut self, id: u32) {
         let Some(request) = &mut self.requests[id as usize] else { return };
         if request.delivery == Delivery::Due {
@@ -211,7 +211,7 @@ impl Requests {
         }
     }
 
-    /// It has ended, or is not needed any more.
+    /// The request has ended, or is not needed any more.
     pub(super) fn remove(&mut self, id: u32) -> Request {
         let request = self.requests[id as usize].expect("a request ends once");
         if request.delivery == Delivery::Due {

@@ -209,7 +209,7 @@ impl Durable<'_> {
         self.get(WORD_FORGETTING) != 0
     }
 
-    /// Notes that, or that it is done.
+    /// Notes that it is still to be forgotten, or that this is done.
     pub fn set_forgetting(&self, forgetting: bool) {
         self.set(WORD_FORGETTING, forgetting as u64);
     }

@@ -141,7 +141,7 @@ impl Walks {
         self.queue.contains(&walk)
     }
 
-    /// Whether there is nothing to be done.
+    /// Whether no walk is under way, and none waits.
     pub(super) fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
