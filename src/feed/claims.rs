@@ -58,8 +58,8 @@ impl Question {
         let line = replica.table().line(self.slot);
         line.generation() == self.generation
             && match self.told {
-                Told::Ended(_) => line.kind() == Kind::Backup,
-                Told::Changed | Told::Written => replica.is_living_copy(self.slot),
+                Told::Ended(_) | Told::Written => line.kind() == Kind::Backup,
+                Told::Changed => replica.is_living_copy(self.slot),
             }
     }
 }
@@ -132,11 +132,13 @@ pub(super) fn found(
     match (there, told) {
         // A timeout or a mark that another program writes is no packet; its active says what
         // belongs there.
-        (Some(there), Told::Written) if lives && there.state.tcp_state == state.tcp_state => {
+        (Some(there), Told::Written) if there.state.tcp_state == state.tcp_state => {
             counters.count(Counter::ClaimsUnfounded);
             replica.recommit(now, slot);
         }
-        (Some(there), _) if lives && is_touched(there) => {
+        // (Written while its active is silent, an entry has the normal timeout, which says
+        // nothing.)
+        (Some(there), told) if is_touched(there) && (lives || told == Told::Written) => {
             let known = groups::MARK | told_by_answer(slot, there, replica);
             replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
         }

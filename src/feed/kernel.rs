@@ -156,8 +156,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         // it means.
         let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
             let copy = match told {
-                Told::Ended(_) => replica.copy(original),
-                Told::Changed | Told::Written => replica.living_copy(original),
+                Told::Ended(_) | Told::Written => replica.copy(original),
+                Told::Changed => replica.living_copy(original),
             };
             *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, told))
         };

@@ -9,6 +9,7 @@ use std::time::Duration;
 use hypersync::conn::tuple::{TCP, UDP};
 use hypersync::conn::{Kind, MemberId, Tuple};
 use hypersync::conntrack::codec::GIVEN_MAX_S;
+use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
 use hypersync::memory::{MemorySize, OwnedMemory};
 
@@ -304,6 +305,41 @@ fn what_a_program_writes_into_the_entry_of_a_copy_is_no_packet() {
     assert!(
         gateways.left(2, tcp()).is_some_and(|left| left > GIVEN_MAX_S),
         "it is a copy as before"
+    );
+}
+
+/// Traffic seed 996001893: a program set a mark on the entry of a copy whose active had just fallen
+/// silent, which was taken for traffic: the copy was claimed, and its entry kept the timeout of
+/// copies for good.
+#[test]
+fn what_a_program_writes_while_the_active_is_silent_is_no_packet_either() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    gateways.run_for(SECOND);
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+    gateways.world.kill(1);
+    let is_silent = |g: &Gateways<'_>| !g.world.hosts[&2].group.view().members[1].status.is_alive();
+    let deadline = gateways.world.now.after(SECOND * 5);
+    while !is_silent(&gateways) {
+        assert!(!deadline.reached(gateways.world.now), "1 is taken for dead");
+        gateways.run_for(Duration::from_millis(1));
+    }
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "presumed");
+    let mut marked = gateways.world.hosts[&2].shards[0].table().connection(
+        gateways.world.hosts[&2].shards[0].table().find_original(&tcp()).expect("the copy"),
+    );
+    marked.state.mark = 7;
+    let left = gateways.left(2, tcp()).expect("it has an entry");
+    let written = gateways.kernels[&2]
+        .act(gateways.world.now, |table, now| table.update(now, By::Tool, &marked, left, 0));
+    assert_eq!(written, Ok(()));
+    gateways.run_for(SECOND * 4);
+    assert_eq!(gateways.world.counter(2, Counter::Claims), 0);
+    assert!(
+        gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S),
+        "it is no copy any more"
     );
 }
 
