@@ -396,7 +396,9 @@ impl Replica<'_> {
         }
         // The entry that is gone was another copy's as well, if there is one.
         let is_such = |other| self.is_living_copy(other) && self.table.tuples(other).0 == original;
-        if let Some(other) = self.table.index.find(&original, is_such) {
+        if self.commits.are_eager()
+            && let Some(other) = self.table.index.find(&original, is_such)
+        {
             self.recommit(now, other);
         }
     }

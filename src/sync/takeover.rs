@@ -310,16 +310,17 @@ impl Replica<'_> {
     /// Who does not hear us acknowledges nothing.
     fn abandon_the_deaf(&mut self, now: Time) {
         for member in self.peers.up_or(self.abandoned) {
-            let seen = *self.peers.seen(member);
+            let seen = self.peers.seen(member);
+            let hears_me = seen.hears_me;
             let deaf = self.is_up(member)
                 && seen.status.is_alive()
-                && !seen.hears_me
+                && !hears_me
                 && seen.since.after(self.config.reprotect_after).reached(now);
             let bit = 1u64 << member;
             if deaf && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
                 self.walks.push(Walk::Abandon { member });
-            } else if seen.hears_me && self.abandoned & bit != 0 {
+            } else if hears_me && self.abandoned & bit != 0 {
                 self.abandoned &= !bit;
                 // What was claimed from it meanwhile it does not know.
                 self.ask_soon(now, member);
