@@ -382,14 +382,14 @@ impl<'m> Outbox<'m> {
 
     /// The oldest datagram of the stream is given up: what it carried is dirty again.
     pub(super) fn give_up_oldest(&mut self, now: Time, stream: usize) {
-        let Some((_, entry)) = self.oldest(stream) else { return };
+        let (_, entry) = self.oldest(stream).expect("the caller saw what it carried");
         self.settle_oldest(stream);
         self.durable(stream).set_given_up(entry.seq);
         self.streams[stream].retransmit_at = now;
     }
 
     fn settle_oldest(&mut self, stream: usize) {
-        let Some(id) = self.streams[stream].oldest else { return };
+        let id = self.streams[stream].oldest.expect("something is outstanding");
         let connections = self.history.settle(id) as u64;
         self.unacknowledged -= connections;
         let sending = &mut self.streams[stream];

@@ -176,7 +176,7 @@ impl Requests {
 
     /// The request is to be sent, behind the others of its stream.
     pub(super) fn set_due(&mut self, id: u32) {
-        let Some(request) = &mut self.requests[id as usize] else { return };
+        let request = self.requests[id as usize].as_mut().expect("it is under way");
         if request.delivery == Delivery::Due {
             return;
         }
