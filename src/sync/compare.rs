@@ -19,6 +19,7 @@
 //! 5. *Lines, resends and findings have room for what is asked for at once*, and never grow.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use super::sums::{Mask, both, either, has, without};
 use crate::ccp::message::{Doubt, Place};
@@ -350,11 +351,11 @@ pub enum Finding {
 /// What waits of all streams' comparisons: lines, of one stream after the other; connections that
 /// their active has to send again; and what was found, for the log.
 pub(super) struct Comparisons {
-    pub(super) lines: VecDeque<(u16, RoundPart)>,
-    pub(super) resends: Vec<(u16, Place, Doubt)>,
+    lines: VecDeque<(u16, RoundPart)>,
+    resends: Vec<(u16, Place, Doubt)>,
     findings: VecDeque<(Finding, bool)>,
     /// When the streams are looked at next.
-    pub(super) sweep_at: Time,
+    sweep_at: Time,
 }
 
 impl Comparisons {
@@ -366,6 +367,50 @@ impl Comparisons {
             findings: VecDeque::with_capacity(FINDINGS_MAX),
             sweep_at: Time(0),
         }
+    }
+
+    /// Whether the streams are to be looked at now; if so, they are again after this period.
+    pub(super) fn begin_sweep(&mut self, now: Time, period: Duration) -> bool {
+        let is_due = self.sweep_at.reached(now);
+        if is_due {
+            self.sweep_at = now.after(period);
+        }
+        is_due
+    }
+
+    /// When the streams are looked at next.
+    pub(super) fn sweep_at(&self) -> Time {
+        self.sweep_at
+    }
+
+    /// This is to be sent on a stream, behind what waits.
+    pub(super) fn say(&mut self, stream: usize, line: RoundPart) {
+        self.lines.push_back((stream as u16, line));
+    }
+
+    /// The next line is on its way.
+    pub(super) fn said(&mut self) {
+        self.lines.pop_front();
+    }
+
+    /// Items that a walk may still add.
+    pub(super) fn items_left(&self) -> usize {
+        ITEMS_MAX.saturating_sub(self.lines.len())
+    }
+
+    /// Whether so much waits that no round can end now.
+    pub(super) fn is_behind(&self) -> bool {
+        self.lines.len() > ITEMS_MAX
+    }
+
+    /// The peer of this stream has to send a connection of its own again.
+    pub(super) fn resend(&mut self, stream: usize, own: Place, doubt: Doubt) {
+        self.resends.push((stream as u16, own, doubt));
+    }
+
+    /// How many more of those may wait.
+    pub(super) fn resends_left(&self) -> usize {
+        RESENDS_MAX.saturating_sub(self.resends.len())
     }
 
     /// Nothing of these streams waits any more.

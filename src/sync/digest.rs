@@ -24,8 +24,6 @@
 //! **unverified** until a digest agreed: one difference is enough then, and connections of that
 //! stream count as exposed.
 
-use std::time::Duration;
-
 use super::compare::{Answer, Comparing, Finding, Heard, Judgement, RoundPart};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
@@ -47,7 +45,7 @@ use crate::conn::{Coordinate, Kind, MemberId};
 use crate::counters::Counter;
 #[cfg(any(test, feature = "mutations"))]
 use crate::limits::STREAMS_MAX;
-use crate::limits::{DATAGRAM_MAX, ITEMS_MAX, RESENDS_MAX, SHARDS_MAX};
+use crate::limits::{DATAGRAM_MAX, SHARDS_MAX};
 use crate::seq::Seq;
 use crate::time::Time;
 
@@ -180,10 +178,9 @@ impl Replica<'_> {
 
     /// Says which streams are due for a digest.
     pub(super) fn tick_digests(&mut self, now: Time) {
-        if !self.comparisons.sweep_at.reached(now) {
+        if !self.comparisons.begin_sweep(now, self.config.compare / 4) {
             return;
         }
-        self.comparisons.sweep_at = now.after(self.sweep_period());
         let (me, shards) = (self.config.shard, self.config.shards);
         for member in self.peers.up() {
             let theirs = self.peers.seen(member).shards;
@@ -197,13 +194,9 @@ impl Replica<'_> {
         }
     }
 
-    fn sweep_period(&self) -> Duration {
-        self.config.compare / 4
-    }
-
     /// When [`tick_digests`](Self::tick_digests) has something to do.
     pub(super) fn digests_at(&self) -> Time {
-        if self.peers.up().next().is_some() { self.comparisons.sweep_at } else { Time::NEVER }
+        if self.peers.up().next().is_some() { self.comparisons.sweep_at() } else { Time::NEVER }
     }
 
     /// The sums over what was sent, at the number sent last.
@@ -292,11 +285,11 @@ impl Replica<'_> {
         let comparing = &self.streams[stream].comparing;
         let round = self.item(stream, slot).and_then(|(target, _)| comparing.round_of(target.slot));
         let Some(round) = round.filter(|_| self.is_up(stream_member(stream))) else { return true };
-        if self.comparisons.lines.len() >= ITEMS_MAX {
+        if self.comparisons.items_left() == 0 {
             return false;
         }
         let own = Place { slot, generation: self.table.line(slot).generation() };
-        self.comparisons.lines.push_back((stream as u16, RoundPart::Item { own, round }));
+        self.comparisons.say(stream, RoundPart::Item { own, round });
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
         true
@@ -308,17 +301,16 @@ impl Replica<'_> {
         if !self.is_up(stream_member(stream)) {
             return;
         }
-        let lines = &mut self.comparisons.lines;
-        if lines.len() > ITEMS_MAX {
+        if self.comparisons.is_behind() {
             return; // Other comparisons are behind: the next digest begins this one anew.
         }
         for (own, previous) in self.requests.previous_backups() {
             if stream_index(previous.member(), previous.shard()) == stream {
-                lines.push_back((stream as u16, RoundPart::Item { own, round }));
+                self.comparisons.say(stream, RoundPart::Item { own, round });
                 self.counters.count(Counter::CompareItems);
             }
         }
-        lines.push_back((stream as u16, RoundPart::End { round, mask }));
+        self.comparisons.say(stream, RoundPart::End { round, mask });
         self.wake(stream);
     }
 
@@ -358,7 +350,7 @@ impl Replica<'_> {
                 }
                 RoundPart::End { round, mask } => Message::End { round, mask }.encode(w),
             }
-            self.comparisons.lines.pop_front();
+            self.comparisons.said();
             if let Some(next) = self.comparisons.next_stream() {
                 self.wake(next);
             }
@@ -385,7 +377,7 @@ impl Replica<'_> {
 
     /// Whether as many differences as a datagram can bring can be answered.
     pub(super) fn has_room_for_items(&self) -> bool {
-        self.comparisons.resends.len() + DATAGRAM_MAX / ITEM_BYTES <= RESENDS_MAX
+        self.comparisons.resends_left() >= DATAGRAM_MAX / ITEM_BYTES
     }
 
     /// Whether this datagram is applied right after all before it, and before all behind it.
@@ -435,7 +427,7 @@ impl Replica<'_> {
             true if self.streams[stream].comparing.is_expected() => Doubt::Apart,
             true => Doubt::None,
         };
-        self.comparisons.resends.push((stream as u16, Place::of(own), doubt));
+        self.comparisons.resend(stream, Place::of(own), doubt);
         self.wake(stream);
     }
 
