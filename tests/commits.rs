@@ -40,6 +40,16 @@ fn open(world: &mut World<'_>) {
     world.run_for(HOLD + SECOND / 50);
 }
 
+/// A pair of which the backup's kernel refuses every copy, and the active knows.
+fn all_declined(memories: &[hypersync::memory::OwnedMemory]) -> World<'_> {
+    let mut world = group(memories, &[100, 100], CommitMode::Eager);
+    world.host(2).full = true;
+    open(&mut world);
+    world.run_for(SECOND);
+    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    world
+}
+
 #[test]
 fn a_copy_that_the_kernel_refuses_counts_as_exposed_until_it_is_there() {
     let memories = memories(4);
@@ -147,11 +157,7 @@ fn every_copy_is_written_again_before_its_timeout_can_run_out() {
 #[test]
 fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
-    world.host(2).full = true;
-    open(&mut world);
-    world.run_for(SECOND);
-    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    let mut world = all_declined(&memories);
     // They are tried again while nobody hears the other: not for long enough to let go of anything.
     world.host(2).stalled = true;
     world.run_for(SECOND);
@@ -171,11 +177,7 @@ fn what_the_kernel_took_while_the_active_was_silent_is_told_when_it_is_back() {
 #[test]
 fn what_was_said_to_a_member_that_was_lost_before_it_heard_is_said_again() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 100], CommitMode::Eager);
-    world.host(2).full = true;
-    open(&mut world);
-    world.run_for(SECOND);
-    assert_eq!(world.counter(1, Counter::Declined), CONNECTIONS);
+    let mut world = all_declined(&memories);
     world.cut = vec![(2, 1)];
     world.host(2).full = false;
     world.run_until(SECOND * 2, "its kernel has them", |w| {

@@ -749,6 +749,22 @@ fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
     assert_eq!(found, [place]);
 }
 
+/// A connection that 2 and 3 carry both, with a copy at 1 each; as 3 knows it, whose mark is higher
+/// by 100.
+fn carried_by_2_and_3(world: &mut World<'_>) -> (Tuple, Connection) {
+    let tuple = world.open_at(2);
+    world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w, &tuple) == 1);
+    let mut seen = world.copies()[&tuple][0].connection;
+    seen.state.mark += 100;
+    world.tell(3, &SourceEvent::seen(seen));
+    world.run_until(SECOND, "and that of 3", |w| copies_at_1(w, &tuple) == 2);
+    (tuple, seen)
+}
+
+fn copies_at_1(world: &World<'_>, tuple: &Tuple) -> usize {
+    world.copies_of(tuple).iter().filter(|copy| copy.member == 1).count()
+}
+
 /// Seed 983001232: a backup had the copies of two members that carried one connection on. One of
 /// them died, its entry ran out, and that of the other one, which lay in the same place, was not
 /// written again.
@@ -763,18 +779,9 @@ fn when_one_of_two_copies_of_a_tuple_ends_the_other_ones_entry_is_written_again(
 fn one_of_two_copies_ends(is_taken_over: bool) {
     let memories = memories(3);
     let mut world = group(&memories, &[200, 100, 100]);
-    let tuple = world.open_at(2);
-    let copies_at_1 = |w: &World<'_>| {
-        w.copies()
-            .get(&tuple)
-            .map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
-    };
-    world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
-    let mut seen = world.copies()[&tuple][0].connection;
-    let mark = seen.state.mark;
-    seen.state.mark += 100;
-    world.tell(3, &SourceEvent::seen(seen));
-    world.run_until(SECOND, "and that of 3", |w| copies_at_1(w) == 2);
+    let (tuple, mut seen) = carried_by_2_and_3(&mut world);
+    let copies_at_1 = |w: &World<'_>| copies_at_1(w, &tuple);
+    let mark = seen.state.mark - 100;
     // Of two the newer state is taken over.
     for _ in 0..if is_taken_over { 5 } else { 0 } {
         seen.state.mark += 1;
@@ -805,17 +812,8 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
 fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
     let memories = memories(3);
     let mut world = group(&memories, &[200, 100, 100]);
-    let tuple = world.open_at(2);
-    let copies_at_1 = |w: &World<'_>| {
-        w.copies()
-            .get(&tuple)
-            .map_or(0, |found| found.iter().filter(|copy| copy.member == 1).count())
-    };
-    world.run_until(SECOND, "1 has the copy of 2", |w| copies_at_1(w) == 1);
-    let mut seen = world.copies()[&tuple][0].connection;
-    seen.state.mark += 100;
-    world.tell(3, &SourceEvent::seen(seen));
-    world.run_until(SECOND, "and that of 3", |w| copies_at_1(w) == 2);
+    let (tuple, mut seen) = carried_by_2_and_3(&mut world);
+    let copies_at_1 = |w: &World<'_>| copies_at_1(w, &tuple);
     world.run_for(ms(10));
     world.kill(2);
     seen.state.mark += 100;
