@@ -23,6 +23,11 @@ impl Time {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
+    /// Whole seconds, the begun one counted.
+    pub fn begun_seconds(self) -> u32 {
+        self.0.div_ceil(1_000_000_000).min(u32::MAX as u64) as u32
+    }
+
     /// Whether a deadline at this time has come.
     pub fn reached(self, now: Time) -> bool {
         self <= now

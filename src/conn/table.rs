@@ -111,6 +111,9 @@ struct Side {
     heard: u32,
     /// Of a connection: a process that was killed may have heard a later one.
     unsure: bool,
+    /// Of a copy: until when its entry would last, as packets had left it when it was last written
+    /// over, in whole seconds, begun ones counted; 0: none had passed.
+    passed_until: u32,
     /// What the digests have added up of it.
     digest: u32,
     since: Time,
@@ -204,6 +207,7 @@ impl<'m> Table<'m> {
             seen: 0,
             heard: 0,
             unsure: false,
+            passed_until: 0,
             digest: 0,
             since: Time(0),
         };
@@ -424,6 +428,22 @@ impl<'m> Table<'m> {
     /// Sets what [`written`](Self::written) tells.
     pub fn set_written(&mut self, slot: u32, written: Written) {
         self.side[slot as usize].written = written;
+    }
+
+    /// Of a copy, and of what is left of it: until when its entry would last, as packets had left
+    /// it when it was last written over. 0: none had passed.
+    pub fn passed_until(&self, slot: u32) -> u32 {
+        self.side[slot as usize].passed_until
+    }
+
+    /// Sets what [`passed_until`](Self::passed_until) tells: seconds of the monotonic clock.
+    pub fn set_passed_until(&mut self, slot: u32, second: u32) {
+        self.side[slot as usize].passed_until = second;
+    }
+
+    /// How many seconds it would last from now on; 0: it would have run out.
+    pub fn passed_s(&self, slot: u32, now: Time) -> u32 {
+        self.side[slot as usize].passed_until.saturating_sub(now.begun_seconds())
     }
 
     /// Whether a decline is later than every other that was heard of this pair of copies; then it

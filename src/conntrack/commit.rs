@@ -25,7 +25,8 @@
 //!
 //! **What packets have passed** is somebody's connection, who may be alive. An entry with the
 //! original tuple and another translation, which has not the timeout of copies and has not ended,
-//! is never removed for a copy: that is a clash as well.
+//! is never removed for a copy: that is a clash as well. Not even for a connection that was taken
+//! over, if a packet has passed it just now.
 //!
 //! A **shift** of sequence numbers that the kernel has made further is never taken back: its helper
 //! did that, with a packet that passed here. A connection that is shifted, and of which nobody
@@ -66,6 +67,13 @@ pub const GRE_TIMEOUT_S: u32 = 3600;
 /// pass began.
 const READ_LATE_S: u32 = 2;
 
+/// A packet has passed just now if its entry has lost no more than so many seconds since.
+const FRESH_S: u32 = 5;
+
+/// A packet that passed within a second after its entry was given the normal timeout leaves what no
+/// packet leaves. For so many seconds after that was written over it is believed that one passed.
+const UNTOLD_S: u32 = 30;
+
 /// Helpers remembered as refused: a kernel has about a dozen.
 const HELPERS_MAX: usize = 16;
 
@@ -80,6 +88,8 @@ pub enum Lifetime {
     /// As long as this kernel gives a connection in this state, or as the active's kernel had last
     /// given it, if that is more: the active is dead.
     Normal,
+    /// So many seconds, but no longer than that: it has those left from its last packet.
+    Rest(u32),
 }
 
 /// What became of one entry of the batch.
@@ -96,6 +106,8 @@ pub enum Outcome {
     Removed,
     /// Another connection holds the translated tuple.
     Clash,
+    /// Another connection has the original tuple, and a packet has passed it just now.
+    Another(Connection),
     /// It is shifted, nobody knows by how much, and so it is not in the kernel.
     Unshifted,
     /// The kernel's table is as full as we may make it, or full.
@@ -117,6 +129,9 @@ pub struct CommitResult {
     pub was_there: bool,
     /// The normal timeout, in seconds, that it has now, and no packet has passed it; 0: not so.
     pub silent_s: u32,
+    /// The seconds that packets had left it, or may have, if it has the timeout of copies now; 0:
+    /// none had passed it.
+    pub passed_s: u32,
 }
 
 /// What happened on the way to the results of a batch.
@@ -173,6 +188,10 @@ struct Entry {
     was_there: bool,
     /// The entry that was there had packets.
     is_touched: bool,
+    /// What it had left, if that was not the timeout of copies; 0: there was none.
+    left_s: u32,
+    /// Its last packet passed just now.
+    is_fresh: bool,
 }
 
 /// A shard's pen: one batch, and the kernel's entries behind it.
@@ -301,6 +320,7 @@ impl<E: Entries> Committer<E> {
         let timeout_s = match lifetime {
             Lifetime::Kept => KEPT_TIMEOUT_S,
             Lifetime::Normal => self.normal_timeout(connection),
+            Lifetime::Rest(left_s) => left_s.min(self.normal_timeout(connection)),
         };
         let step = if is_shift_unknown(connection) { Step::Withdraw } else { step };
         let mut connection = *connection;
@@ -357,10 +377,14 @@ impl<E: Entries> Committer<E> {
                 _ => Outcome::Failed(libc::EAGAIN),
             };
             let (original, was_there) = (entry.connection.original, entry.was_there);
-            let is_silent = outcome == Outcome::Written && !entry.is_touched;
-            let silent_s =
-                if is_silent && entry.timeout_s <= GIVEN_MAX_S { entry.timeout_s } else { 0 };
-            results(CommitResult { index, original, outcome, was_there, silent_s });
+            let (silent_s, passed_s) = match (outcome, entry.is_touched) {
+                (Outcome::Written, _) if entry.timeout_s > GIVEN_MAX_S => {
+                    (0, entry.left_s.min(if entry.is_touched { u32::MAX } else { UNTOLD_S }))
+                }
+                (Outcome::Written, false) => (entry.timeout_s, 0),
+                _ => (0, 0),
+            };
+            results(CommitResult { index, original, outcome, was_there, silent_s, passed_s });
         }
         std::mem::take(&mut self.tally)
     }
@@ -395,11 +419,16 @@ impl<E: Entries> Committer<E> {
                 Step::Done(_) => {}
             }
         }
+        let timeouts = *self.kernel.timeouts();
         match self.kernel.carry_out() {
             Ok(answers) => {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
-                    let found = answer.found;
-                    entry.is_touched |= found.is_some_and(|there| entry.has_packets(&there));
+                    if let Some(there) = answer.found.filter(is_touched) {
+                        entry.is_touched |= entry.has_packets(&there);
+                        entry.left_s = there.state.timeout_s.max(1);
+                        let given_s = timeouts.of(&there);
+                        entry.is_fresh = there.state.timeout_s + FRESH_S >= given_s;
+                    }
                     let next = entry.next_step(answer, &mut self.tally, &mut self.refused);
                     entry.was_there |= matches!(
                         (entry.step, next),
@@ -433,7 +462,16 @@ fn is_shift_unknown(connection: &Connection) -> bool {
 
 impl Entry {
     fn new(connection: Connection, timeout_s: u32, may_create: bool, step: Step) -> Entry {
-        Entry { connection, timeout_s, may_create, step, was_there: false, is_touched: false }
+        Entry {
+            connection,
+            timeout_s,
+            may_create,
+            step,
+            was_there: false,
+            is_touched: false,
+            left_s: 0,
+            is_fresh: false,
+        }
     }
 
     /// Whether packets have passed the entry that is there.
@@ -574,10 +612,14 @@ impl Entry {
                     _ => Step::Done(Outcome::AsItWas),
                 }
             }
-            (Step::Look, [0, _]) if answers.found.is_some_and(|there| self.is_anothers(&there)) => {
-                Step::Done(Outcome::Clash)
-            }
             (Step::Keep { .. } | Step::Look, [0, _]) => match answers.found {
+                Some(there) if self.is_anothers(&there) && self.is_fresh => {
+                    Step::Done(Outcome::Another(there))
+                }
+                // (Its active is dead who had that one copied: it may be what packets come for.)
+                Some(there) if self.is_anothers(&there) && self.step == Step::Look => {
+                    Step::Done(Outcome::Clash)
+                }
                 // A translation, a helper, a first shift or a fixed timeout cannot be given to an
                 // entry that is there.
                 Some(there)
@@ -611,6 +653,151 @@ impl Entry {
             (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Removed),
             (Step::Withdraw, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Unshifted),
             (_, [errno, _]) => refused(errno),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::State;
+
+    /// A kernel with one entry at most, which answers as a real one does.
+    struct Fake {
+        there: Option<Connection>,
+        timeouts: Timeouts,
+        asked: Vec<(usize, Option<(Connection, u32)>, u8)>,
+    }
+
+    const GET: u8 = 0;
+    const CREATE: u8 = 1;
+    const UPDATE: u8 = 2;
+    const DELETE: u8 = 3;
+
+    impl Entries for Fake {
+        fn put(&mut self, index: usize, request: Request<'_>) {
+            self.asked.push(match request {
+                Request::Create { connection, timeout_s } => {
+                    (index, Some((*connection, timeout_s)), CREATE)
+                }
+                Request::Update { connection, timeout_s, .. } => {
+                    (index, Some((*connection, timeout_s)), UPDATE)
+                }
+                Request::Get { .. } => (index, None, GET),
+                Request::Delete { .. } => (index, None, DELETE),
+            });
+        }
+
+        fn carry_out(&mut self) -> Result<[Answers; COMMIT_PER_PASS], i32> {
+            let mut answers = [Answers::default(); COMMIT_PER_PASS];
+            let mut last = None;
+            for (index, value, what) in self.asked.drain(..) {
+                let errno = match (what, self.there) {
+                    (CREATE, Some(_)) => libc::EEXIST,
+                    (CREATE, None) => 0,
+                    (_, None) => libc::ENOENT,
+                    (_, Some(_)) => 0,
+                };
+                if errno == 0 {
+                    match (what, value) {
+                        (GET, _) => answers[index].found = self.there,
+                        (DELETE, _) => self.there = None,
+                        (_, value) => {
+                            self.there = value.map(|(mut connection, timeout_s)| {
+                                connection.state.timeout_s = timeout_s;
+                                connection
+                            })
+                        }
+                    }
+                }
+                answers[index].errno[(last == Some(index)) as usize] = errno;
+                last = Some(index);
+            }
+            Ok(answers)
+        }
+
+        fn room_and_limit(&self) -> (u64, u64) {
+            (100, 100)
+        }
+
+        fn timeouts(&self) -> &Timeouts {
+            &self.timeouts
+        }
+
+        fn read_timeouts_again(&mut self, _: usize) {}
+    }
+
+    const ESTABLISHED_S: u32 = 300;
+
+    fn connection(outside: u16, timeout_s: u32) -> Connection {
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let reply = Tuple::v4(6, ([10, 0, 0, 2].into(), 2), ([10, 0, 0, 9].into(), outside));
+        let state = State { tcp_state: 3, status: 0xe, timeout_s, ..State::default() };
+        Connection::new(original, reply, state)
+    }
+
+    fn committer(there: Connection) -> Committer<Fake> {
+        let timeouts =
+            Timeouts::told(&|name| (name == "tcp_timeout_established").then_some(ESTABLISHED_S));
+        Committer::over(Fake { there: Some(there), timeouts, asked: Vec::new() })
+    }
+
+    fn result(committer: &mut Committer<Fake>) -> CommitResult {
+        let mut result = None;
+        committer.flush(&mut |of_entry| result = Some(of_entry));
+        result.expect("one was asked for")
+    }
+
+    /// Traffic seed 1000021863: a gateway had taken over a connection in another translation than
+    /// its own kernel's, whose packets passed there: the entry was replaced under them.
+    #[test]
+    fn another_connections_entry_that_a_packet_has_passed_just_now_is_not_replaced() {
+        const FRESH: u32 = ESTABLISHED_S - FRESH_S;
+        let wanted = connection(1, 0);
+        for (left_s, kept, written) in [
+            (FRESH, true, true),
+            (FRESH - 1, false, true),
+            (KEPT_TIMEOUT_S, false, false), // What another copy had.
+        ] {
+            let there = connection(2, left_s);
+            let mut committer = committer(there);
+            let is_there = |of: &Committer<Fake>| of.kernel.there == Some(there);
+            assert_eq!(committer.write(&wanted, Lifetime::Kept), Ok(()));
+            let outcome = result(&mut committer).outcome;
+            assert_eq!(is_there(&committer), written, "{left_s}: {outcome:?}");
+            assert_eq!(outcome == Outcome::Another(there), kept);
+            committer.kernel.there = Some(there);
+            assert_eq!(committer.keep(&wanted, Lifetime::Normal, 0), Ok(()));
+            let outcome = result(&mut committer).outcome;
+            assert_eq!(is_there(&committer), kept, "{left_s}: {outcome:?}");
+            assert_eq!(outcome == Outcome::Another(there), kept);
+        }
+    }
+
+    #[test]
+    fn what_packets_had_left_an_entry_is_told_when_that_is_written_over() {
+        let wanted = connection(1, 0);
+        for (left_s, lifetime, told) in [
+            (250, Lifetime::Kept, (0, 250)),
+            (0, Lifetime::Kept, (0, 1)),
+            (KEPT_TIMEOUT_S - 9, Lifetime::Kept, (0, 0)),
+            (KEPT_TIMEOUT_S - 9, Lifetime::Normal, (ESTABLISHED_S, 0)),
+            (KEPT_TIMEOUT_S - 9, Lifetime::Rest(20), (20, 0)),
+            (KEPT_TIMEOUT_S - 9, Lifetime::Rest(2000), (ESTABLISHED_S, 0)),
+            (250, Lifetime::Normal, (0, 0)),
+        ] {
+            let mut committer = committer(connection(1, left_s));
+            assert_eq!(committer.write(&wanted, lifetime), Ok(()));
+            let CommitResult { outcome, silent_s, passed_s, .. } = result(&mut committer);
+            assert_eq!(outcome, Outcome::Written);
+            assert_eq!((silent_s, passed_s), told, "{left_s} {lifetime:?}");
+        }
+        // It had been given its normal timeout, and no packet has passed, as far as can be told.
+        for (left_s, told) in [(290, UNTOLD_S), (20, 20)] {
+            let mut committer = committer(connection(1, left_s));
+            assert_eq!(committer.keep(&wanted, Lifetime::Kept, left_s), Ok(()));
+            let CommitResult { outcome, silent_s, passed_s, .. } = result(&mut committer);
+            assert_eq!((outcome, silent_s, passed_s), (Outcome::Written, 0, told));
         }
     }
 }

@@ -16,8 +16,10 @@
 //! | none, and the event was another | nothing is done: the event of its end comes behind |
 //!
 //! If its active is dead an end is asked about as well: the entry may have been written again
-//! since. Where there is none the copy has ended, unless the entry ran out that was left as it was
-//! when its active lived.
+//! since. Where there is none the copy has ended, unless the entry went that was written when its
+//! active lived: somebody had shortened its time, and it is written again, with the normal one.
+//! What was taken over, and has shown no traffic since, is asked about when its end was not seen:
+//! its entry may have been written again as well.
 
 use std::collections::VecDeque;
 
@@ -58,7 +60,8 @@ impl Question {
         let line = replica.table().line(self.slot);
         line.generation() == self.generation
             && match self.told {
-                Told::Ended(_) | Told::Written => line.kind() == Kind::Backup,
+                Told::Ended(_) => replica.is_unclaimed(self.slot),
+                Told::Written => line.kind() == Kind::Backup,
                 Told::Changed => replica.is_living_copy(self.slot),
             }
     }
@@ -128,7 +131,9 @@ pub(super) fn found(
     }
     let Question { slot, told, .. } = question;
     let lives = replica.is_living_copy(slot);
-    let (original, state) = (replica.table().tuples(slot).0, replica.table().line(slot).state());
+    let (original, line) = (replica.table().tuples(slot).0, replica.table().line(slot));
+    let (state, is_copy) = (line.state(), line.kind() == Kind::Backup);
+    let written = replica.table().written(slot);
     match (there, told) {
         // A timeout or a mark that another program writes is no packet; its active says what
         // belongs there.
@@ -144,9 +149,7 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Told::Ended(End::Unseen))
-            if lives || replica.table().written(slot) == Written::AsItWas =>
-        {
+        (None, Told::Ended(End::Unseen)) if lives || is_copy && written != Written::No => {
             replica.recommit(now, slot)
         }
         (None, Told::Ended(end @ End::Unseen)) => {

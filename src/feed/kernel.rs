@@ -23,7 +23,7 @@ use crate::counters::{Counter, Counters};
 use crate::limits::{COMMIT_PER_PASS, INGEST_PER_PASS};
 use crate::net::Port;
 use crate::rules::Rules;
-use crate::source::{CommitMode, SourceEvent};
+use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
@@ -152,14 +152,17 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
-        // Of copies that are written to the kernel: the entry as it is now says what an event about
-        // it means.
+        // Of copies that are written to the kernel, and of what was taken over: the entry as it is
+        // now says what an event about it means.
         let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
-            let copy = match told {
-                Told::Ended(_) | Told::Written => replica.copy(original),
+            let slot = match told {
+                Told::Ended(End::Unseen) => {
+                    replica.copy(original).or_else(|| replica.taken_over(original))
+                }
+                Told::Ended(End::Seen) | Told::Written => replica.copy(original),
                 Told::Changed => replica.living_copy(original),
             };
-            *commit == CommitMode::Eager && copy.is_some_and(|slot| writer.ask(slot, replica, told))
+            *commit == CommitMode::Eager && slot.is_some_and(|slot| writer.ask(slot, replica, told))
         };
         let drained = source.drain(INGEST_PER_PASS, &mut |event, origin| {
             match &event {
@@ -172,7 +175,9 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     }
                     let told =
                         if origin == Origin::Program { Told::Written } else { Told::Changed };
-                    if ask(&connection.original, told, replica) {
+                    if ask(&connection.original, told, replica)
+                        || told == Told::Written && replica.handle_written(&connection.original)
+                    {
                         return;
                     }
                 }

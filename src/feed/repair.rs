@@ -28,7 +28,7 @@ use super::asking::{BATCH_PAUSE, CHECK_PERIOD, LOOKS_MAX, told_by_answer};
 use super::leftovers::{LeftoverStep, Leftovers, is_leftover};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Generation, Kind, Tuple};
+use crate::conn::{Connection, Generation, Kind, Phase, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, TCP_ESTABLISHED};
 use crate::conntrack::commit::KEPT_TIMEOUT_S;
 use crate::conntrack::dump::DumpState;
@@ -416,6 +416,32 @@ impl Repair {
         if is_leftover(&self.timeouts, there) {
             self.leftovers.remove(there, LeftoverStep::Remove, counters);
         }
+    }
+
+    /// An entry was in the way of a copy that is none any more, and packets had passed it: it is a
+    /// connection of its own, of which no event may tell.
+    pub(super) fn found_besides(
+        &mut self,
+        now: Time,
+        there: &Connection,
+        replica: &mut Replica<'_>,
+    ) {
+        let is_known = replica.table().find_original(&there.original).is_some();
+        if !is_known && there.phase() != Phase::Over {
+            self.found_instead(now, there, replica);
+        }
+    }
+
+    /// The kernel has this connection, which has not ended, in place of one with the same original
+    /// tuple.
+    pub(super) fn found_instead(
+        &mut self,
+        now: Time,
+        there: &Connection,
+        replica: &mut Replica<'_>,
+    ) {
+        replica.handle_source(now, &SourceEvent::seen(*there));
+        mark_unheard(&mut self.unheard, &there.original, replica);
     }
 
     /// The answer to a look-up.

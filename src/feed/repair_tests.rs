@@ -155,3 +155,25 @@ fn connections_that_raise_no_events_are_looked_up_once_a_period() {
     repair.ask_for_the_unheard(repair.unheard_at, &replica);
     assert_eq!(repair.looks_waiting(), 2);
 }
+
+/// Traffic seed 1000008503: a gateway had a connection of its own, and gave way to another one's
+/// with another translation, whose copy its entry was in the way of. That one ended; its packets
+/// were here by then, and passed an entry that nobody had.
+#[test]
+fn an_entry_with_packets_that_was_in_the_way_of_a_copy_is_a_connection() {
+    for (there, is_one) in [(connection(1, 3), true), (connection(1, 7), false)] {
+        let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
+        let mut replica = replica(&memory);
+        let mut repair =
+            Repair::new(64, true, false, CommitMode::Eager, &Timeouts::told(&|_| None));
+        repair.found_besides(NOW, &there, &mut replica);
+        let slot = replica.table().find_original(&there.original);
+        assert_eq!(slot.is_some(), is_one);
+        if let Some(slot) = slot {
+            assert!(is_set(&repair.unheard, slot), "of its packets no event tells");
+            assert_eq!(replica.table().kind(slot), Kind::Held);
+            repair.found_besides(NOW, &connection(1, 4), &mut replica);
+            assert_eq!(replica.table().line(slot).state().tcp_state, 3, "it is known by now");
+        }
+    }
+}

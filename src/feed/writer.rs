@@ -264,8 +264,12 @@ impl<E: Entries> Writer<E> {
                         (Lifetime::Kept, For::Copy(*slot, *generation))
                     }
                     (Kind::Backup, _) => (Lifetime::Normal, For::Copy(*slot, *generation)),
-                    (Kind::Active, Commit::Refresh { .. }) => {
-                        (Lifetime::Normal, For::Own(*slot, *generation))
+                    (Kind::Active | Kind::Held, Commit::Refresh { .. }) => {
+                        let lifetime = match replica.table().passed_s(*slot, now) {
+                            0 => Lifetime::Normal,
+                            left_s => Lifetime::Rest(left_s),
+                        };
+                        (lifetime, For::Own(*slot, *generation))
                     }
                     _ => return Ok(()), // Ours by now: the kernel knows it better.
                 };
@@ -355,7 +359,9 @@ impl<E: Entries> Writer<E> {
                 }
                 (Outcome::Removed, For::Shift(..)) => return, // Events tell.
                 (Outcome::Present(connection), For::Rest(slot, generation)) => {
-                    let touched = is_touched(&connection);
+                    // What was written over had been touched.
+                    let touched =
+                        is_touched(&connection) || replica.table().passed_s(slot, now) > 0;
                     if touched {
                         repair.may_be_unheard(slot);
                     }
@@ -386,7 +392,9 @@ impl<E: Entries> Writer<E> {
                 (Outcome::Present(connection), For::Leftover) => {
                     return repair.found_leftover(&connection, counters);
                 }
-                (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => return,
+                (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => {
+                    return repair.found_besides(now, &connection, replica);
+                }
                 (Outcome::Present(connection), For::Untouched) => {
                     return repair.leftovers().remove(
                         &connection,
@@ -404,7 +412,17 @@ impl<E: Entries> Writer<E> {
                 }
                 (Outcome::AsItWas, _) => Ok(Written::AsItWas),
                 (Outcome::Removed, _) => return counters.count(Counter::CommitDeletes),
-                (Outcome::Clash, _) => {
+                // What only a dead member had gives way to what the kernel has.
+                (
+                    Outcome::Another(there),
+                    For::Copy(slot, generation) | For::Own(slot, generation),
+                ) if replica.table().line(slot).generation() == generation
+                    && !replica.is_living_copy(slot) =>
+                {
+                    counters.count(Counter::CommitClashes);
+                    return repair.found_instead(now, &there, replica);
+                }
+                (Outcome::Clash | Outcome::Another(_), _) => {
                     counters.count(Counter::CommitClashes);
                     Err(Fault::Clash)
                 }
@@ -439,6 +457,9 @@ impl<E: Entries> Writer<E> {
                         (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1)
                     }
                 };
+                if result.passed_s > 0 {
+                    replica.handle_overwritten(now, slot, generation, result.passed_s);
+                }
                 let is_first = replica.table().written(slot) == Written::No;
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {
                     repair.may_be_unheard(slot);

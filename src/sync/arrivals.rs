@@ -252,9 +252,12 @@ impl Replica<'_> {
         let presumed = line.kind() == Kind::Active && self.is_presumed(slot);
         let presumed_from_it = presumed && self.table.former(slot) == own;
         // What began here is younger than anything that outlived its hold before it was sent; and
-        // stamps say nothing of two connections.
+        // stamps say nothing of two connections, nor of two whose epochs went up apart from each
+        // other.
+        let is_of_this = own == line.peer() || own == self.table.former(slot);
         let knows_as_much = line.kind() == Kind::Held
             || !is_same
+            || !is_of_this && !self.contests.has_outlasted(now, slot, line.generation())
             || stamp.epoch == line.stamp().epoch
             || self.contests.has_rival(slot, line.generation());
         if knows_as_much && self.contest(now, slot, Some(rival)) {

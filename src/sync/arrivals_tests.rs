@@ -172,3 +172,28 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         );
     }
 }
+
+/// Traffic seed 996000891: while the members did not hear each other, the connection ended at one
+/// of them, whose port was used again, and was claimed at the other, which saw no end. The dead one
+/// had the higher epoch, and its copy overwrote the living one's entry.
+#[test]
+fn a_higher_epoch_from_elsewhere_says_nothing_unless_it_comes_from_a_copy_of_this_one() {
+    let elsewhere = Coordinate::new(4, 0, 9, Default::default());
+    for (own, outranks) in
+        [(elsewhere, false), (Coordinate::new(2, 0, 5, Default::default()), true)]
+    {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+        let (mut replica, connection, slot) = with_an_active(&memory, config);
+        let stamp = Stamp { epoch: replica.table.line(slot).stamp().epoch + 2, version: 1 };
+        let given = replica.give_way(NOW, &connection, stamp, own, None);
+        assert_eq!(given.is_ok(), outranks, "{own:?}");
+        let generation = replica.table.line(slot).generation();
+        assert_eq!(replica.contests.has(slot, generation), !outranks);
+        if !outranks {
+            let higher = Stamp { epoch: stamp.epoch + 1, version: 1 };
+            let given = replica.give_way(NOW, &connection, higher, own, None);
+            assert!(given.is_ok(), "it has shown its traffic since");
+        }
+    }
+}

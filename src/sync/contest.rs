@@ -16,7 +16,7 @@ use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
 use crate::conn::slot::groups;
-use crate::conn::{Connection, Generation, Kind, MemberId, Phase, Stamp};
+use crate::conn::{Connection, Generation, Kind, MemberId, Phase, Stamp, Tuple};
 use crate::counters::Counter;
 use crate::source::{Commit, CommitMode, End};
 use crate::time::Time;
@@ -68,6 +68,15 @@ impl Replica<'_> {
         let line = self.table.line(slot);
         self.contests.is_looked_for(slot, line.generation())
             && self.contests.note(now, (slot, line.generation()), line.stamp(), Some(rival), None)
+    }
+
+    /// Another program wrote the entry of this connection. Whether that is contested, or doubted:
+    /// then what the entry tells of packets is compared with what it has left now.
+    pub fn handle_written(&mut self, original: &Tuple) -> bool {
+        let Some(slot) = self.table.find_original(original) else { return false };
+        let is_contested = self.contests.restart(slot, self.table.line(slot).generation());
+        self.counters.add(Counter::ClaimsUnfounded, is_contested as u64);
+        is_contested
     }
 
     fn drop_doubted(&mut self, slot: u32, generation: Generation, doubt: Option<Doubt>) {
@@ -184,7 +193,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::conn::{Coordinate, State, Tuple};
+    use crate::conn::{Coordinate, State};
     use crate::memory::{MemorySize, OwnedMemory};
     use crate::source::SourceEvent;
     use crate::sync::peers::PeerState;
@@ -247,6 +256,24 @@ mod tests {
             let stamp = replica.table.line(slot).stamp();
             assert_eq!(stamp > rival.stamp, has_traffic, "{told:?}: {stamp:?}");
         }
+    }
+
+    /// Traffic seed 1000021453: another program set timeouts, and that of an entry in doubt, of a
+    /// connection that had ended, was taken for a packet: it outdid the next one of its port.
+    #[test]
+    fn what_another_program_writes_decides_no_contest() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let (mut replica, slot) = held(&memory);
+        let original = connection(0).original;
+        assert!(!replica.handle_written(&original), "nobody contests it");
+        let rival = rival(7, 9);
+        assert!(replica.contest(at(0), slot, Some(rival)));
+        watch(&mut replica, slot, &[(0, Some(300)), (1, Some(299))]);
+        assert!(replica.handle_written(&original));
+        watch(&mut replica, slot, &[(2, Some(20)), (4, Some(18))]);
+        assert!(replica.table.line(slot).stamp() < rival.stamp);
+        watch(&mut replica, slot, &[(5, Some(300))]);
+        assert!(replica.table.line(slot).stamp() > rival.stamp, "that was a packet");
     }
 
     #[test]

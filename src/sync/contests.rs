@@ -26,6 +26,10 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// A contest that nobody spoke of for so long is over: members ask again each second.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
 
+/// A contest that nobody's packets have decided for so long the stamp decides: what has begun to
+/// end is over by then.
+const LASTS_AT_MOST: Duration = Duration::from_secs(120);
+
 /// How long a member that took a connection over looks for its packets when another one has it,
 /// before it takes that one's copy.
 const PRESUMED_FOR: Duration = Duration::from_secs(4);
@@ -44,7 +48,8 @@ struct Contest {
     /// The stamp that was heard of first for the other one, and the highest.
     first: Option<Stamp>,
     rival: Rival,
-    /// When it was last spoken of.
+    /// When it began, and when it was last spoken of.
+    since: Time,
     at: Time,
     /// When the entry is to be looked at.
     look_at: Time,
@@ -148,6 +153,7 @@ impl Contests {
                 doubt,
                 first,
                 rival,
+                since: now,
                 at: now,
                 look_at: now,
                 timeout: None,
@@ -179,11 +185,25 @@ impl Contests {
         self.place_of(slot, generation).is_some_and(|at| self.contests[at].first.is_some())
     }
 
+    /// Whether the connection in this slot has been contested for so long, without packets at
+    /// either, that the stamp decides.
+    pub(super) fn has_outlasted(&self, now: Time, slot: u32, generation: Generation) -> bool {
+        let at = self.place_of(slot, generation);
+        at.is_some_and(|at| now.since(self.contests[at].since) >= LASTS_AT_MOST)
+    }
+
     /// The contest about the connection in this slot is over; whom it is to outdo, if there was
     /// one.
     pub(super) fn decide(&mut self, slot: u32, generation: Generation) -> Option<Rival> {
         let at = self.place_of(slot, generation)?;
         Some(self.contests.remove(at).rival)
+    }
+
+    /// The entry of the connection in this slot was written by somebody: what it had left says
+    /// nothing any more. `false`: nobody contests or doubts it.
+    pub(super) fn restart(&mut self, slot: u32, generation: Generation) -> bool {
+        let at = self.place_of(slot, generation);
+        at.map(|at| self.contests[at].timeout = None).is_some()
     }
 
     /// What this member had is no more: its places are nobody's, or somebody else's.

@@ -10,6 +10,7 @@
 //! events, and no event means alive.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use super::commits::{TRIES_PER_TICK, TRY_AGAIN};
 use super::mutation::{Mutation, is};
@@ -21,7 +22,7 @@ use crate::conn::table::{Heard, On, Written};
 use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
-use crate::source::{Commit, CommitMode};
+use crate::source::{Commit, CommitMode, End};
 use crate::time::Time;
 
 impl Replica<'_> {
@@ -40,6 +41,7 @@ impl Replica<'_> {
         match (line.kind(), outcome) {
             (Kind::Backup, _) => {}
             (Kind::Active, Err(_)) => return self.owe(now, slot),
+            (Kind::Active, Ok(_)) => return self.table.set_passed_until(slot, 0),
             _ => return,
         }
         let is_missing = match self.table.on(slot) {
@@ -86,6 +88,21 @@ impl Replica<'_> {
         }
     }
 
+    /// The copy in this slot was written over an entry that packets had left so many seconds.
+    pub fn handle_overwritten(
+        &mut self,
+        now: Time,
+        slot: u32,
+        generation: Generation,
+        passed_s: u32,
+    ) {
+        let line = self.table.line(slot);
+        if line.generation() == generation && line.kind() == Kind::Backup {
+            let until = now.after(Duration::from_secs(passed_s.into()));
+            self.table.set_passed_until(slot, until.begun_seconds());
+        }
+    }
+
     /// The kernel's entry of this living copy is gone, or there was no time to write it: it is
     /// written again.
     pub(super) fn miss(&mut self, now: Time, slot: u32) {
@@ -110,7 +127,17 @@ impl Replica<'_> {
 
     /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the
     /// limit it is left to its own traffic and to the next sweep.
+    /// Without an entry no packet passes: it ends when that would have run out.
     pub(super) fn owe(&mut self, now: Time, slot: u32) {
+        match (self.table.passed_until(slot), self.table.line(slot).state().timeout_s) {
+            (0, 0) => {} // Its active's kernel did not tell.
+            (0, left_s) => {
+                let until = now.after(Duration::from_secs(left_s.into()));
+                self.table.set_passed_until(slot, until.begun_seconds());
+            }
+            _ if self.table.passed_s(slot, now) == 0 => return self.gone(now, slot, End::Unseen),
+            _ => {}
+        }
         if !self.commits.owe(now, slot, self.table.line(slot).generation()) {
             self.counters.count(Counter::CommitOwedFull);
         }
@@ -256,5 +283,50 @@ impl Replica<'_> {
             .chain(self.commits.owed_since())
             .min()
             .map_or(Time::NEVER, |since| since.after(TRY_AGAIN))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conn::{Connection, State, Tuple};
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::source::SourceEvent;
+    use crate::sync::{ReplicaConfig, test_config};
+
+    /// Traffic seed 1000010807: a connection was taken over whose entry the kernel took only when
+    /// nobody spoke of it any more. There it had all its time before it.
+    #[test]
+    fn what_has_no_entry_for_as_long_as_that_would_have_lasted_has_ended() {
+        let at = |seconds| Time(1).after(Duration::from_secs(seconds));
+        for (timeout_s, refused, taken, lives) in [
+            (30, &[0, 10, 29][..], None, true),
+            (30, &[0, 10, 29, 32], None, false),
+            (30, &[0, 10, 40], Some(20), true), // It had an entry meanwhile.
+            (0, &[0, 10, 1000], None, true),    // Nobody knows how long.
+        ] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+            let mut replica = Replica::new(config, memory.parts());
+            let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+            let state = State { tcp_state: 3, timeout_s, ..State::default() };
+            let connection = Connection::new(original, original.mirrored(), state);
+            replica.handle_source(at(0), &SourceEvent::seen(connection));
+            let slot = replica.table.find_original(&original).expect("it is held");
+            replica.unlist(slot);
+            replica.table.update(slot, |line| line.set_kind(Kind::Active));
+            let generation = replica.table.line(slot).generation();
+            for seconds in refused {
+                if taken.is_some_and(|taken| taken < *seconds) {
+                    replica.handle_commit(at(20), slot, generation, Ok(Written::Yes));
+                }
+                replica.handle_commit(at(*seconds), slot, generation, Err(Fault::Clash));
+            }
+            assert_eq!(
+                replica.table.find_original(&original).is_some(),
+                lives,
+                "{timeout_s} {refused:?} {taken:?}"
+            );
+        }
     }
 }

@@ -99,6 +99,7 @@ impl Replica<'_> {
         let s = &mut self.streams[stream];
         s.copies += 1;
         self.table.set_written(slot, Written::No);
+        self.table.set_passed_until(slot, 0);
         self.table.set_seen(slot, s.comparing.seen_fresh());
         self.account_held(slot);
     }

@@ -64,6 +64,8 @@ impl Replica<'_> {
     ) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
+        let is_presumed_from =
+            line.kind() == Kind::Active && self.is_presumed_from(target.slot, stream);
         // Whether what is left is agreed to be the sender's lease.
         let mut is_lease = true;
         match line.kind() {
@@ -79,35 +81,28 @@ impl Replica<'_> {
                 })
             }
             Kind::Backup if from_pair => {
+                if seen {
+                    self.table.set_passed_until(target.slot, 0);
+                }
                 let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
                     true => Rest::Nothing,
                     false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
                 };
                 self.drop_copy(now, target.slot, stream, rest);
             }
+            // Claimed and closed there: this member may have let go of the pair before it heard of
+            // that, or have found another slot for the copy. Or presumed while the former active
+            // lived.
             Kind::Active
                 if self.is_claimed_above(target.slot, stamp)
-                    && !is(Mutation::EarlyCloseIgnored) =>
+                    && !is(Mutation::EarlyCloseIgnored)
+                    || is_presumed_from && stamp.epoch >= line.stamp().epoch =>
             {
-                // Claimed and closed there. This member may have let go of the pair before it heard
-                // of that, or have found another slot for the copy.
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.drop_active(now, target.slot, stream, stamp, Doubt::Closed);
-                is_lease = from_pair;
-            }
-            Kind::Active
-                if self.is_presumed_from(target.slot, stream)
-                    && stamp.epoch >= line.stamp().epoch =>
-            {
-                // Presumed while the former active lived: closed means closed.
-                if !self.requests.has_room(Rank::Consequence) {
-                    return Busy;
-                }
-                self.demote(target.slot, Coordinate::NOWHERE, stamp);
-                let original = self.drop_to_lease(target.slot, stream);
-                self.delete_entry(&original);
+                self.drop_active(now, target.slot, stream, stamp, (Doubt::Closed, seen));
+                is_lease = from_pair || is_presumed_from;
             }
             Kind::Backup | Kind::Active => {
                 // Its sender takes the slot's next life for its own when this is acknowledged.
@@ -162,7 +157,7 @@ impl Replica<'_> {
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.drop_active(now, target.slot, stream, stamp, Doubt::Taken);
+                self.drop_active(now, target.slot, stream, stamp, (Doubt::Taken, false));
             }
             Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
                 // Only presumed, and somebody else carries it on who knows it better.
@@ -228,24 +223,38 @@ impl Replica<'_> {
             (Written::No, _) => {}
             // It lives on elsewhere: what may be the packets of before does not outdo that.
             (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
-            (Written::AsItWas | Written::Yes, _) => self.ask_for_packets(&connection, stamp),
+            (Written::AsItWas | Written::Yes, _) => {
+                self.ask_for_packets(&connection, stamp, self.table.passed_until(slot))
+            }
         }
     }
 
-    /// The active in this slot gives way to a claim elsewhere; if its traffic was here, the kernel
-    /// is asked whether it still is.
-    fn drop_active(&mut self, now: Time, slot: u32, stream: usize, stamp: Stamp, doubt: Doubt) {
-        let (is_ours, connection) = (!self.is_presumed(slot), self.table.connection(slot));
+    /// The active in this slot gives way to who has it elsewhere, or had, and to what it saw there.
+    /// If that was no end, the kernel is asked whether its traffic is here: of what was only
+    /// presumed no event may tell.
+    fn drop_active(
+        &mut self,
+        now: Time,
+        slot: u32,
+        stream: usize,
+        stamp: Stamp,
+        (doubt, is_end_seen): (Doubt, bool),
+    ) {
+        let (is_presumed, connection) = (self.is_presumed(slot), self.table.connection(slot));
         let line = self.table.line(slot);
         // The backup's place may be the very claim that this gives way to: what outranks this
         // active must not come back there and outrank that.
         let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         self.demote(slot, Coordinate::NOWHERE, if is_there { line.stamp() } else { stamp });
-        if is_ours && !self.lives_besides(slot, &connection.original) {
+        let has_ended = is_presumed && is_end_seen;
+        if !has_ended && !self.lives_besides(slot, &connection.original) {
             self.doubt(now, &connection, stamp, doubt);
         }
         let original = self.drop_to_lease(slot, stream);
-        self.delete_entry(&original);
+        match is_presumed && doubt == Doubt::Taken {
+            true => self.write_besides(&original), // Packets may pass its entry, which stays.
+            false => self.delete_entry(&original),
+        }
     }
 
     /// The connection in this slot is no more; one life later the slot belongs to the sender's
@@ -298,5 +307,92 @@ impl Replica<'_> {
         self.table.forget(slot);
         self.table.recycle(slot);
         self.write_besides(&original);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::ccp::message::Place;
+    use crate::conn::{Connection, State};
+    use crate::memory::{MemorySize, OwnedMemory};
+    use crate::sync::peers::PeerState;
+    use crate::sync::stream::stream_index;
+    use crate::sync::verdict::New;
+    use crate::sync::{ReplicaConfig, test_config};
+
+    const NOW: Time = Time(1);
+
+    /// A shard with a copy of member 2's connection, written over an entry that packets had left
+    /// so many seconds, and the copy's place.
+    fn with_a_copy_written_over(
+        memory: &OwnedMemory,
+        passed_s: u32,
+    ) -> (Replica<'_>, Connection, Place) {
+        let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+        let mut replica = Replica::new(config, memory.parts());
+        replica.peers.set(2, PeerState::Up);
+        let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
+        let connection = Connection::new(original, original.mirrored(), state);
+        let slot = replica.table.allocate().expect("there is room");
+        let own = Coordinate::new(2, 0, 5, Default::default());
+        replica.table.update(slot, |line| {
+            line.set_kind(Kind::Leased);
+            line.set_peer(Coordinate::new(2, 0, 0, Default::default()));
+        });
+        let target = Place { slot, generation: replica.table.line(slot).generation() };
+        let stamp = Stamp { epoch: 1, version: 1 };
+        let new = New { target, stamp, own, previous: None, connection: &connection };
+        assert!(matches!(replica.apply_new(NOW, stream_index(2, 0), &new), Applied));
+        replica.handle_commit(NOW, slot, target.generation, Ok(Written::Yes));
+        replica.handle_overwritten(NOW, slot, target.generation, passed_s);
+        while replica.poll_commit(true).is_some() {}
+        (replica, connection, target)
+    }
+
+    /// The active of the copy closes it: what the kernel is asked, and what it is told when it has
+    /// answered that no packet has passed since.
+    #[test]
+    fn packets_from_before_a_copy_was_written_over_count_if_nobody_saw_the_end() {
+        for (after_s, seen, is_witnessed, lives) in [
+            (10, false, false, true),
+            (20, false, false, false), // It would have run out by now.
+            (10, true, false, false),
+            // Traffic seed 1000010280: its own source had seen it as well.
+            (10, true, true, false),
+            (10, false, true, true),
+        ] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, connection, target) = with_a_copy_written_over(&memory, 15);
+            let original = connection.original;
+            replica.table.update(target.slot, |line| line.set_claimed(is_witnessed));
+            let now = NOW.after(Duration::from_secs(after_s));
+            let stamp = Stamp { epoch: 1, version: 2 };
+            let closed = replica.apply_close(now, stream_index(2, 0), target, stamp, seen);
+            assert!(matches!(closed, Applied));
+            let asked = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
+            if let [Commit::Look { slot, generation }] = asked[..] {
+                let passed = replica.table.passed_s(slot, now) > 0;
+                replica.handle_look(now, slot, generation, Some(&connection), passed);
+            }
+            let told = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
+            let told = if told.is_empty() { asked } else { told };
+            let slot = replica.table.find_original(&original);
+            assert_eq!(slot.is_some(), lives, "{after_s} {seen} {is_witnessed}");
+            match slot {
+                Some(slot) => {
+                    let generation = replica.table.line(slot).generation();
+                    assert_eq!(replica.table.kind(slot), Kind::Active);
+                    assert_eq!(told, [Commit::Refresh { slot, generation }], "no copy any more");
+                    assert_eq!(replica.table.passed_s(slot, now), 5);
+                    replica.handle_commit(now, slot, generation, Ok(Written::Yes));
+                    assert_eq!(replica.table.passed_s(slot, now), 0, "it has that now");
+                }
+                None => assert_eq!(told, [Commit::Delete { original }]),
+            }
+        }
     }
 }

@@ -82,6 +82,13 @@ impl Replica<'_> {
         self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
     }
 
+    /// The slot of a connection with this original tuple that was taken over without any traffic
+    /// of it seen here since.
+    pub fn taken_over(&self, original: &Tuple) -> Option<u32> {
+        let is_it = |slot: &u32| self.table.kind(*slot) == Kind::Active && self.is_presumed(*slot);
+        self.table.find_original(original).filter(is_it)
+    }
+
     /// Whether this slot holds a copy whose active lives.
     pub fn is_living_copy(&self, slot: u32) -> bool {
         let line = self.table.line(slot);
@@ -127,9 +134,15 @@ impl Replica<'_> {
     }
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
-    /// pass its entry here.
-    pub(super) fn ask_for_packets(&mut self, connection: &Connection, over: Stamp) {
+    /// pass its entry here; if they did when that was written over, until when it would last.
+    pub(super) fn ask_for_packets(
+        &mut self,
+        connection: &Connection,
+        over: Stamp,
+        passed_until: u32,
+    ) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
+            self.table.set_passed_until(slot, passed_until);
             let generation = self.table.line(slot).generation();
             self.commit(Commit::Look { slot, generation });
         }
@@ -158,6 +171,7 @@ impl Replica<'_> {
         line.set_groups(groups::ALL);
         line.set_last(Seq::NONE);
         self.table.fill(slot, line, connection);
+        self.table.set_passed_until(slot, 0);
         Some(slot)
     }
 
@@ -331,6 +345,7 @@ impl Replica<'_> {
         let peer = line.peer();
         let stream = self.stream_of(peer);
         self.end_copy(slot);
+        self.table.set_passed_until(slot, 0);
         line.set_kind(Kind::Active);
         let stamp = line.stamp();
         line.set_stamp(if is(Mutation::ClaimKeepsEpoch) {
@@ -480,6 +495,9 @@ impl Replica<'_> {
                 self.table.set_extra(slot, &extra);
             }
             self.table.store(slot, &line);
+            if self.table.passed_s(slot, now) > 0 {
+                self.commit(Commit::Refresh { slot, generation });
+            }
             self.protect(now, slot);
         } else {
             self.table.forget(slot);

@@ -498,6 +498,7 @@ impl Replica<'_> {
                 self.end_missing(slot);
                 self.end_copy(slot);
                 self.counters.count(Counter::Promotions);
+                self.table.set_passed_until(slot, 0);
                 // First where it is taken over from: an active that does not say so is nobody's to
                 // ask back.
                 let previous = self.table.former(slot);

@@ -644,6 +644,12 @@ impl Table {
         self.entries.get(&id).map(|entry| entry.connection(now))
     }
 
+    #[allow(dead_code)] // For the simulator: a kernel does not tell.
+    /// Whether this entry raises events.
+    pub fn is_heard(&mut self, now: Time, name: &Tuple) -> bool {
+        self.find(now, name).is_some_and(|(id, _)| self.entries[&id].is_heard)
+    }
+
     /// The whole table (`ctnetlink_dump_table`), which collects what has run out.
     pub fn dump(&mut self, now: Time) -> Vec<Connection> {
         self.collect(now);

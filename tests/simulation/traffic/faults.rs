@@ -274,6 +274,8 @@ impl Sim<'_> {
             });
             if !is_mark {
                 touched.insert(entry.original);
+                let until = now.after(Duration::from_secs(given_s.into()));
+                self.shortened.insert((entry.original, member), until);
             }
         }
         self.are_cut_at(member, &touched);

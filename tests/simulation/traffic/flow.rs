@@ -70,6 +70,8 @@ pub struct Flow {
     /// When the next packet is sent, and how often it was sent before.
     pub at: Time,
     pub tries: u32,
+    /// SYNs that had to be sent again, for their answers did not pass.
+    pub syns: u32,
     /// Since when this packet is tried.
     pub since: Time,
     /// The gateway that its packets take, and which one the routes named when that was decided.

@@ -116,6 +116,41 @@ impl<'m> Gateways<'m> {
         }
     }
 
+    /// The process of 1 dies, and 2 has just come to know it.
+    fn kill_and_wait_until_silent(&mut self) {
+        self.world.kill(1);
+        let is_silent = |of: &Self| !of.world.hosts[&2].group.view().members[1].status.is_alive();
+        let deadline = self.world.now.after(SECOND * 5);
+        while !is_silent(self) {
+            assert!(!deadline.reached(self.world.now), "1 is taken for dead");
+            self.run_for(Duration::from_millis(1));
+        }
+    }
+
+    /// A kernel gives established connections so many seconds from now on.
+    fn set_established(&self, member: MemberId, seconds: u32) {
+        self.kernels[&member].act(self.world.now, |table, _| {
+            table.settings().timeouts.tcp[ESTABLISHED as usize] = seconds;
+        });
+    }
+
+    /// Another program deletes an entry.
+    fn delete(&self, member: MemberId, tuple: Tuple) {
+        let deleted = self.kernels[&member]
+            .act(self.world.now, |table, now| table.delete(now, By::Tool, &tuple));
+        assert_eq!(deleted, Ok(()));
+    }
+
+    /// Another program marks an entry.
+    fn mark(&self, member: MemberId, tuple: Tuple, mark: u32) {
+        let written = self.kernels[&member].act(self.world.now, |table, now| {
+            let mut entry = table.get(now, &tuple).expect("it is there");
+            entry.state.mark = mark;
+            table.update(now, By::Tool, &entry, entry.state.timeout_s, entry.state.status)
+        });
+        assert_eq!(written, Ok(()));
+    }
+
     /// The seconds that a kernel's entry has left.
     fn left(&self, member: MemberId, tuple: Tuple) -> Option<u32> {
         let entries = self.kernels[&member].entries(self.world.now);
@@ -268,12 +303,7 @@ fn packets_that_left_an_entry_less_than_its_takeover_tell_that_it_may_be_needed(
     let mut gateways = Gateways::pair(&memories);
     gateways.shake(tcp(), flag::SYN, 1);
     gateways.talk(tcp(), 1);
-    let set = |gateways: &Gateways<'_>, seconds| {
-        gateways.kernels[&2].act(gateways.world.now, |table, _| {
-            table.settings().timeouts.tcp[ESTABLISHED as usize] = seconds;
-        });
-    };
-    set(&gateways, 3000);
+    gateways.set_established(2, 3000);
     gateways.sleep_until_taken_over(tcp());
     assert!(
         gateways.left(2, tcp()).is_some_and(|left| left > 3000),
@@ -319,22 +349,9 @@ fn what_a_program_writes_while_the_active_is_silent_is_no_packet_either() {
     gateways.talk(tcp(), 1);
     gateways.run_for(SECOND);
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
-    gateways.world.kill(1);
-    let is_silent = |g: &Gateways<'_>| !g.world.hosts[&2].group.view().members[1].status.is_alive();
-    let deadline = gateways.world.now.after(SECOND * 5);
-    while !is_silent(&gateways) {
-        assert!(!deadline.reached(gateways.world.now), "1 is taken for dead");
-        gateways.run_for(Duration::from_millis(1));
-    }
+    gateways.kill_and_wait_until_silent();
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "presumed");
-    let mut marked = gateways.world.hosts[&2].shards[0].table().connection(
-        gateways.world.hosts[&2].shards[0].table().find_original(&tcp()).expect("the copy"),
-    );
-    marked.state.mark = 7;
-    let left = gateways.left(2, tcp()).expect("it has an entry");
-    let written = gateways.kernels[&2]
-        .act(gateways.world.now, |table, now| table.update(now, By::Tool, &marked, left, 0));
-    assert_eq!(written, Ok(()));
+    gateways.mark(2, tcp(), 7);
     gateways.run_for(SECOND * 4);
     assert_eq!(gateways.world.counter(2, Counter::Claims), 0);
     assert!(
@@ -443,4 +460,134 @@ fn a_copy_that_was_left_as_it_was_does_not_end_with_its_active() {
     gateways.run_for(SECOND * 4);
     assert!(gateways.left(1, udp()).is_some_and(|left| left > 0));
     assert!(gateways.kind(1, udp()).is_some());
+}
+
+/// Traffic seeds 996001601, 1000000737: a member that had been silent went on with its table, but
+/// without the entry. First it took the connection back from who had taken it over, which deleted
+/// its own entry; then it closed the connection, for which that one had no place any more.
+#[test]
+fn what_was_taken_over_and_is_taken_back_without_an_entry_goes_on_where_its_packets_pass() {
+    let memories = memories(3);
+    let mut gateways = Gateways::boot(&memories, 3);
+    for (member, priority) in [(1, 100), (2, 100), (3, 50)] {
+        gateways.world.start(member, 1, priority);
+    }
+    gateways.run_for(SECOND);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    assert_eq!([1, 2].map(|m| gateways.kind(m, tcp())), [Some(Kind::Active), Some(Kind::Backup)]);
+    gateways.world.pause(1, true);
+    let deadline = gateways.world.now.after(SECOND * 5);
+    while gateways.kind(2, tcp()) != Some(Kind::Active) {
+        assert!(!deadline.reached(gateways.world.now), "2 takes it over");
+        gateways.run_for(SECOND / 10);
+    }
+    (0..3).for_each(|_| gateways.talk(tcp(), 2));
+    gateways.delete(1, tcp());
+    gateways.world.pause(1, false);
+    for _ in 0..6 {
+        gateways.talk(tcp(), 2);
+    }
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+    assert!([1, 3].iter().any(|m| gateways.left(*m, tcp()).is_some()), "it has a copy");
+}
+
+/// Traffic seed 1000000282: somebody had shortened the time of a copy's entry, unheard; it ran out
+/// just after the active had died, and before the copy was written with its normal timeout: the
+/// copy went as well.
+#[test]
+fn a_copy_whose_entry_goes_between_the_death_and_the_takeover_is_written_again() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.talk(tcp(), 1);
+    gateways.kill_and_wait_until_silent();
+    gateways.delete(2, tcp());
+    gateways.run_for(SECOND / 10);
+    assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "as ours");
+    gateways.talk(tcp(), 2);
+    gateways.delete(2, tcp());
+    gateways.run_for(SECOND / 10);
+    assert_eq!(gateways.left(2, tcp()), None, "that was its end");
+}
+
+/// Traffic seed 1000001897: packets had passed a copy's entry while its active stood still. That
+/// one woke, its first change wrote over what they had left, and then it lost its entry: the copy's
+/// showed no packets any more, and went.
+#[test]
+fn packets_that_a_change_of_the_active_has_written_over_count_until_their_time_is_over() {
+    const LASTS: u32 = 30;
+    for (idle_s, goes_on) in [(0, true), (LASTS, false)] {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        [1, 2].iter().for_each(|member| gateways.set_established(*member, LASTS));
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.talk(tcp(), 1);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+        (0..2).for_each(|_| gateways.talk(tcp(), 2));
+        assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S));
+        gateways.mark(1, tcp(), 7);
+        gateways.run_for(SECOND / 10);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "no event has told");
+        assert!(gateways.left(2, tcp()).is_some_and(|left| left > GIVEN_MAX_S), "written over");
+        (0..idle_s).for_each(|_| gateways.talk(tcp(), 1));
+        gateways.delete(1, tcp());
+        gateways.run_for(SECOND / 10);
+        assert_eq!(gateways.left(2, tcp()).is_some(), goes_on);
+        if goes_on {
+            gateways.talk(tcp(), 2);
+            assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+            assert!(gateways.left(1, tcp()).is_some(), "it has a copy again");
+            gateways.run_for(SECOND * (LASTS + 3));
+        }
+        gateways.assert_gone(tcp());
+    }
+}
+
+/// Traffic seed 1000025629: a packet within a second after a takeover leaves what no packet leaves.
+/// The active was heard again, wrote over that, and lost its entry: the copy's went as well.
+#[test]
+fn packets_right_after_a_takeover_count_when_the_active_is_back_and_has_lost_its_entry() {
+    for after in 0..12 {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.talk(tcp(), 1);
+        gateways.sleep_until_taken_over(tcp());
+        gateways.run_for(SECOND * after / 10);
+        gateways.pass(tcp(), segment(flag::ACK, true), true, 2);
+        gateways.run_for(SECOND * 5 / 2);
+        gateways.world.pause(1, false);
+        gateways.run_for(SECOND / 20);
+        gateways.delete(1, tcp());
+        gateways.run_for(SECOND / 10);
+        assert!(gateways.left(2, tcp()).is_some(), "{after}");
+        gateways.talk(tcp(), 2);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active), "{after}");
+    }
+}
+
+/// Traffic seed 1000021177: an entry was deleted at the moment at which its connection was found to
+/// be this member's for good, and was written again. Then the event was read.
+#[test]
+fn the_end_of_an_entry_that_was_written_again_since_is_none() {
+    for after_us in (0..4000).step_by(100) {
+        let memories = memories(3);
+        let mut gateways = Gateways::pair(&memories);
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.talk(tcp(), 1);
+        gateways.kill_and_wait_until_silent();
+        gateways.delete(1, tcp());
+        gateways.run_for(SECOND * 3);
+        assert!(gateways.left(2, tcp()).is_some_and(|left| left <= GIVEN_MAX_S), "taken over");
+        gateways.world.start(1, 1, 100);
+        gateways.delete(2, tcp());
+        let reads_at = gateways.world.now.after(Duration::from_micros(after_us));
+        while gateways.world.next_at() < reads_at {
+            gateways.world.step();
+        }
+        gateways.run_for(SECOND);
+        let (kind, left) = (gateways.kind(2, tcp()), gateways.left(2, tcp()));
+        assert_eq!(kind.is_some(), left.is_some(), "{after_us}: {kind:?}, {left:?}");
+    }
 }

@@ -40,6 +40,10 @@ const FAULTS_MAX: u64 = 5;
 /// After a start without a table it takes so long to find which entries of the process before have
 /// traffic.
 const LEFTOVERS_FOUND_AFTER: Duration = Duration::from_secs(15);
+/// SYNs of a flow that may be sent again because their answers did not pass.
+const SYNS_MAX: u32 = 8;
+/// An entry whose time was shortened is missed at once when that is over, and so long after.
+const MISSED_FOR: Duration = Duration::from_secs(10);
 /// `nf_conntrack_max` of a kernel that has room for everything.
 const WIDE: usize = 4096;
 
@@ -149,6 +153,9 @@ pub struct Sim<'m> {
     pub(super) routes: Vec<MemberId>,
     /// When a packet of a tuple last passed a gateway.
     passed_at: BTreeMap<(Tuple, MemberId), Time>,
+    /// Until when an entry lasts to which a program gave a timeout, and which no packet has passed
+    /// since.
+    pub(super) shortened: BTreeMap<(Tuple, MemberId), Time>,
     /// The slots whose connection was sent, each with its life.
     sent: BTreeSet<(MemberId, u8, u32, u32)>,
     /// Tuples that were brought to somebody.
@@ -239,6 +246,7 @@ impl<'m> Sim<'m> {
             free: Vec::new(),
             routes: vec![1; plan.routes],
             passed_at: BTreeMap::new(),
+            shortened: BTreeMap::new(),
             sent: BTreeSet::new(),
             copied: BTreeSet::new(),
             lives: BTreeMap::new(),
@@ -456,6 +464,7 @@ impl<'m> Sim<'m> {
             pause: ms([20, 300, 1500][self.rng.below(3) as usize]),
             at: now,
             tries: 0,
+            syns: 0,
             since: now,
             leaving: None,
             way: None,
@@ -516,12 +525,14 @@ impl<'m> Sim<'m> {
         let has = |member: &MemberId| {
             let host = &self.world.hosts[member];
             let shard = shard_of(&flow.original, host.shards.len().max(1) as u8) as usize;
-            host.shards
-                .get(shard)
-                .is_some_and(|shard| shard.table().find_original(&flow.original).is_some())
-                && self.kernel(*member).is_some_and(|kernel| {
-                    kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
+            // (What is held there unseen is left of an earlier copy.)
+            host.shards.get(shard).map(|shard| shard.table()).is_some_and(|table| {
+                table.find_original(&flow.original).is_some_and(|slot| {
+                    table.kind(slot) != Kind::Held || !table.line(slot).is_unseen()
                 })
+            }) && self.kernel(*member).is_some_and(|kernel| {
+                kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
+            })
         };
         let all = [route, way].into_iter().chain(1..=self.plan.shards.len() as MemberId);
         all.into_iter().find(has).unwrap_or(route)
@@ -568,6 +579,14 @@ impl<'m> Sim<'m> {
         if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= lives) {
             flow.is_safe = false;
         }
+        // So it may where a program has shortened its time.
+        let shortened = self.shortened.get(&(flow.original, way));
+        let is_missed = |until: &Time| {
+            (*until..until.after(MISSED_FOR + ms(2000))).contains(&now.after(ms(2000)))
+        };
+        if !had_entry && shortened.is_some_and(is_missed) {
+            flow.is_safe = false;
+        }
         let is_lacking = !had_entry && flow.lacking.contains(&way);
         if is_lacking || self.plan.may_give_up(flow) {
             (flow.is_intact, flow.is_safe) = (false, false);
@@ -593,8 +612,11 @@ impl<'m> Sim<'m> {
                 let was_talking = flow.is_talking();
                 flow.arrived(now, way, &mut self.rng);
                 self.passed_at.insert((flow.original, way), now);
+                self.shortened.remove(&(flow.original, way));
                 if is_first {
-                    let is_heard = self.world.hosts[&way].running || self.plan.events == 1;
+                    // (A SYN may pass the entry of the connection before.)
+                    let is_heard = (self.world.hosts[&way].running || self.plan.events == 1)
+                        && kernel.act(now, |table, now| table.is_heard(now, &flow.original));
                     self.lives.insert(
                         flow.original,
                         Life { number: flow.number, began: now, ended: None, is_heard },
@@ -625,12 +647,13 @@ impl<'m> Sim<'m> {
                 (flow.step, flow.manner) = (Step::Over, Manner::Silence);
                 Ok(())
             }
-            // An entry that stood in the way of the SYN went at this very moment: the client sends
-            // it again.
+            // An entry that stood in the way of the SYN went at this very moment, or while its
+            // answer was on the way: the client sends it again.
             Verdict::Invalid | Verdict::Dropped
-                if matches!(flow.step, Step::SynAck) && flow.tries < 3 =>
+                if matches!(flow.step, Step::SynAck) && flow.syns < SYNS_MAX =>
             {
                 (flow.step, flow.leaving) = (Step::Syn, None);
+                flow.syns += 1;
                 flow.lost(now);
                 Ok(())
             }
