@@ -425,7 +425,9 @@ impl<E: Entries> Committer<E> {
                 for (entry, answer) in self.entries.iter_mut().zip(answers) {
                     if let Some(there) = answer.found.filter(is_touched) {
                         entry.is_touched |= entry.has_packets(&there);
-                        entry.left_s = there.state.timeout_s.max(1);
+                        if there.reply == entry.connection.reply && there.phase() != Phase::Over {
+                            entry.left_s = there.state.timeout_s.max(1);
+                        }
                         let given_s = timeouts.of(&there);
                         entry.is_fresh = there.state.timeout_s + FRESH_S >= given_s;
                     }
@@ -666,48 +668,46 @@ mod tests {
     struct Fake {
         there: Option<Connection>,
         timeouts: Timeouts,
-        asked: Vec<(usize, Option<(Connection, u32)>, u8)>,
+        asked: Vec<(usize, Asked)>,
     }
 
-    const GET: u8 = 0;
-    const CREATE: u8 = 1;
-    const UPDATE: u8 = 2;
-    const DELETE: u8 = 3;
+    enum Asked {
+        Create(Connection),
+        Update(Connection),
+        Get,
+        Delete,
+    }
 
     impl Entries for Fake {
         fn put(&mut self, index: usize, request: Request<'_>) {
-            self.asked.push(match request {
+            let asked = match request {
                 Request::Create { connection, timeout_s } => {
-                    (index, Some((*connection, timeout_s)), CREATE)
+                    Asked::Create(with_timeout(*connection, timeout_s))
                 }
                 Request::Update { connection, timeout_s, .. } => {
-                    (index, Some((*connection, timeout_s)), UPDATE)
+                    Asked::Update(with_timeout(*connection, timeout_s))
                 }
-                Request::Get { .. } => (index, None, GET),
-                Request::Delete { .. } => (index, None, DELETE),
-            });
+                Request::Get { .. } => Asked::Get,
+                Request::Delete { .. } => Asked::Delete,
+            };
+            self.asked.push((index, asked));
         }
 
         fn carry_out(&mut self) -> Result<[Answers; COMMIT_PER_PASS], i32> {
             let mut answers = [Answers::default(); COMMIT_PER_PASS];
             let mut last = None;
-            for (index, value, what) in self.asked.drain(..) {
-                let errno = match (what, self.there) {
-                    (CREATE, Some(_)) => libc::EEXIST,
-                    (CREATE, None) => 0,
+            for (index, asked) in self.asked.drain(..) {
+                let errno = match (&asked, self.there) {
+                    (Asked::Create(_), Some(_)) => libc::EEXIST,
+                    (Asked::Create(_), None) | (_, Some(_)) => 0,
                     (_, None) => libc::ENOENT,
-                    (_, Some(_)) => 0,
                 };
-                if errno == 0 {
-                    match (what, value) {
-                        (GET, _) => answers[index].found = self.there,
-                        (DELETE, _) => self.there = None,
-                        (_, value) => {
-                            self.there = value.map(|(mut connection, timeout_s)| {
-                                connection.state.timeout_s = timeout_s;
-                                connection
-                            })
-                        }
+                match asked {
+                    _ if errno != 0 => {}
+                    Asked::Get => answers[index].found = self.there,
+                    Asked::Delete => self.there = None,
+                    Asked::Create(connection) | Asked::Update(connection) => {
+                        self.there = Some(connection)
                     }
                 }
                 answers[index].errno[(last == Some(index)) as usize] = errno;
@@ -736,6 +736,11 @@ mod tests {
         Connection::new(original, reply, state)
     }
 
+    fn with_timeout(mut connection: Connection, timeout_s: u32) -> Connection {
+        connection.state.timeout_s = timeout_s;
+        connection
+    }
+
     fn committer(there: Connection) -> Committer<Fake> {
         let timeouts =
             Timeouts::told(&|name| (name == "tcp_timeout_established").then_some(ESTABLISHED_S));
@@ -760,7 +765,7 @@ mod tests {
             (KEPT_TIMEOUT_S, false, false), // What another copy had.
         ] {
             let there = connection(2, left_s);
-            let mut committer = committer(there);
+            let mut committer = self::committer(there);
             let is_there = |of: &Committer<Fake>| of.kernel.there == Some(there);
             assert_eq!(committer.write(&wanted, Lifetime::Kept), Ok(()));
             let outcome = result(&mut committer).outcome;
@@ -786,15 +791,22 @@ mod tests {
             (KEPT_TIMEOUT_S - 9, Lifetime::Rest(2000), (ESTABLISHED_S, 0)),
             (250, Lifetime::Normal, (0, 0)),
         ] {
-            let mut committer = committer(connection(1, left_s));
+            let mut committer = self::committer(connection(1, left_s));
             assert_eq!(committer.write(&wanted, lifetime), Ok(()));
             let CommitResult { outcome, silent_s, passed_s, .. } = result(&mut committer);
             assert_eq!(outcome, Outcome::Written);
             assert_eq!((silent_s, passed_s), told, "{left_s} {lifetime:?}");
         }
+        // What another connection had left, which is over (traffic seed 1000050600).
+        let mut over = connection(2, 110);
+        over.state.tcp_state = 7;
+        let mut committer = self::committer(over);
+        assert_eq!(committer.write(&wanted, Lifetime::Kept), Ok(()));
+        let CommitResult { outcome, silent_s, passed_s, .. } = result(&mut committer);
+        assert_eq!((outcome, silent_s, passed_s), (Outcome::Written, 0, 0));
         // It had been given its normal timeout, and no packet has passed, as far as can be told.
         for (left_s, told) in [(290, UNTOLD_S), (20, 20)] {
-            let mut committer = committer(connection(1, left_s));
+            let mut committer = self::committer(connection(1, left_s));
             assert_eq!(committer.keep(&wanted, Lifetime::Kept, left_s), Ok(()));
             let CommitResult { outcome, silent_s, passed_s, .. } = result(&mut committer);
             assert_eq!((outcome, silent_s, passed_s), (Outcome::Written, 0, told));

@@ -151,8 +151,8 @@ pub struct Sim<'m> {
     free: Vec<Tuple>,
     /// Who carries each group of clients.
     pub(super) routes: Vec<MemberId>,
-    /// When a packet of a tuple last passed a gateway.
-    passed_at: BTreeMap<(Tuple, MemberId), Time>,
+    /// When a packet of a tuple last passed a gateway, and whether it said something.
+    passed_at: BTreeMap<(Tuple, MemberId), (Time, bool)>,
     /// Until when an entry lasts to which a program gave a timeout, and which no packet has passed
     /// since.
     pub(super) shortened: BTreeMap<(Tuple, MemberId), Time>,
@@ -204,8 +204,10 @@ pub(super) fn ms(n: u64) -> Duration {
 }
 
 /// How long the entry of this flow lives without packets.
-fn idle_of(timeouts: &Timeouts, flow: &Flow) -> Duration {
+/// (Unacknowledged: the last packet there was data that nobody has acknowledged there.)
+fn idle_of(timeouts: &Timeouts, flow: &Flow, is_unacknowledged: bool) -> Duration {
     let seconds = match (flow.is_tcp(), flow.is_talking()) {
+        (true, true) if is_unacknowledged => timeouts.unacknowledged,
         (true, true) => timeouts.tcp[tcp::ESTABLISHED as usize],
         (true, false) => timeouts.tcp[tcp::LAST_ACK as usize],
         (false, _) => timeouts.udp_stream,
@@ -574,9 +576,12 @@ impl<'m> Sim<'m> {
         let entry = kernel.act(now, |table, now| table.get(now, &flow.original));
         // Where its packets have not passed for long its entry may have run out, though this member
         // still is its active: only a packet elsewhere that raised an event would have told.
-        let idle = self.passed_at.get(&(flow.original, way)).map(|at| now.since(*at));
-        let lives = self.timeouts.iter().map(|of| idle_of(of, flow)).min().unwrap_or_default();
-        if !had_entry && idle.is_some_and(|idle| idle + ms(2000) >= lives) {
+        let has_run_out =
+            self.passed_at.get(&(flow.original, way)).is_some_and(|(at, was_data)| {
+                let lives = self.timeouts.iter().map(|of| idle_of(of, flow, *was_data)).min();
+                now.since(*at) + ms(2000) >= lives.unwrap_or_default()
+            });
+        if !had_entry && has_run_out {
             flow.is_safe = false;
         }
         // So it may where a program has shortened its time.
@@ -609,9 +614,10 @@ impl<'m> Sim<'m> {
                 if end == End::Client {
                     flow.leaving = Some(leaving);
                 }
-                let was_talking = flow.is_talking();
+                let (was_talking, was_data) =
+                    (flow.is_talking(), matches!(flow.step, Step::Say(_)));
                 flow.arrived(now, way, &mut self.rng);
-                self.passed_at.insert((flow.original, way), now);
+                self.passed_at.insert((flow.original, way), (now, was_data));
                 self.shortened.remove(&(flow.original, way));
                 if is_first {
                     // (A SYN may pass the entry of the connection before.)
