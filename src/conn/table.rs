@@ -90,6 +90,8 @@ impl List {
 pub enum Written {
     /// Nothing: it was not written since it is a copy's.
     No,
+    /// Nothing yet: it has its normal timeout since its active fell silent.
+    Normal,
     /// Perhaps something: it was there, without the timeout of copies, which a packet took from it
     /// or a takeover.
     AsItWas,

@@ -133,7 +133,7 @@ pub(super) fn found(
     let lives = replica.is_living_copy(slot);
     let (original, line) = (replica.table().tuples(slot).0, replica.table().line(slot));
     let (state, is_copy) = (line.state(), line.kind() == Kind::Backup);
-    let written = replica.table().written(slot);
+    let was_kept = matches!(replica.table().written(slot), Written::AsItWas | Written::Yes);
     match (there, told) {
         // A timeout or a mark that another program writes is no packet; its active says what
         // belongs there.
@@ -149,7 +149,7 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Told::Ended(End::Unseen)) if lives || is_copy && written != Written::No => {
+        (None, Told::Ended(End::Unseen)) if lives || is_copy && was_kept => {
             replica.recommit(now, slot)
         }
         (None, Told::Ended(end @ End::Unseen)) => {

@@ -281,7 +281,7 @@ impl Verify {
             }
             // Since it was written, and no event told: it raises none.
             (Some(Finding::WentOn), Some(there))
-                if replica.table().written(slot) != Written::No =>
+                if !matches!(replica.table().written(slot), Written::No | Written::Normal) =>
             {
                 counters.count(Counter::VerifyWentOn);
                 let known = groups::MARK | told_by_answer(slot, there, replica);

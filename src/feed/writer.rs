@@ -460,7 +460,8 @@ impl<E: Entries> Writer<E> {
                 if result.passed_s > 0 {
                     replica.handle_overwritten(now, slot, generation, result.passed_s);
                 }
-                let is_first = replica.table().written(slot) == Written::No;
+                let written = replica.table().written(slot);
+                let is_first = matches!(written, Written::No | Written::Normal);
                 if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {
                     repair.may_be_unheard(slot);
                 }

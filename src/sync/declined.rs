@@ -54,7 +54,7 @@ impl Replica<'_> {
                 // (Written while its active is silent it has the normal timeout, which says
                 // nothing.)
                 match self.is_living_copy(slot) {
-                    false => self.table.set_written(slot, Written::No),
+                    false => self.table.set_written(slot, Written::Normal),
                     // As it was since it was written.
                     true if written == Written::AsItWas
                         && self.table.written(slot) == Written::Yes => {}

@@ -221,9 +221,12 @@ impl Replica<'_> {
         match (written, doubt) {
             (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
             (Written::No, _) => {}
+            (Written::Normal, _) if self.contests.has_room() => {
+                self.doubt(now, &connection, stamp, doubt)
+            }
             // It lives on elsewhere: what may be the packets of before does not outdo that.
             (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
-            (Written::AsItWas | Written::Yes, _) => {
+            (Written::Normal | Written::AsItWas | Written::Yes, _) => {
                 self.ask_for_packets(&connection, stamp, self.table.passed_until(slot))
             }
         }
@@ -393,6 +396,40 @@ mod tests {
                 }
                 None => assert_eq!(told, [Commit::Delete { original }]),
             }
+        }
+    }
+
+    /// Traffic seed 1000055670: the first that was heard of an active that had been silent was an
+    /// end that it had not seen. The copy had its normal timeout by then, and packets had passed.
+    #[test]
+    fn what_has_its_normal_timeout_is_watched_before_an_end_that_nobody_saw_is_believed() {
+        for (told, lives) in
+            [(&[(0, 300), (1, 300), (3, 300)][..], true), (&[(0, 300), (5, 295), (11, 289)], false)]
+        {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, connection, target) = with_a_copy_written_over(&memory, 0);
+            let original = connection.original;
+            let silent = PeerState::Down { since: NOW, left_behind: false, lost: false };
+            replica.peers.set(2, silent);
+            replica.handle_commit(NOW, target.slot, target.generation, Ok(Written::Yes));
+            replica.peers.set(2, PeerState::Up);
+            let stamp = Stamp { epoch: 1, version: 2 };
+            let closed = replica.apply_close(NOW, stream_index(2, 0), target, stamp, false);
+            assert!(matches!(closed, Applied));
+            let slot = replica.table.find_original(&original).expect("it is watched");
+            let generation = replica.table.line(slot).generation();
+            for (seconds, left_s) in told {
+                let mut there = connection;
+                there.state.timeout_s = *left_s;
+                let now = NOW.after(Duration::from_secs(*seconds));
+                replica.handle_watch(now, slot, generation, Some(&there));
+            }
+            let deleted = std::iter::from_fn(|| replica.poll_commit(true))
+                .any(|commit| commit == Commit::Delete { original });
+            assert_eq!(
+                (replica.table.find_original(&original).is_some(), deleted),
+                (lives, !lives)
+            );
         }
     }
 }

@@ -1,14 +1,17 @@
 //! The other end of what `tools/measure/events` measures; run in a gateway's network namespace.
 //!
 //! ```text
-//! measure-conntrack insert RATE COUNT   writes translated TCP connections into the kernel's table
-//! measure-conntrack delete RATE COUNT   removes them
-//! measure-conntrack read COUNT          the floor: reads that many events in batches, does nothing
-//!                                       with them, and prints the processor time of each, ns
+//! measure-conntrack insert RATE FROM TO   writes translated TCP connections into the kernel's table
+//! measure-conntrack finish RATE FROM TO   ends them as packets would: TIME_WAIT
+//! measure-conntrack delete RATE FROM TO   removes them
+//! measure-conntrack read COUNT            the floor: reads that many events in batches, does
+//!                                         nothing with them, and prints the processor time of
+//!                                         each, ns
 //! ```
 //!
 //! The port id of what is written here is not the appliance's: to the appliance it is traffic.
 
+use std::ops::Range;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -16,14 +19,26 @@ use hypersync::conn::{Connection, State, Tuple};
 use hypersync::conntrack::commit::{Committer, Lifetime, Outcome};
 use hypersync::conntrack::events::Source;
 
+const USAGE: &str = "usage: measure-conntrack insert|finish|delete RATE FROM TO, or read COUNT";
+
+/// What becomes of the entries.
+#[derive(Clone, Copy)]
+enum What {
+    Insert,
+    Finish,
+    Delete,
+}
+
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let number = |i: usize| words.get(i).and_then(|word| word.parse::<u32>().ok());
-    let outcome = match (words.first().map(String::as_str), number(1), number(2)) {
-        (Some("insert"), Some(rate), Some(count)) => write(rate, count, false),
-        (Some("delete"), Some(rate), Some(count)) => write(rate, count, true),
-        (Some("read"), Some(count), None) => read(count),
-        _ => Err("usage: measure-conntrack insert|delete RATE COUNT, or read COUNT".into()),
+    let range = || Some((number(1)?, number(2)?..number(3)?));
+    let outcome = match (words.first().map(String::as_str), range()) {
+        (Some("insert"), Some((rate, range))) => write(rate, range, What::Insert),
+        (Some("finish"), Some((rate, range))) => write(rate, range, What::Finish),
+        (Some("delete"), Some((rate, range))) => write(rate, range, What::Delete),
+        (Some("read"), None) => number(1).ok_or_else(|| USAGE.to_owned()).and_then(read),
+        _ => Err(USAGE.into()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,6 +48,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// `TCP_CONNTRACK_TIME_WAIT`.
+const TIME_WAIT: u8 = 7;
 
 /// The n-th connection: 50,000 ports to each server, so that one translated address suffices.
 fn connection(n: u32) -> Connection {
@@ -45,20 +63,24 @@ fn connection(n: u32) -> Connection {
     Connection::new(original, reply, state)
 }
 
-fn write(rate: u32, count: u32, is_delete: bool) -> Result<(), String> {
+fn write(rate: u32, range: Range<u32>, what: What) -> Result<(), String> {
     let mut committer = Committer::open().map_err(|e| e.to_string())?;
     let started = Instant::now();
     let mut failed = 0;
-    let mut n = 0;
-    while n < count {
+    let mut n = range.start;
+    while n < range.end {
         // A millisecond's worth at a time, then wait until it is due.
-        let end = count.min(n + rate.div_ceil(1000));
+        let end = range.end.min(n + rate.div_ceil(1000));
         while n < end {
             while n < end && committer.pending() < Committer::BATCH {
-                let c = connection(n);
-                let taken = match is_delete {
-                    true => committer.delete(&c.original),
-                    false => committer.write(&c, Lifetime::Normal),
+                let mut c = connection(n);
+                let taken = match what {
+                    What::Insert => committer.write(&c, Lifetime::Normal),
+                    What::Finish => {
+                        c.state.tcp_state = TIME_WAIT;
+                        committer.update(&c, Lifetime::Normal)
+                    }
+                    What::Delete => committer.delete(&c.original),
                 };
                 taken.map_err(|_| "one connection twice in a batch")?;
                 n += 1;
@@ -67,10 +89,12 @@ fn write(rate: u32, count: u32, is_delete: bool) -> Result<(), String> {
                 failed += !matches!(result.outcome, Outcome::Written | Outcome::Removed) as u32;
             });
         }
-        let due = started + Duration::from_secs_f64(n as f64 / rate as f64);
+        let done = n - range.start;
+        let due = started + Duration::from_secs_f64(done as f64 / rate as f64);
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
-    println!("{} {failed}", (count as f64 / started.elapsed().as_secs_f64()) as u64);
+    let count = range.len() as f64;
+    println!("{} {failed}", (count / started.elapsed().as_secs_f64()) as u64);
     Ok(())
 }
 
