@@ -457,7 +457,7 @@ impl<E: Entries> Writer<E> {
                         (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1)
                     }
                 };
-                if result.passed_s > 0 {
+                if result.passed_s > 0 && !is(Mutation::KeepOverwrites) {
                     replica.handle_overwritten(now, slot, generation, result.passed_s);
                 }
                 let written = replica.table().written(slot);
