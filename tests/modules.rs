@@ -133,6 +133,24 @@ fn imports_run_in_no_circle() {
     assert_eq!(circle_in(&texts), None);
 }
 
+/// A slot's kind, its other copy's place and its life decide in which list it stands and what adds
+/// it up.
+#[test]
+fn only_the_ledger_changes_what_a_slot_is() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/sync");
+    let mut found = BTreeMap::new();
+    for file in rust_files(&source) {
+        let text = std::fs::read_to_string(&file).expect("source files are readable UTF-8");
+        let tokens = without_tests(tokens_of(&text));
+        let setters = ["set_kind", "set_peer", "set_generation"];
+        let count = tokens.iter().filter(|token| setters.contains(&token.as_str())).count();
+        if count > 0 {
+            found.insert(file.file_name().expect("it is a file").to_owned(), count);
+        }
+    }
+    assert_eq!(found.keys().collect::<Vec<_>>(), ["ledger.rs"], "{found:?}");
+}
+
 #[test]
 fn the_scan_for_circles_follows_what_a_module_hands_on() {
     let texts =

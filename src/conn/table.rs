@@ -99,20 +99,24 @@ pub enum Written {
     Yes,
 }
 
+/// Of a connection: its backup's kernel refused it. Of a copy: its active was told that.
+const DECLINED: u8 = 1;
+/// Of a connection: a process that was killed may have heard a later decline.
+const UNSURE: u8 = 2;
+
 #[derive(Clone, Copy)]
 struct Side {
     next: u32,
     prev: u32,
     on: On,
-    declined: bool,
+    /// [`DECLINED`], [`UNSURE`].
+    flags: u8,
     /// Of a copy: how the kernel has taken its entry since it is one.
     written: Written,
     /// Of a copy: the comparison in which its active named it last.
     seen: u8,
     /// Of a connection: the number of the latest decline by its backup; 0: none.
     heard: u32,
-    /// Of a connection: a process that was killed may have heard a later one.
-    unsure: bool,
     /// Of a copy: until when its entry would last, as packets had left it when it was last written
     /// over, in whole seconds, begun ones counted; 0: none had passed.
     passed_until: u32,
@@ -120,6 +124,8 @@ struct Side {
     digest: u32,
     since: Time,
 }
+
+const _: () = assert!(size_of::<Side>() == 32);
 
 /// One shard's slots.
 pub struct Table<'m> {
@@ -174,7 +180,7 @@ impl<'m> Table<'m> {
         }
         for slot in 0..table.slots.len() as u32 {
             let kind = table.kind(slot);
-            table.side[slot as usize].unsure = kind == Kind::Active;
+            table.side[slot as usize].flags = if kind == Kind::Active { UNSURE } else { 0 };
             if let Some(gauge) = gauge_of(kind) {
                 table.counters.count(gauge);
             }
@@ -204,11 +210,10 @@ impl<'m> Table<'m> {
             next: NIL,
             prev: NIL,
             on: On::None,
-            declined: false,
+            flags: 0,
             written: Written::No,
             seen: 0,
             heard: 0,
-            unsure: false,
             passed_until: 0,
             digest: 0,
             since: Time(0),
@@ -414,12 +419,13 @@ impl<'m> Table<'m> {
     /// Of a connection: whether its backup's kernel refused it. Of a copy: whether its active was
     /// told that.
     pub fn is_declined(&self, slot: u32) -> bool {
-        self.side[slot as usize].declined
+        self.side[slot as usize].flags & DECLINED != 0
     }
 
     /// Sets what [`is_declined`](Self::is_declined) tells.
     pub fn set_declined(&mut self, slot: u32, declined: bool) {
-        self.side[slot as usize].declined = declined;
+        let flags = &mut self.side[slot as usize].flags;
+        *flags = *flags & !DECLINED | if declined { DECLINED } else { 0 };
     }
 
     /// Of a copy: how the kernel has taken its entry since it is one.
@@ -458,7 +464,9 @@ impl<'m> Table<'m> {
             return Heard::Overtaken;
         }
         side.heard = number;
-        match std::mem::take(&mut side.unsure) {
+        let was_unsure = side.flags & UNSURE != 0;
+        side.flags &= !UNSURE;
+        match was_unsure {
             true => Heard::PerhapsNewest,
             false => Heard::Newest,
         }
@@ -487,7 +495,8 @@ impl<'m> Table<'m> {
     /// The connection has another backup: none of its declines was heard.
     pub fn forget_declines(&mut self, slot: u32) {
         let side = &mut self.side[slot as usize];
-        (side.heard, side.unsure) = (0, false);
+        side.heard = 0;
+        side.flags &= !UNSURE;
     }
 
     /// The list that a slot stands in.

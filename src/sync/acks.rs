@@ -97,15 +97,14 @@ impl Replica<'_> {
 
     /// Closes that are acknowledged: both slots are free again, theirs for this stream's lease.
     pub(super) fn free_closed(&mut self, stream: usize, floor: Seq) {
-        while let Some(slot) = self.streams[stream].closing.first() {
-            let line = self.table.line(slot);
+        while let Some(slot) = self.ledger.first_closing(stream) {
+            let line = self.ledger.line(slot);
             if !line.last().is_passed_by(floor) && !is(Mutation::EarlyReuse) {
                 break;
             }
-            self.table.unlink(&mut self.streams[stream].closing, slot);
+            self.ledger.unlist(slot);
             self.return_lease(line.peer(), line.session());
-            self.table.forget(slot);
-            self.table.recycle(slot);
+            self.ledger.clear(slot);
         }
     }
 
@@ -121,7 +120,7 @@ impl Replica<'_> {
             if own.is_some_and(|own| own != place) {
                 continue; // A place that stands in the lease twice: only one of the two was refused.
             }
-            let line = self.table.line(place.slot);
+            let line = self.ledger.line(place.slot);
             // It was claimed there and claimed back here since: what was refused was of before all
             // that.
             let is_current = epoch == EpochBits::of(line.stamp());
@@ -141,7 +140,7 @@ impl Replica<'_> {
                     continue; // There is no room for a request: it is refused again.
                 }
                 self.counters.count(Counter::RefusedByPeer);
-                self.unassign(place.slot);
+                self.ledger.unassign(place.slot);
                 match reason {
                     // Nobody's packets were seen here, and somebody carries it on who knows it
                     // better.
@@ -152,7 +151,7 @@ impl Replica<'_> {
                     Reason::Superseded => {
                         // What the other one's is was not told.
                         self.contest(now, place.slot, None);
-                        self.back_off(now, place.slot);
+                        self.ledger.back_off(now, place.slot);
                     }
                     Reason::NotLeased | Reason::NotHere => self.protect(now, place.slot),
                 }

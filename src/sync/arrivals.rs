@@ -13,7 +13,6 @@ use crate::ccp::message::{Place, Reason};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
 use crate::counters::Counter;
-use crate::seq::Seq;
 use crate::source::Commit;
 use crate::time::Time;
 
@@ -38,9 +37,9 @@ impl Replica<'_> {
             return Refused(Reason::NotLeased);
         }
         let slot = target.slot;
-        self.epoch = self.epoch.max(stamp.epoch);
+        self.ledger.raise_epoch(stamp.epoch);
         let here = line.kind().is_connection()
-            && self.table.tuples(slot) == (connection.original, connection.reply);
+            && self.ledger.tuples(slot) == (connection.original, connection.reply);
         let verdict = match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => self.fill_lease(now, new),
             Kind::Backup if here && line.peer() == own => self.renew_copy(new),
@@ -92,16 +91,8 @@ impl Replica<'_> {
                 return Stays(verdict);
             }
         };
-        let mut line = self.table.line(target.slot);
-        line.set_session(0);
-        line.set_kind(Kind::Backup);
-        line.set_peer(own);
-        line.set_stamp(stamp);
-        line.set_claimed(witnessed);
-        line.set_groups(0);
-        line.set_last(Seq::NONE);
-        self.table.set_former(target.slot, previous.unwrap_or(Coordinate::NOWHERE));
-        self.table.fill(target.slot, line, connection);
+        let previous = previous.unwrap_or(Coordinate::NOWHERE);
+        self.ledger.fill_copy(target.slot, (own, stamp), witnessed, previous, connection);
         self.begin_copy(target.slot);
         Changed
     }
@@ -109,13 +100,13 @@ impl Replica<'_> {
     /// The copy in this slot is sent whole once more.
     fn renew_copy(&mut self, new: &New<'_>) -> Outcome {
         let New { target: Place { slot, generation }, stamp, .. } = *new;
-        let known = self.table.line(slot).stamp();
+        let known = self.ledger.line(slot).stamp();
         if stamp <= known && !is(Mutation::OlderWins) {
             self.counters.count(Counter::DeltasOld);
             if stamp == known {
                 // Its active may be back from another backup, and believe an old decline: what is
                 // so is told again.
-                self.table.set_declined(slot, true);
+                self.ledger.set_told(slot, true);
                 self.commit(Commit::Write { slot, generation });
             }
             return Stays(Applied);
@@ -128,13 +119,13 @@ impl Replica<'_> {
     /// lives elsewhere.
     fn change_active(&mut self, new: &New<'_>) -> Outcome {
         let New { target: Place { slot, .. }, stamp, own, .. } = *new;
-        let former = self.table.line(slot).peer();
+        let former = self.ledger.line(slot).peer();
         if self.is_of_another(slot, own) && !self.release(Rank::Consequence, former, stamp) {
             return Stays(Busy);
         }
-        self.table.set_declined(slot, false); // The new one was not told.
-        self.end_copy(slot);
-        self.table.update(slot, |line| line.set_peer(own));
+        self.ledger.set_told(slot, false); // The new one was not told.
+        self.ledger.end_copy(slot);
+        self.ledger.turn_to(slot, own);
         self.begin_copy(slot);
         self.overwrite_whole(new);
         Changed
@@ -144,8 +135,8 @@ impl Replica<'_> {
     /// claimed it. If that outranks this active, it is the copy from now on.
     fn give_way_to_pair(&mut self, now: Time, new: &New<'_>) -> Outcome {
         let New { target: Place { slot, .. }, stamp, own, .. } = *new;
-        let line = self.table.line(slot);
-        let presumed_from = self.is_presumed(slot) && self.table.former(slot) == own;
+        let line = self.ledger.line(slot);
+        let presumed_from = self.is_presumed(slot) && self.ledger.former(slot) == own;
         let outranks = stamp > line.stamp()
             || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
         if !outranks {
@@ -160,15 +151,9 @@ impl Replica<'_> {
         self.demote(slot, own, stamp);
         // Who has it is settled: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
-        self.table.update(slot, |line| {
-            line.set_kind(Kind::Backup);
-            line.set_peer(own);
-            line.set_claimed(false);
-            line.set_groups(0);
-        });
-        self.table.set_former(slot, Coordinate::NOWHERE);
+        self.ledger.become_copy(slot, own);
         // It may believe what was said before the roles changed: a commit that succeeds is told.
-        self.table.set_declined(slot, true);
+        self.ledger.set_told(slot, true);
         self.begin_copy(slot);
         self.overwrite_whole(new);
         Changed
@@ -187,7 +172,7 @@ impl Replica<'_> {
 
     /// Whether the active of the copy in this slot lives, and is at another member than this one.
     fn is_of_another(&self, slot: u32, active: Coordinate) -> bool {
-        let member = self.table.line(slot).peer().member();
+        let member = self.ledger.line(slot).peer().member();
         member != active.member() && self.is_up(member)
     }
 
@@ -202,19 +187,18 @@ impl Replica<'_> {
         own: Coordinate,
         previous: Option<Coordinate>,
     ) -> Result<bool, Verdict> {
-        let Some(slot) = self.table.find_original(&connection.original) else { return Ok(false) };
-        let line = self.table.line(slot);
+        let Some(slot) = self.ledger.find_original(&connection.original) else { return Ok(false) };
+        let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             let is_kept = previous == Some(self.coordinate(slot));
             if line.peer() == own && stamp > line.stamp() && !is_kept {
                 // Its active took this member for silent, turned away, and is back with a newer
                 // state.
                 self.end_missing(slot);
-                self.end_copy(slot);
-                self.table.forget(slot);
-                self.table.recycle(slot);
+                self.ledger.end_copy(slot);
+                self.ledger.clear(slot);
             } else if line.peer().member() != own.member()
-                && self.table.tuples(slot) == (connection.original, connection.reply)
+                && self.ledger.tuples(slot) == (connection.original, connection.reply)
             {
                 // Two members carry on one connection, and may not know of each other. Of two that
                 // know as much one may have taken over from the other, and it is not for the third
@@ -229,7 +213,7 @@ impl Replica<'_> {
             }
             return Ok(false); // The close of the older one is on its way.
         }
-        let is_same = self.table.tuples(slot) == (connection.original, connection.reply);
+        let is_same = self.ledger.tuples(slot) == (connection.original, connection.reply);
         let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
         if line.kind() == Kind::Held && line.is_unseen() && is_same {
             if self.is_looked_for(now, slot, rival) {
@@ -237,8 +221,7 @@ impl Replica<'_> {
                 return Err(Refused(Reason::Superseded));
             }
             // Whether its packets pass here was just to be found out: now it has an active again.
-            self.table.forget(slot);
-            self.table.recycle(slot);
+            self.ledger.clear(slot);
             return Ok(false);
         }
         if line.kind() == Kind::Held && !is_same {
@@ -250,11 +233,11 @@ impl Replica<'_> {
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         // (Of a copy what is remembered is its previous backup.)
         let presumed = line.kind() == Kind::Active && self.is_presumed(slot);
-        let presumed_from_it = presumed && self.table.former(slot) == own;
+        let presumed_from_it = presumed && self.ledger.former(slot) == own;
         // What began here is younger than anything that outlived its hold before it was sent; and
         // stamps say nothing of two connections, nor of two whose epochs went up apart from each
         // other.
-        let is_of_this = own == line.peer() || own == self.table.former(slot);
+        let is_of_this = own == line.peer() || own == self.ledger.former(slot);
         let knows_as_much = line.kind() == Kind::Held
             || !is_same
             || !is_of_this && !self.contests.has_outlasted(now, slot, line.generation())
@@ -278,13 +261,12 @@ impl Replica<'_> {
         if line.kind() == Kind::Backup {
             // Its active is gone, and the sender took over with the same state or a newer one.
             self.end_missing(slot);
-            self.end_copy(slot);
+            self.ledger.end_copy(slot);
             self.leave_behind(line.peer().member());
         } else {
             self.demote(slot, own, stamp);
         }
-        self.table.forget(slot);
-        self.table.recycle(slot);
+        self.ledger.clear(slot);
         Ok(is_same && !presumed && line.kind() != Kind::Backup)
     }
 
@@ -292,18 +274,18 @@ impl Replica<'_> {
     /// connection, and has its copy here as well, is told. `false` if there is no room for a
     /// request.
     fn outrank(&mut self, slot: u32, stamp: Stamp) -> bool {
-        let (original, reply) = self.table.tuples(slot);
-        let active = self.table.line(slot).peer().member();
+        let (original, reply) = self.ledger.tuples(slot);
+        let active = self.ledger.line(slot).peer().member();
         let rivals = |other: u32| {
-            let line = self.table.line(other);
+            let line = self.ledger.line(other);
             line.kind() == Kind::Backup
                 && line.peer().member() != active
                 && self.is_up(line.peer().member())
                 && line.stamp() < stamp
-                && self.table.tuples(other) == (original, reply)
+                && self.ledger.tuples(other) == (original, reply)
         };
-        let Some(other) = self.table.index.find(&original, rivals) else { return true };
-        let told = self.release(Rank::Consequence, self.table.line(other).peer(), stamp);
+        let Some(other) = self.ledger.index.find(&original, rivals) else { return true };
+        let told = self.release(Rank::Consequence, self.ledger.line(other).peer(), stamp);
         self.counters.add(Counter::Conflicts, told as u64);
         told
     }
@@ -314,11 +296,11 @@ impl Replica<'_> {
         self.counters.count(Counter::ClaimsLost);
         self.commits.may_hold_entries();
         self.end_move(slot);
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let peer = line.peer();
         // Where it was taken over from stays until the slot is something else: what ends it may
         // come once more.
-        self.unassign(slot);
+        self.ledger.unassign(slot);
         if peer.is_somewhere() && peer != winner && !is(Mutation::LoserKeepsBackup) {
             let taken = self.release(Rank::Consequence, peer, stamp);
             assert!(taken, "the caller made sure of room");
@@ -331,10 +313,10 @@ impl Replica<'_> {
     /// first, if there is a kernel to ask. Of two within one epoch that know a different number of
     /// changes the next claims decide. `false`: there is no room for a request.
     fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let hears_otherwise = line.kind() != Kind::Active
             || line.peer().member() == own.member()
-            || self.table.former(slot) == own
+            || self.ledger.former(slot) == own
             || self.is_presumed(slot);
         let is_tie = stamp == line.stamp();
         if hears_otherwise || !is_tie && stamp.epoch == line.stamp().epoch {
@@ -356,11 +338,10 @@ impl Replica<'_> {
         mask: u8,
     ) {
         if mask & groups::EXTRA != 0 {
-            self.table.set_extra(slot, extra);
+            self.ledger.set_extra(slot, extra);
         }
-        self.table.set_former(slot, previous.unwrap_or(Coordinate::NOWHERE));
-        self.table.update(slot, |line| {
-            let old = line.state();
+        let previous = previous.unwrap_or(Coordinate::NOWHERE);
+        self.ledger.overwrite(slot, stamp, previous, |old| {
             let mut new = if mask & groups::STATE != 0 { *state } else { old };
             new.timeout_s =
                 if mask & groups::TIMEOUT != 0 { state.timeout_s } else { old.timeout_s };
@@ -369,10 +350,8 @@ impl Replica<'_> {
             } else {
                 old.mark
             };
-            line.set_state(&new);
-            line.set_stamp(stamp);
+            new
         });
-        self.account_held(slot);
     }
 
     pub(super) fn apply_update(
@@ -388,7 +367,7 @@ impl Replica<'_> {
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);
         }
-        self.epoch = self.epoch.max(stamp.epoch);
+        self.ledger.raise_epoch(stamp.epoch);
         match line.kind() {
             Kind::Backup if self.stream_of(line.peer()) == stream => {
                 if stamp <= line.stamp() && !is(Mutation::OlderWins) {
@@ -415,9 +394,9 @@ impl Replica<'_> {
     /// Whether the sender of this stream is still to hear that the connection in this slot is
     /// active here. If it refused to, it must not believe that its copy is here.
     fn tells(&self, slot: u32, stream: usize) -> bool {
-        let peer = self.table.line(slot).peer();
+        let peer = self.ledger.line(slot).peer();
         peer.is_somewhere() && self.stream_of(peer) == stream
-            || self.table.former(slot).is_somewhere()
+            || self.ledger.former(slot).is_somewhere()
     }
 }
 

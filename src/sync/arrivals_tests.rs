@@ -27,12 +27,10 @@ fn with_an_active(memory: &OwnedMemory, config: ReplicaConfig) -> (Replica<'_>, 
     let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
     let connection = Connection::new(original, original.mirrored(), state);
     replica.handle_source(NOW, &SourceEvent::seen(connection));
-    let slot = replica.table.find_original(&original).expect("it is held");
-    replica.table.unlink(&mut replica.held, slot);
-    replica.table.update(slot, |line| {
-        line.set_kind(Kind::Active);
-        line.set_claimed(true);
-    });
+    let slot = replica.ledger.find_original(&original).expect("it is held");
+    replica.ledger.unlist(slot);
+    replica.ledger.activate(slot);
+    replica.ledger.amend(slot, |line| line.set_claimed(true));
     replica.assign(NOW, slot, Coordinate::new(2, 0, 5, Default::default()));
     (replica, connection, slot)
 }
@@ -46,7 +44,7 @@ fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let config = ReplicaConfig { member, ..test_config() };
         let (mut replica, _, slot) = with_an_active(&memory, config);
-        let line = replica.table.line(slot);
+        let line = replica.ledger.line(slot);
         let (backup, stamp) = (line.peer(), line.stamp());
         let stream = stream_index(backup.member(), 0);
         replica.transmit(NOW.after(Duration::from_millis(10)), &mut |_| true);
@@ -77,7 +75,7 @@ fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
     for (from, is_back) in [(backup, true), (elsewhere, false)] {
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let (mut replica, _, slot) = with_an_active(&memory, test_config());
-        let line = replica.table.line(slot);
+        let line = replica.ledger.line(slot);
         let above = line.stamp().changed();
         let target = Place { slot, generation: line.generation() };
         let verdict = replica.apply_release(NOW, stream_index(from.member(), 0), target, above);
@@ -98,9 +96,9 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
     let config = ReplicaConfig { member: 6, commit: CommitMode::Eager, ..test_config() };
     let (mut replica, connection, slot) = with_an_active(&memory, config);
-    let generation = replica.table.line(slot).generation();
-    let backup = replica.table.line(slot).peer();
-    let epoch = replica.table.line(slot).stamp().epoch;
+    let generation = replica.ledger.line(slot).generation();
+    let backup = replica.ledger.line(slot).peer();
+    let epoch = replica.ledger.line(slot).stamp().epoch;
     let rival = Rival { stamp: Stamp { epoch, version: 1 }, place: backup };
     assert!(replica.contest(NOW, slot, Some(rival)));
     let target = Place { slot, generation };
@@ -112,7 +110,7 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
         &New { target, stamp: above, own: backup, previous: None, connection: &connection },
     );
     assert!(matches!(verdict, Applied));
-    assert_eq!(replica.table.kind(slot), Kind::Backup);
+    assert_eq!(replica.ledger.kind(slot), Kind::Backup);
     assert!(!replica.contests.has(slot, generation));
 }
 
@@ -144,12 +142,11 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let config = ReplicaConfig { member: 6, commit, ..test_config() };
         let (mut replica, connection, slot) = with_an_active(&memory, config);
-        replica.table.set_former(slot, former);
-        replica.table.update(slot, |line| {
-            line.set_peer(backup);
-            line.set_stamp(own);
-        });
-        let target = Place { slot, generation: replica.table.line(slot).generation() };
+        replica.ledger.set_former(slot, former);
+        replica.ledger.unassign(slot);
+        replica.assign(NOW, slot, backup);
+        replica.ledger.amend(slot, |line| line.set_stamp(own));
+        let target = Place { slot, generation: replica.ledger.line(slot).generation() };
         let stream = stream_index(from.member(), 0);
         let verdict = replica.apply_new(
             NOW,
@@ -159,7 +156,7 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         assert!(matches!(verdict, Refused(Reason::Superseded)));
         // With a kernel to ask, traffic decides about what may be another connection.
         let waits = commit == CommitMode::Eager && stamp != own;
-        let generation = replica.table.line(slot).generation();
+        let generation = replica.ledger.line(slot).generation();
         assert_eq!(
             replica.requests.released(from).is_some(),
             is_told && !waits,
@@ -185,10 +182,10 @@ fn a_higher_epoch_from_elsewhere_says_nothing_unless_it_comes_from_a_copy_of_thi
         let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
         let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
         let (mut replica, connection, slot) = with_an_active(&memory, config);
-        let stamp = Stamp { epoch: replica.table.line(slot).stamp().epoch + 2, version: 1 };
+        let stamp = Stamp { epoch: replica.ledger.line(slot).stamp().epoch + 2, version: 1 };
         let given = replica.give_way(NOW, &connection, stamp, own, None);
         assert_eq!(given.is_ok(), outranks, "{own:?}");
-        let generation = replica.table.line(slot).generation();
+        let generation = replica.ledger.line(slot).generation();
         assert_eq!(replica.contests.has(slot, generation), !outranks);
         if !outranks {
             let higher = Stamp { epoch: stamp.epoch + 1, version: 1 };

@@ -25,7 +25,7 @@ impl Replica<'_> {
     /// Somebody else takes the connection in this slot for its own, and knows as much. Whether
     /// traffic is to decide; without a kernel to ask for any, the stamp does.
     pub(super) fn contest(&mut self, now: Time, slot: u32, rival: Option<Rival>) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let is_ours = match line.kind() {
             Kind::Held => !line.is_unseen(),
             Kind::Active => !self.is_presumed(slot),
@@ -45,7 +45,7 @@ impl Replica<'_> {
             && self.contests.has_room()
             && let Some(slot) = self.fill_held(connection, Some(over), true)
         {
-            let generation = self.table.line(slot).generation();
+            let generation = self.ledger.line(slot).generation();
             let noted = self.contests.note(now, (slot, generation), over, None, Some(doubt));
             assert!(noted, "there was room for a contest");
         }
@@ -55,9 +55,9 @@ impl Replica<'_> {
     /// it itself: packets that pass here, of which no event tells, are looked for before that one's
     /// copy takes their entry.
     pub(super) fn doubt_presumed(&mut self, now: Time, slot: u32, refused_by: MemberId) {
-        let (connection, stamp) = (self.table.connection(slot), self.table.line(slot).stamp());
+        let (connection, stamp) = (self.ledger.connection(slot), self.ledger.line(slot).stamp());
         self.drop_presumed(slot);
-        if self.table.find_original(&connection.original).is_none() {
+        if self.ledger.find_original(&connection.original).is_none() {
             self.doubt(now, &connection, stamp, Doubt::Presumed(refused_by));
         }
     }
@@ -65,7 +65,7 @@ impl Replica<'_> {
     /// Another member brings the connection in this slot, which is looked for packets here. Whether
     /// it has to wait.
     pub(super) fn is_looked_for(&mut self, now: Time, slot: u32, rival: Rival) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         self.contests.is_looked_for(slot, line.generation())
             && self.contests.note(now, (slot, line.generation()), line.stamp(), Some(rival), None)
     }
@@ -73,20 +73,19 @@ impl Replica<'_> {
     /// Another program wrote the entry of this connection. Whether that is contested, or doubted:
     /// then what the entry tells of packets is compared with what it has left now.
     pub fn handle_written(&mut self, original: &Tuple) -> bool {
-        let Some(slot) = self.table.find_original(original) else { return false };
-        let is_contested = self.contests.restart(slot, self.table.line(slot).generation());
+        let Some(slot) = self.ledger.find_original(original) else { return false };
+        let is_contested = self.contests.restart(slot, self.ledger.line(slot).generation());
         self.counters.add(Counter::ClaimsUnfounded, is_contested as u64);
         is_contested
     }
 
     fn drop_doubted(&mut self, slot: u32, generation: Generation, doubt: Option<Doubt>) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
             return;
         }
-        let original = self.table.tuples(slot).0;
-        self.table.forget(slot);
-        self.table.recycle(slot);
+        let original = self.ledger.tuples(slot).0;
+        self.ledger.clear(slot);
         if doubt == Some(Doubt::Closed) {
             self.delete_entry(&original);
         }
@@ -96,7 +95,7 @@ impl Replica<'_> {
         if !self.contests.look_at().reached(now) {
             return;
         }
-        let table = &self.table;
+        let table = &self.ledger;
         self.contests.drop_those(now, |slot, generation| {
             let line = table.line(slot);
             line.generation() != generation || !matches!(line.kind(), Kind::Held | Kind::Active)
@@ -118,13 +117,13 @@ impl Replica<'_> {
     /// one is told at once, before the connection may end: by the delta that it now has the copy,
     /// or, if somebody else has that, by a release.
     pub(super) fn tell_rival(&mut self, now: Time, slot: u32, rival: Rival) {
-        let peer = self.table.line(slot).peer();
+        let peer = self.ledger.line(slot).peer();
         if !peer.is_somewhere() {
-            self.unlist(slot);
+            self.ledger.unlist(slot);
             self.assign(now, slot, rival.place);
         } else if peer != rival.place {
             // Without room for a request it hears of it when it asks again.
-            let _ = self.release(Rank::Consequence, rival.place, self.table.line(slot).stamp());
+            let _ = self.release(Rank::Consequence, rival.place, self.ledger.line(slot).stamp());
         }
     }
 
@@ -134,12 +133,8 @@ impl Replica<'_> {
         let Some(rival) = self.contests.decide(slot, generation) else { return };
         self.counters.count(Counter::Promotions);
         let own = self.coordinate(slot);
-        self.table.set_former(slot, own);
-        self.table.update(slot, |line| {
-            line.set_kind(Kind::Active);
-            line.set_unseen(false);
-            line.set_stamp(rival.stamp);
-        });
+        self.ledger.set_former(slot, own);
+        self.ledger.activate_unseen(slot, |line| line.set_stamp(rival.stamp));
         self.protect(now, slot);
     }
 
@@ -151,8 +146,8 @@ impl Replica<'_> {
         generation: Generation,
         there: Option<&Connection>,
     ) {
-        let tuples = self.table.tuples(slot);
-        let is_ours = matches!(self.table.kind(slot), Kind::Held | Kind::Active);
+        let tuples = self.ledger.tuples(slot);
+        let is_ours = matches!(self.ledger.kind(slot), Kind::Held | Kind::Active);
         let is_it = |there: &&Connection| {
             (there.original, there.reply) == tuples && there.phase() != Phase::Over
         };
@@ -225,13 +220,13 @@ mod tests {
     fn held(memory: &OwnedMemory) -> (Replica<'_>, u32) {
         let mut replica = replica(memory);
         replica.handle_source(at(0), &SourceEvent::seen(connection(300)));
-        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        let slot = replica.ledger.find_original(&connection(0).original).expect("it is held");
         (replica, slot)
     }
 
     /// What the kernel tells of the entry at these times, `None`: that it is gone.
     fn watch(replica: &mut Replica<'_>, slot: u32, told: &[(u64, Option<u32>)]) {
-        let generation = replica.table.line(slot).generation();
+        let generation = replica.ledger.line(slot).generation();
         for (seconds, timeout_s) in told {
             let there = timeout_s.map(connection);
             replica.handle_watch(at(*seconds), slot, generation, there.as_ref());
@@ -253,7 +248,7 @@ mod tests {
             let rival = rival(7, 9);
             assert!(replica.contest(at(0), slot, Some(rival)));
             watch(&mut replica, slot, told);
-            let stamp = replica.table.line(slot).stamp();
+            let stamp = replica.ledger.line(slot).stamp();
             assert_eq!(stamp > rival.stamp, has_traffic, "{told:?}: {stamp:?}");
         }
     }
@@ -271,9 +266,9 @@ mod tests {
         watch(&mut replica, slot, &[(0, Some(300)), (1, Some(299))]);
         assert!(replica.handle_written(&original));
         watch(&mut replica, slot, &[(2, Some(20)), (4, Some(18))]);
-        assert!(replica.table.line(slot).stamp() < rival.stamp);
+        assert!(replica.ledger.line(slot).stamp() < rival.stamp);
         watch(&mut replica, slot, &[(5, Some(300))]);
-        assert!(replica.table.line(slot).stamp() > rival.stamp, "that was a packet");
+        assert!(replica.ledger.line(slot).stamp() > rival.stamp, "that was a packet");
     }
 
     #[test]
@@ -294,7 +289,7 @@ mod tests {
         let (mut replica, slot) = held(&memory);
         assert!(replica.contest(at(0), slot, Some(rival(3, 1))));
         replica.handle_source(at(1), &SourceEvent::seen(connection(299)));
-        assert_eq!(replica.table.line(slot).stamp().epoch, 4);
+        assert_eq!(replica.ledger.line(slot).stamp().epoch, 4);
     }
 
     #[test]
@@ -312,18 +307,18 @@ mod tests {
             (Doubt::Closed, [(0, Some(300)), (9, Some(291)), (11, Some(299))], true, false),
         ] {
             replica.doubt(at(0), &connection(300), over, doubt);
-            let slot = replica.table.find_original(&original).expect("it is held");
+            let slot = replica.ledger.find_original(&original).expect("it is held");
             assert!(replica.is_unclaimed(slot), "its entry is no news");
             watch(&mut replica, slot, &told);
             assert_eq!(
-                replica.table.find_original(&original).is_some(),
+                replica.ledger.find_original(&original).is_some(),
                 lives,
                 "{doubt:?} {told:?}"
             );
             let asked: Vec<Commit> = std::iter::from_fn(|| replica.poll_commit(true)).collect();
             assert_eq!(asked.contains(&Commit::Delete { original }), deletes, "{doubt:?} {told:?}");
             if lives {
-                assert!(!replica.is_unclaimed(slot) && replica.table.line(slot).stamp() > over);
+                assert!(!replica.is_unclaimed(slot) && replica.ledger.line(slot).stamp() > over);
                 replica.handle_source(at(12), &SourceEvent::gone(original));
             }
         }
@@ -334,12 +329,12 @@ mod tests {
     fn refused(memory: &OwnedMemory) -> (Replica<'_>, u32) {
         let (mut replica, slot) = held(memory);
         replica.peers.set(2, PeerState::Up);
-        replica.unlist(slot);
-        replica.table.update(slot, |line| line.set_kind(Kind::Active));
-        replica.table.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
+        replica.ledger.unlist(slot);
+        replica.ledger.activate(slot);
+        replica.ledger.set_former(slot, Coordinate::new(2, 0, 5, Generation::default()));
         assert!(replica.is_presumed(slot));
         replica.doubt_presumed(at(0), slot, 2);
-        let slot = replica.table.find_original(&connection(0).original).expect("it is held");
+        let slot = replica.ledger.find_original(&connection(0).original).expect("it is held");
         assert!(
             replica.is_looked_for(at(1), slot, rival(5, 1)),
             "the other one's copy has to wait"
@@ -360,11 +355,11 @@ mod tests {
             let (mut replica, slot) = refused(&memory);
             let original = connection(0).original;
             watch(&mut replica, slot, &told);
-            assert_eq!(replica.table.line(slot).stamp() > rival(5, 1).stamp, goes_on);
+            assert_eq!(replica.ledger.line(slot).stamp() > rival(5, 1).stamp, goes_on);
             assert!(!replica.is_looked_for(at(6), slot, rival(5, 1)), "a copy has to wait no more");
             assert_eq!(replica.is_unclaimed(slot), !goes_on);
             watch(&mut replica, slot, &[(11, Some(289))]);
-            assert_eq!(replica.table.find_original(&original).is_some(), goes_on);
+            assert_eq!(replica.ledger.find_original(&original).is_some(), goes_on);
             assert!(
                 !std::iter::from_fn(|| replica.poll_commit(true))
                     .any(|c| c == Commit::Delete { original })
@@ -388,11 +383,11 @@ mod tests {
             replica.peers.set(2, PeerState::Vacant);
             watch(&mut replica, slot, &[(dies_at, Some(300 - dies_at as u32))]);
             let is_ours = dies_at < 10;
-            assert_eq!(replica.table.find_original(&connection(0).original).is_some(), is_ours);
+            assert_eq!(replica.ledger.find_original(&connection(0).original).is_some(), is_ours);
             if is_ours {
-                assert!(replica.is_presumed(slot) && replica.table.kind(slot) == Kind::Active);
+                assert!(replica.is_presumed(slot) && replica.ledger.kind(slot) == Kind::Active);
                 assert_eq!(
-                    replica.table.line(slot).stamp(),
+                    replica.ledger.line(slot).stamp(),
                     rival(5, 1).stamp,
                     "only packets outdo the other one"
                 );
@@ -413,7 +408,7 @@ mod tests {
             assert!(replica.contest(at(0), slot, Some(rival(7, 9))));
             watch(&mut replica, slot, &told);
             assert_eq!(
-                replica.table.find_original(&connection(0).original).is_some(),
+                replica.ledger.find_original(&connection(0).original).is_some(),
                 stays,
                 "{told:?}"
             );

@@ -34,17 +34,17 @@ impl Replica<'_> {
         generation: Generation,
         outcome: Result<Written, Fault>,
     ) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.generation() != generation {
             return;
         }
         match (line.kind(), outcome) {
             (Kind::Backup, _) => {}
             (Kind::Active, Err(_)) => return self.owe(now, slot),
-            (Kind::Active, Ok(_)) => return self.table.set_passed_until(slot, 0),
+            (Kind::Active, Ok(_)) => return self.ledger.set_passed_until(slot, 0),
             _ => return,
         }
-        let is_missing = match self.table.on(slot) {
+        let is_missing = match self.ledger.on(slot) {
             On::None => false,
             On::Missing => true,
             on => panic!("a copy stands in {on:?}"),
@@ -54,22 +54,22 @@ impl Replica<'_> {
                 // (Written while its active is silent it has the normal timeout, which says
                 // nothing.)
                 match self.is_living_copy(slot) {
-                    false => self.table.set_written(slot, Written::Normal),
+                    false => self.ledger.set_written(slot, Written::Normal),
                     // As it was since it was written.
                     true if written == Written::AsItWas
-                        && self.table.written(slot) == Written::Yes => {}
-                    true => self.table.set_written(slot, written),
+                        && self.ledger.written(slot) == Written::Yes => {}
+                    true => self.ledger.set_written(slot, written),
                 }
                 if is_missing {
-                    self.table.unlink(&mut self.missing, slot);
+                    self.ledger.unlist(slot);
                 }
-                if self.table.is_declined(slot) {
+                if self.ledger.is_declined(slot) {
                     match self.decline(slot, None) {
-                        true => self.table.set_declined(slot, false),
+                        true => self.ledger.set_told(slot, false),
                         // There is no room for a request, or nobody hears it: it is tried, and
                         // told, again.
                         false if self.may_return(line.peer().member()) => {
-                            self.table.push(&mut self.missing, On::Missing, slot, now);
+                            self.ledger.miss(now, slot);
                         }
                         // Lost: when it is back all its copies are written again, and this is told
                         // then.
@@ -79,10 +79,10 @@ impl Replica<'_> {
             }
             Err(fault) => {
                 if !is_missing {
-                    self.table.push(&mut self.missing, On::Missing, slot, now);
+                    self.ledger.miss(now, slot);
                 }
                 if self.decline(slot, Some(fault)) {
-                    self.table.set_declined(slot, true);
+                    self.ledger.set_told(slot, true);
                 }
             }
         }
@@ -96,55 +96,55 @@ impl Replica<'_> {
         generation: Generation,
         passed_s: u32,
     ) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.generation() == generation && line.kind() == Kind::Backup {
             let until = now.after(Duration::from_secs(passed_s.into()));
-            self.table.set_passed_until(slot, until.begun_seconds());
+            self.ledger.set_passed_until(slot, until.begun_seconds());
         }
     }
 
     /// The kernel's entry of this living copy is gone, or there was no time to write it: it is
     /// written again.
     pub(super) fn miss(&mut self, now: Time, slot: u32) {
-        let generation = self.table.line(slot).generation();
+        let generation = self.ledger.line(slot).generation();
         if self.config.commit != CommitMode::Eager {
             return;
         }
         if self.can_receive() {
             self.commit(Commit::Write { slot, generation });
-        } else if self.table.on(slot) == On::None {
-            self.table.push(&mut self.missing, On::Missing, slot, now);
+        } else if self.ledger.on(slot) == On::None {
+            self.ledger.miss(now, slot);
         }
     }
 
     /// A copy stops being one: whether the kernel has it does not matter any more.
     pub(super) fn end_missing(&mut self, slot: u32) {
-        if self.table.on(slot) == On::Missing {
-            self.table.unlink(&mut self.missing, slot);
+        if self.ledger.on(slot) == On::Missing {
+            self.ledger.unlist(slot);
         }
-        self.table.set_declined(slot, false);
+        self.ledger.set_told(slot, false);
     }
 
     /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the
     /// limit it is left to its own traffic and to the next sweep.
     /// Without an entry no packet passes: it ends when that would have run out.
     pub(super) fn owe(&mut self, now: Time, slot: u32) {
-        match (self.table.passed_until(slot), self.table.line(slot).state().timeout_s) {
+        match (self.ledger.passed_until(slot), self.ledger.line(slot).state().timeout_s) {
             (0, 0) => {} // Its active's kernel did not tell.
             (0, left_s) => {
                 let until = now.after(Duration::from_secs(left_s.into()));
-                self.table.set_passed_until(slot, until.begun_seconds());
+                self.ledger.set_passed_until(slot, until.begun_seconds());
             }
-            _ if self.table.passed_s(slot, now) == 0 => return self.gone(now, slot, End::Unseen),
+            _ if self.ledger.passed_s(slot, now) == 0 => return self.gone(now, slot, End::Unseen),
             _ => {}
         }
-        if !self.commits.owe(now, slot, self.table.line(slot).generation()) {
+        if !self.commits.owe(now, slot, self.ledger.line(slot).generation()) {
             self.counters.count(Counter::CommitOwedFull);
         }
     }
 
     fn decline(&mut self, slot: u32, fault: Option<Fault>) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if self.config.commit != CommitMode::Eager {
             return true; // It counts on no entry while it lives.
         }
@@ -172,18 +172,18 @@ impl Replica<'_> {
         number: u32,
         fault: Option<Fault>,
     ) {
-        if target.slot >= self.table.capacity() {
+        if target.slot >= self.ledger.capacity() {
             return self.counters.count(Counter::RejectTarget);
         }
         let slot = target.slot;
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.generation() != target.generation
             || line.kind() != Kind::Active
             || line.peer() != own
         {
             return; // It has another backup by now, or none.
         }
-        let heard = self.table.hear_decline(slot, number);
+        let heard = self.ledger.hear_decline(slot, number);
         if heard == Heard::Overtaken {
             return;
         }
@@ -191,12 +191,12 @@ impl Replica<'_> {
             return;
         }
         if fault.is_none() {
-            return self.set_declined(now, slot, false);
+            return self.ledger.set_refused(now, slot, false);
         }
         self.counters.count(Counter::DeclinedByPeer);
-        self.set_declined(now, slot, true);
-        let may_move = !self.table.is_moving(slot)
-            && matches!(self.table.on(slot), On::None | On::Dirty)
+        self.ledger.set_refused(now, slot, true);
+        let may_move = !self.ledger.is_moving(slot)
+            && matches!(self.ledger.on(slot), On::None | On::Dirty)
             && self.requests.has_room(Rank::Question);
         if may_move && let Candidate::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
@@ -209,47 +209,26 @@ impl Replica<'_> {
     /// Whether the backup's kernel has this connection is not known for sure. Who is sent what it
     /// has already writes it to its kernel once more, and tells what became of that.
     fn ask_again(&mut self, now: Time, slot: u32) {
-        if matches!(self.table.on(slot), On::None | On::Dirty) {
+        if matches!(self.ledger.on(slot), On::None | On::Dirty) {
             self.mark_dirty(now, slot, groups::ALL);
         }
     }
 
     /// One slot of the walk over what a member declined before its process was killed.
     pub(super) fn ask_declined(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.kind() == Kind::Active
             && line.peer().member() == member
-            && self.table.is_declined(slot)
+            && self.ledger.is_declined(slot)
         {
             self.ask_again(now, slot);
         }
         true
     }
 
-    /// Notes of an active connection whether its backup's kernel refused it.
-    pub(super) fn set_declined(&mut self, now: Time, slot: u32, declined: bool) {
-        match (self.table.is_declined(slot), declined) {
-            (false, true) => {
-                if self.declined == 0 {
-                    self.declined_since = now;
-                }
-                self.declined += 1;
-            }
-            (true, false) => self.declined -= 1,
-            _ => return,
-        }
-        self.table.set_declined(slot, declined);
-    }
-
-    /// An active connection has no backup any more, or another one.
-    pub(super) fn end_declined(&mut self, slot: u32) {
-        self.declined -= self.table.is_declined(slot) as u64;
-        self.table.set_declined(slot, false);
-    }
-
     /// Copies that the kernel refused, and those whose entry is due to be written again.
     pub(super) fn tick_missing(&mut self, now: Time) {
-        let table = &self.table;
+        let table = &self.ledger;
         self.commits.tick_owed(now, |slot, generation| {
             let line = table.line(slot);
             line.generation() == generation && line.kind() == Kind::Active
@@ -257,18 +236,18 @@ impl Replica<'_> {
         for _ in 0..TRIES_PER_TICK {
             // What arrives comes first: only a short queue takes what may be refused again.
             let due = self
-                .missing
-                .first()
-                .is_some_and(|slot| self.table.since(slot).after(TRY_AGAIN).reached(now));
+                .ledger
+                .first_missing()
+                .is_some_and(|slot| self.ledger.since(slot).after(TRY_AGAIN).reached(now));
             if !due || !self.commits.may_try() {
                 break;
             }
-            let Some(slot) = self.table.pop(&mut self.missing) else { break };
-            let generation = self.table.line(slot).generation();
+            let Some(slot) = self.ledger.take_missing() else { break };
+            let generation = self.ledger.line(slot).generation();
             self.commit(Commit::Write { slot, generation });
         }
-        for slot in self.commits.rewrite(now, self.table.capacity()) {
-            let line = self.table.line(slot);
+        for slot in self.commits.rewrite(now, self.ledger.capacity()) {
+            let line = self.ledger.line(slot);
             if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
                 self.commit(Commit::Again { slot, generation: line.generation() });
             }
@@ -277,7 +256,7 @@ impl Replica<'_> {
 
     /// When [`tick_missing`](Self::tick_missing) has something to do.
     pub(super) fn missing_at(&self) -> Time {
-        let missing = self.missing.first().map(|slot| self.table.since(slot));
+        let missing = self.ledger.first_missing().map(|slot| self.ledger.since(slot));
         missing
             .into_iter()
             .chain(self.commits.owed_since())
@@ -312,10 +291,10 @@ mod tests {
             let state = State { tcp_state: 3, timeout_s, ..State::default() };
             let connection = Connection::new(original, original.mirrored(), state);
             replica.handle_source(at(0), &SourceEvent::seen(connection));
-            let slot = replica.table.find_original(&original).expect("it is held");
-            replica.unlist(slot);
-            replica.table.update(slot, |line| line.set_kind(Kind::Active));
-            let generation = replica.table.line(slot).generation();
+            let slot = replica.ledger.find_original(&original).expect("it is held");
+            replica.ledger.unlist(slot);
+            replica.ledger.activate(slot);
+            let generation = replica.ledger.line(slot).generation();
             for seconds in refused {
                 if taken.is_some_and(|taken| taken < *seconds) {
                     replica.handle_commit(at(20), slot, generation, Ok(Written::Yes));
@@ -323,7 +302,7 @@ mod tests {
                 replica.handle_commit(at(*seconds), slot, generation, Err(Fault::Clash));
             }
             assert_eq!(
-                replica.table.find_original(&original).is_some(),
+                replica.ledger.find_original(&original).is_some(),
                 lives,
                 "{timeout_s} {refused:?} {taken:?}"
             );

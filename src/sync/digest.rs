@@ -25,26 +25,18 @@
 //! stream count as exposed.
 
 use super::compare::{Answer, Comparing, Finding, Heard, Judgement, RoundPart};
-use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
-#[cfg(any(test, feature = "mutations"))]
-use super::sums::Sums;
-use super::sums::{Mask, hash};
+use super::sums::Mask;
 use super::transmit::Transmit;
 use super::walks::Walk;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Doubt, Message, Place, encode_digest};
 use crate::conn::slot::groups;
-#[cfg(any(test, feature = "mutations"))]
-use crate::conn::table::On;
-use crate::conn::table::Written;
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Kind, MemberId};
 use crate::counters::Counter;
-#[cfg(any(test, feature = "mutations"))]
-use crate::limits::STREAMS_MAX;
 use crate::limits::{DATAGRAM_MAX, SHARDS_MAX};
 use crate::seq::Seq;
 use crate::time::Time;
@@ -57,67 +49,11 @@ pub(super) const END_BYTES: usize = 40;
 const KEPT: u32 = 0;
 
 impl Replica<'_> {
-    /// The sums take this copy for sent as it is now.
-    pub(super) fn account_sent(&mut self, stream: usize, slot: u32) {
-        let line = self.table.line(slot);
-        let own = Place { slot, generation: line.generation() };
-        let hash = hash(Place::of(line.peer()), own, line.stamp(), &self.table.connection(slot));
-        self.set_sent(stream, slot, line.peer().slot(), hash);
-    }
-
-    /// The sums take this slot's connection for unsent, or for closed there.
-    pub(super) fn account_unsent(&mut self, stream: usize, slot: u32) {
-        let peer = self.table.line(slot).peer();
-        self.set_sent(stream, slot, peer.slot(), 0);
-    }
-
-    fn set_sent(&mut self, stream: usize, slot: u32, backup: u32, hash: u32) {
-        let old = self.table.set_digest(slot, hash);
-        self.sent_sums.replace(stream, backup, old, hash);
-    }
-
-    /// The sums take the copy in this slot for what it is now.
-    pub(super) fn account_held(&mut self, slot: u32) {
-        if is(Mutation::DigestStands) {
-            return;
-        }
-        let line = self.table.line(slot);
-        let own = Place { slot, generation: line.generation() };
-        let hash = hash(own, Place::of(line.peer()), line.stamp(), &self.table.connection(slot));
-        self.set_held(slot, hash);
-    }
-
-    fn set_held(&mut self, slot: u32, hash: u32) {
-        let stream = self.stream_of(self.table.line(slot).peer());
-        let old = self.table.set_digest(slot, hash);
-        self.held_sums.replace(stream, slot, old, hash);
-    }
-
     /// The copy in this slot counts from now on.
     pub(super) fn begin_copy(&mut self, slot: u32) {
-        let stream = self.stream_of(self.table.line(slot).peer());
-        let s = &mut self.streams[stream];
-        s.copies += 1;
-        self.table.set_written(slot, Written::No);
-        self.table.set_passed_until(slot, 0);
-        self.table.set_seen(slot, s.comparing.seen_fresh());
-        self.account_held(slot);
-    }
-
-    /// The copy in this slot, whose line still says so, is about to be none.
-    pub(super) fn end_copy(&mut self, slot: u32) {
-        let stream = self.stream_of(self.table.line(slot).peer());
-        self.streams[stream].copies -= 1;
-        self.set_held(slot, 0);
-    }
-
-    /// A close that nobody waits for any more.
-    pub(super) fn drop_closing(&mut self, slot: u32) {
-        let stream = self.stream_of(self.table.line(slot).peer());
-        self.unlist(slot);
-        self.account_unsent(stream, slot);
-        self.table.forget(slot);
-        self.table.recycle(slot);
+        let stream = self.stream_of(self.ledger.line(slot).peer());
+        let seen = self.streams[stream].comparing.seen_fresh();
+        self.ledger.begin_copy(slot, seen);
     }
 
     /// What was agreed with this member may have been let go on either side.
@@ -187,8 +123,8 @@ impl Replica<'_> {
             let theirs = self.peers.seen(member).shards;
             for shard in (0..theirs).filter(|shard| shards_can_meet(me, shards, *shard, theirs)) {
                 let stream = stream_index(member, shard);
-                let s = &mut self.streams[stream];
-                if s.comparing.rest(s.actives > 0) {
+                let has_actives = self.ledger.actives(stream) > 0;
+                if self.streams[stream].comparing.rest(has_actives) {
                     self.wake(stream);
                 }
             }
@@ -203,7 +139,7 @@ impl Replica<'_> {
     /// The sums over what was sent, at the number sent last.
     pub(super) fn send_digest(&mut self, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
         let s = &mut self.streams[stream];
-        if s.dirty.is_empty() {
+        if self.ledger.dirty(stream) == 0 {
             s.comparing.trust_sums();
         }
         if !s.comparing.can_ask() || !self.outbox.is_established(stream) {
@@ -218,7 +154,7 @@ impl Replica<'_> {
         let mut w = Writer::new(&mut scratch);
         sync.encode(&header, &mut w);
         let is_unverified = self.streams[stream].comparing.is_unverified();
-        encode_digest(session, seq, is_unverified, self.sent_sums.of(stream), &mut w);
+        encode_digest(session, seq, is_unverified, self.ledger.sent_sums().of(stream), &mut w);
         let len = w.len();
         if self.send_control_bytes(stream, &scratch[..len], send) {
             self.counters.count(Counter::DigestsSent);
@@ -245,7 +181,7 @@ impl Replica<'_> {
             return Ok(()); // Not the moment that it speaks of. There will be another.
         }
         self.counters.count(Counter::DigestsCompared);
-        let mask = self.held_sums.differing(stream, sums.words());
+        let mask = self.ledger.held_sums().differing(stream, sums.words());
         if self.streams[stream].comparing.on_digest(seq, mask, unverified) == Heard::Differs {
             self.counters.count(Counter::DigestsDiffered);
         }
@@ -289,7 +225,7 @@ impl Replica<'_> {
         if self.comparisons.items_left() == 0 {
             return false;
         }
-        let own = Place { slot, generation: self.table.line(slot).generation() };
+        let own = Place { slot, generation: self.ledger.line(slot).generation() };
         self.comparisons.say(stream, RoundPart::Item { own, round });
         self.counters.count(Counter::CompareItems);
         self.wake(stream);
@@ -334,15 +270,14 @@ impl Replica<'_> {
             && w.room() >= END_BYTES
         {
             if matches!(line, RoundPart::End { .. })
-                && (self.requests.first_due(stream).is_some()
-                    || !self.streams[stream].dirty.is_empty())
+                && (self.requests.first_due(stream).is_some() || self.ledger.dirty(stream) > 0)
             {
                 return;
             }
             match line {
                 // As it is now: a delta may have left since the walk passed it.
                 RoundPart::Item { own, round } => {
-                    let line = self.table.line(own.slot);
+                    let line = self.ledger.line(own.slot);
                     let named =
                         self.item(stream, own.slot).filter(|_| line.generation() == own.generation);
                     if let Some((target, hash)) = named.or_else(|| self.kept_item(stream, own)) {
@@ -360,14 +295,14 @@ impl Replica<'_> {
 
     /// Where on this stream a copy of the connection in this slot should be, and what it should be.
     fn item(&self, stream: usize, slot: u32) -> Option<(Place, u32)> {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let is_on_it = |at: Coordinate| at.is_somewhere() && self.stream_of(at) == stream;
-        match self.table.digest(slot) {
+        match self.ledger.digest(slot) {
             _ if line.kind() != Kind::Active => None,
             hash if hash != 0 && is_on_it(line.peer()) => Some((Place::of(line.peer()), hash)),
             // Its previous backup keeps what it has until it is released.
-            _ if self.table.is_moving(slot) && is_on_it(self.table.former(slot)) => {
-                Some((Place::of(self.table.former(slot)), KEPT))
+            _ if self.ledger.is_moving(slot) && is_on_it(self.ledger.former(slot)) => {
+                Some((Place::of(self.ledger.former(slot)), KEPT))
             }
             // One that went back to it may find its copy still there, and has no digest before its
             // delta is acknowledged.
@@ -396,24 +331,24 @@ impl Replica<'_> {
         round: u8,
         in_order: bool,
     ) {
-        if target.slot >= self.table.capacity() {
+        if target.slot >= self.ledger.capacity() {
             return self.counters.count(Counter::RejectTarget);
         }
-        let line = self.table.line(target.slot);
+        let line = self.ledger.line(target.slot);
         let is_here = line.generation() == target.generation;
         match line.kind() {
             Kind::Backup if is_here && line.peer() == own => {
-                self.table.set_seen(target.slot, Comparing::seen_in(round));
-                if self.table.digest(target.slot) == hash {
+                self.ledger.set_seen(target.slot, Comparing::seen_in(round));
+                if self.ledger.digest(target.slot) == hash {
                     return;
                 }
             }
             // Claimed or presumed here, or closed after that: the two sides settle it between them.
             Kind::Active | Kind::Closing if is_here => {
-                let is_told = line.peer() == own || self.table.former(target.slot).is_somewhere();
+                let is_told = line.peer() == own || self.ledger.former(target.slot).is_somewhere();
                 if line.kind() == Kind::Active && line.is_claimed() && !is_told {
                     // The claim was not heard of there, and has found another backup since.
-                    self.table.set_former(target.slot, own);
+                    self.ledger.set_former(target.slot, own);
                     self.ask_soon(now, own.member());
                 }
                 return;
@@ -441,14 +376,14 @@ impl Replica<'_> {
 
     /// One slot of the walk that follows. `false`: there is no room for a request.
     pub(super) fn unseen_slot(&mut self, stream: usize, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.kind() != Kind::Backup || self.stream_of(line.peer()) != stream {
             return true;
         }
-        let seen = self.table.seen(slot);
+        let seen = self.ledger.seen(slot);
         let judgement = self.streams[stream].comparing.judge(slot, seen);
         if judgement != Judgement::TooLate {
-            self.table.set_seen(slot, Comparing::seen_aged(seen));
+            self.ledger.set_seen(slot, Comparing::seen_aged(seen));
         }
         if judgement != Judgement::Unseen || !self.is_up(stream_member(stream)) {
             return true;
@@ -466,10 +401,10 @@ impl Replica<'_> {
 
     /// The backup does not hold this connection as it should: all of it goes out again.
     pub(super) fn handle_resend(&mut self, now: Time, stream: usize, own: Place, doubt: Doubt) {
-        if own.slot >= self.table.capacity() {
+        if own.slot >= self.ledger.capacity() {
             return self.counters.count(Counter::RejectTarget);
         }
-        let line = self.table.line(own.slot);
+        let line = self.ledger.line(own.slot);
         let ours = line.generation() == own.generation
             && line.kind() == Kind::Active
             && line.peer().is_somewhere()
@@ -488,7 +423,7 @@ impl Replica<'_> {
             // It may hold something else under the same stamp, and takes nothing that is not newer.
             // What is only presumed here does not become newer than what its former active has.
             if !self.is_presumed(own.slot) {
-                self.table.update(own.slot, |line| line.set_stamp(line.stamp().changed()));
+                self.ledger.amend(own.slot, |line| line.set_stamp(line.stamp().changed()));
             }
         }
     }
@@ -501,13 +436,13 @@ impl Replica<'_> {
 
     /// The sums follow from the table: of what was sent and is not dirty, and of what is held.
     pub(super) fn resume_digests(&mut self) {
-        for slot in 0..self.table.capacity() {
-            let line = self.table.line(slot);
+        for slot in 0..self.ledger.capacity() {
+            let line = self.ledger.line(slot);
             match line.kind() {
                 Kind::Active if line.peer().is_somewhere() && line.last() != Seq::NONE => {
-                    self.account_sent(self.stream_of(line.peer()), slot);
+                    self.ledger.account_sent(slot);
                 }
-                Kind::Backup => self.account_held(slot),
+                Kind::Backup => self.ledger.account_held(slot),
                 _ => {}
             }
         }
@@ -520,55 +455,11 @@ impl Replica<'_> {
     /// at every slot.
     #[cfg(any(test, feature = "mutations"))]
     pub fn check_sums(&self) -> Result<(), String> {
-        let (mut sent, mut held) = (Sums::new(), Sums::new());
-        let mut counts = vec![(0u64, 0u64, 0u64); STREAMS_MAX];
-        for slot in 0..self.table.capacity() {
-            let (line, digest) = (self.table.line(slot), self.table.digest(slot));
-            let (peer, own) = (line.peer(), Place { slot, generation: line.generation() });
-            let at = || {
-                format!("slot {slot}, {:?} of {peer}, on {:?}", line.kind(), self.table.on(slot))
-            };
-            let now =
-                |backup, active| hash(backup, active, line.stamp(), &self.table.connection(slot));
-            match line.kind() {
-                Kind::Backup => {
-                    let stream = self.stream_of(peer);
-                    if digest != now(own, Place::of(peer)) {
-                        return Err(format!("{}: a copy that is not what was added up", at()));
-                    }
-                    held.replace(stream, slot, 0, digest);
-                    counts[stream].1 += 1;
-                }
-                Kind::Active | Kind::Closing if peer.is_somewhere() => {
-                    let stream = self.stream_of(peer);
-                    let is_sent = line.kind() == Kind::Active && self.table.on(slot) == On::None;
-                    if is_sent && digest != now(Place::of(peer), own) {
-                        return Err(format!("{}: what was sent is not what was added up", at()));
-                    }
-                    sent.replace(stream, peer.slot(), 0, digest);
-                    let is_active = line.kind() == Kind::Active;
-                    counts[stream].0 += is_active as u64;
-                    counts[stream].2 += (is_active && self.table.on(slot) == On::Dirty) as u64;
-                }
-                _ if digest != 0 => return Err(format!("{}: still part of a digest", at())),
-                _ => {}
-            }
-        }
-        if sent != self.sent_sums || held != self.held_sums {
-            return Err("the sums are not those of what was added up".to_owned());
-        }
-        for (stream, s) in self.streams.iter().enumerate() {
-            let is = (s.actives, s.copies, s.dirty_actives);
-            if is != counts[stream] {
-                return Err(format!("stream {stream} counts {is:?} and has {:?}", counts[stream]));
-            }
-        }
-        let dirty: u64 = counts.iter().map(|(_, _, dirty)| dirty).sum();
         let unverified = self.streams.iter().filter(|s| s.comparing.is_unverified()).count() as u32;
-        if (dirty, unverified) != (self.dirty_actives, self.unverified) {
-            return Err(format!("{} dirty, {} unverified", self.dirty_actives, self.unverified));
+        match unverified == self.unverified {
+            true => self.ledger.check(),
+            false => Err(format!("{} unverified, and has {unverified}", self.unverified)),
         }
-        Ok(())
     }
 
     /// The next connection that the peer of this stream has to send again.
@@ -600,14 +491,14 @@ mod tests {
         let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
         let connection = Connection::new(original, original.mirrored(), State::default());
         replica.handle_source(Time(1), &SourceEvent::seen(connection));
-        let slot = replica.table.find_original(&original).expect("it is held");
+        let slot = replica.ledger.find_original(&original).expect("it is held");
         let copy = Coordinate::new(2, 0, 5, Generation::default());
         let stream = replica.stream_of(copy);
         assert_eq!(replica.item(stream, slot), None);
-        replica.unlist(slot);
-        replica.table.update(slot, |line| line.set_kind(Kind::Active));
+        replica.ledger.unlist(slot);
+        replica.ledger.activate(slot);
         assert_eq!(replica.item(stream, slot), None, "it has no backup");
-        replica.table.update(slot, |line| line.set_peer(copy));
+        replica.ledger.assign(slot, copy, 0);
         assert_eq!(
             replica.item(stream, slot).map(|(place, hash)| (place.slot, hash)),
             Some((5, KEPT))

@@ -9,9 +9,8 @@ use super::verdict::Verdict::{self, Applied, Busy};
 use crate::ccp::message::Place;
 use crate::conn::slot::Line;
 use crate::conn::table::{On, Written};
-use crate::conn::{Coordinate, Extra, Kind, Stamp, Tuple};
+use crate::conn::{Coordinate, Kind, Stamp, Tuple};
 use crate::counters::Counter;
-use crate::seq::Seq;
 use crate::source::{Commit, CommitMode};
 use crate::time::Time;
 
@@ -43,14 +42,14 @@ impl Replica<'_> {
     /// Whether this active connection was only presumed dead at the sender: no traffic was seen
     /// here since.
     fn is_presumed_from(&self, slot: u32, stream: usize) -> bool {
-        self.is_presumed(slot) && self.stream_of(self.table.former(slot)) == stream
+        self.is_presumed(slot) && self.stream_of(self.ledger.former(slot)) == stream
     }
 
     /// Whether a close or release with this stamp comes from who claimed the connection in this
     /// slot, which is active here: above what is here, and after it, or at the same time. (An equal
     /// stamp may be one's own that comes back.)
     fn is_claimed_above(&self, slot: u32, stamp: Stamp) -> bool {
-        let own = self.table.line(slot).stamp();
+        let own = self.ledger.line(slot).stamp();
         stamp.epoch > own.epoch || stamp > own && !self.is_presumed(slot)
     }
 
@@ -71,18 +70,13 @@ impl Replica<'_> {
         match line.kind() {
             // The new never came and never will: its place remembers that.
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                self.table.update(target.slot, |line| {
-                    let next = target.generation.next();
-                    line.set_generation(if is(Mutation::NoTombstone) {
-                        target.generation
-                    } else {
-                        next
-                    });
-                })
+                if !is(Mutation::NoTombstone) {
+                    self.ledger.skip_life(target.slot);
+                }
             }
             Kind::Backup if from_pair => {
                 if seen {
-                    self.table.set_passed_until(target.slot, 0);
+                    self.ledger.set_passed_until(target.slot, 0);
                 }
                 let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
                     true => Rest::Nothing,
@@ -106,7 +100,7 @@ impl Replica<'_> {
             }
             Kind::Backup | Kind::Active => {
                 // Its sender takes the slot's next life for its own when this is acknowledged.
-                self.table.update(target.slot, |line| line.set_spent(true));
+                self.ledger.amend(target.slot, |line| line.set_spent(true));
                 self.counters.count(Counter::DeltasOld);
                 return Applied;
             }
@@ -117,7 +111,7 @@ impl Replica<'_> {
             }
         }
         if !is_lease || line.is_spent() {
-            self.table.recycle(target.slot);
+            self.ledger.free(target.slot);
         }
         self.counters.count(Counter::DeltasApplied);
         Applied
@@ -134,7 +128,7 @@ impl Replica<'_> {
         let member = stream_member(stream);
         match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => {
-                self.table.recycle(target.slot);
+                self.ledger.free(target.slot);
                 self.counters.count(Counter::DeltasApplied);
                 return Applied;
             }
@@ -165,7 +159,7 @@ impl Replica<'_> {
                     return Busy;
                 }
                 let backup = line.peer();
-                self.unassign(target.slot);
+                self.ledger.unassign(target.slot);
                 if backup.is_somewhere() {
                     let taken = self.release(Rank::Consequence, backup, stamp);
                     assert!(taken, "there was room for a request");
@@ -182,7 +176,7 @@ impl Replica<'_> {
         // Unlike a close: a release may be ignored, or come twice, and its sender does not learn
         // which. So the slot is nobody's lease afterwards, and the name that one would have had
         // never fits.
-        self.table.recycle(target.slot);
+        self.ledger.free(target.slot);
         self.counters.count(Counter::DeltasApplied);
         Applied
     }
@@ -191,15 +185,15 @@ impl Replica<'_> {
     /// first, where there is an entry.
     fn drop_copy(&mut self, now: Time, slot: u32, stream: usize, rest: Rest) {
         let is_eager = self.config.commit == CommitMode::Eager;
-        let is_missing = self.table.on(slot) == On::Missing;
-        let written = if is_eager && !is_missing { self.table.written(slot) } else { Written::No };
+        let is_missing = self.ledger.on(slot) == On::Missing;
+        let written = if is_eager && !is_missing { self.ledger.written(slot) } else { Written::No };
         self.end_missing(slot);
-        self.end_copy(slot);
+        self.ledger.end_copy(slot);
         if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest {
             self.keep_rest(now, slot, written, (stamp, is_witnessed, doubt));
         }
         let original = self.drop_to_lease(slot, stream);
-        match is_eager && is_missing && self.table.find_original(&original).is_none() {
+        match is_eager && is_missing && self.ledger.find_original(&original).is_none() {
             true => self.commit(Commit::DeleteUntouched { original }),
             false => self.delete_entry(&original),
         }
@@ -214,7 +208,7 @@ impl Replica<'_> {
         written: Written,
         (stamp, is_witnessed, doubt): (Stamp, bool, Doubt),
     ) {
-        let connection = self.table.connection(slot);
+        let connection = self.ledger.connection(slot);
         if self.lives_besides(slot, &connection.original) {
             return; // The entry is that one's by now.
         }
@@ -227,7 +221,7 @@ impl Replica<'_> {
             // It lives on elsewhere: what may be the packets of before does not outdo that.
             (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
             (Written::Normal | Written::AsItWas | Written::Yes, _) => {
-                self.ask_for_packets(&connection, stamp, self.table.passed_until(slot))
+                self.ask_for_packets(&connection, stamp, self.ledger.passed_until(slot))
             }
         }
     }
@@ -243,8 +237,8 @@ impl Replica<'_> {
         stamp: Stamp,
         (doubt, is_end_seen): (Doubt, bool),
     ) {
-        let (is_presumed, connection) = (self.is_presumed(slot), self.table.connection(slot));
-        let line = self.table.line(slot);
+        let (is_presumed, connection) = (self.is_presumed(slot), self.ledger.connection(slot));
+        let line = self.ledger.line(slot);
         // The backup's place may be the very claim that this gives way to: what outranks this
         // active must not come back there and outrank that.
         let is_there = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
@@ -263,28 +257,18 @@ impl Replica<'_> {
     /// The connection in this slot is no more; one life later the slot belongs to the sender's
     /// lease. Tells its original tuple: what becomes of the kernel's entry is the caller's.
     fn drop_to_lease(&mut self, slot: u32, stream: usize) -> Tuple {
-        let original = self.table.tuples(slot).0;
-        self.table.forget(slot);
+        let original = self.ledger.tuples(slot).0;
         let session = self.durable(stream).peer_session();
         let lessee =
             Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
-        self.table.update(slot, |line| {
-            line.set_generation(line.generation().next());
-            line.set_kind(Kind::Leased);
-            line.set_peer(lessee);
-            line.set_last(Seq::NONE);
-            line.set_session(session);
-            line.set_claimed(false);
-        });
-        self.table.set_former(slot, Coordinate::NOWHERE);
-        self.table.set_extra(slot, &Extra::NONE);
+        self.ledger.drop_to_lease(slot, lessee, session);
         original
     }
 
     /// The kernel is to forget a connection. Another one may have the same tuple by now: then its
     /// entry stays.
     pub(super) fn delete_entry(&mut self, original: &Tuple) {
-        match self.table.find_original(original) {
+        match self.ledger.find_original(original) {
             None => self.commit(Commit::Delete { original: *original }),
             Some(_) => self.write_besides(original),
         }
@@ -293,10 +277,12 @@ impl Replica<'_> {
     /// The entry of a connection that is none here any more is that of another copy with this
     /// tuple, if there is one.
     fn write_besides(&mut self, original: &Tuple) {
-        if let Some(slot) =
-            self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
+        if let Some(slot) = self
+            .ledger
+            .find_original(original)
+            .filter(|slot| self.ledger.kind(*slot) == Kind::Backup)
         {
-            let generation = self.table.line(slot).generation();
+            let generation = self.ledger.line(slot).generation();
             self.commit(Commit::Write { slot, generation });
         }
     }
@@ -306,9 +292,8 @@ impl Replica<'_> {
     pub(super) fn drop_presumed(&mut self, slot: u32) {
         self.counters.count(Counter::ClaimsLost);
         self.end_move(slot);
-        let original = self.table.tuples(slot).0;
-        self.table.forget(slot);
-        self.table.recycle(slot);
+        let original = self.ledger.tuples(slot).0;
+        self.ledger.clear(slot);
         self.write_besides(&original);
     }
 }
@@ -340,13 +325,10 @@ mod tests {
         let original = Tuple::v4(6, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
         let state = State { tcp_state: 3, timeout_s: 300, ..State::default() };
         let connection = Connection::new(original, original.mirrored(), state);
-        let slot = replica.table.allocate().expect("there is room");
+        let slot = replica.ledger.allocate().expect("there is room");
         let own = Coordinate::new(2, 0, 5, Default::default());
-        replica.table.update(slot, |line| {
-            line.set_kind(Kind::Leased);
-            line.set_peer(Coordinate::new(2, 0, 0, Default::default()));
-        });
-        let target = Place { slot, generation: replica.table.line(slot).generation() };
+        replica.ledger.lend(slot, Coordinate::new(2, 0, 0, Default::default()), 0);
+        let target = Place { slot, generation: replica.ledger.line(slot).generation() };
         let stamp = Stamp { epoch: 1, version: 1 };
         let new = New { target, stamp, own, previous: None, connection: &connection };
         assert!(matches!(replica.apply_new(NOW, stream_index(2, 0), &new), Applied));
@@ -371,28 +353,28 @@ mod tests {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, connection, target) = with_a_copy_written_over(&memory, 15);
             let original = connection.original;
-            replica.table.update(target.slot, |line| line.set_claimed(is_witnessed));
+            replica.ledger.amend(target.slot, |line| line.set_claimed(is_witnessed));
             let now = NOW.after(Duration::from_secs(after_s));
             let stamp = Stamp { epoch: 1, version: 2 };
             let closed = replica.apply_close(now, stream_index(2, 0), target, stamp, seen);
             assert!(matches!(closed, Applied));
             let asked = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
             if let [Commit::Look { slot, generation }] = asked[..] {
-                let passed = replica.table.passed_s(slot, now) > 0;
+                let passed = replica.ledger.passed_s(slot, now) > 0;
                 replica.handle_look(now, slot, generation, Some(&connection), passed);
             }
             let told = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
             let told = if told.is_empty() { asked } else { told };
-            let slot = replica.table.find_original(&original);
+            let slot = replica.ledger.find_original(&original);
             assert_eq!(slot.is_some(), lives, "{after_s} {seen} {is_witnessed}");
             match slot {
                 Some(slot) => {
-                    let generation = replica.table.line(slot).generation();
-                    assert_eq!(replica.table.kind(slot), Kind::Active);
+                    let generation = replica.ledger.line(slot).generation();
+                    assert_eq!(replica.ledger.kind(slot), Kind::Active);
                     assert_eq!(told, [Commit::Refresh { slot, generation }], "no copy any more");
-                    assert_eq!(replica.table.passed_s(slot, now), 5);
+                    assert_eq!(replica.ledger.passed_s(slot, now), 5);
                     replica.handle_commit(now, slot, generation, Ok(Written::Yes));
-                    assert_eq!(replica.table.passed_s(slot, now), 0, "it has that now");
+                    assert_eq!(replica.ledger.passed_s(slot, now), 0, "it has that now");
                 }
                 None => assert_eq!(told, [Commit::Delete { original }]),
             }
@@ -416,8 +398,8 @@ mod tests {
             let stamp = Stamp { epoch: 1, version: 2 };
             let closed = replica.apply_close(NOW, stream_index(2, 0), target, stamp, false);
             assert!(matches!(closed, Applied));
-            let slot = replica.table.find_original(&original).expect("it is watched");
-            let generation = replica.table.line(slot).generation();
+            let slot = replica.ledger.find_original(&original).expect("it is watched");
+            let generation = replica.ledger.line(slot).generation();
             for (seconds, left_s) in told {
                 let mut there = connection;
                 there.state.timeout_s = *left_s;
@@ -427,7 +409,7 @@ mod tests {
             let deleted = std::iter::from_fn(|| replica.poll_commit(true))
                 .any(|commit| commit == Commit::Delete { original });
             assert_eq!(
-                (replica.table.find_original(&original).is_some(), deleted),
+                (replica.ledger.find_original(&original).is_some(), deleted),
                 (lives, !lives)
             );
         }

@@ -17,7 +17,6 @@ use crate::conn::{
     Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, phase, shard_of,
 };
 use crate::counters::Counter;
-use crate::seq::Seq;
 use crate::source::{Commit, End, SourceEvent};
 use crate::time::Time;
 
@@ -33,7 +32,7 @@ impl Replica<'_> {
             self.counters.count(Counter::SourceRejected);
             return;
         }
-        let found = self.table.find_original(original);
+        let found = self.ledger.find_original(original);
         match (event, found) {
             (SourceEvent::Seen { connection, known }, _)
                 if connection.phase() == Phase::Over && !is(Mutation::LingeringSent) =>
@@ -52,14 +51,14 @@ impl Replica<'_> {
     /// The connection has ended, though the source may keep its entry for minutes.
     fn ended(&mut self, now: Time, seen: &Connection, known: u8, found: Option<u32>) {
         let is_it =
-            |slot: &u32| known & groups::TUPLES == 0 || self.table.tuples(*slot).1 == seen.reply;
+            |slot: &u32| known & groups::TUPLES == 0 || self.ledger.tuples(*slot).1 == seen.reply;
         match (
-            found.filter(is_it).or_else(|| self.table.find_exact(&seen.original, &seen.reply)),
+            found.filter(is_it).or_else(|| self.ledger.find_exact(&seen.original, &seen.reply)),
             found,
         ) {
             (Some(slot), _) => {
                 // Its last packets passed here: who contested it is told.
-                if self.contests.has_rival(slot, self.table.line(slot).generation()) {
+                if self.contests.has_rival(slot, self.ledger.line(slot).generation()) {
                     self.change(now, slot, seen, known);
                 }
                 self.gone(now, slot, End::Seen);
@@ -74,24 +73,24 @@ impl Replica<'_> {
     /// The slot of a copy with this original tuple, if its active lives: its kernel entry is ours
     /// to keep, and its disappearance is no close.
     pub fn living_copy(&self, original: &Tuple) -> Option<u32> {
-        self.table.find_original(original).filter(|slot| self.is_living_copy(*slot))
+        self.ledger.find_original(original).filter(|slot| self.is_living_copy(*slot))
     }
 
     /// The slot of a copy with this original tuple.
     pub fn copy(&self, original: &Tuple) -> Option<u32> {
-        self.table.find_original(original).filter(|slot| self.table.kind(*slot) == Kind::Backup)
+        self.ledger.find_original(original).filter(|slot| self.ledger.kind(*slot) == Kind::Backup)
     }
 
     /// The slot of a connection with this original tuple that was taken over without any traffic
     /// of it seen here since.
     pub fn taken_over(&self, original: &Tuple) -> Option<u32> {
-        let is_it = |slot: &u32| self.table.kind(*slot) == Kind::Active && self.is_presumed(*slot);
-        self.table.find_original(original).filter(is_it)
+        let is_it = |slot: &u32| self.ledger.kind(*slot) == Kind::Active && self.is_presumed(*slot);
+        self.ledger.find_original(original).filter(is_it)
     }
 
     /// Whether this slot holds a copy whose active lives.
     pub fn is_living_copy(&self, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         line.kind() == Kind::Backup && self.is_up(line.peer().member())
     }
 
@@ -99,9 +98,9 @@ impl Replica<'_> {
     /// without any traffic of it seen here since: that the kernel has an entry says nothing about
     /// its traffic.
     pub fn is_unclaimed(&self, slot: u32) -> bool {
-        match self.table.kind(slot) {
+        match self.ledger.kind(slot) {
             Kind::Backup => true,
-            Kind::Held => self.table.line(slot).is_unseen(),
+            Kind::Held => self.ledger.line(slot).is_unseen(),
             Kind::Active => self.is_presumed(slot),
             _ => false,
         }
@@ -110,7 +109,7 @@ impl Replica<'_> {
     /// Whether that the kernel has an entry of the connection in this slot is no news: it would be
     /// taken for traffic, and says nothing of it.
     pub fn is_no_news(&self, slot: u32) -> bool {
-        self.is_unclaimed(slot) || self.contests.has(slot, self.table.line(slot).generation())
+        self.is_unclaimed(slot) || self.contests.has(slot, self.ledger.line(slot).generation())
     }
 
     /// The kernel's entry of this copy is gone and must be written again.
@@ -118,7 +117,7 @@ impl Replica<'_> {
         match self.is_living_copy(slot) {
             true => self.miss(now, slot),
             false => {
-                let generation = self.table.line(slot).generation();
+                let generation = self.ledger.line(slot).generation();
                 self.commit(Commit::Refresh { slot, generation });
             }
         }
@@ -129,7 +128,7 @@ impl Replica<'_> {
     /// still on its way, or looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
         if let Some(slot) = self.fill_held(connection, over, false) {
-            self.table.push(&mut self.held, On::Held, slot, now);
+            self.ledger.hold(now, slot);
         }
     }
 
@@ -142,8 +141,8 @@ impl Replica<'_> {
         passed_until: u32,
     ) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
-            self.table.set_passed_until(slot, passed_until);
-            let generation = self.table.line(slot).generation();
+            self.ledger.set_passed_until(slot, passed_until);
+            let generation = self.ledger.line(slot).generation();
             self.commit(Commit::Look { slot, generation });
         }
     }
@@ -155,34 +154,21 @@ impl Replica<'_> {
         over: Option<Stamp>,
         is_unseen: bool,
     ) -> Option<u32> {
-        let over = over.max(self.table.closing_stamp(&connection.original));
-        let Some(slot) = self.table.allocate() else {
+        let slot = self.ledger.open(connection, over, is_unseen);
+        if slot.is_none() {
             self.counters.count(Counter::TableFull);
-            return None;
-        };
-        let mut line = self.table.line(slot);
-        line.set_kind(Kind::Held);
-        line.set_unseen(is_unseen);
-        let mut stamp = over.map_or(Stamp { epoch: 0, version: 1 }, Stamp::claimed);
-        stamp.epoch = stamp.epoch.max(self.epoch);
-        self.epoch = stamp.epoch;
-        line.set_stamp(stamp);
-        line.set_peer(Coordinate::NOWHERE);
-        line.set_groups(groups::ALL);
-        line.set_last(Seq::NONE);
-        self.table.fill(slot, line, connection);
-        self.table.set_passed_until(slot, 0);
-        Some(slot)
+        }
+        slot
     }
 
     pub(super) fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
-        let mut line = self.table.line(slot);
-        let (original, reply) = self.table.tuples(slot);
+        let line = self.ledger.line(slot);
+        let (original, reply) = self.ledger.tuples(slot);
         if reply != seen.reply && known & groups::TUPLES != 0 {
             // The same original tuple with another translation is another connection: one that has
             // a copy here beside that of the one before, or a new one.
             self.gone(now, slot, End::Seen);
-            return match self.table.find_exact(&original, &seen.reply) {
+            return match self.ledger.find_exact(&original, &seen.reply) {
                 Some(copy) => self.change(now, copy, seen, known),
                 None => self.open(now, &Connection { original, ..*seen }, Some(line.stamp())),
             };
@@ -222,26 +208,29 @@ impl Replica<'_> {
         if new_extra.is_some() {
             changed |= groups::EXTRA;
         }
-        line.set_state(&new);
         match line.kind() {
             Kind::Held => {
-                line.set_unseen(false);
                 let contested = self.contests.decide(slot, line.generation());
+                let mut stamp = line.stamp();
                 if let Some(rival) = contested {
                     self.counters.count(Counter::ClaimsContested);
-                    line.set_stamp(rival.outdone(line.stamp(), self.config.member));
-                    self.epoch = self.epoch.max(line.stamp().epoch);
+                    stamp = rival.outdone(stamp, self.config.member);
+                    self.ledger.raise_epoch(stamp.epoch);
                 }
-                self.table.store(slot, &line);
+                self.ledger.amend(slot, |line| {
+                    line.set_unseen(false);
+                    line.set_state(&new);
+                    line.set_stamp(stamp);
+                });
                 if let Some(extra) = &new_extra {
-                    self.table.set_extra(slot, extra);
+                    self.ledger.set_extra(slot, extra);
                 }
                 if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
-                    self.unlist(slot);
-                    self.table.update(slot, |line| line.set_kind(Kind::Active));
+                    self.ledger.unlist(slot);
+                    self.ledger.activate(slot);
                     self.tell_rival(now, slot, rival);
-                } else if self.table.on(slot) == On::None {
-                    self.table.push(&mut self.held, On::Held, slot, now);
+                } else if self.ledger.on(slot) == On::None {
+                    self.ledger.hold(now, slot);
                 }
             }
             Kind::Active => {
@@ -258,13 +247,14 @@ impl Replica<'_> {
                 if changed != 0 || presumed {
                     self.send_change(now, slot, changed);
                 }
-                if presumed && self.table.former(slot).member() == self.config.member {
-                    self.table.set_former(slot, Coordinate::NOWHERE);
+                if presumed && self.ledger.former(slot).member() == self.config.member {
+                    self.ledger.set_former(slot, Coordinate::NOWHERE);
                 }
                 // Who was its backup may have claimed it before it fell silent, unheard: what is
                 // seen since is newer.
-                let (epoch, member) = (self.epoch, self.config.member);
-                self.table.update(slot, |line| {
+                let (epoch, member) = (self.ledger.epoch(), self.config.member);
+                let has_backup = self.ledger.line(slot).peer().is_somewhere();
+                self.ledger.amend(slot, |line| {
                     line.set_state(&new);
                     if presumed {
                         line.set_claimed(true);
@@ -274,7 +264,7 @@ impl Replica<'_> {
                         );
                     } else if changed != 0 && !is(Mutation::VersionStands) {
                         let mut stamp = line.stamp().changed();
-                        if !line.peer().is_somewhere() {
+                        if !has_backup {
                             stamp.epoch = stamp.epoch.max(epoch);
                         }
                         line.set_stamp(stamp);
@@ -283,7 +273,7 @@ impl Replica<'_> {
                 // Behind its stamp: the source tells again what is not here, and that is a further
                 // change.
                 if let Some(extra) = &new_extra {
-                    self.table.set_extra(slot, extra);
+                    self.ledger.set_extra(slot, extra);
                 }
                 if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
                     self.tell_rival(now, slot, rival);
@@ -294,9 +284,9 @@ impl Replica<'_> {
                 // one.
                 self.claim(now, slot);
                 if let Some(extra) = &new_extra {
-                    self.table.set_extra(slot, extra);
+                    self.ledger.set_extra(slot, extra);
                 }
-                self.table.update(slot, |line| line.set_state(&new));
+                self.ledger.amend(slot, |line| line.set_state(&new));
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
@@ -308,24 +298,24 @@ impl Replica<'_> {
         if seen.extra.is_none() {
             return None;
         }
-        let known = self.table.extra(slot);
+        let known = self.ledger.extra(slot);
         let mut extra = known;
         extra.merge(&seen.extra);
-        (extra != known && self.table.may_set_extra(slot)).then_some(extra)
+        (extra != known && self.ledger.may_set_extra(slot)).then_some(extra)
     }
 
     /// Whether the connection was taken over without any traffic of it seen here since.
     pub(super) fn is_presumed(&self, slot: u32) -> bool {
-        self.table.former(slot).is_somewhere()
-            && !self.table.is_moving(slot)
-            && !self.table.line(slot).is_claimed()
+        self.ledger.former(slot).is_somewhere()
+            && !self.ledger.is_moving(slot)
+            && !self.ledger.line(slot).is_claimed()
     }
 
     /// An active connection changed.
     pub(super) fn send_change(&mut self, now: Time, slot: u32, changed: u8) {
-        let peer = self.table.line(slot).peer();
+        let peer = self.ledger.line(slot).peer();
         if !peer.is_somewhere() {
-            self.table.update(slot, |line| line.set_groups(groups::ALL));
+            self.ledger.amend(slot, |line| line.set_groups(groups::ALL));
         } else if self.is_up(peer.member()) || !self.has_another(peer.member()) {
             // Its backup is there, or nobody else could be: the change waits for it.
             self.mark_dirty(now, slot, changed);
@@ -341,52 +331,32 @@ impl Replica<'_> {
     fn claim(&mut self, now: Time, slot: u32) {
         self.counters.count(Counter::Claims);
         self.end_missing(slot);
-        let mut line = self.table.line(slot);
-        let peer = line.peer();
-        let stream = self.stream_of(peer);
-        self.end_copy(slot);
-        self.table.set_passed_until(slot, 0);
-        line.set_kind(Kind::Active);
-        let stamp = line.stamp();
-        line.set_stamp(if is(Mutation::ClaimKeepsEpoch) {
-            stamp.changed()
-        } else {
-            stamp.claimed()
-        });
-        self.epoch = self.epoch.max(line.stamp().epoch);
-        line.set_last(Seq::NONE);
-        line.set_groups(groups::ALL);
-        line.set_claimed(true);
-        line.set_session(self.durable(stream).peer_session());
+        let line = self.ledger.line(slot);
+        let (peer, stamp) = (line.peer(), line.stamp());
+        let stamp = if is(Mutation::ClaimKeepsEpoch) { stamp.changed() } else { stamp.claimed() };
         let waits = matches!(self.peers.state(peer.member()), PeerState::Down { .. })
             && !self.has_another(peer.member());
-        if self.is_up(peer.member()) || waits {
-            // The former active is the backup now: the pair stays, only its direction turns. If it
-            // is silent, and nobody else could be the backup, the claim waits for it, and so does
-            // the close that may follow.
-            self.table.set_former(slot, Coordinate::NOWHERE);
-            self.table.store(slot, &line);
-            self.table.forget_declines(slot);
-            self.streams[stream].actives += 1;
+        // The former active is the backup then: the pair stays, only its direction turns. If it is
+        // silent, and nobody else could be the backup, the claim waits for it, and so does the
+        // close that may follow.
+        let is_pair_kept = self.is_up(peer.member()) || waits;
+        let session = self.durable(self.stream_of(peer)).peer_session();
+        let previous = self.ledger.claim(slot, stamp, session, is_pair_kept);
+        if is_pair_kept {
             self.mark_dirty(now, slot, groups::ALL);
         } else {
-            line.set_peer(Coordinate::NOWHERE);
-            let previous = self.table.former(slot);
-            self.table.set_former(slot, peer);
-            self.table.store(slot, &line);
             self.leave_behind(peer.member());
             self.protect_promoted(now, slot, previous);
         }
     }
 
     pub(super) fn gone(&mut self, now: Time, slot: u32, end: End) {
-        let (line, original) = (self.table.line(slot), self.table.tuples(slot).0);
+        let (line, original) = (self.ledger.line(slot), self.ledger.tuples(slot).0);
         match line.kind() {
             Kind::Held => {
                 self.counters.count(Counter::SourceShort);
-                self.unlist(slot);
-                self.table.forget(slot);
-                self.table.recycle(slot);
+                self.ledger.unlist(slot);
+                self.ledger.clear(slot);
             }
             Kind::Active => self.close(now, slot, end),
             Kind::Backup if self.is_up(line.peer().member()) => {
@@ -397,31 +367,30 @@ impl Replica<'_> {
                 // Presumed: no living member but the previous backup, if any, knows it.
                 self.leave_behind(line.peer().member());
                 self.end_missing(slot);
-                self.end_copy(slot);
-                let previous = self.table.former(slot);
+                self.ledger.end_copy(slot);
+                let previous = self.ledger.former(slot);
                 if previous.is_somewhere() && previous.member() != self.config.member {
                     // Without room for a request it presumes by itself, until its own source sees
                     // the end.
                     let _ = self.release(Rank::Consequence, previous, line.stamp().changed());
                 }
-                self.table.forget(slot);
-                self.table.recycle(slot);
+                self.ledger.clear(slot);
             }
             kind => panic!("a {kind:?} slot is not in the index"),
         }
         // The entry that is gone was another copy's as well, if there is one.
-        let is_such = |other| self.is_living_copy(other) && self.table.tuples(other).0 == original;
+        let is_such = |other| self.is_living_copy(other) && self.ledger.tuples(other).0 == original;
         if self.commits.are_eager()
-            && let Some(other) = self.table.index.find(&original, is_such)
+            && let Some(other) = self.ledger.index.find(&original, is_such)
         {
             self.recommit(now, other);
         }
     }
 
     fn close(&mut self, now: Time, slot: u32, end: End) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         self.end_move(slot);
-        let (peer, former) = (line.peer(), self.table.former(slot));
+        let (peer, former) = (line.peer(), self.ledger.former(slot));
         // (A place in a table that it does not have any more is another connection's by now.)
         let is_told = former.is_somewhere()
             && line.is_claimed()
@@ -434,35 +403,25 @@ impl Replica<'_> {
         if !peer.is_somewhere() || !self.may_return(peer.member()) || is(Mutation::CloseUnsent) {
             // No backup, or a dead one: when it returns it asks by coordinate, and the generation
             // says no.
-            self.unassign(slot);
-            self.table.forget(slot);
-            self.table.recycle(slot);
+            self.ledger.unassign(slot);
+            self.ledger.clear(slot);
             return;
         }
-        self.unlist(slot);
-        self.end_declined(slot);
-        let stream = self.stream_of(peer);
-        self.streams[stream].actives -= 1;
-        self.table.update(slot, |line| {
-            line.set_kind(Kind::Closing);
-            line.set_unseen(end == End::Unseen);
-            line.set_stamp(line.stamp().changed());
-            line.set_last(Seq::NONE);
-        });
+        self.ledger.begin_closing(slot, end == End::Unseen);
         self.mark_dirty(now, slot, 0);
     }
 
     /// Connections that outlived the hold time get a backup.
     pub(super) fn tick_holds(&mut self, now: Time) {
-        while let Some(slot) = self.held.first() {
-            if !self.table.since(slot).after(self.hold()).reached(now) {
+        while let Some(slot) = self.ledger.first_held() {
+            if !self.ledger.since(slot).after(self.hold()).reached(now) {
                 break;
             }
-            self.table.unlink(&mut self.held, slot);
-            if self.table.connection(slot).phase() == Phase::Ending {
+            self.ledger.unlist(slot);
+            if self.ledger.connection(slot).phase() == Phase::Ending {
                 continue; // Who has never heard of it need not any more: it stays here until its end is told.
             }
-            self.table.update(slot, |line| line.set_kind(Kind::Active));
+            self.ledger.activate(slot);
             self.protect(now, slot);
         }
     }
@@ -477,31 +436,29 @@ impl Replica<'_> {
         there: Option<&Connection>,
         is_touched: bool,
     ) {
-        let mut line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
             return;
         }
-        let (original, reply) = self.table.tuples(slot);
+        let (original, reply) = self.ledger.tuples(slot);
         let lives = there
             .filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
         if let Some(there) = lives {
             self.counters.count(Counter::Claims);
             self.counters.count(Counter::ClaimsByLook);
-            line.set_kind(Kind::Active);
-            line.set_unseen(false);
-            line.set_claimed(true);
-            line.set_state(&there.state);
             if let Some(extra) = self.new_extra(slot, there) {
-                self.table.set_extra(slot, &extra);
+                self.ledger.set_extra(slot, &extra);
             }
-            self.table.store(slot, &line);
-            if self.table.passed_s(slot, now) > 0 {
+            self.ledger.activate_unseen(slot, |line| {
+                line.set_claimed(true);
+                line.set_state(&there.state);
+            });
+            if self.ledger.passed_s(slot, now) > 0 {
                 self.commit(Commit::Refresh { slot, generation });
             }
             self.protect(now, slot);
         } else {
-            self.table.forget(slot);
-            self.table.recycle(slot);
+            self.ledger.clear(slot);
             if !is_touched {
                 self.delete_entry(&original);
             }
@@ -510,7 +467,9 @@ impl Replica<'_> {
 
     /// When the oldest held connection outlives the hold time.
     pub(super) fn hold_at(&self) -> Time {
-        self.held.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(self.hold()))
+        self.ledger
+            .first_held()
+            .map_or(Time::NEVER, |slot| self.ledger.since(slot).after(self.hold()))
     }
 
     /// How long a connection is held now.
@@ -549,14 +508,14 @@ mod tests {
         let SourceEvent::Seen { connection, .. } = seen(3) else { panic!("it is seen") };
         for reply in [connection.reply, Tuple { dport: 99, ..connection.reply }] {
             replica.handle_source(Time(1), &seen(3));
-            assert!(replica.table.find_original(&connection.original).is_some());
+            assert!(replica.ledger.find_original(&connection.original).is_some());
             let over = Connection {
                 reply,
                 state: State { tcp_state: 7, ..State::default() },
                 ..connection
             };
             replica.handle_source(Time(2), &SourceEvent::seen(over));
-            assert!(replica.table.find_original(&connection.original).is_none(), "{reply}");
+            assert!(replica.ledger.find_original(&connection.original).is_none(), "{reply}");
         }
     }
 
@@ -572,8 +531,8 @@ mod tests {
             replica.set_source_behind(*is_behind);
             replica.tick_holds(now);
         }
-        let slot = replica.table.find_original(seen(3).original())?;
-        Some(replica.table.kind(slot))
+        let slot = replica.ledger.find_original(seen(3).original())?;
+        Some(replica.ledger.kind(slot))
     }
 
     #[test]

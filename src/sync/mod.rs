@@ -27,15 +27,16 @@
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
 //! - `full_sync`: who has all that it should have;
 //! - `inbox`: what was received, and what its sender is to be told;
+//! - `ledger`: what stands in each slot, in which list, and what all of it adds up to;
 //! - `outbox`: what was sent, what of it is acknowledged, what goes again;
 //! - `peers`: what each member is to this shard;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
-//! - `sums`: what each stream's copies add up to;
+//! - `sums`: what each stream's copies add up to, for the ledger;
 //! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:
 //!
-//! - `stream`: where sending and receiving stand, and the lists and timers of one stream;
+//! - `stream`: where sending and receiving stand, and the timers of one stream;
 //! - `lease`: slots at peers that this member may fill;
 //! - `history`: what was sent lately, byte for byte, and what it was about.
 //!
@@ -57,6 +58,7 @@ pub mod history;
 mod inbox;
 mod ingest;
 pub mod lease;
+mod ledger;
 mod moves;
 #[cfg(feature = "mutations")]
 pub mod mutation;

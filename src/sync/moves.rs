@@ -45,28 +45,25 @@ impl Replica<'_> {
     /// Whether this member is the active because of traffic here. A copy that its own source saw as
     /// well is still its active's.
     fn is_claimed_here(&self, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         line.kind() == Kind::Active && line.is_claimed()
     }
 
     /// Gives the connection a new backup and keeps the previous one until the new one has
     /// acknowledged.
     pub(super) fn move_backup(&mut self, now: Time, slot: u32, backup: Coordinate) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let (previous, generation) = (line.peer(), line.generation());
-        assert!(previous.is_somewhere() && !self.table.is_moving(slot));
+        assert!(previous.is_somewhere() && !self.ledger.is_moving(slot));
         let task = Task::Release { of: Some(Place { slot, generation }), stamp: line.stamp() };
         if !self.requests.begin(Rank::Question, task, previous, false) {
             return false;
         }
-        self.unassign(slot);
+        self.ledger.unassign(slot);
         // A promoted connection remembers its former active there instead, and does not name its
         // previous backup to the new one.
-        if !self.table.former(slot).is_somewhere() {
-            // Marked as moving before, and until after, it is named: a connection that is not
-            // moving and has a former coordinate was taken over from there.
-            self.table.set_moving(slot, true);
-            self.table.set_former(slot, previous);
+        if !self.ledger.former(slot).is_somewhere() {
+            self.ledger.begin_move(slot, previous);
         }
         self.assign(now, slot, backup);
         true
@@ -75,10 +72,10 @@ impl Replica<'_> {
     /// The new backup of a connection that is changing it is none, and nobody else is to be had:
     /// its previous one, which was not released yet, goes on. `false` if there is none.
     pub(super) fn go_back(&mut self, now: Time, slot: u32) -> bool {
-        if !self.table.former(slot).is_somewhere() {
+        if !self.ledger.former(slot).is_somewhere() {
             return false; // As of nearly all.
         }
-        let own = Place { slot, generation: self.table.line(slot).generation() };
+        let own = Place { slot, generation: self.ledger.line(slot).generation() };
         let Some((id, previous)) = self.requests.waiting_for(own) else { return false };
         if !self.is_up(previous.member()) {
             return false;
@@ -92,16 +89,15 @@ impl Replica<'_> {
     /// The connection goes while it changes its backup. The release of the previous one goes its
     /// own way.
     pub(super) fn end_move(&mut self, slot: u32) {
-        if self.table.is_moving(slot) {
-            self.table.set_former(slot, Coordinate::NOWHERE);
-            self.table.set_moving(slot, false);
+        if self.ledger.is_moving(slot) {
+            self.ledger.end_move(slot);
         }
     }
 
     /// A connection of memory taken up again was changing its backup: the release of the previous
     /// one waits for the new one, as before.
     pub(super) fn resume_move(&mut self, slot: u32) {
-        let (line, previous) = (self.table.line(slot), self.table.former(slot));
+        let (line, previous) = (self.ledger.line(slot), self.ledger.former(slot));
         let of = Some(Place { slot, generation: line.generation() });
         let task = Task::Release { of, stamp: line.stamp() };
         if !previous.is_plausible()
@@ -148,10 +144,10 @@ impl Replica<'_> {
     /// Whether the connection of ours that was here has its new backup, or has ended: its previous
     /// one can go.
     fn is_moved(&self, own: Place) -> bool {
-        let line = self.table.line(own.slot);
+        let line = self.ledger.line(own.slot);
         let has_ended = line.generation() != own.generation || line.kind() != Kind::Active;
         has_ended
-            || self.table.on(own.slot) == On::None
+            || self.ledger.on(own.slot) == On::None
                 && line.last().is_passed_by(self.durable(self.stream_of(line.peer())).floor())
     }
 
@@ -162,28 +158,28 @@ impl Replica<'_> {
             Task::Decline { own, .. } => {
                 // Its active may believe what was said before: when it is back, and the copy is
                 // written again, it is told.
-                let line = self.table.line(own.slot);
+                let line = self.ledger.line(own.slot);
                 if !has_arrived
                     && line.generation() == own.generation
                     && line.kind() == Kind::Backup
                 {
-                    self.table.set_declined(own.slot, true);
+                    self.ledger.set_told(own.slot, true);
                 }
             }
             Task::Release { of: Some(own), .. } => {
-                if self.table.line(own.slot).generation() == own.generation {
+                if self.ledger.line(own.slot).generation() == own.generation {
                     self.end_move(own.slot);
                 }
             }
             Task::Offer { own, claimed } => {
-                let line = self.table.line(own.slot);
+                let line = self.ledger.line(own.slot);
                 let still = line.generation() == own.generation
                     && line.is_claimed()
-                    && self.table.former(own.slot) == request.target
-                    && !self.table.is_moving(own.slot);
+                    && self.ledger.former(own.slot) == request.target
+                    && !self.ledger.is_moving(own.slot);
                 if has_arrived && still && claimed {
                     // Outranked, and it knows.
-                    self.table.set_former(own.slot, Coordinate::NOWHERE);
+                    self.ledger.set_former(own.slot, Coordinate::NOWHERE);
                 } else if has_arrived && still {
                     // Traffic came after the offer left: it has to know that as well.
                     let again = Task::Offer { own, claimed: true };
@@ -218,12 +214,12 @@ impl Replica<'_> {
             Task::Release { stamp, .. } => Message::Release { target, stamp },
             Task::Decline { own, number, fault } => Message::Decline { target, own, number, fault },
             Task::Offer { own, .. } => {
-                let line = self.table.line(own.slot);
+                let line = self.ledger.line(own.slot);
                 // Who has become a copy for somebody else meanwhile does not ask a former active
                 // any more: the answer would take away what another one counts on.
                 let asks = match line.kind() {
                     Kind::Backup => line.peer() == request.target,
-                    Kind::Active => self.table.former(own.slot) == request.target,
+                    Kind::Active => self.ledger.former(own.slot) == request.target,
                     _ => false,
                 };
                 if line.generation() != own.generation || !asks {
@@ -265,17 +261,17 @@ impl Replica<'_> {
                 if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch =>
             {
                 self.demote(target.slot, own, stamp);
-                self.table.forget(target.slot);
-                self.table.recycle(target.slot);
+                self.ledger.clear(target.slot);
             }
             Some(line) if line.kind() == Kind::Active && line.peer() == own => {
                 let session = self.durable(self.stream_of(own)).peer_session();
-                self.table.update(target.slot, |line| line.set_session(session));
+                self.ledger.amend(target.slot, |line| line.set_session(session));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             // Its previous backup: released once the new one has acknowledged.
             Some(_)
-                if self.table.is_moving(target.slot) && self.table.former(target.slot) == own => {}
+                if self.ledger.is_moving(target.slot) && self.ledger.former(target.slot) == own => {
+            }
             Some(line) if line.kind().is_connection() => {
                 let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
             }

@@ -7,7 +7,7 @@ use super::stream::{stream_index, stream_member};
 use super::walks::Walk;
 use crate::conn::MemberId;
 use crate::group::view::Status;
-use crate::limits::{MEMBERS_MAX, SHARDS_MAX};
+use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
 use crate::time::Time;
 
 /// Connections that may be dirty or unacknowledged before those that wait for a backup have to go
@@ -28,19 +28,19 @@ impl Replica<'_> {
 
     /// Connections that wait for a backup.
     pub fn waiting(&self) -> u64 {
-        self.waiting.len() as u64
+        self.ledger.waiting()
     }
 
     /// How many connections that wait may get a backup now.
     pub(super) fn waiting_budget(&self) -> usize {
-        let ahead = (self.dirty_actives + self.outbox.unacknowledged())
+        let ahead = (self.ledger.all_dirty_actives() + self.outbox.unacknowledged())
             .saturating_sub(self.dirty_for_the_silent());
         let stuck = |s: &u16| {
             let stream = *s as usize;
             self.is_up(stream_member(stream)) && self.outbox.has_timed_out(stream)
         };
         let trickle = if self.busy.iter().any(stuck) { 0 } else { TRICKLE };
-        (AHEAD.saturating_sub(ahead) as usize).max(trickle).min(self.waiting.len() as usize)
+        (AHEAD.saturating_sub(ahead) as usize).max(trickle).min(self.ledger.waiting() as usize)
     }
 
     /// Looks at how far each full sync is.
@@ -82,7 +82,7 @@ impl Sight for Seen<'_, '_> {
     }
 
     fn has_waiting(&self) -> bool {
-        !self.replica.waiting.is_empty()
+        self.replica.waiting() > 0
     }
 
     fn given_up(&self) -> u64 {
@@ -96,8 +96,8 @@ impl Sight for Seen<'_, '_> {
     fn is_sent(&self, by: Time) -> bool {
         // The list is in the order in which they became dirty.
         let mut firsts =
-            self.streams().filter_map(|stream| self.replica.streams[stream].dirty.first());
-        firsts.all(|slot| self.replica.table.since(slot) > by)
+            self.streams().filter_map(|stream| self.replica.ledger.first_dirty(stream));
+        firsts.all(|slot| self.replica.ledger.since(slot) > by)
     }
 
     fn is_acknowledged(&self, by: Time) -> bool {
@@ -106,21 +106,20 @@ impl Sight for Seen<'_, '_> {
     }
 
     fn counts(&self) -> (u64, u64) {
-        let Replica { streams, walks, .. } = self.replica;
+        let Replica { ledger, walks, .. } = self.replica;
         let (mut actives, mut dirty) = (0, 0);
-        for s in &streams[self.streams()] {
-            actives += s.actives;
-            dirty += s.dirty.len() as u64; // Closes among them: a few.
+        for stream in self.streams() {
+            actives += ledger.actives(stream);
+            dirty += ledger.dirty(stream) as u64; // Closes among them: a few.
         }
         // Of all members: what flies to others makes this a few too many.
         let open = (dirty + self.replica.outbox.unacknowledged()).min(actives);
-        let mut coming = self.replica.waiting.len() as u64;
+        let mut coming = ledger.waiting();
         if self.replica.peers.ranked().first() == Some(&self.member) {
             for walk in walks.iter() {
                 if let Walk::Rehome { away_from, .. } = walk {
-                    let all =
-                        (0..streams.len()).filter(|s| away_from >> stream_member(*s) & 1 == 1);
-                    coming += all.map(|s| streams[s].actives).sum::<u64>();
+                    let all = (0..STREAMS_MAX).filter(|s| away_from >> stream_member(*s) & 1 == 1);
+                    coming += all.map(|s| ledger.actives(s)).sum::<u64>();
                 }
             }
         }

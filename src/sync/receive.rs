@@ -208,7 +208,7 @@ impl Replica<'_> {
     }
 
     pub(super) fn target(&self, target: Place) -> Option<Line> {
-        (target.slot < self.table.capacity()).then(|| self.table.line(target.slot))
+        (target.slot < self.ledger.capacity()).then(|| self.ledger.line(target.slot))
     }
 
     pub(super) fn is_leased_to(&self, line: &Line, stream: usize) -> bool {
@@ -233,7 +233,7 @@ impl Replica<'_> {
                 line.generation() == place.generation && self.is_leased_to(&line, stream)
             });
             if leased {
-                self.table.recycle(place.slot);
+                self.ledger.free(place.slot);
                 self.counters.count(Counter::LeasesGivenBack);
             }
         }

@@ -12,16 +12,16 @@ use super::credit::Credit;
 use super::full_sync::FullSyncs;
 use super::history::History;
 use super::inbox::Inbox;
+use super::ledger::Ledger;
 use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
 use super::peers::Peers;
 use super::requests::Requests;
 use super::stream::{Durable, Stream, stream_index, stream_member};
-use super::sums::Sums;
 use super::walks::Walks;
 use crate::ccp::message::Place;
 use crate::conn::slot::groups;
-use crate::conn::table::{List, On, Table};
+use crate::conn::table::{On, Table};
 use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Kind, MemberId, Phase, shard_of};
 use crate::counters::{Counter, Counters};
@@ -103,7 +103,7 @@ pub struct Replica<'m> {
     pub(super) config: ReplicaConfig,
     pub(super) memory: Memory<'m>,
     pub(super) counters: Counters<'m>,
-    pub(super) table: Table<'m>,
+    pub(super) ledger: Ledger<'m>,
     pub(super) streams: Vec<Stream>,
     pub(super) busy: VecDeque<u16>,
     pub(super) credit: Credit<'m>,
@@ -120,34 +120,15 @@ pub struct Replica<'m> {
     /// Members to which connections are offered again if nobody answered by then, as bits.
     pub(super) offered: u64,
     pub(super) offer_at: Time,
-    pub(super) held: List,
     /// The source has more to tell than was read: of what is held, some may have ended.
     pub(super) source_is_behind: bool,
-    /// In which connections begin: the highest epoch of all that was held here, and two more for
-    /// each member that fell silent since (one for a claim of its that nobody heard of, one to be
-    /// above that). What that one still takes for alive when it is back is older than what began on
-    /// its port meanwhile.
-    pub(super) epoch: u32,
-    pub(super) waiting: List,
-    /// Connections that were refused because the other side holds a newer state.
-    pub(super) backing_off: List,
-    /// Copies whose entry the kernel does not have.
-    pub(super) missing: List,
-    /// Active connections whose backup's kernel refused them, and since when there are any.
-    pub(super) declined: u64,
-    pub(super) declined_since: Time,
     /// Declines said so far.
     pub(super) declines: u32,
     /// Whether the kernel's table has room for further copies.
     pub(super) kernel_has_room: bool,
     pub(super) retry_at: Time,
-    /// Active connections that stand in a dirty list.
-    pub(super) dirty_actives: u64,
     pub(super) commits: Commits,
     pub(super) goodbyes: u64,
-    /// Of copies sent, and of copies held.
-    pub(super) sent_sums: Sums,
-    pub(super) held_sums: Sums,
     pub(super) comparisons: Comparisons,
     /// Streams whose sides must agree before their connections count as protected.
     pub(super) unverified: u32,
@@ -173,7 +154,7 @@ impl<'m> Replica<'m> {
         assert!(config.table_id != 0 && config.shard < config.shards);
         Replica {
             counters: Counters::new(memory.counters),
-            table,
+            ledger: Ledger::over(table),
             streams: (0..STREAMS_MAX).map(|_| Stream::new()).collect(),
             busy: VecDeque::with_capacity(STREAMS_MAX),
             credit,
@@ -187,22 +168,12 @@ impl<'m> Replica<'m> {
             walks: Walks::new(),
             offered: 0,
             offer_at: Time::NEVER,
-            held: List::default(),
             source_is_behind: false,
-            epoch: 0,
-            waiting: List::default(),
-            backing_off: List::default(),
-            missing: List::default(),
-            declined: 0,
-            declined_since: Time(0),
             declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
             kernel_has_room: true,
             retry_at: Time(0),
-            dirty_actives: 0,
             commits: Commits::new(config.commit),
             goodbyes: 0,
-            sent_sums: Sums::new(),
-            held_sums: Sums::new(),
             comparisons: Comparisons::new(),
             unverified: 0,
             full_syncs: FullSyncs::new(),
@@ -238,19 +209,19 @@ impl<'m> Replica<'m> {
             self.config.member,
             self.config.shard,
             slot,
-            self.table.line(slot).generation(),
+            self.ledger.line(slot).generation(),
         )
     }
 
     /// Read access to the table, for commits, tests and tools.
     pub fn table(&self) -> &Table<'m> {
-        &self.table
+        &self.ledger
     }
 
     /// Slots that copies of other members may have: none while the kernel has no room for their
     /// entries.
     pub fn room(&self) -> u32 {
-        if self.kernel_has_room { self.table.room() } else { 0 }
+        if self.kernel_has_room { self.ledger.room() } else { 0 }
     }
 
     /// Says whether the kernel's table has room for further copies. Without it no slots are leased.
@@ -267,7 +238,7 @@ impl<'m> Replica<'m> {
     /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the
     /// source has more to tell, and what they name may be another connection's entry by now.
     pub fn poll_commit(&mut self, may_delete: bool) -> Option<Commit> {
-        let table = &self.table;
+        let table = &self.ledger;
         self.commits.poll(may_delete, |original| table.find_original(original).is_some())
     }
 
@@ -317,71 +288,32 @@ impl<'m> Replica<'m> {
 
     /// A connection (or its close) must be sent: `changed` groups are new since the last delta.
     pub(super) fn mark_dirty(&mut self, now: Time, slot: u32, changed: u8) {
-        let mut line = self.table.line(slot);
-        let stream = self.stream_of(line.peer());
-        let on = self.table.on(slot);
-        assert!(matches!(on, On::None | On::Dirty | On::Closing), "slot {slot} stands in {on:?}");
-        if on != On::Dirty {
-            // The lazy clearing: what the acknowledged delta carried is known to the peer.
-            let sent = is(Mutation::MaskSinceSent) && line.last() != Seq::NONE;
-            let known = sent || line.last().is_passed_by(self.durable(stream).floor());
-            line.set_groups(if known { changed } else { line.groups() | changed });
-            // In memory, too, it shows that the newest state is in no datagram.
-            line.set_last(Seq::NONE);
-        } else {
-            line.set_groups(line.groups() | changed);
-        }
-        self.table.store(slot, &line);
-        if on == On::Closing {
-            self.table.unlink(&mut self.streams[stream].closing, slot);
-        }
-        if on != On::Dirty {
-            self.push_dirty(now, stream, slot, line.kind());
+        let stream = self.stream_of(self.ledger.line(slot).peer());
+        let (floor, was_empty) = (self.durable(stream).floor(), self.ledger.dirty(stream) == 0);
+        let is_known = |last: Seq| {
+            let is_sent = is(Mutation::MaskSinceSent) && last != Seq::NONE;
+            is_sent || last.is_passed_by(floor)
+        };
+        if self.ledger.mark_dirty(now, slot, changed, is_known) {
+            self.send_soon(now, stream, was_empty);
         }
     }
 
-    pub(super) fn push_dirty(&mut self, now: Time, stream: usize, slot: u32, kind: Kind) {
-        let s = &mut self.streams[stream];
-        if s.dirty.is_empty() {
-            s.flush_at = now.after(self.config.flush);
+    /// Something is dirty: unless there `was` before, it waits a little for others.
+    pub(super) fn send_soon(&mut self, now: Time, stream: usize, was_empty: bool) {
+        if was_empty {
+            self.streams[stream].flush_at = now.after(self.config.flush);
         }
-        self.table.push(&mut s.dirty, On::Dirty, slot, now);
-        s.dirty_actives += (kind == Kind::Active) as u64;
-        self.dirty_actives += (kind == Kind::Active) as u64;
         self.wake(stream);
-    }
-
-    /// Takes a slot out of whichever list it stands in.
-    pub(super) fn unlist(&mut self, slot: u32) {
-        let line = self.table.line(slot);
-        match self.table.on(slot) {
-            On::None => {}
-            On::Held => self.table.unlink(&mut self.held, slot),
-            On::Waiting => self.table.unlink(&mut self.waiting, slot),
-            On::BackingOff => self.table.unlink(&mut self.backing_off, slot),
-            On::Dirty => {
-                let stream = self.stream_of(line.peer());
-                let s = &mut self.streams[stream];
-                self.table.unlink(&mut s.dirty, slot);
-                s.dirty_actives -= (line.kind() == Kind::Active) as u64;
-                self.dirty_actives -= (line.kind() == Kind::Active) as u64;
-            }
-            On::Closing => {
-                let stream = self.stream_of(line.peer());
-                self.table.unlink(&mut self.streams[stream].closing, slot);
-            }
-            On::Missing => self.table.unlink(&mut self.missing, slot),
-            On::Free => panic!("slot {slot} is free"),
-        }
     }
 
     /// An active connection without a backup gets one, or waits for one.
     pub(super) fn protect(&mut self, now: Time, slot: u32) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         assert!(
             line.kind() == Kind::Active
                 && !line.peer().is_somewhere()
-                && self.table.on(slot) == On::None
+                && self.ledger.on(slot) == On::None
         );
         if self.is_best_left(slot) && self.go_back(now, slot) {
             return;
@@ -389,7 +321,7 @@ impl<'m> Replica<'m> {
         match self.lease_for(now, slot, 0) {
             Candidate::At(backup) => self.assign(now, slot, backup),
             Candidate::Soon | Candidate::Nobody if self.go_back(now, slot) => {}
-            Candidate::Soon | Candidate::Nobody => self.wait(now, slot),
+            Candidate::Soon | Candidate::Nobody => self.ledger.wait(now, slot),
         }
     }
 
@@ -397,23 +329,18 @@ impl<'m> Replica<'m> {
     /// now.
     fn is_best_left(&self, slot: u32) -> bool {
         let best = self.peers.ranked().iter().find(|member| self.is_up(**member));
-        self.table.is_moving(slot) && best == Some(&self.table.former(slot).member())
-    }
-
-    /// The connection waits for a backup.
-    pub(super) fn wait(&mut self, now: Time, slot: u32) {
-        self.table.push(&mut self.waiting, On::Waiting, slot, now);
+        self.ledger.is_moving(slot) && best == Some(&self.ledger.former(slot).member())
     }
 
     /// Takes a slot at the best member that has leased one, except the members in `except` (bits).
     pub(super) fn lease_for(&mut self, now: Time, slot: u32, except: u64) -> Candidate {
-        let original = self.table.tuples(slot).0;
-        let former = self.table.former(slot);
+        let original = self.ledger.tuples(slot).0;
+        let former = self.ledger.former(slot);
         // What is only presumed is offered to its former active, never sent there as if it were
         // ours; and one that changes its backup goes back to the copy that its previous one still
         // has, or elsewhere: of two copies at one member only one would be named.
         let not_there = former.is_somewhere()
-            && (self.table.is_moving(slot) || !self.table.line(slot).is_claimed());
+            && (self.ledger.is_moving(slot) || !self.ledger.line(slot).is_claimed());
         let except = if not_there { except | 1 << former.member() } else { except };
         for i in 0..self.peers.ranked().len() {
             let member = self.peers.ranked()[i];
@@ -454,7 +381,7 @@ impl<'m> Replica<'m> {
     /// Of what waits for a backup, the stream's share: what one stream hoards another may lack.
     fn waiting_share(&self, stream: usize) -> u64 {
         let met = shards_met(self.config.shards, self.peers.seen(stream_member(stream)).shards);
-        (self.waiting.len() as u64).div_ceil(met as u64)
+        (self.ledger.waiting()).div_ceil(met as u64)
     }
 
     fn tick_leases(&mut self, now: Time) {
@@ -474,60 +401,35 @@ impl<'m> Replica<'m> {
 
     /// The connection's backup is there from now on; everything must be sent to it.
     pub(super) fn assign(&mut self, now: Time, slot: u32, backup: Coordinate) {
-        assert!(self.table.on(slot) == On::None);
-        self.table.forget_declines(slot);
-        let stream = self.stream_of(backup);
-        let session = self.durable(stream).peer_session();
-        self.table.update(slot, |line| {
-            line.set_peer(backup);
-            line.set_groups(groups::ALL);
-            line.set_last(Seq::NONE);
-            line.set_session(session);
-        });
-        self.streams[stream].actives += 1;
+        let session = self.durable(self.stream_of(backup)).peer_session();
+        self.ledger.assign(slot, backup, session);
         self.mark_dirty(now, slot, groups::ALL);
-    }
-
-    /// The connection has no backup from now on; it stands in no list afterwards.
-    pub(super) fn unassign(&mut self, slot: u32) {
-        self.unlist(slot);
-        self.end_declined(slot);
-        let peer = self.table.line(slot).peer();
-        if peer.is_somewhere() {
-            let stream = self.stream_of(peer);
-            self.account_unsent(stream, slot);
-            self.streams[stream].actives -= 1;
-            self.table.update(slot, |line| {
-                line.set_peer(Coordinate::NOWHERE);
-                line.set_last(Seq::NONE);
-            });
-        }
     }
 
     /// The connection turns to somebody else than the member that has its other copy. If that was
     /// its active, and never heard of the claim, it goes on taking itself for the active: it is
     /// remembered, to be told when it is back.
     pub(super) fn turn_away(&mut self, slot: u32) {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let peer = line.peer();
         let unheard = line.is_claimed()
             && line.groups() & groups::TUPLES != 0
-            && !(self.table.on(slot) == On::None
+            && !(self.ledger.on(slot) == On::None
                 && line.last().is_passed_by(self.durable(self.stream_of(peer)).floor()));
-        let former = if unheard && !self.table.former(slot).is_somewhere() {
+        let former = if unheard && !self.ledger.former(slot).is_somewhere() {
             peer
         } else {
             Coordinate::NOWHERE
         };
-        self.unassign(slot);
+        self.ledger.unassign(slot);
         if former.is_somewhere() {
-            self.table.set_former(slot, former);
+            self.ledger.set_former(slot, former);
         }
     }
 
     /// Asks for a commit if it is one that this mode makes.
     pub(super) fn commit(&mut self, commit: Commit) {
-        let (table, peers) = (&self.table, &self.peers);
+        let (table, peers) = (&self.ledger, &self.peers);
         self.commits.ask(commit, || {
             let Commit::Write { slot, .. } = commit else { return false };
             !peers.is_up(table.line(slot).peer().member())
@@ -548,40 +450,36 @@ impl<'m> Replica<'m> {
         self.publish_gauges(now);
     }
 
-    /// The connection was refused as older than what the other side holds: it waits before it asks
-    /// again.
-    pub(super) fn back_off(&mut self, now: Time, slot: u32) {
-        self.table.push(&mut self.backing_off, On::BackingOff, slot, now);
-    }
-
     fn backed_off_until(&self) -> Time {
-        self.backing_off.first().map_or(Time::NEVER, |slot| self.table.since(slot).after(BACK_OFF))
+        self.ledger
+            .first_backing_off()
+            .map_or(Time::NEVER, |slot| self.ledger.since(slot).after(BACK_OFF))
     }
 
     fn tick_waiting(&mut self, now: Time) {
         while self.backed_off_until().reached(now)
-            && let Some(slot) = self.table.pop(&mut self.backing_off)
+            && let Some(slot) = self.ledger.take_backing_off()
         {
             self.protect(now, slot);
         }
-        if self.waiting.is_empty() {
+        if self.ledger.waiting() == 0 {
             self.full_syncs.tried(now, false);
         }
-        if self.waiting.is_empty() || !self.retry_at.reached(now) {
+        if self.ledger.waiting() == 0 || !self.retry_at.reached(now) {
             return;
         }
         // Live changes first; who finds no backup goes to the end of the queue.
         let mut failed = 0;
         let budget = self.waiting_budget();
         for _ in 0..budget {
-            let since = self.waiting.first().map_or(now, |slot| self.table.since(slot));
-            let Some(slot) = self.table.pop(&mut self.waiting) else { break };
-            if !self.table.former(slot).is_somewhere()
-                && self.table.connection(slot).phase() == Phase::Ending
+            let since = self.ledger.first_waiting().map_or(now, |slot| self.ledger.since(slot));
+            let Some(slot) = self.ledger.take_waiting() else { break };
+            if !self.ledger.former(slot).is_somewhere()
+                && self.ledger.connection(slot).phase() == Phase::Ending
             {
                 // Nobody has heard of it, or lives who has, and need not any more: it stays here
                 // until its end is told.
-                self.table.update(slot, |line| line.set_kind(Kind::Held));
+                self.ledger.hold_to_the_end(slot);
                 continue;
             }
             match self.lease_for(now, slot, 0) {
@@ -592,7 +490,7 @@ impl<'m> Replica<'m> {
                 }
                 Candidate::Soon | Candidate::Nobody if self.go_back(now, slot) => {}
                 Candidate::Soon | Candidate::Nobody => {
-                    self.table.push(&mut self.waiting, On::Waiting, slot, since);
+                    self.ledger.wait(since, slot);
                     failed += 1;
                     if failed > 64 {
                         break;
@@ -610,14 +508,14 @@ impl<'m> Replica<'m> {
     /// Connections past the hold time that have no up-to-date acknowledged second copy.
     pub fn exposure(&self) -> u64 {
         let orphaned: u64 = self.peers.gone().map(|member| self.of_member(member)).sum();
-        let waiting = (self.waiting.len() + self.backing_off.len()) as u64;
+        let waiting = self.ledger.unprotected();
         let unacknowledged =
             if is(Mutation::ExposureForgets) { 0 } else { self.outbox.unacknowledged() };
-        self.dirty_actives
+        self.ledger.all_dirty_actives()
             + unacknowledged
             + waiting
             + orphaned
-            + self.declined
+            + self.ledger.declined().0
             + self.unverified_connections()
     }
 
@@ -625,42 +523,43 @@ impl<'m> Replica<'m> {
     fn of_member(&self, member: MemberId) -> u64 {
         let first = stream_index(member, 0);
         let shards = first..first + crate::limits::SHARDS_MAX;
-        shards.map(|stream| self.streams[stream].copies + self.uncounted(stream)).sum()
+        shards.map(|stream| self.ledger.copies(stream) + self.uncounted(stream)).sum()
     }
 
     /// Connections on this stream that do not count as exposed by themselves: neither dirty nor in
     /// a datagram that is not acknowledged. Closes that wait are none of them.
     pub(super) fn uncounted(&self, stream: usize) -> u64 {
-        let s = &self.streams[stream];
-        s.actives - (s.dirty_actives + self.outbox.unacknowledged_on(stream)).min(s.actives)
+        let (actives, dirty) = (self.ledger.actives(stream), self.ledger.dirty_actives(stream));
+        actives - (dirty + self.outbox.unacknowledged_on(stream)).min(actives)
     }
 
     fn publish_gauges(&mut self, now: Time) {
         let exposure = self.exposure();
         self.counters.set(Counter::Exposure, exposure);
-        self.counters
-            .set(Counter::Unprotected, (self.waiting.len() + self.backing_off.len()) as u64);
+        self.counters.set(Counter::Unprotected, self.ledger.unprotected());
         self.counters.set(Counter::ReleasesPending, self.requests.len() as u64);
         self.counters.set(Counter::CommitPending, self.commits.waiting() as u64);
         self.counters
-            .set(Counter::CommitMissing, self.missing.len() as u64 + self.commits.owed() as u64);
-        self.counters.set(Counter::Declined, self.declined);
+            .set(Counter::CommitMissing, self.ledger.missing() + self.commits.owed() as u64);
+        let (declined, declined_since) = self.ledger.declined();
+        self.counters.set(Counter::Declined, declined);
         let mut oldest = now;
         if exposure > 0 {
-            for slot in [self.waiting.first(), self.backing_off.first()].into_iter().flatten() {
-                oldest = oldest.min(self.table.since(slot));
+            for slot in
+                [self.ledger.first_waiting(), self.ledger.first_backing_off()].into_iter().flatten()
+            {
+                oldest = oldest.min(self.ledger.since(slot));
             }
             for i in 0..self.busy.len() {
-                let s = &self.streams[self.busy[i] as usize];
-                if let Some(slot) = s.dirty.first() {
-                    oldest = oldest.min(self.table.since(slot));
+                if let Some(slot) = self.ledger.first_dirty(self.busy[i] as usize) {
+                    oldest = oldest.min(self.ledger.since(slot));
                 }
                 if let Some(since) = self.outbox.oldest_change(self.busy[i] as usize) {
                     oldest = oldest.min(since);
                 }
             }
-            if self.declined > 0 {
-                oldest = oldest.min(self.declined_since);
+            if declined > 0 {
+                oldest = oldest.min(declined_since);
             }
             oldest = oldest.min(self.peers.silent_since().unwrap_or(now));
         }
@@ -679,21 +578,20 @@ impl<'m> Replica<'m> {
             .min(self.contests.look_at())
             .min(self.credit.review_at())
             .min(self.commits.rewrite_at());
-        if !self.waiting.is_empty() {
+        if self.ledger.waiting() > 0 {
             at = at.min(self.retry_at);
         }
         for stream in &self.busy {
             if !self.is_up(stream_member(*stream as usize)) {
                 continue; // Nothing is sent there, whatever is due.
             }
-            let s = &self.streams[*stream as usize];
             let repeat_at = match is(Mutation::RepeatsUnannounced) {
                 true => Time::NEVER,
                 false => self.outbox.retransmit_at(*stream as usize),
             };
             at = at.min(repeat_at).min(self.credit.ask_at(*stream as usize));
-            if !s.dirty.is_empty() && self.outbox.has_window(*stream as usize) {
-                at = at.min(s.flush_at);
+            if self.ledger.dirty(*stream as usize) > 0 && self.outbox.has_window(*stream as usize) {
+                at = at.min(self.streams[*stream as usize].flush_at);
             }
         }
         at

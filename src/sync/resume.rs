@@ -24,7 +24,7 @@ use super::peers::PeerState;
 use super::replica::{Replica, ReplicaConfig};
 use super::stream::{Durable, stream_index};
 use super::walks::Walk;
-use crate::conn::table::{On, Table, Written};
+use crate::conn::table::{Table, Written};
 use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
 use crate::memory::Memory;
@@ -89,7 +89,7 @@ impl<'m> Replica<'m> {
             }
             let carried = |content: &Content| match content {
                 Content::Delta { place, .. } => {
-                    let line = self.table.line(place.slot);
+                    let line = self.ledger.line(place.slot);
                     line.generation() == place.generation
                         && line.kind() == Kind::Active
                         && line.last() == entry.seq
@@ -104,11 +104,9 @@ impl<'m> Replica<'m> {
                 _ => None,
             });
             for place in granted {
-                let line = self.table.line(place.slot);
+                let line = self.ledger.line(place.slot);
                 if line.kind() == Kind::Free && line.generation() == place.generation {
-                    self.table.update(place.slot, |line| {
-                        line.set_generation(line.generation().next().next());
-                    });
+                    self.ledger.skip_lives(place.slot);
                 }
             }
             self.outbox.take_up(id, connections);
@@ -127,10 +125,10 @@ impl<'m> Replica<'m> {
 
     fn resume_slots(&mut self, now: Time) {
         let mut closing: Vec<(usize, Seq, u32)> = Vec::new();
-        for slot in 0..self.table.capacity() {
-            let line = self.table.line(slot);
+        for slot in 0..self.ledger.capacity() {
+            let line = self.ledger.line(slot);
             if line.kind().is_connection() {
-                self.epoch = self.epoch.max(line.stamp().epoch);
+                self.ledger.raise_epoch(line.stamp().epoch);
             }
             let peer = line.peer();
             if peer.is_somewhere() && (!peer.is_plausible() || peer.member() == self.config.member)
@@ -142,23 +140,25 @@ impl<'m> Replica<'m> {
                 // The walk that takes back what was lent in an earlier session did not come to its
                 // end.
                 Kind::Leased if line.session() != self.durable(stream).peer_session() => {
-                    self.table.recycle(slot)
+                    self.ledger.free(slot)
                 }
                 Kind::Free | Kind::Leased => {}
                 Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
                     self.commit(Commit::Look { slot, generation: line.generation() });
                 }
-                Kind::Held => self.table.push(&mut self.held, On::Held, slot, now),
-                Kind::Active if !peer.is_somewhere() => self.wait(now, slot),
+                Kind::Held => self.ledger.hold(now, slot),
+                Kind::Active if !peer.is_somewhere() => self.ledger.wait(now, slot),
                 Kind::Active | Kind::Closing => {
                     let durable = self.durable(stream);
                     let is_sent = line.last() != Seq::NONE && !line.last().is_after(durable.sent());
                     if line.kind() == Kind::Active {
-                        self.streams[stream].actives += 1;
+                        self.ledger.take_up_active(slot);
                     }
                     if !is_sent {
-                        self.table.update(slot, |line| line.set_last(Seq::NONE));
-                        self.push_dirty(now, stream, slot, line.kind());
+                        self.ledger.amend(slot, |line| line.set_last(Seq::NONE));
+                        let was_empty = self.ledger.dirty(stream) == 0;
+                        self.ledger.push_dirty(now, slot);
+                        self.send_soon(now, stream, was_empty);
                     } else if line.kind() == Kind::Closing {
                         closing.push((stream, line.last(), slot));
                     }
@@ -167,22 +167,20 @@ impl<'m> Replica<'m> {
                     // Whether it was is not known any more; what was not can only be asked for too
                     // much.
                     let is_eager = self.config.commit == CommitMode::Eager;
-                    self.table.set_written(slot, if is_eager { Written::Yes } else { Written::No });
-                    self.streams[stream].copies += 1;
-                    // It may have been told before that the kernel does not have it.
-                    self.table.set_declined(slot, true);
+                    self.ledger
+                        .take_up_copy(slot, if is_eager { Written::Yes } else { Written::No });
                 }
             }
             if line.is_moving() {
                 match line.kind() {
                     Kind::Active => self.resume_move(slot),
-                    _ => self.table.set_moving(slot, false),
+                    _ => self.ledger.forget_move(slot),
                 }
             }
         }
         closing.sort_by_key(|(stream, seq, _)| (*stream, seq.raw()));
-        for (stream, _, slot) in closing {
-            self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);
+        for (_, _, slot) in closing {
+            self.ledger.await_ack(now, slot);
         }
     }
 
@@ -230,8 +228,8 @@ impl<'m> Replica<'m> {
             self.free_closed(stream, floor);
             self.wake(stream);
         }
-        for slot in 0..self.table.capacity() {
-            let line = self.table.line(slot);
+        for slot in 0..self.ledger.capacity() {
+            let line = self.ledger.line(slot);
             let member = line.peer().member();
             let refers = line.peer().is_somewhere() && line.kind() != Kind::Free;
             assert!(

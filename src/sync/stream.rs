@@ -12,7 +12,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::compare::Comparing;
 use super::full_sync::{Figures, SyncPhase};
 use crate::conn::MemberId;
-use crate::conn::table::List;
 use crate::kill::kill_point;
 use crate::limits::{SHARDS_MAX, WINDOW};
 use crate::memory::StreamWords;
@@ -334,18 +333,8 @@ impl Durable<'_> {
 
 /// The private half of a stream.
 pub struct Stream {
-    /// Connections (and closes) that wait to be sent.
-    pub dirty: List,
-    /// How many of these are connections.
-    pub dirty_actives: u64,
-    /// Closes sent and not yet acknowledged, in order.
-    pub closing: List,
     /// When to send what is dirty.
     pub flush_at: Time,
-    /// Own connections whose backup lies here, and copies here for the peer.
-    pub actives: u64,
-    /// Copies held here for the peer.
-    pub copies: u64,
     /// How far its digests are.
     pub comparing: Comparing,
     /// Whether the stream stands in the shard's list of busy ones.
@@ -355,16 +344,7 @@ pub struct Stream {
 impl Stream {
     /// A stream on which nothing happened yet.
     pub fn new() -> Stream {
-        Stream {
-            dirty: List::default(),
-            dirty_actives: 0,
-            closing: List::default(),
-            flush_at: Time::NEVER,
-            actives: 0,
-            copies: 0,
-            comparing: Comparing::default(),
-            busy: false,
-        }
+        Stream { flush_at: Time::NEVER, comparing: Comparing::default(), busy: false }
     }
 }
 

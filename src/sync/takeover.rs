@@ -71,7 +71,7 @@ impl Replica<'_> {
         for member in members_in(resumed) {
             if self.is_up(member) {
                 self.unverify(member);
-                if self.declined > 0 {
+                if self.ledger.declined().0 > 0 {
                     self.walks.push(Walk::Declined { member });
                 }
             }
@@ -109,7 +109,7 @@ impl Replica<'_> {
                     || self.offered >> member & 1 == 1
                     || self.walks.contains(Walk::Offer { member });
                 self.peers.set(member, PeerState::Down { since: now, left_behind, lost: false });
-                self.epoch = self.epoch.saturating_add(2);
+                self.ledger.skip_an_epoch();
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }
@@ -268,11 +268,11 @@ impl Replica<'_> {
         self.offer_again(now);
         let Some((walk, first)) = self.walks.next(now) else { return };
         let mut slot = first;
-        let end = (slot + WALK_PER_TICK as u32).min(self.table.capacity());
+        let end = (slot + WALK_PER_TICK as u32).min(self.ledger.capacity());
         let stuck = self.dirty_for_the_silent();
         while slot < end && !self.is_walk_ahead(walk, stuck) {
             if slot + 8 < end {
-                self.table.prefetch(slot + 8);
+                self.ledger.prefetch(slot + 8);
             }
             if !self.step(now, walk, slot) {
                 break; // There is no room for a request, or no lease: go on here at the next tick.
@@ -282,7 +282,7 @@ impl Replica<'_> {
         self.counters.add(Counter::SlotsWalked, (slot - first) as u64);
         // One that could not go on looks again a little later.
         let next_at = if slot == end { now } else { now.after(WALK_PAUSE) };
-        if let Some(walk) = self.walks.come_to(slot, self.table.capacity(), next_at) {
+        if let Some(walk) = self.walks.come_to(slot, self.ledger.capacity(), next_at) {
             self.walk_done(now, walk);
         }
     }
@@ -329,7 +329,7 @@ impl Replica<'_> {
     }
 
     fn abandon_slot(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.peer().member() != member {
             return true;
         }
@@ -338,9 +338,9 @@ impl Replica<'_> {
                 self.turn_away(slot);
                 self.protect(now, slot);
             }
-            Kind::Closing => self.drop_closing(slot),
+            Kind::Closing => self.ledger.drop_closing(slot),
             // What it was lent it lets go as well, with our new session.
-            Kind::Leased => self.table.recycle(slot),
+            Kind::Leased => self.ledger.free(slot),
             _ => {}
         }
         true
@@ -369,7 +369,7 @@ impl Replica<'_> {
     /// taken to know those better.
     fn is_walk_ahead(&self, walk: Walk, stuck: u64) -> bool {
         let unwritten = matches!(walk, Walk::Purge { .. }) && !self.commits.is_taken_over();
-        self.dirty_actives > WALK_AHEAD + stuck || !self.can_receive() || unwritten
+        self.ledger.all_dirty_actives() > WALK_AHEAD + stuck || !self.can_receive() || unwritten
     }
 
     /// Connections and closes that wait to be sent to members that are not there, or do not hear
@@ -379,7 +379,7 @@ impl Replica<'_> {
             let member = stream_member(**stream as usize);
             !self.is_up(member) || self.abandoned >> member & 1 == 1
         });
-        silent.map(|stream| self.streams[*stream as usize].dirty.len() as u64).sum()
+        silent.map(|stream| self.ledger.dirty(*stream as usize) as u64).sum()
     }
 
     /// When the next silent member's time has come; at once while a walk is under way.
@@ -405,12 +405,8 @@ impl Replica<'_> {
         match walk {
             Walk::Purge { member } => {
                 for shard in 0..SHARDS_MAX as u8 {
-                    let s = &self.streams[stream_index(member, shard)];
                     assert!(
-                        s.actives == 0
-                            && s.copies == 0
-                            && s.dirty.is_empty()
-                            && s.closing.is_empty(),
+                        self.ledger.is_without(stream_index(member, shard)),
                         "something still refers to member {member}"
                     );
                 }
@@ -447,7 +443,7 @@ impl Replica<'_> {
 
     fn has_actives(&self, member: MemberId) -> bool {
         let first = stream_index(member, 0);
-        self.streams[first..first + SHARDS_MAX].iter().any(|s| s.actives > 0)
+        (first..first + SHARDS_MAX).any(|stream| self.ledger.actives(stream) > 0)
     }
 
     /// One slot of a walk; `false` if it must be looked at again.
@@ -467,12 +463,12 @@ impl Replica<'_> {
                 .commit_slot(member, slot, |slot, generation| Commit::Again { slot, generation }),
             Walk::Declined { member } => self.ask_declined(now, member, slot),
             Walk::Forget { member } => {
-                if self.table.former(slot).member() == member && !self.table.is_moving(slot) {
+                if self.ledger.former(slot).member() == member && !self.ledger.is_moving(slot) {
                     // Nobody asks for it back any more. Until traffic shows up it is presumed all
                     // the same: then its own place stands there.
                     let own = self.coordinate(slot);
                     let former = if self.is_presumed(slot) { own } else { Coordinate::NOWHERE };
-                    self.table.set_former(slot, former);
+                    self.ledger.set_former(slot, former);
                 }
                 true
             }
@@ -480,7 +476,7 @@ impl Replica<'_> {
     }
 
     fn purge_slot(&mut self, now: Time, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let peer = line.peer();
         if peer.member() != member {
             return true;
@@ -491,22 +487,13 @@ impl Replica<'_> {
                 self.protect(now, slot);
             }
             Kind::Backup => {
-                let has_no_entry = self.table.on(slot) == On::Missing;
+                let has_no_entry = self.ledger.on(slot) == On::Missing;
                 if self.drop_outlived(slot) {
                     return true;
                 }
                 self.end_missing(slot);
-                self.end_copy(slot);
                 self.counters.count(Counter::Promotions);
-                self.table.set_passed_until(slot, 0);
-                // First where it is taken over from: an active that does not say so is nobody's to
-                // ask back.
-                let previous = self.table.former(slot);
-                self.table.set_former(slot, peer);
-                self.table.update(slot, |line| {
-                    line.set_kind(Kind::Active);
-                    line.set_peer(Coordinate::NOWHERE);
-                    line.set_claimed(false);
+                let previous = self.ledger.promote(slot, |line| {
                     if is(Mutation::PromotionOutranks) {
                         line.set_stamp(line.stamp().claimed());
                     }
@@ -517,8 +504,8 @@ impl Replica<'_> {
                     self.owe(now, slot);
                 }
             }
-            Kind::Closing => self.drop_closing(slot),
-            Kind::Leased => self.table.recycle(slot),
+            Kind::Closing => self.ledger.drop_closing(slot),
+            Kind::Leased => self.ledger.free(slot),
             Kind::Held | Kind::Free => {}
         }
         true
@@ -527,15 +514,14 @@ impl Replica<'_> {
     /// If the tuple of the copy in this slot lives on in another one, the copy goes: it was of a
     /// connection before, or of an older state. The kernel's entry is that one's.
     fn drop_outlived(&mut self, slot: u32) -> bool {
-        let original = self.table.tuples(slot).0;
+        let original = self.ledger.tuples(slot).0;
         let goes_on =
             |other| self.lives(other, slot, &original) && !self.is_older_copy(other, slot);
-        let is_outlived = self.table.index.find(&original, goes_on).is_some();
+        let is_outlived = self.ledger.index.find(&original, goes_on).is_some();
         if is_outlived {
             self.end_missing(slot);
-            self.end_copy(slot);
-            self.table.forget(slot);
-            self.table.recycle(slot);
+            self.ledger.end_copy(slot);
+            self.ledger.clear(slot);
             self.delete_entry(&original);
         }
         is_outlived
@@ -544,12 +530,12 @@ impl Replica<'_> {
     /// What waits only for a member that is lost goes; the kernel may forget copies of its
     /// connections as any other.
     fn lose_slot(&mut self, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.peer().member() == member
             && matches!(self.peers.state(member), PeerState::Down { .. })
         {
             match line.kind() {
-                Kind::Closing => self.drop_closing(slot),
+                Kind::Closing => self.ledger.drop_closing(slot),
                 Kind::Backup if self.drop_outlived(slot) => {}
                 Kind::Backup => {
                     self.commit(Commit::Refresh { slot, generation: line.generation() })
@@ -566,7 +552,7 @@ impl Replica<'_> {
         slot: u32,
         commit: fn(u32, Generation) -> Commit,
     ) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && line.peer().member() == member {
             self.commit(commit(slot, line.generation()));
         }
@@ -581,37 +567,37 @@ impl Replica<'_> {
     /// Whether this member, or a living one that it is the backup of, has a connection with this
     /// tuple in another slot.
     pub(super) fn lives_besides(&self, slot: u32, original: &Tuple) -> bool {
-        self.table.index.find(original, |other| self.lives(other, slot, original)).is_some()
+        self.ledger.index.find(original, |other| self.lives(other, slot, original)).is_some()
     }
 
     fn lives(&self, other: u32, slot: u32, original: &Tuple) -> bool {
-        let line = self.table.line(other);
+        let line = self.ledger.line(other);
         other != slot
             && line.kind().is_connection()
-            && self.table.tuples(other).0 == *original
+            && self.ledger.tuples(other).0 == *original
             && (line.kind() != Kind::Backup || self.is_up(line.peer().member()))
     }
 
     /// Whether the other slot has a copy of the very connection in this one, in an older state: two
     /// members took it for theirs, and what the other active does not know is here alone.
     fn is_older_copy(&self, other: u32, slot: u32) -> bool {
-        self.table.kind(other) == Kind::Backup
-            && self.table.tuples(other) == self.table.tuples(slot)
-            && self.table.line(other).stamp() < self.table.line(slot).stamp()
+        self.ledger.kind(other) == Kind::Backup
+            && self.ledger.tuples(other) == self.ledger.tuples(slot)
+            && self.ledger.line(other).stamp() < self.ledger.line(slot).stamp()
     }
 
     /// A copy became active here, and its former active is gone. If that had named a `previous`
     /// backup, the pair with it is the one that is left, so that only one of the two carries on.
     pub(super) fn protect_promoted(&mut self, now: Time, slot: u32, previous: Coordinate) {
-        assert!(self.table.on(slot) == On::None);
+        assert!(self.ledger.on(slot) == On::None);
         // A member that came back with other shards has nothing there.
         let shards = self.peers.seen(previous.member().min(MEMBERS_MAX as MemberId)).shards.max(1);
-        let fits = previous.shard() == shard_of(&self.table.tuples(slot).0, shards);
+        let fits = previous.shard() == shard_of(&self.ledger.tuples(slot).0, shards);
         let ours = previous.member() == self.config.member;
         if previous.is_somewhere() && fits && !ours && self.is_up(previous.member()) {
             self.assign(now, slot, previous);
         } else {
-            self.table.update(slot, |line| {
+            self.ledger.amend(slot, |line| {
                 line.set_groups(groups::ALL);
                 line.set_last(Seq::NONE);
             });
@@ -620,13 +606,13 @@ impl Replica<'_> {
     }
 
     fn rehome_slot(&mut self, now: Time, away_from: u64, slot: u32) -> bool {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         let member = line.peer().member();
         let concerned = line.kind() == Kind::Active
             && away_from >> member & 1 == 1
             && self.is_up(member)
-            && !self.table.is_moving(slot)
-            && matches!(self.table.on(slot), On::None | On::Dirty);
+            && !self.ledger.is_moving(slot)
+            && matches!(self.ledger.on(slot), On::None | On::Dirty);
         if !concerned {
             return true;
         }
@@ -648,18 +634,18 @@ impl Replica<'_> {
         if !self.is_up(stream_member(stream)) {
             return true;
         }
-        let line = self.table.line(slot);
-        let (peer, former) = (line.peer(), self.table.former(slot));
+        let line = self.ledger.line(slot);
+        let (peer, former) = (line.peer(), self.ledger.former(slot));
         let own = Place { slot, generation: line.generation() };
         let on_stream = |c: Coordinate| c.is_somewhere() && self.stream_of(c) == stream;
         match line.kind() {
             Kind::Leased
                 if on_stream(peer) && line.session() != self.durable(stream).peer_session() =>
             {
-                self.table.recycle(slot);
+                self.ledger.free(slot);
             }
             Kind::Backup if on_stream(peer) => return self.offer(peer, own),
-            Kind::Active if on_stream(former) && !self.table.is_moving(slot) => {
+            Kind::Active if on_stream(former) && !self.ledger.is_moving(slot) => {
                 return self.offer(former, own);
             }
             _ => {}
@@ -668,11 +654,11 @@ impl Replica<'_> {
     }
 
     fn offer_slot(&mut self, member: MemberId, slot: u32) -> bool {
-        let line = self.table.line(slot);
-        let former = self.table.former(slot);
+        let line = self.ledger.line(slot);
+        let former = self.ledger.former(slot);
         let concerned = line.kind() == Kind::Active
             && former.member() == member
-            && !self.table.is_moving(slot)
+            && !self.ledger.is_moving(slot)
             && self.is_up(member);
         if !concerned {
             return true;

@@ -20,7 +20,6 @@ use crate::ccp::message::{
 use crate::ccp::sync::SyncHeader;
 use crate::ccp::value::EXTRA_MAX;
 use crate::conn::slot::groups;
-use crate::conn::table::On;
 use crate::conn::{Coordinate, Extra, Kind};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS};
@@ -103,7 +102,7 @@ impl Replica<'_> {
 
     fn is_stream_busy(&self, stream: usize) -> bool {
         let s = &self.streams[stream];
-        !s.dirty.is_empty()
+        self.ledger.dirty(stream) > 0
             || self.outbox.is_outstanding(stream)
             || self.inbox.is_busy(stream)
             || s.comparing.is_due()
@@ -269,10 +268,10 @@ impl Replica<'_> {
     }
 
     fn has_data(&self, now: Time, stream: usize, started: bool) -> bool {
-        let s = &self.streams[stream];
+        let dirty = self.ledger.dirty(stream) as usize;
         let flush =
-            started || s.flush_at.reached(now) || s.dirty.len() as usize >= DATAGRAM_MAX / 48;
-        (!s.dirty.is_empty() && flush)
+            started || self.streams[stream].flush_at.reached(now) || dirty >= DATAGRAM_MAX / 48;
+        (dirty > 0 && flush)
             || self.credit.has_places(stream)
             || self.requests.first_due(stream).is_some()
             || self.has_lines(stream)
@@ -327,7 +326,7 @@ impl Replica<'_> {
                 budget.is_blocked = true;
             }
         }
-        if started && !self.streams[stream].dirty.is_empty() {
+        if started && self.ledger.dirty(stream) > 0 {
             // An ack, or a send that is over, makes room and wakes the loop by itself.
             self.streams[stream].flush_at = if stuck { now.after(NOT_TAKEN) } else { now };
         }
@@ -368,15 +367,15 @@ impl Replica<'_> {
         let mut connections = 0;
         let mut deltas = 0;
         while noted < MANIFEST_PER_DATAGRAM
-            && let Some(slot) = self.streams[stream].dirty.first()
+            && let Some(slot) = self.ledger.first_dirty(stream)
             && w.room() >= self.delta_room(slot)
         {
-            oldest_change = oldest_change.min(self.table.since(slot));
-            connections += self.build_delta(now, stream, slot, seq, &mut w);
+            oldest_change = oldest_change.min(self.ledger.since(slot));
+            connections += self.build_delta(now, slot, seq, &mut w);
             noted += 1;
             deltas += 1;
         }
-        if self.streams[stream].dirty.is_empty() {
+        if self.ledger.dirty(stream) == 0 {
             self.streams[stream].comparing.trust_sums();
             self.build_lines(stream, &mut w);
         }
@@ -385,7 +384,7 @@ impl Replica<'_> {
             return None;
         }
         // If more follows, this datagram is not the last of its train: it takes up its full size.
-        let more = !self.streams[stream].dirty.is_empty()
+        let more = self.ledger.dirty(stream) > 0
             || self.credit.owed(stream) > 0
             || self.credit.to_give_back(stream) > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
@@ -401,9 +400,9 @@ impl Replica<'_> {
     }
 
     fn delta_room(&self, slot: u32) -> usize {
-        let line = self.table.line(slot);
+        let line = self.ledger.line(slot);
         match (line.kind(), line.groups() & groups::TUPLES != 0) {
-            (Kind::Active, true) if self.table.has_extra(slot) => DELTA_MAX,
+            (Kind::Active, true) if self.ledger.has_extra(slot) => DELTA_MAX,
             (Kind::Active, true) => NEW_MAX,
             (Kind::Active, false) if line.groups() & groups::EXTRA != 0 => UPDATE_MAX + EXTRA_MAX,
             (Kind::Active, false) => UPDATE_MAX,
@@ -412,47 +411,40 @@ impl Replica<'_> {
     }
 
     /// One delta; returns how many connections it exposes until it is acknowledged (a close: none).
-    fn build_delta(
-        &mut self,
-        now: Time,
-        stream: usize,
-        slot: u32,
-        seq: Seq,
-        w: &mut Writer<'_>,
-    ) -> u32 {
-        let line = self.table.line(slot);
+    fn build_delta(&mut self, now: Time, slot: u32, seq: Seq, w: &mut Writer<'_>) -> u32 {
+        let line = self.ledger.line(slot);
         let own = Place { slot, generation: line.generation() };
         let (mut target, stamp) = (Place::of(line.peer()), line.stamp());
         if is(Mutation::TargetOff) {
             target.slot ^= 1;
         }
         let previous: Option<Coordinate> =
-            self.table.is_moving(slot).then(|| self.table.former(slot));
+            self.ledger.is_moving(slot).then(|| self.ledger.former(slot));
         self.outbox.note(Content::Delta { place: own, epoch: EpochBits::of(stamp) });
-        self.unlist(slot);
-        self.table.update(slot, |line| line.set_last(seq));
+        self.ledger.unlist(slot);
+        self.ledger.amend(slot, |line| line.set_last(seq));
         match line.kind() {
             Kind::Active if line.groups() & groups::TUPLES != 0 => {
-                let connection = self.table.connection(slot);
+                let connection = self.ledger.connection(slot);
                 Message::New { target, stamp, own, previous, connection }.encode(w);
-                self.account_sent(stream, slot);
+                self.ledger.account_sent(slot);
                 self.counters.count(Counter::DeltasNew);
                 1
             }
             Kind::Active => {
                 let (groups, state) = (line.groups(), line.state());
                 let extra =
-                    if groups & groups::EXTRA != 0 { self.table.extra(slot) } else { Extra::NONE };
+                    if groups & groups::EXTRA != 0 { self.ledger.extra(slot) } else { Extra::NONE };
                 Message::Update { target, stamp, groups, previous, state, extra }.encode(w);
-                self.account_sent(stream, slot);
+                self.ledger.account_sent(slot);
                 self.counters.count(Counter::DeltasUpdate);
                 1
             }
             Kind::Closing => {
                 Message::Close { target, stamp, seen: !line.is_unseen() }.encode(w);
-                self.account_unsent(stream, slot);
+                self.ledger.account_unsent(slot);
                 self.counters.count(Counter::DeltasClose);
-                self.table.push(&mut self.streams[stream].closing, On::Closing, slot, now);
+                self.ledger.await_ack(now, slot);
                 0
             }
             kind => panic!("a {kind:?} slot is never dirty"),
@@ -471,7 +463,7 @@ impl Replica<'_> {
             return 0;
         }
         // An eighth of the table stays for connections that open here.
-        let spare = self.room().saturating_sub(self.table.capacity() / 8) as usize;
+        let spare = self.room().saturating_sub(self.ledger.capacity() / 8) as usize;
         let count = due.min(spare);
         if count == 0 {
             self.credit.grant_nothing(stream);
@@ -483,8 +475,8 @@ impl Replica<'_> {
             return 0;
         }
         for place in &mut places[..count] {
-            let slot = self.table.allocate().expect("room was counted");
-            *place = Place { slot, generation: self.table.line(slot).generation() };
+            let slot = self.ledger.allocate().expect("room was counted");
+            *place = Place { slot, generation: self.ledger.line(slot).generation() };
             self.outbox.note(Content::Granted(*place));
         }
         encode_lease(&places[..count], w);
@@ -501,11 +493,7 @@ impl Replica<'_> {
         let lessee =
             Coordinate::new(stream_member(stream), stream_shard(stream), 0, Default::default());
         for place in places {
-            self.table.update(place.slot, |line| {
-                line.set_kind(Kind::Leased);
-                line.set_peer(lessee);
-                line.set_session(durable.peer_session());
-            });
+            self.ledger.lend(place.slot, lessee, durable.peer_session());
             self.credit.granted(stream);
         }
         self.counters.add(Counter::LeasesGranted, count);
@@ -575,7 +563,7 @@ impl Replica<'_> {
     }
 
     fn delta_given_up(&mut self, now: Time, stream: usize, place: Place, seq: Seq) {
-        let line = self.table.line(place.slot);
+        let line = self.ledger.line(place.slot);
         if is(Mutation::SkipUnmarked) {
             return;
         }
@@ -585,7 +573,7 @@ impl Replica<'_> {
             && self.stream_of(line.peer()) == stream
             && line.last() == seq;
         if ours {
-            self.table.update(place.slot, |line| line.set_last(Seq::NONE));
+            self.ledger.amend(place.slot, |line| line.set_last(Seq::NONE));
             self.mark_dirty(now, place.slot, 0);
         }
     }
@@ -594,10 +582,10 @@ impl Replica<'_> {
     /// nobody takes the old grant for a copy that was closed.
     /// Tells in which session of the peer's half it was granted, if it was not filled yet.
     pub(super) fn revoke(&mut self, place: Place) -> Option<u16> {
-        let line = self.table.line(place.slot);
+        let line = self.ledger.line(place.slot);
         let empty = line.kind() == Kind::Leased && line.generation() == place.generation;
         empty.then(|| {
-            self.table.recycle(place.slot);
+            self.ledger.free(place.slot);
             line.session()
         })
     }

@@ -930,6 +930,9 @@ impl<'m> World<'m> {
     pub fn pause(&mut self, member: MemberId, paused: bool) {
         let host = self.host(member);
         host.paused = paused;
+        // What its kernel had to tell meanwhile, its loop finds with the datagrams.
+        self.hear(member);
+        let host = self.host(member);
         for packet in std::mem::take(&mut host.mail) {
             self.deliver(packet);
         }

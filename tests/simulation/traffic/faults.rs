@@ -272,9 +272,12 @@ impl Sim<'_> {
                 true => table.update(now, By::Tool, &marked, timeout_s, status),
                 false => table.set_timeout(now, By::Tool, &entry.original, given_s),
             });
-            if !is_mark {
+            // (Who marks an entry writes what it has left in whole seconds: near its end that is
+            // much.)
+            if !is_mark || timeout_s <= 2 {
                 touched.insert(entry.original);
-                let until = now.after(Duration::from_secs(given_s.into()));
+                let left_s = if is_mark { timeout_s } else { given_s };
+                let until = now.after(Duration::from_secs(left_s.into()));
                 self.shortened.insert((entry.original, member), until);
             }
         }

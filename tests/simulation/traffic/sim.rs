@@ -397,8 +397,12 @@ impl<'m> Sim<'m> {
     /// Something is about to happen: what had settled by now has to survive it.
     pub(super) fn disturb(&mut self) {
         let (now, is_calm) = (self.world.now, self.is_calm());
-        let having: Vec<usize> =
-            self.flows.iter().map(|flow| self.having(&flow.original, flow.leaving).len()).collect();
+        // (What is left of an earlier copy in doubt is none.)
+        let having = self.flows.iter().map(|flow| {
+            let having = self.having(&flow.original, flow.leaving).into_iter();
+            having.filter(|member| self.has_it(*member, &flow.original)).count()
+        });
+        let having: Vec<usize> = having.collect();
         for (flow, having) in self.flows.iter_mut().zip(having) {
             let is_old = flow.established.is_some_and(|at| now.since(at) >= HOLD + SETTLES);
             // One that is cut off already is no concern of what follows. (Nor what counts as
@@ -512,6 +516,18 @@ impl<'m> Sim<'m> {
         Ok(())
     }
 
+    /// Whether a member's table has the connection, and not only what is left of an earlier copy
+    /// and in doubt.
+    fn has_it(&self, member: MemberId, original: &Tuple) -> bool {
+        let Some(host) = self.world.hosts.get(&member) else { return false };
+        let shard = shard_of(original, host.shards.len().max(1) as u8) as usize;
+        host.shards.get(shard).map(|shard| shard.table()).is_some_and(|table| {
+            table
+                .find_original(original)
+                .is_some_and(|slot| table.kind(slot) != Kind::Held || !table.line(slot).is_unseen())
+        })
+    }
+
     /// Which gateway the next packet of this flow takes. In a group of more than two, when the
     /// routes have moved, it is one that has it, if any has: what a third one makes of it is not
     /// promised yet.
@@ -525,16 +541,10 @@ impl<'m> Sim<'m> {
         }
         let now = self.world.now;
         let has = |member: &MemberId| {
-            let host = &self.world.hosts[member];
-            let shard = shard_of(&flow.original, host.shards.len().max(1) as u8) as usize;
-            // (What is held there unseen is left of an earlier copy.)
-            host.shards.get(shard).map(|shard| shard.table()).is_some_and(|table| {
-                table.find_original(&flow.original).is_some_and(|slot| {
-                    table.kind(slot) != Kind::Held || !table.line(slot).is_unseen()
+            self.has_it(*member, &flow.original)
+                && self.kernel(*member).is_some_and(|kernel| {
+                    kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
                 })
-            }) && self.kernel(*member).is_some_and(|kernel| {
-                kernel.act(now, |table, now| table.get(now, &flow.original).is_some())
-            })
         };
         let all = [route, way].into_iter().chain(1..=self.plan.shards.len() as MemberId);
         all.into_iter().find(has).unwrap_or(route)
