@@ -239,3 +239,7 @@ impl Replica<'_> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "receiver_tests.rs"]
+mod tests;

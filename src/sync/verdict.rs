@@ -4,6 +4,7 @@ use crate::ccp::message::{Place, Reason};
 use crate::conn::{Connection, Coordinate, Stamp};
 
 /// What became of a delta.
+#[cfg_attr(test, derive(PartialEq, Debug))]
 pub(super) enum Verdict {
     /// The copy is what the delta says, or newer.
     Applied,
