@@ -95,6 +95,9 @@ pub enum Written {
     /// Perhaps something: it was there, without the timeout of copies, which a packet took from it
     /// or a takeover.
     AsItWas,
+    /// The same as with [`Yes`](Self::Yes), but this process was not there all the time: what has
+    /// passed it may have been another connection, which its own end does not end.
+    Resumed,
     /// What has passed it since it was written shows in its timeout.
     Yes,
 }

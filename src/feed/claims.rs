@@ -133,7 +133,7 @@ pub(super) fn found(
     let lives = replica.is_living_copy(slot);
     let (original, line) = (replica.table().tuples(slot).0, replica.table().line(slot));
     let (state, is_copy) = (line.state(), line.kind() == Kind::Backup);
-    let was_kept = matches!(replica.table().written(slot), Written::AsItWas | Written::Yes);
+    let was_kept = !matches!(replica.table().written(slot), Written::No | Written::Normal);
     match (there, told) {
         // A timeout or a mark that another program writes is no packet; its active says what
         // belongs there.

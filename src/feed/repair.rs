@@ -5,8 +5,8 @@
 //! **sweep** over our own table finds those that the dump did not show. A dump walks the table
 //! while it changes, so what it did not show may be there all the same: each is **looked up**
 //! before anything is believed. The same look-ups follow, once a minute, connections that raise no
-//! events, or may raise none: a copy whose entry was there before it is written, and what goes on
-//! in another slot because packets were found to pass.
+//! events, or may raise none: what a dump found, a copy whose entry was there before it is written,
+//! and what goes on in another slot because packets were found to pass.
 //!
 //! **After a warm restart** the table is there and nobody listened for a while: connections have
 //! changed, closed and begun. So the first dump is followed by a sweep as well, and the source
@@ -225,7 +225,7 @@ impl Repair {
         counters: &Counters<'_>,
     ) {
         let is_resuming = self.is_resuming();
-        let Repair { shown, unheard, timeouts, complete, leftovers, looks_back, commit, .. } = self;
+        let Repair { shown, unheard, timeouts, leftovers, looks_back, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -261,9 +261,8 @@ impl Repair {
                         set(shown, slot);
                         shifts.note(now, slot, connection);
                     }
-                    if !*complete || *looks_back {
-                        mark_unheard(unheard, &connection.original, replica);
-                    }
+                    // No event has told of it.
+                    mark_unheard(unheard, &connection.original, replica);
                 }
             }
         });

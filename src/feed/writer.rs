@@ -275,8 +275,11 @@ impl<E: Entries> Writer<E> {
                 };
                 let lifetime = if is(Mutation::KeptForever) { Lifetime::Kept } else { lifetime };
                 let connection = replica.table().connection(*slot);
+                let is_resumed = replica.table().written(*slot) == Written::Resumed;
                 match commit {
-                    Commit::Write { .. } => self.committer.write(&connection, lifetime)?,
+                    Commit::Write { .. } if !is_resumed => {
+                        self.committer.write(&connection, lifetime)?
+                    }
                     _ if is(Mutation::KeepOverwrites) => {
                         self.committer.write(&connection, lifetime)?
                     }

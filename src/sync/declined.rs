@@ -57,7 +57,8 @@ impl Replica<'_> {
                     false => self.ledger.set_written(slot, Written::Normal),
                     // As it was since it was written.
                     true if written == Written::AsItWas
-                        && self.ledger.written(slot) == Written::Yes => {}
+                        && matches!(self.ledger.written(slot), Written::Resumed | Written::Yes) => {
+                    }
                     true => self.ledger.set_written(slot, written),
                 }
                 if is_missing {

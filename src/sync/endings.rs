@@ -78,7 +78,13 @@ impl Replica<'_> {
                 if seen {
                     self.ledger.set_passed_until(target.slot, 0);
                 }
-                let rest = match (seen || is(Mutation::EndsUnasked)) && !line.is_claimed() {
+                let was_away = self.ledger.written(target.slot) == Written::Resumed;
+                let is_over = seen && !was_away || is(Mutation::EndsUnasked);
+                if !seen && was_away {
+                    // Whichever connection has passed it, nobody saw that end.
+                    self.ledger.set_written(target.slot, Written::Yes);
+                }
+                let rest = match is_over && !line.is_claimed() {
                     true => Rest::Nothing,
                     false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
                 };
@@ -220,8 +226,9 @@ impl Replica<'_> {
             }
             // It lives on elsewhere: what may be the packets of before does not outdo that.
             (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
-            (Written::Normal | Written::AsItWas | Written::Yes, _) => {
-                self.ask_for_packets(&connection, stamp, self.ledger.passed_until(slot))
+            (Written::Normal | Written::AsItWas | Written::Resumed | Written::Yes, _) => {
+                let passed_until = self.ledger.passed_until(slot);
+                self.ask_for_packets(&connection, stamp, passed_until, written);
             }
         }
     }

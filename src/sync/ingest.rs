@@ -6,13 +6,14 @@
 
 use std::time::Duration;
 
+use super::contests::Doubt;
 use super::mutation::{Mutation, is};
 use super::peers::PeerState;
 use super::replica::Replica;
 use super::requests::Rank;
 use super::stream::stream_index;
 use crate::conn::slot::groups;
-use crate::conn::table::On;
+use crate::conn::table::{On, Written};
 use crate::conn::{
     Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, phase, shard_of,
 };
@@ -134,14 +135,17 @@ impl Replica<'_> {
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
     /// pass its entry here; if they did when that was written over, until when it would last.
+    /// What had passed an entry that was `written` by a process before may be another connection's.
     pub(super) fn ask_for_packets(
         &mut self,
         connection: &Connection,
         over: Stamp,
         passed_until: u32,
+        written: Written,
     ) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
             self.ledger.set_passed_until(slot, passed_until);
+            self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
             self.commit(Commit::Look { slot, generation });
         }
@@ -443,7 +447,17 @@ impl Replica<'_> {
         let (original, reply) = self.ledger.tuples(slot);
         let lives = there
             .filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
-        if let Some(there) = lives {
+        if lives.is_some()
+            && self.ledger.written(slot) == Written::Resumed
+            && self.contests.has_room()
+        {
+            // The end was seen, but while this process was not there the next connection of the
+            // tuple may have begun on this very entry: its packets tell.
+            let stamp = self.ledger.line(slot).stamp();
+            let noted =
+                self.contests.note(now, (slot, generation), stamp, None, Some(Doubt::Closed));
+            assert!(noted, "there was room for a contest");
+        } else if let Some(there) = lives {
             self.counters.count(Counter::Claims);
             self.counters.count(Counter::ClaimsByLook);
             if let Some(extra) = self.new_extra(slot, there) {

@@ -433,6 +433,7 @@ impl<'m> Ledger<'m> {
         line.set_last(Seq::NONE);
         self.table.fill(slot, line, connection);
         self.table.set_passed_until(slot, 0);
+        self.table.set_written(slot, Written::No);
         Some(slot)
     }
 

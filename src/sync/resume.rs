@@ -168,7 +168,7 @@ impl<'m> Replica<'m> {
                     // much.
                     let is_eager = self.config.commit == CommitMode::Eager;
                     self.ledger
-                        .take_up_copy(slot, if is_eager { Written::Yes } else { Written::No });
+                        .take_up_copy(slot, if is_eager { Written::Resumed } else { Written::No });
                 }
             }
             if line.is_moving() {

@@ -591,3 +591,63 @@ fn the_end_of_an_entry_that_was_written_again_since_is_none() {
         assert_eq!(kind.is_some(), left.is_some(), "{after_us}: {kind:?}, {left:?}");
     }
 }
+
+/// Traffic seed 1300004558: while a process was dead, the connection of its copy ended at the
+/// active, and the next one of its port went through the copy's entry, for its kernel made it that
+/// one's. What was still on its way of the first one changed the entry, and then removed it.
+#[test]
+fn what_began_on_a_copys_entry_while_nobody_was_there_outlives_the_end_of_the_one_before() {
+    for goes_on in [true, false] {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.talk(tcp(), 1);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+        gateways.world.kill(2);
+        gateways.kernels[&2].listen(0);
+        if goes_on {
+            gateways.shake(tcp(), flag::SYN, 2);
+            for is_from_inside in [true, false] {
+                gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 2);
+            }
+        }
+        for (flags, is_from_inside) in [(flag::FIN, true), (flag::FIN, false), (0, true)] {
+            gateways.pass(tcp(), segment(flags | flag::ACK, false), is_from_inside, 1);
+            gateways.run_for(SECOND / 20);
+        }
+        gateways.kernels[&2].listen(1);
+        gateways.world.resume(2);
+        gateways.run_for(SECOND / 10);
+        assert_eq!(gateways.left(2, tcp()).is_some(), goes_on);
+        if goes_on {
+            (0..4).for_each(|_| gateways.talk(tcp(), 2));
+            let table = gateways.world.hosts[&2].shards[0].table();
+            let slot = table.find_original(&tcp()).expect("it is known");
+            assert_eq!((table.kind(slot), table.line(slot).state().tcp_state), (Kind::Active, 3));
+        }
+    }
+}
+
+/// Traffic seed 1300011445: an entry that raises no events was made the next connection's of its
+/// port. A dump found that one, for other events had been lost; its end was never noticed.
+#[test]
+fn what_a_dump_finds_is_asked_for_as_it_may_raise_no_events() {
+    let memories = memories(1);
+    let mut gateways = Gateways::boot(&memories, 1);
+    gateways.world.start(1, 1, 100);
+    gateways.run_for(SECOND);
+    gateways.kernels[&1].listen(0);
+    gateways.shake(tcp(), flag::SYN, 1);
+    gateways.kernels[&1].listen(1);
+    gateways.run_for(SECOND);
+    assert_eq!(gateways.kind(1, tcp()), None, "of its beginning no event told");
+    let room = gateways.kernels[&1].room.replace(0);
+    gateways.shake(Tuple { sport: 7000, ..tcp() }, flag::SYN, 1);
+    gateways.kernels[&1].room.set(room);
+    gateways.run_for(SECOND * 2);
+    assert!(gateways.kind(1, tcp()).is_some(), "a dump has found it");
+    gateways.set_established(1, 5);
+    gateways.talk(tcp(), 1);
+    gateways.run_for(SECOND * 70);
+    assert_eq!(gateways.kind(1, tcp()), None);
+}

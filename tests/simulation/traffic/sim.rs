@@ -627,6 +627,10 @@ impl<'m> Sim<'m> {
                 let (was_talking, was_data) =
                     (flow.is_talking(), matches!(flow.step, Step::Say(_)));
                 flow.arrived(now, way, &mut self.rng);
+                if !had_entry && !is_first {
+                    // For this kernel it begins here, and is held.
+                    flow.established = flow.established.map(|_| now);
+                }
                 self.passed_at.insert((flow.original, way), (now, was_data));
                 self.shortened.remove(&(flow.original, way));
                 if is_first {
