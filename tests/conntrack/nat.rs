@@ -159,10 +159,18 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         let there = look(&mut committer).expect("it is there");
         assert_eq!((there.state.mark, is_touched(&there)), (5, true));
 
-        // Another connection's copy is kept out, and this one goes on in its translation.
+        // Another connection's copy is kept out, and this one goes on in its translation. So it does
+        // if that connection was taken over, for a packet has passed just now.
         let mut other = copy;
         other.reply.dport += 1000;
-        assert_eq!(write(&mut committer, &other), Outcome::Clash);
+        let there = |outcome| match outcome {
+            Outcome::Another(there) => there.reply,
+            outcome => panic!("{outcome:?}"),
+        };
+        assert_eq!(there(write(&mut committer, &other)), copy.reply);
+        assert_eq!(exchange(), peer);
+        committer.keep(&other, Lifetime::Normal, 0).expect("an empty batch");
+        assert_eq!(there(outcomes(&mut committer)[0]), copy.reply);
         assert_eq!(exchange(), peer);
         // A takeover lets it last as long as a new one: here as the dead gateway's kernel had last
         // given it. No less than it has.
