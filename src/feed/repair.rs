@@ -244,6 +244,8 @@ impl Repair {
                         mark_unheard(unheard, &connection.original, replica);
                     }
                 }
+                // It was read before it ended here.
+                None if replica.deletes(&connection.original) => {}
                 // Not ours, and its active may have closed it long ago.
                 None if known & groups::TIMEOUT != 0 && is_leftover(timeouts, connection) => {
                     // What the process before had no time to remove goes; what a run left whose

@@ -141,6 +141,13 @@ impl Commits {
         self.deletes > 0
     }
 
+    /// Whether the entry with this original tuple waits to be deleted.
+    pub(super) fn deletes(&self, tuple: &Tuple) -> bool {
+        let is_it =
+            |commit: &Commit| matches!(commit, Commit::Delete { original } if original == tuple);
+        self.has_deletes() && self.queue.iter().any(is_it)
+    }
+
     /// Commits waiting.
     pub(super) fn waiting(&self) -> usize {
         self.queue.len()
@@ -310,6 +317,20 @@ mod tests {
         left.sort_by_key(|commit| *commit == delete(2));
         assert_eq!(left, [delete(1), delete(2)]);
         assert!(!commits.has_deletes());
+    }
+
+    /// Traffic seed 1300012453: a dump that had begun before showed an entry whose delete was asked
+    /// for. The connection opened anew, its tuple lived again, and the entry stayed for good.
+    #[test]
+    fn what_waits_to_be_deleted_is_known_until_it_is() {
+        let mut commits = Commits::new(Eager);
+        let tuple = |port| Tuple::v4(6, ([10, 0, 0, 1].into(), port), ([10, 0, 0, 2].into(), 2));
+        commits.ask(Commit::Delete { original: tuple(1) }, || false);
+        assert!(commits.deletes(&tuple(1)) && !commits.deletes(&tuple(2)));
+        assert!(commits.poll(false, |_| false).is_none(), "the source has more to tell");
+        assert!(commits.deletes(&tuple(1)));
+        assert!(commits.poll(true, |_| false).is_some());
+        assert!(!commits.deletes(&tuple(1)));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::ccp::message::Place;
 use crate::conn::slot::groups;
 use crate::conn::table::{On, Table};
 use crate::conn::tuple::shards_met;
-use crate::conn::{Coordinate, Kind, MemberId, Phase, shard_of};
+use crate::conn::{Coordinate, Kind, MemberId, Phase, Tuple, shard_of};
 use crate::counters::{Counter, Counters};
 use crate::limits::STREAMS_MAX;
 use crate::memory::{JOURNAL_DECLINES, Memory};
@@ -245,6 +245,12 @@ impl<'m> Replica<'m> {
     /// Whether entries wait to be deleted.
     pub fn has_deletes(&self) -> bool {
         self.commits.has_deletes()
+    }
+
+    /// Whether the entry with this original tuple waits to be deleted: what was read of it before
+    /// says nothing any more.
+    pub fn deletes(&self, original: &Tuple) -> bool {
+        self.commits.deletes(original)
     }
 
     /// Commits waiting.
