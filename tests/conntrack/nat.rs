@@ -159,8 +159,8 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         let there = look(&mut committer).expect("it is there");
         assert_eq!((there.state.mark, is_touched(&there)), (5, true));
 
-        // Another connection's copy is kept out, and this one goes on in its translation. So it does
-        // if that connection was taken over, for a packet has passed just now.
+        // Another connection's copy is kept out, and this one goes on in its translation. So it
+        // does if that connection was taken over, for a packet has passed just now.
         let mut other = copy;
         other.reply.dport += 1000;
         let there = |outcome| match outcome {
