@@ -121,7 +121,8 @@ struct Side {
     /// Of a connection: the number of the latest decline by its backup; 0: none.
     heard: u32,
     /// Of a copy: until when its entry would last, as packets had left it when it was last written
-    /// over, in whole seconds, begun ones counted; 0: none had passed.
+    /// over, in whole seconds, begun ones counted; 0: none had passed. Of what was taken over and
+    /// has no entry: until when that would last.
     passed_until: u32,
     /// What the digests have added up of it.
     digest: u32,

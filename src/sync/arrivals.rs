@@ -238,11 +238,12 @@ impl Replica<'_> {
         // stamps say nothing of two connections, nor of two whose epochs went up apart from each
         // other.
         let is_of_this = own == line.peer() || own == self.ledger.former(slot);
+        let is_decided_by_now = self.contests.has_outlasted(now, slot, line.generation());
         let knows_as_much = line.kind() == Kind::Held
             || !is_same
-            || !is_of_this && !self.contests.has_outlasted(now, slot, line.generation())
             || stamp.epoch == line.stamp().epoch
-            || self.contests.has_rival(slot, line.generation());
+            || !is_decided_by_now
+                && (!is_of_this || self.contests.has_rival(slot, line.generation()));
         if knows_as_much && self.contest(now, slot, Some(rival)) {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));

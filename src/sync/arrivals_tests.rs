@@ -194,3 +194,22 @@ fn a_higher_epoch_from_elsewhere_says_nothing_unless_it_comes_from_a_copy_of_thi
         }
     }
 }
+
+/// Nobody's packets decide for ever: both would stay without a second copy.
+#[test]
+fn a_contest_of_epochs_that_no_packets_decide_the_stamp_decides_after_two_minutes() {
+    let own = Coordinate::new(4, 0, 9, Default::default());
+    let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+    for (is_higher, gives_way) in [(true, true), (false, false)] {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let (mut replica, connection, slot) = with_an_active(&memory, config.clone());
+        let here = Stamp { epoch: 7, version: 1 };
+        replica.ledger.amend(slot, |line| line.set_stamp(here));
+        let stamp = Stamp { epoch: if is_higher { 9 } else { 6 }, version: 1 };
+        for seconds in 0..=120 {
+            let now = NOW.after(Duration::from_secs(seconds));
+            let given = replica.give_way(now, &connection, stamp, own, None);
+            assert_eq!(given.is_ok(), gives_way && seconds == 120, "{seconds} {is_higher}");
+        }
+    }
+}

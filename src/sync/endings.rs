@@ -80,14 +80,14 @@ impl Replica<'_> {
                 }
                 let was_away = self.ledger.written(target.slot) == Written::Resumed;
                 let is_over = seen && !was_away || is(Mutation::EndsUnasked);
-                if !seen && was_away {
-                    // Whichever connection has passed it, nobody saw that end.
-                    self.ledger.set_written(target.slot, Written::Yes);
-                }
                 let rest = match is_over && !line.is_claimed() {
                     true => Rest::Nothing,
                     false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
                 };
+                if !seen && was_away {
+                    // Whichever connection has passed it, nobody saw that end.
+                    self.ledger.set_written(target.slot, Written::Yes);
+                }
                 self.drop_copy(now, target.slot, stream, rest);
             }
             // Claimed and closed there: this member may have let go of the pair before it heard of
@@ -227,8 +227,10 @@ impl Replica<'_> {
             // It lives on elsewhere: what may be the packets of before does not outdo that.
             (Written::AsItWas, Doubt::Taken) => self.doubt(now, &connection, stamp, doubt),
             (Written::Normal | Written::AsItWas | Written::Resumed | Written::Yes, _) => {
+                // Only an end leaves a tuple to another connection.
+                let may_be_anothers = written == Written::Resumed && doubt == Doubt::Closed;
                 let passed_until = self.ledger.passed_until(slot);
-                self.ask_for_packets(&connection, stamp, passed_until, written);
+                self.ask_for_packets(&connection, stamp, passed_until, may_be_anothers);
             }
         }
     }
@@ -385,6 +387,33 @@ mod tests {
                 }
                 None => assert_eq!(told, [Commit::Delete { original }]),
             }
+        }
+    }
+
+    /// What passed a copy's entry while no process was there may be the next connection's only if
+    /// the one before has ended: that was seen, so it is watched. Let go, or gone unseen, it is the
+    /// same one, and goes on.
+    #[test]
+    fn what_had_packets_after_a_restart_is_watched_only_if_its_end_was_seen() {
+        for (is_release, seen, is_watched) in
+            [(false, true, true), (false, false, false), (true, false, false)]
+        {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, connection, target) = with_a_copy_written_over(&memory, 0);
+            replica.ledger.set_written(target.slot, Written::Resumed);
+            let (stream, stamp) = (stream_index(2, 0), Stamp { epoch: 1, version: 2 });
+            let verdict = match is_release {
+                true => replica.apply_release(NOW, stream, target, stamp),
+                false => replica.apply_close(NOW, stream, target, stamp, seen),
+            };
+            assert!(matches!(verdict, Applied));
+            let Some(Commit::Look { slot, generation }) = replica.poll_commit(true) else {
+                panic!("its entry is asked for");
+            };
+            replica.handle_look(NOW, slot, generation, Some(&connection), true);
+            let kind = if is_watched { Kind::Held } else { Kind::Active };
+            assert_eq!(replica.ledger.kind(slot), kind, "{is_release} {seen}");
+            assert_eq!(replica.contests.has(slot, generation), is_watched);
         }
     }
 

@@ -135,16 +135,17 @@ impl Replica<'_> {
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
     /// pass its entry here; if they did when that was written over, until when it would last.
-    /// What had passed an entry that was `written` by a process before may be another connection's.
+    /// What had passed it may be another connection's, if the process that wrote it is no more.
     pub(super) fn ask_for_packets(
         &mut self,
         connection: &Connection,
         over: Stamp,
         passed_until: u32,
-        written: Written,
+        may_be_anothers: bool,
     ) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
             self.ledger.set_passed_until(slot, passed_until);
+            let written = if may_be_anothers { Written::Resumed } else { Written::No };
             self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
             self.commit(Commit::Look { slot, generation });
