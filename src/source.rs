@@ -34,7 +34,15 @@ pub enum End {
     Seen,
     /// This source has it no more: its timeout ran out, somebody deleted it, its address went away.
     /// Its packets may take another way.
-    Unseen,
+    Unseen {
+        /// What its timeout had left, seconds; 0: nothing, or it is not known.
+        left_s: u32,
+    },
+}
+
+impl End {
+    /// Nobody saw it, and nothing is known of its last packet.
+    pub const UNTOLD: End = End::Unseen { left_s: 0 };
 }
 
 impl SourceEvent {
@@ -101,6 +109,9 @@ pub enum Commit {
         slot: u32,
         /// Its life when this was asked for.
         generation: Generation,
+        /// No earlier than then the last packet passed the entry that its active has no more: whole
+        /// seconds of the monotonic clock, begun ones counted. 0: that is not known.
+        elsewhere_at: u32,
     },
     /// Tell what the kernel has of the connection in this slot, by
     /// [`Replica::handle_watch`](crate::sync::Replica::handle_watch).

@@ -28,6 +28,16 @@ impl Time {
         self.0.div_ceil(1_000_000_000).min(u32::MAX as u64) as u32
     }
 
+    /// The second that is so many after the begun one; 0 for none.
+    pub fn second_after(self, seconds: u32) -> u32 {
+        if seconds == 0 { 0 } else { self.begun_seconds().saturating_add(seconds) }
+    }
+
+    /// The second that is so many before the begun one; 0, if the clock had not begun then.
+    pub fn second_before(self, seconds: u32) -> u32 {
+        self.begun_seconds().saturating_sub(seconds)
+    }
+
     /// Whether a deadline at this time has come.
     pub fn reached(self, now: Time) -> bool {
         self <= now

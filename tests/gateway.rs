@@ -36,6 +36,8 @@ mod common;
 mod counted;
 #[path = "gateway/datagrams.rs"]
 mod datagrams;
+#[path = "gateway/detour.rs"]
+mod detour;
 #[path = "gateway/entries.rs"]
 mod entries;
 #[path = "gateway/helpers.rs"]

@@ -418,7 +418,7 @@ fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
 
 /// The kernel of 1 has it no more: a timeout, or somebody flushed its table.
 fn forget_at(world: &mut World<'_>, tuple: Tuple, member: MemberId) {
-    world.tell(member, &SourceEvent::Gone { original: tuple, end: End::Unseen });
+    world.tell(member, &SourceEvent::Gone { original: tuple, end: End::UNTOLD });
 }
 
 /// Packets pass at a member, of which no event tells.
@@ -521,7 +521,7 @@ fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
 /// the copy. When that ends, the other one goes on.
 #[test]
 fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
-    for end in [End::Seen, End::Unseen] {
+    for end in [End::Seen, End::UNTOLD] {
         let memories = memories(2);
         let mut world = group(&memories, &[100, 100]);
         let tuple = world.open_at(1);
@@ -801,7 +801,7 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
         world.run_until(SECOND * 3, "its connection is 1's", is_ours);
     }
     world.host(1).kernel.remove(&tuple);
-    world.tell(1, &SourceEvent::Gone { original: tuple, end: End::Unseen });
+    world.tell(1, &SourceEvent::Gone { original: tuple, end: End::UNTOLD });
     world.run_for(ms(10));
     assert_eq!(copies_at_1(&world), 1, "that of 2 is left");
     let there = world.hosts[&1].kernel.get(&tuple).map(|there| there.state.mark);

@@ -35,6 +35,11 @@ pub const DELTA_MAX: usize = NEW_MAX + EXTRA_MAX;
 /// Group bit on the wire: the previous backup's coordinate follows.
 const PREVIOUS: u8 = 1 << 4;
 
+/// Of a close: nobody saw the end.
+const UNSEEN: u8 = 1 << 0;
+/// Of a close: the age of the last packet follows.
+const AGE: u8 = 1 << 1;
+
 /// Sums of a digest.
 pub const DIGEST_SUMS: usize = 256;
 
@@ -133,6 +138,9 @@ pub enum Message<'b> {
         /// Whether the active saw the end. If not, its kernel has the connection no more, and that
         /// is all.
         seen: bool,
+        /// If not: at most so many seconds ago a packet passed its kernel's entry; `None`: that is
+        /// not known.
+        age_s: Option<u32>,
     },
     /// The copy is no longer needed: another member holds it. Else like a close.
     Release {
@@ -353,9 +361,14 @@ impl<'b> Message<'b> {
                     put_extra(w, rare);
                 }
             }
-            Message::Close { target, stamp, seen } => {
-                w.u64(head(CLOSE, !*seen as u8, target.raw()));
+            Message::Close { target, stamp, seen, age_s } => {
+                let unseen = if *seen { 0 } else { UNSEEN };
+                let age = if age_s.is_some() { AGE } else { 0 };
+                w.u64(head(CLOSE, unseen | age, target.raw()));
                 put_stamp(w, *stamp);
+                if let Some(age_s) = age_s {
+                    w.u32(*age_s);
+                }
             }
             Message::Release { target, stamp } => {
                 w.u64(head(RELEASE, 0, target.raw()));
@@ -452,7 +465,11 @@ impl<'b> Message<'b> {
                 let extra = if groups & groups::EXTRA != 0 { get_extra(r)? } else { Extra::NONE };
                 Message::Update { target, stamp, groups, previous, state, extra }
             }
-            CLOSE => Message::Close { target, stamp: get_stamp(r)?, seen: bits & 1 == 0 },
+            CLOSE => {
+                let (stamp, seen) = (get_stamp(r)?, bits & UNSEEN == 0);
+                let age_s = if bits & AGE != 0 { Some(r.u32()?) } else { None };
+                Message::Close { target, stamp, seen, age_s }
+            }
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
             OFFER => {
                 let stamp = get_stamp(r)?;
@@ -649,8 +666,9 @@ mod tests {
                 previous,
                 connection: Connection { extra, ..wide },
             },
-            Message::Close { target, stamp: high, seen: true },
-            Message::Close { target, stamp, seen: false },
+            Message::Close { target, stamp: high, seen: true, age_s: None },
+            Message::Close { target, stamp, seen: false, age_s: None },
+            Message::Close { target, stamp: high, seen: false, age_s: Some(431_999) },
             Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
             Message::Decline { target, own, number: u32::MAX, fault: None },

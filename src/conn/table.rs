@@ -122,7 +122,7 @@ struct Side {
     heard: u32,
     /// Of a copy: until when its entry would last, as packets had left it when it was last written
     /// over, in whole seconds, begun ones counted; 0: none had passed. Of what was taken over and
-    /// has no entry: until when that would last.
+    /// has no entry, and of what is closed: until when that would last.
     passed_until: u32,
     /// What the digests have added up of it.
     digest: u32,
@@ -443,7 +443,8 @@ impl<'m> Table<'m> {
     }
 
     /// Of a copy, and of what is left of it: until when its entry would last, as packets had left
-    /// it when it was last written over. 0: none had passed.
+    /// it when it was last written over. 0: none had passed. Of what is closed: the same of the
+    /// entry that is gone; 0: that is not known.
     pub fn passed_until(&self, slot: u32) -> u32 {
         self.side[slot as usize].passed_until
     }

@@ -32,6 +32,9 @@ const SETTINGS: [(&str, u32); COUNT] = settings![
     "tcp_timeout_last_ack": 30,
     "tcp_timeout_time_wait": 120,
     "tcp_timeout_close": 10,
+    // Whatever the state: of what is sent again and again, or not acknowledged.
+    "tcp_timeout_max_retrans": 300,
+    "tcp_timeout_unacknowledged": 300,
     // SCTP_CONNTRACK_CLOSED and so on.
     "sctp_timeout_closed": 10,
     "sctp_timeout_cookie_wait": 3,
@@ -58,39 +61,59 @@ const SETTINGS: [(&str, u32); COUNT] = settings![
     "generic_timeout": 600,
 ];
 
-const COUNT: usize = 30;
+const COUNT: usize = 32;
 /// Where the settings of a protocol begin: those of its first state, 1.
 const TCP_FIRST: usize = 0;
-const SCTP_FIRST: usize = 8;
-const DCCP_FIRST: usize = 16;
-const GRE_FIRST: usize = 23;
-const UDP_FIRST: usize = 25;
-const ICMP_AT: usize = 27;
-const ICMPV6_AT: usize = 28;
-const GENERIC: usize = 29;
+const SCTP_FIRST: usize = 10;
+const DCCP_FIRST: usize = 18;
+const GRE_FIRST: usize = 25;
+const UDP_FIRST: usize = 27;
+const ICMP_AT: usize = 29;
+const ICMPV6_AT: usize = 30;
+const GENERIC: usize = 31;
+
+/// What the kernel gives a flow that it hands to a flowtable, if it has less than half of that
+/// (NF_CT_DAY), seconds.
+const OFFLOADED_S: u32 = 24 * 3600;
 
 /// The kernel's timeouts, seconds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timeouts {
     seconds: [u32; COUNT],
+    /// What each was before it last changed; entries may still have that.
+    before: [u32; COUNT],
     next: usize,
 }
 
 impl Timeouts {
     /// What the kernel has; its own defaults for what cannot be read.
     pub fn read() -> Timeouts {
-        let mut timeouts = Timeouts { seconds: SETTINGS.map(|(_, default)| default), next: 0 };
-        timeouts.read_again(COUNT);
-        timeouts
+        let read = |(path, default)| number(path).unwrap_or(default);
+        Timeouts::new(SETTINGS.map(read))
     }
 
     /// What somebody says of each setting, by its name behind `nf_conntrack_`; the kernel's own
     /// defaults for the rest.
     pub fn told(by: &dyn Fn(&str) -> Option<u32>) -> Timeouts {
-        let name = |path: &'static str| path.trim_start_matches(DIRECTORY);
-        Timeouts {
-            seconds: SETTINGS.map(|(path, default)| by(name(path)).unwrap_or(default)),
-            next: 0,
+        let told = |(path, default): (&'static str, u32)| {
+            by(path.trim_start_matches(DIRECTORY)).unwrap_or(default)
+        };
+        Timeouts::new(SETTINGS.map(told))
+    }
+
+    fn new(seconds: [u32; COUNT]) -> Timeouts {
+        Timeouts { seconds, before: seconds, next: 0 }
+    }
+
+    /// What they are now.
+    pub fn set(&mut self, now: &Timeouts) {
+        (0..COUNT).for_each(|setting| self.set_one(setting, now.seconds[setting]));
+    }
+
+    fn set_one(&mut self, setting: usize, seconds: u32) {
+        let old = std::mem::replace(&mut self.seconds[setting], seconds);
+        if old != seconds {
+            self.before[setting] = old;
         }
     }
 
@@ -98,7 +121,7 @@ impl Timeouts {
     pub fn read_again(&mut self, count: usize) {
         for _ in 0..count {
             let (path, default) = SETTINGS[self.next];
-            self.seconds[self.next] = number(path).unwrap_or(default);
+            self.set_one(self.next, number(path).unwrap_or(default));
             self.next = (self.next + 1) % COUNT;
         }
     }
@@ -133,6 +156,32 @@ impl Timeouts {
             _ => GENERIC,
         }]
     }
+
+    /// The longest that the kernel gives a TCP connection: what an entry lacks of it is the age of
+    /// its last packet, at most.
+    pub fn longest_tcp_s(&self) -> u32 {
+        self.of_tcp().max().unwrap_or(0)
+    }
+
+    /// What a TCP connection's entry may have been given, whatever its state.
+    fn of_tcp(&self) -> impl Iterator<Item = u32> {
+        let all = TCP_FIRST..SCTP_FIRST;
+        self.seconds[all.clone()].iter().chain(&self.before[all]).copied()
+    }
+
+    /// So many seconds ago, at least, the last packet passed this connection's entry, which has
+    /// `left_s` left, as that packet left it. 0 if nothing can be said.
+    ///
+    /// (The packet gave it the timeout of the state that it was in then, or the one of data that is
+    /// not acknowledged. Of what is in a flowtable packets pass that leave nothing. Other entries
+    /// than those of TCP run out soon.)
+    pub fn youngest_s(&self, entry: &Connection, left_s: u32) -> u32 {
+        if entry.original.protocol != TCP || entry.state.status & status::OFFLOADED != 0 {
+            return 0;
+        }
+        let given = self.of_tcp().chain([OFFLOADED_S]);
+        given.filter_map(|timeout_s| timeout_s.checked_sub(left_s)).min().unwrap_or(0)
+    }
 }
 
 /// The number in a file of /proc/sys, whose reading never waits.
@@ -151,7 +200,7 @@ mod tests {
 
     #[test]
     fn every_state_has_its_own_setting() {
-        let timeouts = Timeouts { seconds: std::array::from_fn(|i| 1000 + i as u32), next: 0 };
+        let timeouts = Timeouts::new(std::array::from_fn(|i| 1000 + i as u32));
         let setting = |protocol: u8, tcp_state: u8, status: u32, state: u8| {
             let original = Tuple {
                 protocol,
@@ -199,5 +248,39 @@ mod tests {
         }
         assert_eq!(setting(UDPLITE, 0, status::ASSURED, 0), "udp_timeout_stream");
         assert_eq!(setting(GRE, 0, status::ASSURED, 0), "gre_timeout_stream");
+    }
+
+    #[test]
+    fn an_entry_tells_how_old_its_last_packet_is_at_least_and_at_most() {
+        let established = |seconds: u32| {
+            Timeouts::told(&|name| (name == "tcp_timeout_established").then_some(seconds))
+        };
+        let of = |protocol, status| {
+            let original = Tuple {
+                protocol,
+                ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2))
+            };
+            let state = State { status, ..State::default() };
+            Connection::new(original, original.mirrored(), state)
+        };
+        let mut timeouts = established(432_000);
+        for (left_s, youngest_s) in [
+            (432_000, 0),
+            (431_000, 1000),
+            (432_001, 0), // What nobody gives here.
+            (290, 10),    // Perhaps its data was not acknowledged.
+            (119, 1),
+            (86_000, 400), // Perhaps it was in a flowtable.
+        ] {
+            assert_eq!(timeouts.youngest_s(&of(TCP, 0), left_s), youngest_s, "{left_s}");
+            assert_eq!(timeouts.youngest_s(&of(TCP, status::OFFLOADED), left_s), 0);
+            assert_eq!(timeouts.youngest_s(&of(UDP, 0), left_s), 0);
+        }
+        assert_eq!(timeouts.longest_tcp_s(), 432_000);
+        timeouts.set(&established(3600));
+        timeouts.set(&established(3600));
+        assert_eq!(timeouts.youngest_s(&of(TCP, 0), 431_000), 1000, "from before");
+        assert_eq!(timeouts.youngest_s(&of(TCP, 0), 3000), 600);
+        assert_eq!(timeouts.longest_tcp_s(), 432_000, "some entries were given that");
     }
 }

@@ -149,10 +149,10 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Told::Ended(End::Unseen)) if lives || is_copy && was_kept => {
+        (None, Told::Ended(End::Unseen { .. })) if lives || is_copy && was_kept => {
             replica.recommit(now, slot)
         }
-        (None, Told::Ended(end @ End::Unseen)) => {
+        (None, Told::Ended(end @ End::Unseen { .. })) => {
             replica.handle_source(now, &SourceEvent::Gone { original, end })
         }
         (None, Told::Changed | Told::Written) => {} // Its end is told by an event behind this one; should that be lost, by the walk.

@@ -29,8 +29,8 @@ use crate::time::Time;
 
 /// For so long at most a dump waits for events that wait.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
-/// The kernel's timeouts that are read again each time: all thirty within a second.
-const TIMEOUTS_PER_CHECK: usize = 3;
+/// The kernel's timeouts that are read again each time: all of them within a second.
+const TIMEOUTS_PER_CHECK: usize = 4;
 /// The watch key of the kernel's events: of [`Source::fd`](crate::conntrack::events::Source::fd).
 pub const EVENTS_KEY: u64 = 1;
 
@@ -156,7 +156,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         // now says what an event about it means.
         let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
             let slot = match told {
-                Told::Ended(End::Unseen) => {
+                Told::Ended(End::Unseen { .. }) => {
                     replica.copy(original).or_else(|| replica.taken_over(original))
                 }
                 Told::Ended(End::Seen) | Told::Written => replica.copy(original),
@@ -225,7 +225,9 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             self.behind_until = Some(now.after(BEHIND_MAX));
             self.drain_at = now;
         }
-        self.repair.set_timeouts(self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK));
+        let timeouts = self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK);
+        self.repair.set_timeouts(timeouts);
+        replica.set_longest_timeout(timeouts.longest_tcp_s());
         if self.commit == CommitMode::Eager {
             replica.set_kernel_room(self.writer.has_room());
         }

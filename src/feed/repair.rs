@@ -460,7 +460,7 @@ impl Repair {
         let original = replica.table().tuples(slot).0;
         match there {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
-            None => replica.handle_source(now, &SourceEvent::Gone { original, end: End::Unseen }),
+            None => replica.handle_source(now, &SourceEvent::Gone { original, end: End::UNTOLD }),
             Some(_) if replica.is_no_news(slot) => {}
             Some(connection) => {
                 let known = groups::MARK | told_by_answer(slot, connection, replica);

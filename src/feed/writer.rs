@@ -36,8 +36,9 @@ enum For {
     Copy(u32, Generation),
     /// The connection in this slot, which was taken over.
     Own(u32, Generation),
-    /// The question whether packets passed the entry of what is left of a copy, in this slot.
-    Rest(u32, Generation),
+    /// The question whether packets passed the entry of what is left of a copy, in this slot; and
+    /// when the last one passed its active's.
+    Rest(u32, Generation, u32),
     /// The question whether packets pass the entry of a contested connection, in this slot.
     Watch(u32, Generation),
     /// The question what an event about a copy meant.
@@ -77,6 +78,10 @@ pub(super) struct Writer<E> {
 /// An entry is written up to so many milliseconds after the time that its pass is said to have. (If
 /// it took longer, packets are believed that there were not.)
 const WRITTEN_LATE: u32 = 20;
+
+/// The last packets of two gateways' entries may be so many seconds apart although both see all of
+/// the traffic, each one direction: an answer takes its time, and whole seconds are told.
+const APART_S: u32 = 5;
 
 /// The millisecond that a time is in; they wrap after 49 days.
 fn millisecond(time: Time) -> u32 {
@@ -296,12 +301,12 @@ impl<E: Entries> Writer<E> {
                 shifts.note(now, *slot, &connection);
                 entry
             }
-            Commit::Look { slot, generation } => {
+            Commit::Look { slot, generation, elsewhere_at } => {
                 if replica.table().line(*slot).generation() != *generation {
                     return Ok(());
                 }
                 self.committer.look(&replica.table().tuples(*slot).0)?;
-                For::Rest(*slot, *generation)
+                For::Rest(*slot, *generation, *elsewhere_at)
             }
             Commit::Watch { slot, generation } => {
                 if replica.table().line(*slot).generation() != *generation {
@@ -337,6 +342,7 @@ impl<E: Entries> Writer<E> {
         if batch.is_empty() {
             return;
         }
+        let timeouts = *committer.timeouts();
         let tally = committer.flush(&mut |result: CommitResult| {
             let outcome = match (result.outcome, batch[result.index]) {
                 (Outcome::Present(connection), For::Look(slot, generation)) => {
@@ -361,10 +367,15 @@ impl<E: Entries> Writer<E> {
                     return shifts.found(now, (slot, generation), &connection, replica, counters);
                 }
                 (Outcome::Removed, For::Shift(..)) => return, // Events tell.
-                (Outcome::Present(connection), For::Rest(slot, generation)) => {
+                (Outcome::Present(connection), For::Rest(slot, generation, elsewhere_at)) => {
+                    let own_s =
+                        if is_touched(&connection) { connection.state.timeout_s } else { 0 };
                     // What was written over had been touched.
-                    let touched =
-                        is_touched(&connection) || replica.table().passed_s(slot, now) > 0;
+                    let left_s = own_s.max(replica.table().passed_s(slot, now));
+                    let age_s = now.begun_seconds().saturating_sub(elsewhere_at);
+                    let is_over = elsewhere_at > 0
+                        && timeouts.youngest_s(&connection, left_s) > age_s.saturating_add(APART_S);
+                    let touched = left_s > 0 && !is_over;
                     if touched {
                         repair.may_be_unheard(slot);
                     }
@@ -389,7 +400,7 @@ impl<E: Entries> Writer<E> {
                 }
                 (_, For::LeftoverAged) => return, // It has gone by itself.
                 // That it is there no more, or cannot be asked for, leaves nothing to keep.
-                (_, For::Rest(slot, generation)) => {
+                (_, For::Rest(slot, generation, _)) => {
                     return replica.handle_look(now, slot, generation, None, false);
                 }
                 (Outcome::Present(connection), For::Leftover) => {

@@ -280,7 +280,7 @@ mod tests {
             (Commit::Write { slot, generation }, true, false, (true, true)),
             (Commit::Again { slot, generation }, true, true, (true, false)),
             (Commit::Refresh { slot, generation }, true, true, (true, false)),
-            (Commit::Look { slot, generation }, true, true, (true, false)),
+            (Commit::Look { slot, generation, elsewhere_at: 0 }, true, true, (true, false)),
             (Commit::Watch { slot, generation }, true, true, (true, false)),
             (Commit::Delete { original }, true, false, (true, false)),
             (Commit::Delete { original }, false, true, (true, true)),

@@ -162,7 +162,7 @@ impl Replica<'_> {
             // the connection began, has hit it.
             (Some(Shown::Gone), _) if is_ours => {
                 self.contests.decide(slot, generation);
-                self.gone(now, slot, End::Unseen);
+                self.gone(now, slot, End::UNTOLD);
             }
             (Some(Shown::DoubtedAndGone), _) => {
                 self.contests.decide(slot, generation);

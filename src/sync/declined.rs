@@ -136,7 +136,7 @@ impl Replica<'_> {
                 let until = now.after(Duration::from_secs(left_s.into()));
                 self.ledger.set_passed_until(slot, until.begun_seconds());
             }
-            _ if self.ledger.passed_s(slot, now) == 0 => return self.gone(now, slot, End::Unseen),
+            _ if self.ledger.passed_s(slot, now) == 0 => return self.gone(now, slot, End::UNTOLD),
             _ => {}
         }
         if !self.commits.owe(now, slot, self.ledger.line(slot).generation()) {

@@ -19,9 +19,17 @@ enum Rest {
     /// Its active saw it end.
     Nothing,
     /// Its packets may take their way through here, although its active has it no more, or another
-    /// backup. With the stamp that it had there, whether this member's own source saw it, and what
-    /// becomes of its entry if no packets show.
-    Perhaps(Stamp, bool, Doubt),
+    /// backup.
+    Perhaps {
+        /// What it had there.
+        stamp: Stamp,
+        /// Whether this member's own source saw it.
+        is_witnessed: bool,
+        /// What becomes of its entry if no packets show.
+        doubt: Doubt,
+        /// As [`Commit::Look`] has it.
+        elsewhere_at: u32,
+    },
 }
 
 impl Replica<'_> {
@@ -59,7 +67,7 @@ impl Replica<'_> {
         stream: usize,
         target: Place,
         stamp: Stamp,
-        seen: bool,
+        (seen, age_s): (bool, Option<u32>),
     ) -> Verdict {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
@@ -82,7 +90,12 @@ impl Replica<'_> {
                 let is_over = seen && !was_away || is(Mutation::EndsUnasked);
                 let rest = match is_over && !line.is_claimed() {
                     true => Rest::Nothing,
-                    false => Rest::Perhaps(stamp, line.is_claimed(), Doubt::Closed),
+                    false => Rest::Perhaps {
+                        stamp,
+                        is_witnessed: line.is_claimed(),
+                        doubt: Doubt::Closed,
+                        elsewhere_at: age_s.map_or(0, |age_s| now.second_before(age_s)),
+                    },
                 };
                 if !seen && was_away {
                     // Whichever connection has passed it, nobody saw that end.
@@ -143,7 +156,9 @@ impl Replica<'_> {
                 if (line.peer().member() == member || !self.is_up(line.peer().member()))
                     && stamp >= line.stamp() =>
             {
-                self.drop_copy(now, target.slot, stream, Rest::Perhaps(stamp, false, Doubt::Taken));
+                let doubt = Doubt::Taken;
+                let rest = Rest::Perhaps { stamp, is_witnessed: false, doubt, elsewhere_at: 0 };
+                self.drop_copy(now, target.slot, stream, rest);
             }
             Kind::Active
                 if self.is_claimed_above(target.slot, stamp)
@@ -195,9 +210,7 @@ impl Replica<'_> {
         let written = if is_eager && !is_missing { self.ledger.written(slot) } else { Written::No };
         self.end_missing(slot);
         self.ledger.end_copy(slot);
-        if let Rest::Perhaps(stamp, is_witnessed, doubt) = rest {
-            self.keep_rest(now, slot, written, (stamp, is_witnessed, doubt));
-        }
+        self.keep_rest(now, slot, written, rest);
         let original = self.drop_to_lease(slot, stream);
         match is_eager && is_missing && self.ledger.find_original(&original).is_none() {
             true => self.commit(Commit::DeleteUntouched { original }),
@@ -207,13 +220,8 @@ impl Replica<'_> {
 
     /// What is left of the copy in this slot, which goes, is held in another one while it is found
     /// out whether its packets pass here.
-    fn keep_rest(
-        &mut self,
-        now: Time,
-        slot: u32,
-        written: Written,
-        (stamp, is_witnessed, doubt): (Stamp, bool, Doubt),
-    ) {
+    fn keep_rest(&mut self, now: Time, slot: u32, written: Written, rest: Rest) {
+        let Rest::Perhaps { stamp, is_witnessed, doubt, elsewhere_at } = rest else { return };
         let connection = self.ledger.connection(slot);
         if self.lives_besides(slot, &connection.original) {
             return; // The entry is that one's by now.
@@ -229,8 +237,8 @@ impl Replica<'_> {
             (Written::Normal | Written::AsItWas | Written::Resumed | Written::Yes, _) => {
                 // Only an end leaves a tuple to another connection.
                 let may_be_anothers = written == Written::Resumed && doubt == Doubt::Closed;
-                let passed_until = self.ledger.passed_until(slot);
-                self.ask_for_packets(&connection, stamp, passed_until, may_be_anothers);
+                let until = (self.ledger.passed_until(slot), elsewhere_at);
+                self.ask_for_packets(&connection, stamp, until, may_be_anothers);
             }
         }
     }
@@ -365,10 +373,10 @@ mod tests {
             replica.ledger.amend(target.slot, |line| line.set_claimed(is_witnessed));
             let now = NOW.after(Duration::from_secs(after_s));
             let stamp = Stamp { epoch: 1, version: 2 };
-            let closed = replica.apply_close(now, stream_index(2, 0), target, stamp, seen);
+            let closed = replica.apply_close(now, stream_index(2, 0), target, stamp, (seen, None));
             assert!(matches!(closed, Applied));
             let asked = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
-            if let [Commit::Look { slot, generation }] = asked[..] {
+            if let [Commit::Look { slot, generation, .. }] = asked[..] {
                 let passed = replica.ledger.passed_s(slot, now) > 0;
                 replica.handle_look(now, slot, generation, Some(&connection), passed);
             }
@@ -404,16 +412,34 @@ mod tests {
             let (stream, stamp) = (stream_index(2, 0), Stamp { epoch: 1, version: 2 });
             let verdict = match is_release {
                 true => replica.apply_release(NOW, stream, target, stamp),
-                false => replica.apply_close(NOW, stream, target, stamp, seen),
+                false => replica.apply_close(NOW, stream, target, stamp, (seen, None)),
             };
             assert!(matches!(verdict, Applied));
-            let Some(Commit::Look { slot, generation }) = replica.poll_commit(true) else {
+            let Some(Commit::Look { slot, generation, .. }) = replica.poll_commit(true) else {
                 panic!("its entry is asked for");
             };
             replica.handle_look(NOW, slot, generation, Some(&connection), true);
             let kind = if is_watched { Kind::Held } else { Kind::Active };
             assert_eq!(replica.ledger.kind(slot), kind, "{is_release} {seen}");
             assert_eq!(replica.contests.has(slot, generation), is_watched);
+        }
+    }
+
+    /// What the active tells of its last packet goes with the question, as a time of this clock.
+    #[test]
+    fn the_age_of_the_actives_last_packet_goes_with_the_question() {
+        let now = NOW.after(Duration::from_secs(100));
+        for (age_s, elsewhere_at) in [(None, 0), (Some(0), 101), (Some(30), 71), (Some(9999), 0)] {
+            let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+            let (mut replica, _, target) = with_a_copy_written_over(&memory, 0);
+            let stamp = Stamp { epoch: 1, version: 2 };
+            let closed =
+                replica.apply_close(now, stream_index(2, 0), target, stamp, (false, age_s));
+            assert!(matches!(closed, Applied));
+            let Some(Commit::Look { elsewhere_at: told, .. }) = replica.poll_commit(true) else {
+                panic!("its entry is asked for");
+            };
+            assert_eq!(told, elsewhere_at);
         }
     }
 
@@ -432,7 +458,7 @@ mod tests {
             replica.handle_commit(NOW, target.slot, target.generation, Ok(Written::Yes));
             replica.peers.set(2, PeerState::Up);
             let stamp = Stamp { epoch: 1, version: 2 };
-            let closed = replica.apply_close(NOW, stream_index(2, 0), target, stamp, false);
+            let closed = replica.apply_close(NOW, stream_index(2, 0), target, stamp, (false, None));
             assert!(matches!(closed, Applied));
             let slot = replica.ledger.find_original(&original).expect("it is watched");
             let generation = replica.ledger.line(slot).generation();

@@ -14,6 +14,7 @@ use super::requests::Rank;
 use super::stream::stream_index;
 use crate::conn::slot::groups;
 use crate::conn::table::{On, Written};
+use crate::conn::tuple::TCP;
 use crate::conn::{
     Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, phase, shard_of,
 };
@@ -66,7 +67,7 @@ impl Replica<'_> {
             }
             // A source has one connection to a tuple: the one that it had before is no more, and
             // nobody saw its end.
-            (None, Some(slot)) if !self.is_unclaimed(slot) => self.gone(now, slot, End::Unseen),
+            (None, Some(slot)) if !self.is_unclaimed(slot) => self.gone(now, slot, End::UNTOLD),
             (None, _) => self.counters.count(Counter::SourceUnknownGone),
         }
     }
@@ -135,12 +136,13 @@ impl Replica<'_> {
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
     /// pass its entry here; if they did when that was written over, until when it would last.
-    /// What had passed it may be another connection's, if the process that wrote it is no more.
+    /// What had passed it may be another connection's, if the process that wrote it is no more. Those
+    /// of its active, the last of which passed there no earlier than then, may be later.
     pub(super) fn ask_for_packets(
         &mut self,
         connection: &Connection,
         over: Stamp,
-        passed_until: u32,
+        (passed_until, elsewhere_at): (u32, u32),
         may_be_anothers: bool,
     ) {
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
@@ -148,7 +150,7 @@ impl Replica<'_> {
             let written = if may_be_anothers { Written::Resumed } else { Written::No };
             self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
-            self.commit(Commit::Look { slot, generation });
+            self.commit(Commit::Look { slot, generation, elsewhere_at });
         }
     }
 
@@ -412,7 +414,12 @@ impl Replica<'_> {
             self.ledger.clear(slot);
             return;
         }
-        self.ledger.begin_closing(slot, end == End::Unseen);
+        let is_tcp = self.ledger.tuples(slot).0.protocol == TCP;
+        let left_s = match end {
+            End::Unseen { left_s } if is_tcp => left_s,
+            _ => 0, // Other entries run out soon, and tell little.
+        };
+        self.ledger.begin_closing(slot, now, (end == End::Seen, left_s));
         self.mark_dirty(now, slot, 0);
     }
 

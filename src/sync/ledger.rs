@@ -489,15 +489,17 @@ impl<'m> Ledger<'m> {
         }
     }
 
-    /// The connection is over: its backup is still to be told, and it stands in no list.
-    pub(super) fn begin_closing(&mut self, slot: u32, is_unseen: bool) {
+    /// The connection is over: its backup is still to be told, and it stands in no list. What its
+    /// entry had left is told as it is then.
+    pub(super) fn begin_closing(&mut self, slot: u32, now: Time, (seen, left_s): (bool, u32)) {
         self.unlist(slot);
         self.end_refused(slot);
         let stream = stream_of(self.table.line(slot).peer());
         self.shares[stream].actives -= 1;
+        self.table.set_passed_until(slot, now.second_after(left_s));
         self.table.update(slot, |line| {
             line.set_kind(Kind::Closing);
-            line.set_unseen(is_unseen);
+            line.set_unseen(!seen);
             line.set_stamp(line.stamp().changed());
             line.set_last(Seq::NONE);
         });
@@ -890,7 +892,7 @@ mod tests {
         assert!(ledger.mark_dirty(NOW, slot, groups::MARK, |_| true));
         assert!(!ledger.mark_dirty(NOW, slot, groups::STATE, |_| true), "it is dirty already");
         assert_eq!(ledger.line(slot).groups(), groups::MARK | groups::STATE);
-        ledger.begin_closing(slot, false);
+        ledger.begin_closing(slot, NOW, (true, 0));
         assert_eq!((ledger.actives(stream(2)), ledger.dirty(stream(2))), (0, 0));
         ledger.push_dirty(NOW, slot);
         assert_eq!((ledger.dirty(stream(2)), ledger.all_dirty_actives()), (1, 0), "a close");
@@ -975,7 +977,7 @@ mod tests {
         let mut ledger = ledger(&memory);
         let first = sent(&mut ledger, 1);
         ledger.amend(first, |line| line.set_stamp(Stamp { epoch: 4, version: 9 }));
-        ledger.begin_closing(first, false);
+        ledger.begin_closing(first, NOW, (true, 0));
         let next = ledger.open(&connection(1), None, false).expect("there is room");
         assert_eq!(ledger.line(next).stamp().epoch, 5, "above the one that is closing");
         ledger.raise_epoch(8);

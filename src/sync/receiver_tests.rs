@@ -125,7 +125,7 @@ fn replica_with(memory: &OwnedMemory, is: Is) -> (Replica<'_>, u32) {
         }
         Is::Closing => {
             let slot = active(&mut replica, place(2));
-            replica.ledger.begin_closing(slot, false);
+            replica.ledger.begin_closing(slot, NOW, (true, 0));
             slot
         }
     };
@@ -149,7 +149,7 @@ fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (Verdict, Kind, u32) {
             let value = (&sent.state, &Extra::NONE);
             replica.apply_update(stream, target, stamp, groups::STATE, None, value)
         }
-        Close(stamp) => replica.apply_close(NOW, stream, target, stamp, true),
+        Close(stamp) => replica.apply_close(NOW, stream, target, stamp, (true, None)),
         Release(stamp) => replica.apply_release(NOW, stream, target, stamp),
     };
     assert_eq!(replica.check_sums(), Ok(()), "{is:?} {says:?}");

@@ -126,6 +126,8 @@ pub struct Replica<'m> {
     pub(super) declines: u32,
     /// Whether the kernel's table has room for further copies.
     pub(super) kernel_has_room: bool,
+    /// See [`Replica::set_longest_timeout`].
+    pub(super) longest_timeout_s: u32,
     pub(super) retry_at: Time,
     pub(super) commits: Commits,
     pub(super) goodbyes: u64,
@@ -171,6 +173,7 @@ impl<'m> Replica<'m> {
             source_is_behind: false,
             declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
             kernel_has_room: true,
+            longest_timeout_s: 0,
             retry_at: Time(0),
             commits: Commits::new(config.commit),
             goodbyes: 0,
@@ -227,6 +230,12 @@ impl<'m> Replica<'m> {
     /// Says whether the kernel's table has room for further copies. Without it no slots are leased.
     pub fn set_kernel_room(&mut self, has_room: bool) {
         self.kernel_has_room = has_room;
+    }
+
+    /// Says what this kernel gives a TCP connection's entry at most, in seconds: what lacks of it
+    /// tells how old its last packet is. Until then nothing is told of that.
+    pub fn set_longest_timeout(&mut self, seconds: u32) {
+        self.longest_timeout_s = seconds;
     }
 
     /// Says whether the source has more to tell than was read. While it has, no hold ends, for a

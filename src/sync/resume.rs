@@ -144,7 +144,8 @@ impl<'m> Replica<'m> {
                 }
                 Kind::Free | Kind::Leased => {}
                 Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
-                    self.commit(Commit::Look { slot, generation: line.generation() });
+                    let generation = line.generation();
+                    self.commit(Commit::Look { slot, generation, elsewhere_at: 0 });
                 }
                 Kind::Held => self.ledger.hold(now, slot),
                 Kind::Active if !peer.is_somewhere() => self.ledger.wait(now, slot),

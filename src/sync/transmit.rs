@@ -441,7 +441,9 @@ impl Replica<'_> {
                 1
             }
             Kind::Closing => {
-                Message::Close { target, stamp, seen: !line.is_unseen() }.encode(w);
+                let (seen, left_s) = (!line.is_unseen(), self.ledger.passed_s(slot, now));
+                let age_s = self.longest_timeout_s.checked_sub(left_s).filter(|_| left_s > 0);
+                Message::Close { target, stamp, seen, age_s }.encode(w);
                 self.ledger.account_unsent(slot);
                 self.counters.count(Counter::DeltasClose);
                 self.ledger.await_ack(now, slot);

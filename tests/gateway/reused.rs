@@ -23,10 +23,14 @@ const PORTS: Range<u16> = 20_000..20_020;
 const FINAL_S: u32 = 5;
 /// How much longer than that anything may be found.
 const BOUND: Duration = Duration::from_secs(10);
-const SOON: Duration = Duration::from_secs(20);
+pub const SOON: Duration = Duration::from_secs(20);
 
 /// Opens a call from each port through gateway 1 and waits until gateway 2 has it too.
-fn open_and_copy(topology: &Topology, appliances: &mut Appliances, ports: Range<u16>) -> Vec<Call> {
+pub fn open_and_copy(
+    topology: &Topology,
+    appliances: &mut Appliances,
+    ports: Range<u16>,
+) -> Vec<Call> {
     appliances.wait_until_ready();
     let calls = open_all(topology, ports.clone());
     appliances.wait_for("both gateways' kernels have every call", SOON, || {

@@ -861,7 +861,7 @@ impl<'m> World<'m> {
                     Commit::DeleteUntouched { original } => {
                         host.kernel.remove(&original);
                     }
-                    Commit::Look { slot, generation } => {
+                    Commit::Look { slot, generation, .. } => {
                         let original = shard.table().tuples(slot).0;
                         let (touched, written) =
                             (host.touched.get(&original), host.kernel.get(&original));

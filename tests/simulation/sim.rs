@@ -292,7 +292,7 @@ impl<'m> Sim<'m> {
                 let event = match is_unseen {
                     true => {
                         self.truth.expiring.insert(tuple);
-                        SourceEvent::Gone { original: tuple, end: End::Unseen }
+                        SourceEvent::Gone { original: tuple, end: End::UNTOLD }
                     }
                     false => event,
                 };
@@ -1106,7 +1106,7 @@ impl<'m> Sim<'m> {
                     self.truth.expired.insert((copy.member, life));
                     self.world.tell(
                         copy.member,
-                        &SourceEvent::Gone { original: tuple, end: End::Unseen },
+                        &SourceEvent::Gone { original: tuple, end: End::UNTOLD },
                     );
                     if let Some(owner) = open.and_then(|open| open.owner) {
                         // What was in its way is gone: the next dump tells of it.

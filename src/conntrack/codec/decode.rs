@@ -133,11 +133,12 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
 
 /// What it says of a connection that its entry, which was like this, is no more. One that still had
 /// the timeout of copies no packet had passed: whatever its state was, that the connection ended
-/// nobody saw here.
+/// nobody saw here, and nobody saw a packet.
 pub fn end_of(entry: &Connection) -> End {
     match entry.phase() {
         Phase::Ending | Phase::Over if entry.state.timeout_s <= GIVEN_MAX_S => End::Seen,
-        _ => End::Unseen,
+        _ if entry.state.timeout_s > GIVEN_MAX_S => End::UNTOLD,
+        _ => End::Unseen { left_s: entry.state.timeout_s },
     }
 }
 

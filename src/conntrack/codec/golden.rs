@@ -260,11 +260,12 @@ fn events_of_every_kind_say_what_they_mean() {
     ] {
         assert_eq!(seen(decode(&bytes(message))), (connection, known), "{}", connection.original);
     }
-    for (message, original) in [
-        (SCTP_DESTROY, "sctp 127.0.0.1:5000 > 127.0.0.2:6000"),
-        (UDP6_DESTROY, "udp [::1]:41000 > [::1]:5353 zone 7"),
+    for (message, original, left_s) in [
+        (SCTP_DESTROY, "sctp 127.0.0.1:5000 > 127.0.0.2:6000", 209),
+        (UDP6_DESTROY, "udp [::1]:41000 > [::1]:5353 zone 7", 29),
     ] {
-        let gone = SourceEvent::Gone { original: tuple(original), end: End::Unseen };
+        let end = End::Unseen { left_s };
+        let gone = SourceEvent::Gone { original: tuple(original), end };
         assert_eq!(decode(&bytes(message)), Ok(Decoded { event: gone, skipped: 0 }));
     }
     assert!(is_expectation(&bytes(EXPECTATION_NEW)));

@@ -115,7 +115,8 @@ fn a_translated_tcp_connection_is_followed_from_its_birth_to_its_end() {
         let known = groups::TUPLES | groups::STATE | groups::TIMEOUT;
         assert_eq!(seen(message), (Connection::new(original, reply, state), known));
     }
-    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original, end: End::Unseen }));
+    let end = End::Unseen { left_s: 431_999 };
+    assert_eq!(event(&bytes(TCP_DESTROY)), Ok(SourceEvent::Gone { original, end }));
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
             (7, 5, groups::ALL & !groups::EXTRA)
         );
         let length = encode_delete(&mut buffer, 1, &original);
-        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original, end: End::Unseen }));
+        assert_eq!(event(&buffer[..length]), Ok(SourceEvent::Gone { original, end: End::UNTOLD }));
     }
 }
 
@@ -432,7 +433,7 @@ fn the_end_of_an_entry_is_seen_in_a_final_state_unless_no_packet_had_passed_it()
         end_of(&Connection::new(original, original.mirrored(), state))
     };
     assert_eq!([6, 7, 8].map(|state| end(state, 30)), [End::Seen; 3]);
-    assert_eq!([0, 1, 2, 3, 4, 5].map(|state| end(state, 30)), [End::Unseen; 6]);
+    assert_eq!([0, 1, 2, 3, 4, 5].map(|state| end(state, 30)), [End::Unseen { left_s: 30 }; 6]);
     // Somebody deleted a copy, whose active was closing: here it has the timeout that only we give.
-    assert_eq!([6, 7, 8].map(|state| end(state, GIVEN_MAX_S + 1)), [End::Unseen; 3]);
+    assert_eq!([6, 7, 8].map(|state| end(state, GIVEN_MAX_S + 1)), [End::UNTOLD; 3]);
 }

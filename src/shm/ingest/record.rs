@@ -12,9 +12,10 @@
 //!  15   check: a mix of words 0 to 14 and the record's position
 //! ```
 //!
-//! Kind 1 is "seen", 2 is "gone" (of which only the original tuple counts); the family is 4 or 6;
-//! `known` are the groups of [`crate::conn::slot::groups`]. The check word finds mistakes, a
-//! record of an earlier round and one that is written while it is read; it keeps no attacker out.
+//! Kind 1 is "seen", 2 is "gone" (of which only the original tuple counts; bit 0 of `known`: nobody
+//! saw the end, and the timeout is what was left then); the family is 4 or 6; `known` are the
+//! groups of [`crate::conn::slot::groups`]. The check word finds mistakes, a record of an earlier
+//! round and one that is written while it is read; it keeps no attacker out.
 
 use crate::conn::slot::groups;
 use crate::conn::tuple::{DCCP, ICMP, ICMPV6, SCTP, TCP, has_keys};
@@ -61,7 +62,11 @@ pub fn encode(event: &SourceEvent, position: u64) -> Words {
             put_small(&mut w, &connection.original);
         }
         SourceEvent::Gone { original, end } => {
-            w[0] = GONE | ((*end == End::Unseen) as u64) << 8;
+            w[0] = GONE;
+            if let End::Unseen { left_s } = end {
+                w[0] |= 1 << 8;
+                w[2] = *left_s as u64;
+            }
             put_tuple(&mut w, original, 4, 32);
             put_small(&mut w, original);
         }
@@ -105,7 +110,10 @@ pub fn decode(w: &Words, position: u64, shard: u8, shards: u8) -> Result<SourceE
         return Err(BadRecord::Shard);
     }
     if kind == GONE {
-        let end = if known & 1 == 0 { End::Seen } else { End::Unseen };
+        let end = match known & 1 {
+            0 => End::Seen,
+            _ => End::Unseen { left_s: w[2] as u32 },
+        };
         return Ok(SourceEvent::Gone { original, end });
     }
     let reply = take_tuple(w, family, protocol, 8, 0, (w[0] >> 32) as u16);
@@ -204,7 +212,8 @@ mod tests {
         let events = [
             SourceEvent::Seen { connection: seen(), known: groups::TUPLES | groups::MARK },
             SourceEvent::gone(gre),
-            SourceEvent::Gone { original: v4, end: End::Unseen },
+            SourceEvent::Gone { original: v4, end: End::UNTOLD },
+            SourceEvent::Gone { original: v4, end: End::Unseen { left_s: u32::MAX } },
             SourceEvent::gone(seen().original),
         ];
         for event in events {

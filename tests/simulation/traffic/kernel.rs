@@ -285,7 +285,7 @@ impl Entries for Pen {
     fn read_timeouts_again(&mut self, _: usize) {
         let mut table = self.kernel.table.borrow_mut();
         let of = &table.settings().timeouts;
-        self.timeouts = Timeouts::told(&|name| {
+        self.timeouts.set(&Timeouts::told(&|name| {
             Some(match name {
                 "tcp_timeout_syn_sent" => of.tcp[1],
                 "tcp_timeout_syn_recv" => of.tcp[2],
@@ -295,11 +295,12 @@ impl Entries for Pen {
                 "tcp_timeout_last_ack" => of.tcp[6],
                 "tcp_timeout_time_wait" => of.tcp[7],
                 "tcp_timeout_close" => of.tcp[8],
+                "tcp_timeout_max_retrans" | "tcp_timeout_unacknowledged" => of.unacknowledged,
                 "udp_timeout" => of.udp,
                 "udp_timeout_stream" => of.udp_stream,
                 _ => return None,
             })
-        });
+        }));
     }
 }
 

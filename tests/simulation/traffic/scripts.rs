@@ -651,3 +651,39 @@ fn what_a_dump_finds_is_asked_for_as_it_may_raise_no_events() {
     gateways.run_for(SECOND * 70);
     assert_eq!(gateways.kind(1, tcp()), None);
 }
+
+/// Seen on real kernels: traffic went through the backup for a moment and came back. What was
+/// deleted at the active from then on went on at the backup, for as long as its entry had left:
+/// days. Who had the later packets has the connection.
+#[test]
+fn after_a_detour_of_packets_the_age_of_the_last_ones_tells_what_an_unseen_end_ends() {
+    for (back_for, away_again_for, is_marked, lives) in [
+        (12, 0, false, false),
+        (12, 0, true, false), // What the detour had left was written over.
+        (1, 0, false, true),  // Too close to tell.
+        (12, 12, false, true),
+        (12, 12, true, true),
+    ] {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        gateways.shake(tcp(), flag::SYN, 1);
+        (0..2).for_each(|_| gateways.talk(tcp(), 1));
+        gateways.talk(tcp(), 2);
+        (0..back_for).for_each(|_| gateways.talk(tcp(), 1));
+        (0..away_again_for).for_each(|_| gateways.talk(tcp(), 2));
+        // While data is not acknowledged an entry's time is short, and tells nothing.
+        let last = if away_again_for > 0 { 2 } else { 1 };
+        gateways.pass(tcp(), segment(flag::ACK, false), true, last);
+        if is_marked {
+            gateways.mark(1, tcp(), 7);
+            gateways.run_for(SECOND / 5);
+        }
+        gateways.delete(1, tcp());
+        gateways.run_for(SECOND);
+        let what = (back_for, away_again_for, is_marked);
+        match lives {
+            true => assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active), "{what:?}"),
+            false => assert_eq!([1, 2].map(|m| gateways.left(m, tcp())), [None; 2], "{what:?}"),
+        }
+    }
+}
