@@ -135,9 +135,9 @@ impl Replica<'_> {
     }
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
-    /// pass its entry here; if they did when that was written over, until when it would last.
-    /// What had passed it may be another connection's, if the process that wrote it is no more. Those
-    /// of its active, the last of which passed there no earlier than then, may be later.
+    /// pass its entry here; if they did when that was written over, until when it would last. What
+    /// had passed it may be another connection's, if the process that wrote it is no more. Those of
+    /// its active, the last of which passed there no earlier than then, may be later.
     pub(super) fn ask_for_packets(
         &mut self,
         connection: &Connection,
