@@ -1,4 +1,4 @@
-//! Membership: what shard 0 does for the whole member. It runs the group's state machine, sends
+//! Membership: what shard 0 does for the whole member. It runs the group's state machine, composes
 //! the heartbeats, publishes the view for the other shards, and tells the notify command.
 
 use std::net::IpAddr;
@@ -10,14 +10,13 @@ use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
 use crate::group::hearing::{Hearing, Trouble};
 use crate::group::readiness::{Own, Readiness, Stage};
-use crate::group::view::{Status, View};
+use crate::group::view::Status;
 use crate::group::{Event, Group, Tables};
 use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX};
-use crate::net::{Handover, Port, Refusals, Target};
+use crate::net::{Handover, Refusals};
 use crate::notify::{Notice, Notifier};
 use crate::shm::Region;
 use crate::shm::group::{Standing, Troubles};
-use crate::sync::Replica;
 use crate::time::Time;
 
 /// How long a leaving member waits for the others to move their copies away.
@@ -51,6 +50,17 @@ pub struct Shared {
     pub deaf: AtomicBool,
 }
 
+/// How far the way out is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Farewell {
+    /// Others still move their copies away, or may not have heard a goodbye yet.
+    NotYet,
+    /// It is time to say goodbye.
+    Goodbye,
+    /// That was said often enough.
+    Done,
+}
+
 /// Shard 0's view of the group, and its duties.
 pub struct Membership<'m> {
     group: Group,
@@ -73,7 +83,8 @@ pub struct Membership<'m> {
     goodbyes_said: u8,
     goodbye_at: Time,
     announced: bool,
-    published: View,
+    /// The version of the view that is in the group table.
+    published: u64,
     /// What was counted of what other threads count: notices lost and failed, log lines lost.
     counted: [u64; 3],
 }
@@ -114,7 +125,7 @@ impl<'m> Membership<'m> {
         } = parts;
         let me = group.view().me;
         let mut membership = Membership {
-            published: View::new(me),
+            published: 0,
             group,
             group_number,
             hearing,
@@ -225,15 +236,15 @@ impl<'m> Membership<'m> {
     /// Puts what changed into the group table, from which every shard reads.
     fn publish(&mut self) {
         let view = self.group.view();
-        if view.version == self.published.version {
+        if view.version == self.published {
             return;
         }
         for (id, member) in view.others() {
-            if *member != self.published.members[id as usize] {
+            if self.region.group().read(id) != Some(*member) {
                 self.region.group().write(id, member);
             }
         }
-        self.published.clone_from(view);
+        self.published = view.version;
     }
 
     /// Up to which version of the group the kernel is owed nothing.
@@ -409,26 +420,18 @@ impl<'m> Membership<'m> {
         }
     }
 
-    /// Sends the heartbeat if it is due.
-    pub fn send_heartbeat(&mut self, now: Time, replica: &mut Replica<'_>, port: &mut Port<'_>) {
+    /// The heartbeat, if it is due: so many of these bytes.
+    pub fn poll_heartbeat(&mut self, now: Time, bytes: &mut [u8; DATAGRAM_MAX]) -> Option<usize> {
         let tables = self.tables();
-        let Some((heartbeat, shown)) = self.group.poll_heartbeat(now, &tables) else { return };
-        let mut bytes = [0; DATAGRAM_MAX];
-        let mut w = Writer::new(&mut bytes);
+        let (heartbeat, shown) = self.group.poll_heartbeat(now, &tables)?;
+        let mut w = Writer::new(bytes);
         heartbeat.encode(self.group_number, &shown, &mut w);
-        let len = w.len();
-        for target in 0..port.heartbeat_targets() {
-            let Some((offset, token)) = replica.control_datagram(&bytes[..len]) else { break };
-            if port.send(Target::Heartbeat(target), offset, len as u32, token.0).is_err() {
-                replica.on_send_complete(token, true);
-            }
-        }
         self.counters.count(Counter::HeartbeatsSent);
+        Some(w.len())
     }
 
-    /// The way out: others move their copies away, then goodbye. Returns whether it was said often
-    /// enough.
-    pub fn leave(&mut self, now: Time, say_goodbye: &mut dyn FnMut()) -> bool {
+    /// The way out: others move their copies away, then goodbye.
+    pub fn leave(&mut self, now: Time) -> Farewell {
         let since = match self.leaving_since {
             Some(since) => since,
             None => {
@@ -447,16 +450,19 @@ impl<'m> Membership<'m> {
         let exposed = self.total(Counter::Exposure);
         let drained = alone || (copies == 0 || able < 2) && (exposed == 0 || able == 0);
         if !drained && now.since(since) < LEAVE_LIMIT {
-            return false;
+            return Farewell::NotYet;
         }
         if self.goodbyes_said < GOODBYES && self.goodbye_at.reached(now) {
             self.goodbyes_said += 1;
             // Others take over what is in it: after a goodbye the table is nobody's.
             self.region.end();
             self.goodbye_at = now.after(GOODBYE_PAUSE);
-            say_goodbye();
+            return Farewell::Goodbye;
         }
-        self.goodbyes_said == GOODBYES && self.goodbye_at.reached(now)
+        match self.goodbyes_said == GOODBYES && self.goodbye_at.reached(now) {
+            true => Farewell::Done,
+            false => Farewell::NotYet,
+        }
     }
 
     /// The way out of a process that comes back: the others are told when. Returns whether it was

@@ -18,14 +18,14 @@ use crate::counters::{Counter, Counters};
 use crate::doorbell::Doorbell;
 use crate::feed::{EVENTS_KEY, Feed};
 use crate::group::view::View;
-use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS, STREAMS_MAX};
+use crate::limits::{DATAGRAM_MAX, MEMBERS_MAX, RECEIVE_PER_PASS, STRAYS};
 use crate::logging::Sparse;
-use crate::membership::{Membership, Shared};
+use crate::membership::{Farewell, Membership, Shared};
 use crate::net::{Event, NetError, Port, PortCounts, Target};
 use crate::pace::{Left, Next, Pace};
 use crate::shm::Region;
 use crate::sync::stream::stream_member;
-use crate::sync::{Finding, Replica, Token};
+use crate::sync::{Finding, Replica, Token, Transmit};
 use crate::time::Time;
 
 /// The watch key of the shard's doorbell.
@@ -79,6 +79,7 @@ pub struct ShardParts<'m> {
 /// A shard: what it is made of ([`ShardParts`]), and what it remembers from pass to pass.
 pub struct Shard<'m> {
     shard: u8,
+    member: MemberId,
     replica: Replica<'m>,
     port: Port<'m>,
     feed: Feed<'m>,
@@ -88,11 +89,8 @@ pub struct Shard<'m> {
     strays: Receiver<Stray>,
     handover: Vec<SyncSender<Stray>>,
     doorbells: &'m [Doorbell],
-    /// The streams' sockets, by stream.
-    open: Vec<Option<IpAddr>>,
     /// This shard's counters.
     counters: Counters<'m>,
-    view: View,
     view_version: u64,
     complete: bool,
     longest: Duration,
@@ -128,9 +126,8 @@ impl<'m> Shard<'m> {
             strays,
             handover,
             doorbells,
-            open: vec![None; STREAMS_MAX],
             counters: Counters::new(region.shard(shard).counters),
-            view: View::new(member),
+            member,
             view_version: 0,
             complete: false,
             longest: Duration::ZERO,
@@ -193,11 +190,6 @@ impl<'m> Shard<'m> {
     /// Takes the sockets of a sync link that was made anew.
     fn follow_link(&mut self) {
         let Some(renewal) = self.shared.renewals[self.shard as usize].take() else { return };
-        for stream in 0..STREAMS_MAX {
-            if self.open[stream].take().is_some() {
-                self.port.close(stream);
-            }
-        }
         self.port.renew(renewal);
         if self.membership.is_some() {
             self.counters.count(Counter::LinkRenewals);
@@ -270,70 +262,87 @@ impl<'m> Shard<'m> {
         if version == self.view_version {
             return;
         }
+        let mut view = View::new(self.member);
         for member in 1..=MEMBERS_MAX as MemberId {
             // A record that is being written is read at the next pass: the version moves on then.
             let Some(seen) = self.region.group().read(member) else {
                 self.torn_view = true;
                 return;
             };
-            self.view.set(member, seen);
+            view.set(member, seen);
         }
         self.view_version = version;
         self.torn_view = false;
         self.unopened = false;
-        self.replica.handle_view(now, &self.view);
+        self.replica.handle_view(now, &view);
         // What is asked for later (copies that come in) no death has to wait for.
         self.settling.get_or_insert((version, self.replica.commits_asked()));
-        for stream in 0..STREAMS_MAX {
-            let member = &self.view.members[stream_member(stream) as usize];
-            if self.open[stream].is_some()
-                && (!member.status.is_alive() || self.open[stream] != member.address)
-            {
-                self.port.close(stream);
-                self.open[stream] = None;
-            }
-        }
+        let replica = &self.replica;
+        self.port.close_unless(|stream, peer| {
+            let member = replica.seen(stream_member(stream));
+            member.status.is_alive() && member.address == Some(peer)
+        });
     }
 
     /// Heartbeats first, then everything that the protocol has to send. Returns whether more may
     /// wait.
     fn transmit(&mut self, now: Time) -> bool {
-        if let Some(membership) = &mut self.membership {
-            membership.send_heartbeat(now, &mut self.replica, &mut self.port);
-        }
-        let Shard { port, replica, open, view, counters, membership, shared, unopened, .. } = self;
-        let mut send = |transmit: crate::sync::Transmit| {
-            let stream = transmit.stream;
-            let address = view.members[stream_member(stream) as usize].address;
-            if open[stream].is_none() {
-                let Some(peer) = address else { return false };
-                if let Err(e) = port.open(stream, peer) {
-                    if !std::mem::replace(unopened, true) {
-                        log::error!("{e}");
-                    }
-                    counters.count(Counter::SendErrors);
-                    return false;
-                }
-                open[stream] = Some(peer);
+        self.send_heartbeat(now);
+        let has_more = self.replica.transmit(now, self.port.room());
+        self.leave(now);
+        while let Some(transmit) = self.replica.poll_transmit() {
+            let Transmit { stream, offset, len, token } = transmit;
+            self.counters.count(Counter::SendsQueued);
+            let is_open = self.open(stream);
+            let target = Target::Stream(stream);
+            if !is_open || self.port.send(target, offset, len, token.0).is_err() {
+                self.replica.on_send_complete(token, true);
             }
-            counters.count(Counter::SendsQueued);
-            port.send(Target::Stream(stream), transmit.offset, transmit.len, transmit.token.0)
-                .is_ok()
-        };
-        let has_more = replica.transmit(now, &mut send);
-        let Some(membership) = membership else { return has_more };
-        let back_ms = shared.restart.load(Ordering::Relaxed);
-        if shared.stop.load(Ordering::Relaxed) {
-            if membership.leave(now, &mut || replica.send_goodbyes(&mut send)) {
-                shared.finished.store(true, Ordering::Relaxed);
+        }
+        has_more
+    }
+
+    fn send_heartbeat(&mut self, now: Time) {
+        let mut bytes = [0; DATAGRAM_MAX];
+        let membership = self.membership.as_mut();
+        let Some(len) = membership.and_then(|m| m.poll_heartbeat(now, &mut bytes)) else { return };
+        for target in 0..self.port.heartbeat_targets() {
+            let Some((offset, token)) = self.replica.control_datagram(&bytes[..len]) else { break };
+            let target = Target::Heartbeat(target);
+            if self.port.send(target, offset, len as u32, token.0).is_err() {
+                self.replica.on_send_complete(token, true);
+            }
+        }
+    }
+
+    /// Opens the stream's socket, if it is not. Whether it is.
+    fn open(&mut self, stream: usize) -> bool {
+        let Some(peer) = self.replica.seen(stream_member(stream)).address else { return false };
+        let opened = self.port.open(stream, peer);
+        if let Err(e) = &opened
+            && !std::mem::replace(&mut self.unopened, true)
+        {
+            log::error!("{e}");
+        }
+        opened.is_ok()
+    }
+
+    /// The way out, if the process is to end, or to end and come back.
+    fn leave(&mut self, now: Time) {
+        let Some(membership) = &mut self.membership else { return };
+        let back_ms = self.shared.restart.load(Ordering::Relaxed);
+        if self.shared.stop.load(Ordering::Relaxed) {
+            match membership.leave(now) {
+                Farewell::NotYet => {}
+                Farewell::Goodbye => self.replica.send_goodbyes(),
+                Farewell::Done => self.shared.finished.store(true, Ordering::Relaxed),
             }
         } else if back_ms != 0
             && membership.announce_restart(now, Duration::from_millis(back_ms as u64))
         {
-            shared.restarts.store(true, Ordering::Relaxed);
-            shared.finished.store(true, Ordering::Relaxed);
+            self.shared.restarts.store(true, Ordering::Relaxed);
+            self.shared.finished.store(true, Ordering::Relaxed);
         }
-        has_more
     }
 
     /// Words for the other shards and for inspectors.

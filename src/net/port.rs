@@ -20,7 +20,7 @@ use super::link::Renewal;
 use super::segmentation::{Broken, Train, receive_header};
 use super::senders::{HEARTBEATS_RESERVED, NotSent, SENDS_MAX, SendMode, Senders, Sending, Target};
 use super::sockets;
-use crate::limits::PEERS_MAX;
+use crate::limits::{PEERS_MAX, STREAMS_MAX};
 use crate::ring::{Completion, Features, Full, Operation, Ring};
 use crate::time::Time;
 
@@ -229,10 +229,27 @@ impl<'m> Port<'m> {
         self.operations.len()
     }
 
-    /// Gives a stream its socket to `peer`, in place of the one it may have had.
+    /// Datagrams that [`send`](Self::send) takes for streams at the moment.
+    pub fn room(&self) -> usize {
+        self.senders.room()
+    }
+
+    /// Gives a stream a socket to `peer`, in place of one to somebody else that it may have had.
     pub fn open(&mut self, stream: usize, peer: IpAddr) -> Result<(), NetError> {
+        if self.senders.peer(stream) == Some(peer) {
+            return Ok(());
+        }
         self.close(stream);
         self.senders.open(stream, peer)
+    }
+
+    /// Takes the sockets of streams away that lead to a peer that is none of theirs any more.
+    pub fn close_unless(&mut self, is_peer: impl Fn(usize, IpAddr) -> bool) {
+        for stream in 0..STREAMS_MAX {
+            if self.senders.peer(stream).is_some_and(|peer| !is_peer(stream, peer)) {
+                self.close(stream);
+            }
+        }
     }
 
     /// Takes a stream's socket away. Sends on their way are still reported.
@@ -245,8 +262,8 @@ impl<'m> Port<'m> {
     }
 
     /// The sync link was made anew: takes the new receive sockets in place of the old ones. Send
-    /// sockets that may be bound to the old interface are made anew; those of streams are the
-    /// caller's to open again.
+    /// sockets may be bound to the old interface: those of heartbeats are made anew, those of
+    /// streams closed.
     pub fn renew(&mut self, renewal: Renewal) {
         // An error here will come again from the next wait, which reports it.
         let _ = self.submit();

@@ -160,6 +160,16 @@ impl<'m> Senders<'m> {
         self.heartbeats.len()
     }
 
+    /// Datagrams that can be sent to streams for certain, each perhaps by an operation of its own.
+    pub(super) fn room(&self) -> usize {
+        SENDS_MAX.saturating_sub(self.in_flight)
+    }
+
+    /// Where a stream's socket leads, if it is open.
+    pub(super) fn peer(&self, stream: usize) -> Option<IpAddr> {
+        self.streams[stream].as_ref().map(|socket| socket.address)
+    }
+
     /// Opens a stream's socket.
     pub(super) fn open(&mut self, stream: usize, peer: IpAddr) -> Result<(), NetError> {
         let fd = sockets::stream_sender(self.local, SocketAddr::new(peer, self.port), self.scope)?;
@@ -175,11 +185,12 @@ impl<'m> Senders<'m> {
     }
 
     /// The sync link's interface has this index now. Sockets that may be bound to the old one are
-    /// made anew when they are needed; those of streams are the caller's to open again.
+    /// closed; those of heartbeats are made anew when they are needed.
     pub(super) fn renew(&mut self, scope: u32) {
         self.scope = scope;
-        self.closing
-            .extend(self.heartbeats.iter_mut().filter_map(|h| h.socket.take()).map(|s| s.fd));
+        let heartbeats = self.heartbeats.iter_mut().filter_map(|h| h.socket.take());
+        let streams = self.streams.iter_mut().filter_map(Option::take);
+        self.closing.extend(heartbeats.chain(streams).map(|socket| socket.fd));
     }
 
     /// Lets go of closed sockets, once the kernel has seen every operation.

@@ -47,7 +47,7 @@ fn a_release_after_a_refusal_is_above_an_equal_claim_of_a_lower_member() {
         let line = replica.ledger.line(slot);
         let (backup, stamp) = (line.peer(), line.stamp());
         let stream = stream_index(backup.member(), 0);
-        replica.transmit(NOW.after(Duration::from_millis(10)), &mut |_| true);
+        replica.transmit(NOW.after(Duration::from_millis(10)), usize::MAX);
         let refusal = Refusal {
             seq: replica.durable(stream).sent(),
             target: Place { slot: backup.slot(), generation: backup.generation() },

@@ -28,7 +28,6 @@ use super::compare::{Answer, Comparing, Finding, Heard, Judgement, RoundPart};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member};
 use super::sums::Mask;
-use super::transmit::Transmit;
 use super::walks::Walk;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
@@ -137,7 +136,7 @@ impl Replica<'_> {
     }
 
     /// The sums over what was sent, at the number sent last.
-    pub(super) fn send_digest(&mut self, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+    pub(super) fn send_digest(&mut self, stream: usize) {
         let s = &mut self.streams[stream];
         if self.ledger.dirty(stream) == 0 {
             s.comparing.trust_sums();
@@ -156,7 +155,7 @@ impl Replica<'_> {
         let is_unverified = self.streams[stream].comparing.is_unverified();
         encode_digest(session, seq, is_unverified, self.ledger.sent_sums().of(stream), &mut w);
         let len = w.len();
-        if self.send_control_bytes(stream, &scratch[..len], send) {
+        if self.send_control_bytes(stream, &scratch[..len]) {
             self.counters.count(Counter::DigestsSent);
             if self.streams[stream].comparing.asked(seq) {
                 self.counters.count(Counter::DigestsUnresolved);

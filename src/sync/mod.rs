@@ -31,6 +31,7 @@
 //! - `outbox`: what was sent, what of it is acknowledged, what goes again;
 //! - `peers`: what each member is to this shard;
 //! - `requests`: releases, offers and declines, which belong to no single delta;
+//! - `sends`: what a pass hands to the loop;
 //! - `sums`: what each stream's copies add up to, for the ledger;
 //! - `walks`: walks over the table, under way and waiting.
 //!
@@ -72,6 +73,7 @@ mod receive;
 mod replica;
 mod requests;
 mod resume;
+mod sends;
 pub mod stream;
 mod sums;
 mod takeover;
@@ -84,4 +86,4 @@ pub use compare::Finding;
 #[cfg(test)]
 pub(crate) use replica::test_config;
 pub use replica::{Replica, ReplicaConfig};
-pub use transmit::{Token, Transmit};
+pub use sends::{Token, Transmit};

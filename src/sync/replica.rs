@@ -17,6 +17,7 @@ use super::mutation::{Mutation, is};
 use super::outbox::Outbox;
 use super::peers::Peers;
 use super::requests::Requests;
+use super::sends::Sends;
 use super::stream::{Durable, Stream, stream_index, stream_member};
 use super::walks::Walks;
 use crate::ccp::message::Place;
@@ -25,6 +26,7 @@ use crate::conn::table::{On, Table};
 use crate::conn::tuple::shards_met;
 use crate::conn::{Coordinate, Kind, MemberId, Phase, Tuple, shard_of};
 use crate::counters::{Counter, Counters};
+use crate::group::view::Member;
 use crate::limits::STREAMS_MAX;
 use crate::memory::{JOURNAL_DECLINES, Memory};
 use crate::seq::Seq;
@@ -108,6 +110,7 @@ pub struct Replica<'m> {
     pub(super) busy: VecDeque<u16>,
     pub(super) credit: Credit<'m>,
     pub(super) outbox: Outbox<'m>,
+    pub(super) sends: Sends,
     pub(super) inbox: Inbox<'m>,
     pub(super) requests: Requests,
     pub(super) contests: Contests,
@@ -161,6 +164,7 @@ impl<'m> Replica<'m> {
             busy: VecDeque::with_capacity(STREAMS_MAX),
             credit,
             outbox: Outbox::new(history, memory.streams),
+            sends: Sends::new(),
             inbox: Inbox::new(memory.streams),
             requests: Requests::new(),
             contests: Contests::new(),
@@ -214,6 +218,11 @@ impl<'m> Replica<'m> {
             slot,
             self.ledger.line(slot).generation(),
         )
+    }
+
+    /// How a member looks, as the last view said.
+    pub fn seen(&self, member: MemberId) -> &Member {
+        self.peers.seen(member)
     }
 
     /// Read access to the table, for commits, tests and tools.

@@ -733,7 +733,7 @@ mod tests {
         assert_eq!(replica.peers.state(2), PeerState::Vacant, "nothing here refers to it any more");
         see(&mut replica, late, 2, Status::Ready, 9);
         assert!(replica.is_up(2));
-        replica.transmit(late, &mut |_| true);
+        replica.transmit(late, usize::MAX);
         assert_eq!(
             replica.counters.get(Counter::DeltasRelease),
             0,

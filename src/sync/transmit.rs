@@ -11,6 +11,7 @@ use super::inbox::Refusal;
 use super::mutation::{Mutation, is};
 use super::outbox::{NOT_TAKEN, Room};
 use super::replica::Replica;
+use super::sends::{Named, Token, Transmit};
 use super::stream::{stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
@@ -31,35 +32,6 @@ const UPDATE_MAX: usize = 8 + 10 + 8 + 16;
 /// Bytes of a close, release or offer at most.
 const SMALL_MAX: usize = 8 + 10 + 8;
 
-/// A send for the loop: `len` bytes at `offset` of the arena, to a stream, cut into datagrams of
-/// `DATAGRAM_MAX` bytes of which the last may be shorter.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Transmit {
-    /// The stream.
-    pub stream: usize,
-    /// Bytes from the arena's begin.
-    pub offset: u32,
-    /// Bytes.
-    pub len: u32,
-    /// To be given back by [`Replica::on_send_complete`], exactly once.
-    pub token: Token,
-}
-
-/// Names the buffers of a send: history entries, or a control buffer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Token(pub u64);
-
-impl Token {
-    fn entries(first: u32, count: u32) -> Token {
-        Token((count as u64) << 32 | first as u64)
-    }
-
-    /// A control buffer's token.
-    pub fn control(buffer: u16) -> Token {
-        Token(1 << 63 | buffer as u64)
-    }
-}
-
 /// What may still be built in this pass.
 struct Budget {
     /// So many deltas.
@@ -75,23 +47,25 @@ impl Budget {
 }
 
 impl Replica<'_> {
-    /// Hands everything that is due to `send`, which says whether it took it: acks and the like
-    /// first, then repeats, then what is dirty. Returns whether the cap of a pass was hit, so that
+    /// Composes everything that is due, as far as the loop takes it (`room` datagrams): acks and
+    /// the like first, then what goes again, then what is dirty. The loop takes it by
+    /// [`poll_transmit`](Self::poll_transmit). Returns whether the cap of a pass was hit, so that
     /// more may wait.
-    pub fn transmit(&mut self, now: Time, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
+    pub fn transmit(&mut self, now: Time, room: usize) -> bool {
+        self.sends.begin(room);
         let mut budget = Budget { deltas: TRANSMIT_PER_PASS, is_blocked: false };
         while let Some(id) = self.outbox.next_overtaken()
-            && self.retransmit(now, id, send)
+            && self.retransmit(now, id)
         {}
         for _ in 0..self.busy.len() {
             let Some(stream) = self.busy.pop_front() else { break };
             let stream = stream as usize;
             self.streams[stream].busy = false;
             if self.is_up(stream_member(stream)) {
-                self.send_control(now, stream, send);
-                self.send_retransmissions(now, stream, send);
-                self.send_data(now, stream, &mut budget, send);
-                self.send_digest(stream, send);
+                self.send_control(now, stream);
+                self.send_retransmissions(now, stream);
+                self.send_data(now, stream, &mut budget);
+                self.send_digest(stream);
             }
             if self.is_stream_busy(stream) {
                 self.wake(stream);
@@ -113,15 +87,19 @@ impl Replica<'_> {
             || self.requests.first_due(stream).is_some()
     }
 
+    /// The next of what [`transmit`](Self::transmit) has composed. It counts as sent: if it cannot
+    /// be, it is lost, like any other, and goes again in time.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.sends.pop()
+    }
+
     /// The kernel is done with a send.
     pub fn on_send_complete(&mut self, token: Token, error: bool) {
-        if error {
-            self.counters.count(Counter::SendErrors);
+        self.counters.add(Counter::SendErrors, error as u64);
+        match token.names() {
+            Named::Control(buffer) => self.outbox.give_control(buffer),
+            Named::Entries(first, count) => self.outbox.on_send_complete(first, count),
         }
-        if token.0 >> 63 == 1 {
-            return self.outbox.give_control(token.0 as u16);
-        }
-        self.outbox.on_send_complete(token.0 as u32, (token.0 >> 32) as u32);
     }
 
     pub(super) fn headers(&self, stream: usize, seq: Seq) -> (Header, SyncHeader) {
@@ -146,7 +124,7 @@ impl Replica<'_> {
     }
 
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
-    fn send_control(&mut self, now: Time, stream: usize, send: &mut dyn FnMut(Transmit) -> bool) {
+    fn send_control(&mut self, now: Time, stream: usize) {
         let want = self.credit.ask_due(now, stream);
         let skip =
             self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
@@ -181,7 +159,7 @@ impl Replica<'_> {
             resend.encode(&mut w);
         }
         let len = w.len();
-        let sent = self.send_control_bytes(stream, &scratch[..len], send);
+        let sent = self.send_control_bytes(stream, &scratch[..len]);
         if sent {
             self.inbox.acked(stream);
         }
@@ -192,20 +170,16 @@ impl Replica<'_> {
         }
     }
 
-    /// Puts bytes into a control buffer and sends them. `false` if there was no buffer or no room
-    /// in the queue: what is due stays due.
-    pub(super) fn send_control_bytes(
-        &mut self,
-        stream: usize,
-        bytes: &[u8],
-        send: &mut dyn FnMut(Transmit) -> bool,
-    ) -> bool {
+    /// Puts bytes into a control buffer and sends them. `false` if there was no buffer, or the loop
+    /// takes no more: what is due stays due.
+    pub(super) fn send_control_bytes(&mut self, stream: usize, bytes: &[u8]) -> bool {
         let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
             return false;
         };
         let token = Token::control(buffer);
-        let taken = send(Transmit { stream, offset, len: bytes.len() as u32, token });
+        let transmit = Transmit { stream, offset, len: bytes.len() as u32, token };
+        let taken = self.sends.push(transmit);
         if !taken {
             self.outbox.give_control(buffer);
             self.counters.count(Counter::ControlFull);
@@ -223,8 +197,8 @@ impl Replica<'_> {
         Some((offset, Token::control(buffer)))
     }
 
-    /// Says goodbye to every member that is there.
-    pub fn send_goodbyes(&mut self, send: &mut dyn FnMut(Transmit) -> bool) {
+    /// Says goodbye to every member that is there, behind what this pass sends otherwise.
+    pub fn send_goodbyes(&mut self) {
         for member in self.peers.up() {
             let stream = super::stream::stream_index(member, 0);
             let (header, sync) = self.headers(stream, Seq::NONE);
@@ -233,33 +207,27 @@ impl Replica<'_> {
             sync.encode(&header, &mut w);
             Message::Goodbye.encode(&mut w);
             let len = w.len();
-            self.send_control_bytes(stream, &bytes[..len], send);
+            self.send_control_bytes(stream, &bytes[..len]);
         }
     }
 
     /// Nothing was acknowledged for too long: the oldest datagrams go again.
-    fn send_retransmissions(
-        &mut self,
-        now: Time,
-        stream: usize,
-        send: &mut dyn FnMut(Transmit) -> bool,
-    ) {
+    fn send_retransmissions(&mut self, now: Time, stream: usize) {
         if is(Mutation::NothingRepeated) {
             return;
         }
         let Some(due) = self.outbox.due_again(now, stream) else { return };
-        match due.iter().all(|id| self.retransmit(now, *id, send)) {
+        match due.iter().all(|id| self.retransmit(now, *id)) {
             true => self.outbox.timed_out(now, stream),
             false => self.outbox.not_taken(now, stream),
         }
     }
 
     /// Sends a datagram of the history again.
-    fn retransmit(&mut self, now: Time, id: u32, send: &mut dyn FnMut(Transmit) -> bool) -> bool {
-        let entry = self.outbox.entry(id);
+    fn retransmit(&mut self, now: Time, id: u32) -> bool {
+        let Datagram { stream, offset, len, .. } = self.outbox.entry(id);
         let token = Token::entries(id, 1);
-        let taken =
-            send(Transmit { stream: entry.stream, offset: entry.offset, len: entry.len, token });
+        let taken = self.sends.push(Transmit { stream, offset, len, token });
         if taken {
             self.outbox.retransmitted(now, id);
             self.counters.count(Counter::DatagramsResent);
@@ -278,13 +246,7 @@ impl Replica<'_> {
     }
 
     /// Dirty connections, grants and requests, in trains of datagrams.
-    fn send_data(
-        &mut self,
-        now: Time,
-        stream: usize,
-        budget: &mut Budget,
-        send: &mut dyn FnMut(Transmit) -> bool,
-    ) {
+    fn send_data(&mut self, now: Time, stream: usize, budget: &mut Budget) {
         let mut started = false;
         let mut stuck = false;
         let mut is_full = false; // This stream's window; others go on.
@@ -292,7 +254,12 @@ impl Replica<'_> {
             started = true;
             let mut train: Option<(u32, u32, u32)> = None; // first entry, offset, bytes
             let mut count = 0;
-            while (count as usize) < SEGMENTS_MAX
+            let room = self.sends.room();
+            if room == 0 {
+                stuck = true;
+                budget.is_blocked = true;
+            }
+            while (count as usize) < SEGMENTS_MAX.min(room)
                 && budget.is_left()
                 && self.has_data(now, stream, true)
             {
@@ -320,11 +287,8 @@ impl Replica<'_> {
             }
             let Some((first, offset, len)) = train else { break };
             let token = Token::entries(first, count);
-            if !send(Transmit { stream, offset, len, token }) {
-                // The queue is full: they count as sent and lost, and are repeated in time.
-                self.on_send_complete(token, false);
-                budget.is_blocked = true;
-            }
+            let taken = self.sends.push(Transmit { stream, offset, len, token });
+            assert!(taken, "there was room for each of its datagrams");
         }
         if started && self.ledger.dirty(stream) > 0 {
             // An ack, or a send that is over, makes room and wakes the loop by itself.

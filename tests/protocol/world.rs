@@ -160,6 +160,9 @@ const WAIT_MAX: Duration = Duration::from_millis(10);
 /// Datagrams that wait for a member that makes no pass; further ones are lost.
 const MAIL_MAX: usize = 300;
 
+/// Datagrams that a pass may send, as of the real loop.
+const SEND_ROOM: usize = 1024;
+
 /// When every clock showed the same.
 const BEGINNING: Time = Time(1_000_000_000);
 
@@ -900,14 +903,14 @@ impl<'m> World<'m> {
                 }
             }
             let mut landed = Vec::new();
-            shard.transmit(now, &mut |transmit| {
+            shard.transmit(now, SEND_ROOM);
+            while let Some(transmit) = shard.poll_transmit() {
                 let mut bytes = vec![0; transmit.len as usize];
                 read_arena(memory.arena, transmit.offset as usize, &mut bytes);
                 let to = stream_member(transmit.stream);
                 out.extend(bytes.chunks(DATAGRAM_MAX).map(|datagram| (to, datagram.to_vec())));
                 landed.push(transmit.token);
-                true
-            });
+            }
             // What was sent, and commits that wait, end the wait that follows.
             let busy = feed_busy
                 || !landed.is_empty()
@@ -943,12 +946,12 @@ impl<'m> World<'m> {
         let host = self.host(member);
         let memory = host.memory[0];
         let mut out = Vec::new();
-        host.shards[0].send_goodbyes(&mut |transmit| {
+        host.shards[0].send_goodbyes();
+        while let Some(transmit) = host.shards[0].poll_transmit() {
             let mut bytes = vec![0; transmit.len as usize];
             read_arena(memory.arena, transmit.offset as usize, &mut bytes);
             out.push((stream_member(transmit.stream), bytes));
-            true
-        });
+        }
         for (to, bytes) in out {
             self.post(member, to, bytes);
         }
