@@ -17,7 +17,8 @@
 //! - `progress`: what is to be seen of each member's full sync, and how much goes before live
 //!   changes;
 //! - `moves`: a connection changes its backup, make before break; what becomes of control requests;
-//! - `declined`: copies that the kernel does not take: told to their active, tried again, shown.
+//! - `declined`: copies that the kernel does not take: told to their active, tried again, shown;
+//! - `timers`: when a shard does something by itself.
 //!
 //! Parts that own their state, and know of no other:
 //!
@@ -77,6 +78,7 @@ mod sends;
 pub mod stream;
 mod sums;
 mod takeover;
+mod timers;
 mod transmit;
 mod verdict;
 mod walks;

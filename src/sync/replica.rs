@@ -40,7 +40,7 @@ const STARVED: Duration = Duration::from_millis(100);
 const RETRY: Duration = Duration::from_millis(10);
 
 /// How long a connection that was refused as older waits before it asks again.
-const BACK_OFF: Duration = Duration::from_secs(1);
+pub(super) const BACK_OFF: Duration = Duration::from_secs(1);
 
 /// Whether a connection can have a backup.
 pub(super) enum Candidate {
@@ -474,14 +474,8 @@ impl<'m> Replica<'m> {
         self.publish_gauges(now);
     }
 
-    fn backed_off_until(&self) -> Time {
-        self.ledger
-            .first_backing_off()
-            .map_or(Time::NEVER, |slot| self.ledger.since(slot).after(BACK_OFF))
-    }
-
     fn tick_waiting(&mut self, now: Time) {
-        while self.backed_off_until().reached(now)
+        while self.back_off_at().reached(now)
             && let Some(slot) = self.ledger.take_backing_off()
         {
             self.protect(now, slot);
@@ -588,36 +582,5 @@ impl<'m> Replica<'m> {
             oldest = oldest.min(self.peers.silent_since().unwrap_or(now));
         }
         self.counters.set(Counter::ExposureOldestUs, now.since(oldest).as_micros() as u64);
-    }
-
-    /// When [`tick`](Self::tick) or the transmit stage has something to do next, if nothing arrives
-    /// before.
-    pub fn poll_at(&self) -> Time {
-        let mut at = self
-            .digests_at()
-            .min(self.hold_at())
-            .min(self.walk_at())
-            .min(self.backed_off_until())
-            .min(self.missing_at())
-            .min(self.contests.look_at())
-            .min(self.credit.review_at())
-            .min(self.commits.rewrite_at());
-        if self.ledger.waiting() > 0 {
-            at = at.min(self.retry_at);
-        }
-        for stream in &self.busy {
-            if !self.is_up(stream_member(*stream as usize)) {
-                continue; // Nothing is sent there, whatever is due.
-            }
-            let repeat_at = match is(Mutation::RepeatsUnannounced) {
-                true => Time::NEVER,
-                false => self.outbox.retransmit_at(*stream as usize),
-            };
-            at = at.min(repeat_at).min(self.credit.ask_at(*stream as usize));
-            if self.ledger.dirty(*stream as usize) > 0 && self.outbox.has_window(*stream as usize) {
-                at = at.min(self.streams[*stream as usize].flush_at);
-            }
-        }
-        at
     }
 }
