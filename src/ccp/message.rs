@@ -718,7 +718,7 @@ mod tests {
         let sizes: Vec<usize> = samples()
             .iter()
             .map(|m| {
-                let mut buffer = [0; DELTA_MAX];
+                let mut buffer = [0xa5; DELTA_MAX];
                 let mut w = Writer::new(&mut buffer);
                 m.encode(&mut w);
                 w.len()

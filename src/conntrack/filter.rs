@@ -252,7 +252,7 @@ mod tests {
 
     /// A message about this connection: requests have the tuples where events have them.
     fn message(original: Tuple, from_port_id: u32) -> Vec<u8> {
-        let mut buffer = [0; MESSAGE_MAX];
+        let mut buffer = [0xa5; MESSAGE_MAX];
         let connection = Connection::new(original, original.mirrored(), State::default());
         let length = encode_create(&mut buffer, 1, &connection, 1);
         buffer[12..16].copy_from_slice(&from_port_id.to_ne_bytes());

@@ -204,7 +204,7 @@ fn a_restored_connection_has_a_mirrored_reply_and_its_translation_apart() {
 
 #[test]
 fn an_update_has_no_translation_and_takes_nothing_back() {
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let mut connection = snat();
     connection.state.status = status::CONFIRMED | status::SEEN_REPLY;
     let length = encode_update(&mut buffer, 1, &connection, 600, 0x19e);
@@ -219,7 +219,7 @@ fn an_update_has_no_translation_and_takes_nothing_back() {
 
 #[test]
 fn a_restored_connection_claims_no_more_than_the_active_had() {
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let mut connection = snat();
     for (active, restored) in [(0x19e, 0xe), (0x19a, 0xa), (0x198, 8), (0x99e, 0xe), (0x21e, 0xe)] {
         connection.state.status = active;
@@ -245,7 +245,7 @@ fn whatever_is_encoded_decodes_to_the_mirrored_connection_and_fits() {
         let original = tuple(text);
         let mut reply = original.mirrored();
         reply.dst += 1; // translated
-        let mut buffer = [0; MESSAGE_MAX];
+        let mut buffer = [0xa5; MESSAGE_MAX];
         let length = encode_create(&mut buffer, 1, &Connection { original, reply, ..snat() }, 5);
         assert!(length < 430, "{length}");
         let Ok(SourceEvent::Seen { connection, known }) = event(&buffer[..length]) else {
@@ -271,7 +271,7 @@ fn the_longest_request_fits() {
     let original = tuple("tcp [2001:db8::1]:1000 > [2001:db8::2]:80 zone 5");
     let reply = tuple("tcp [2001:db8::3]:81 > [2001:db8::4]:1001 zone 6");
     let extra = Extra { parts: parts::ALL, labels: [0xff; 16], helper: [b'x'; 16], ..Extra::NONE };
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let mut lengths = [0; 2];
     for protocol in 0..=255 {
         for state in [snat().state, State { mark: 1, ..snat().state }] {
@@ -300,7 +300,7 @@ fn labels_are_replaced_and_a_helper_that_has_no_name_is_not_handed_on() {
         helper: *b"ftp\0\0\0\0\0\0\0\0\0\0\0\0\0",
         ..Extra::NONE
     };
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let length = encode_update(&mut buffer, 1, &connection, 600, 0x19e);
     let last: Vec<_> =
         Attributes::new(&buffer[HEADERS..length]).map(|a| a.unwrap()).skip(6).collect();
@@ -379,7 +379,7 @@ fn what_only_few_connections_have_reads_back_and_fits() {
 #[test]
 fn what_a_newer_kernel_writes_in_another_form_is_left_out_and_counted() {
     let connection = Connection { extra: rich(), ..snat() };
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let length = encode_create(&mut buffer, 1, &connection, 5);
     let (mut at, mut cut) = (HEADERS, 0);
     while at < length {
@@ -415,7 +415,7 @@ fn what_a_newer_kernel_writes_in_another_form_is_left_out_and_counted() {
 fn an_entry_without_a_mark_has_none_and_an_event_without_one_leaves_it() {
     let mut connection = snat();
     connection.state.mark = 0;
-    let mut buffer = [0; MESSAGE_MAX];
+    let mut buffer = [0xa5; MESSAGE_MAX];
     let length = encode_create(&mut buffer, 1, &connection, 5);
     let known = |decoded: Decoded| match decoded.event {
         SourceEvent::Seen { known, .. } => known,
