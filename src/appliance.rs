@@ -538,10 +538,10 @@ fn run_shard(
             dead_after: options.dead_after,
         };
         let now = clock::now();
-        let settle = options.heartbeat * options.dead_after;
+        let dead_time = options.heartbeat * options.dead_after;
         let counters = Counters::new(memory.counters);
         let group = Group::new(identity, now);
-        let hearing = Hearing::new(config.peers.clone(), settle, now);
+        let hearing = Hearing::new(config.peers.clone(), dead_time, now);
         let group_number = options.group;
         let parts = MembershipParts {
             group,
@@ -551,7 +551,7 @@ fn run_shard(
             shared,
             notifier,
             counters,
-            settle,
+            dead_time,
         };
         Membership::new(parts, now)
     });

@@ -73,8 +73,8 @@ pub struct Membership<'m> {
     shards: u8,
     me: MemberId,
     readiness: Readiness,
-    /// The dead time.
-    settle: Duration,
+    /// After so long a silence a member is taken for dead.
+    dead_time: Duration,
     /// The version of the group with which each member came: what shards say of it counts from then
     /// on.
     came_with: Vec<u64>,
@@ -105,8 +105,8 @@ pub struct MembershipParts<'m> {
     pub notifier: Notifier,
     /// The counters of shard 0.
     pub counters: Counters<'m>,
-    /// The dead time.
-    pub settle: Duration,
+    /// After so long a silence a member is taken for dead.
+    pub dead_time: Duration,
 }
 
 impl<'m> Membership<'m> {
@@ -121,7 +121,7 @@ impl<'m> Membership<'m> {
             shared,
             notifier,
             counters,
-            settle,
+            dead_time,
         } = parts;
         let me = group.view().me;
         let mut membership = Membership {
@@ -135,8 +135,8 @@ impl<'m> Membership<'m> {
             counters,
             shards: region.header().sizes.shards,
             me,
-            readiness: Readiness::new(settle, now),
-            settle,
+            readiness: Readiness::new(dead_time, now),
+            dead_time,
             came_with: vec![0; MEMBERS_MAX + 1],
             dead: Vec::with_capacity(MEMBERS_MAX),
             leaving_since: None,
@@ -324,7 +324,7 @@ impl<'m> Membership<'m> {
     /// ready waits for what the others say.
     fn namesake(&self, now: Time) -> Option<IpAddr> {
         let patience = match self.readiness.stage() {
-            Stage::Ready => self.settle,
+            Stage::Ready => self.dead_time,
             Stage::Starting | Stage::Syncing => Duration::ZERO,
         };
         self.group

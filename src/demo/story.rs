@@ -34,7 +34,7 @@ struct Recovery {
     /// The exposure of both survivors was 0 again.
     recovered: Time,
     /// Nothing was young, unread or under way any more.
-    settled: Time,
+    at_rest: Time,
     most_exposed: u64,
 }
 
@@ -144,7 +144,7 @@ fn die(group: &mut Group) -> Result<Recovery, String> {
         {
             // Closes are not exposure: the last ones get a moment to arrive.
             group.pause(Duration::from_millis(300))?;
-            return Ok(Recovery { killed, detected, recovered, settled: now, most_exposed });
+            return Ok(Recovery { killed, detected, recovered, at_rest: now, most_exposed });
         }
         if now.since(killed) > SETTLED_WITHIN {
             let stage = match (detected, recovered) {
@@ -224,7 +224,7 @@ fn aftermath(r: &Recovery, v: &Report, say: Say<'_>) {
         format!("after {} (new backups begin 2 s after a death)", after(r.recovered)),
     );
     say("most exposed", format!("{} connections in between", commas(r.most_exposed)));
-    say("at rest", format!("after {}", after(r.settled)));
+    say("at rest", format!("after {}", after(r.at_rest)));
 }
 
 /// What may explain why something does not hold.

@@ -60,7 +60,7 @@ pub struct Hearing {
     /// Without a list of peers: whether anybody is awaited.
     anybody: bool,
     /// Members that are heard and do not hear this one.
-    deaf: [Lasting; MEMBERS_MAX + 1],
+    one_way: [Lasting; MEMBERS_MAX + 1],
     /// Members of which only small heartbeats arrive.
     small: [Lasting; MEMBERS_MAX + 1],
     /// Whether peers were named, so that they should be heard from the start.
@@ -109,7 +109,7 @@ impl Hearing {
             is_lonely: false,
             is_deaf: false,
             awaited: peers,
-            deaf: [Lasting::default(); MEMBERS_MAX + 1],
+            one_way: [Lasting::default(); MEMBERS_MAX + 1],
             small: [Lasting::default(); MEMBERS_MAX + 1],
         }
     }
@@ -167,7 +167,7 @@ impl Hearing {
     ) {
         for (id, member) in view.others() {
             let Some(address) = member.address else { continue };
-            if self.deaf[id as usize].note(is_deaf(member), now, self.patience) {
+            if self.one_way[id as usize].note(is_one_way(member), now, self.patience) {
                 tell(Trouble::NotHeardBy { member: id, address });
             }
             if self.small[id as usize].note(only_small(id), now, self.patience) {
@@ -193,7 +193,7 @@ impl Hearing {
     }
 }
 
-fn is_deaf(member: &super::view::Member) -> bool {
+fn is_one_way(member: &super::view::Member) -> bool {
     member.status.is_alive() && !member.hears_me
 }
 
@@ -222,10 +222,10 @@ mod tests {
         let (mut view, start) = (View::new(1), Time(0));
         let mut hearing = Hearing::new(vec![[10, 9, 0, 2].into()], Duration::from_secs(1), start);
         let address = heard(&mut view, 2, Status::Joining, false);
-        let deaf = vec![Trouble::NotHeardBy { member: 2, address }];
+        let one_way = vec![Trouble::NotHeardBy { member: 2, address }];
         assert_eq!(troubles(&mut hearing, 1, &view), []);
         assert_eq!(troubles(&mut hearing, 4, &view), [], "three times the silence");
-        assert_eq!(troubles(&mut hearing, 5, &view), deaf);
+        assert_eq!(troubles(&mut hearing, 5, &view), one_way);
         assert_eq!(troubles(&mut hearing, 60, &view), []);
         heard(&mut view, 2, Status::Ready, true);
         assert_eq!(troubles(&mut hearing, 61, &view), []);
@@ -235,7 +235,7 @@ mod tests {
         assert_eq!(troubles(&mut hearing, 63, &view), []);
         heard(&mut view, 2, Status::Joining, false);
         assert_eq!(troubles(&mut hearing, 64, &view), [], "counted from its return");
-        assert_eq!(troubles(&mut hearing, 68, &view), deaf);
+        assert_eq!(troubles(&mut hearing, 68, &view), one_way);
     }
 
     #[test]

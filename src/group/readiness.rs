@@ -54,7 +54,7 @@ pub enum Stage {
 pub struct Readiness {
     stage: Stage,
     /// The dead time.
-    settle: Duration,
+    dead_time: Duration,
     /// Since when the member has this stage.
     since: Time,
     /// Since when nobody else is heard.
@@ -70,11 +70,11 @@ pub struct Readiness {
 }
 
 impl Readiness {
-    /// A member that starts now; `settle` is its dead time.
-    pub fn new(settle: Duration, now: Time) -> Readiness {
+    /// A member that starts now; `dead_time` is what it is taken for dead after.
+    pub fn new(dead_time: Duration, now: Time) -> Readiness {
         Readiness {
             stage: Stage::Starting,
-            settle,
+            dead_time,
             since: now,
             alone: Some(now),
             denied: 0,
@@ -99,7 +99,7 @@ impl Readiness {
     /// it was ready.
     pub fn dispute(&mut self, now: Time) -> bool {
         let was_ready = self.stage == Stage::Ready;
-        *self = Readiness::new(self.settle, now);
+        *self = Readiness::new(self.dead_time, now);
         was_ready
     }
 
@@ -116,7 +116,7 @@ impl Readiness {
         self.alone = alone.then(|| self.alone.unwrap_or(now));
         let (is_over, next) = match self.stage {
             Stage::Starting => {
-                (own.complete && now.since(self.since) >= self.settle, Stage::Syncing)
+                (own.complete && now.since(self.since) >= self.dead_time, Stage::Syncing)
             }
             Stage::Syncing => (self.has_all(now, view, own), Stage::Ready),
             Stage::Ready => (false, Stage::Ready),
@@ -130,7 +130,7 @@ impl Readiness {
 
     fn has_all(&mut self, now: Time, view: &View, own: &Own) -> bool {
         // Whoever still means an earlier life of this member finds out within the dead time.
-        let told = now.since(self.since) >= self.settle;
+        let told = now.since(self.since) >= self.dead_time;
         let awaited = view.others().filter(|(id, m)| {
             let has_begun = m.status.is_alive() && (m.has_begun || m.status == Status::Leaving);
             let is_done = m.has_synced_me && (told || self.denied >> *id & 1 == 1);
@@ -142,8 +142,8 @@ impl Readiness {
             self.most = self.most.max(own.copies);
         }
         // Who fell silent a moment ago may be back in the next.
-        let alone = self.alone.is_some_and(|since| now.since(since) < self.settle);
-        let stalled = now.since(self.progress) >= STALL.max(self.settle * 3);
+        let alone = self.alone.is_some_and(|since| now.since(since) < self.dead_time);
+        let stalled = now.since(self.progress) >= STALL.max(self.dead_time * 3);
         if alone || awaited != 0 && !stalled {
             self.settling = None;
             return false;
@@ -267,17 +267,17 @@ mod tests {
     #[test]
     fn who_sends_nothing_more_is_not_waited_for_for_ever_and_slow_progress_is_progress() {
         let mut r = Readiness::new(SETTLE, at(0));
-        let deaf = view(&[
+        let one_way = view(&[
             (1, member(Status::Joining, true, false)),
             (2, member(Status::Ready, true, false)),
         ]);
         for second in 1..20 {
             let own = Own { copies: second, ..OWN };
-            assert_eq!(stage_at(&mut r, 4000 * second, &deaf, &own), Stage::Syncing);
+            assert_eq!(stage_at(&mut r, 4000 * second, &one_way, &own), Stage::Syncing);
         }
         let own = Own { copies: 19, ..OWN };
-        assert_eq!(stage_at(&mut r, 76_000 + 4999, &deaf, &own), Stage::Syncing);
-        assert_eq!(stage_at(&mut r, 76_000 + 5000, &deaf, &own), Stage::Ready);
+        assert_eq!(stage_at(&mut r, 76_000 + 4999, &one_way, &own), Stage::Syncing);
+        assert_eq!(stage_at(&mut r, 76_000 + 5000, &one_way, &own), Stage::Ready);
         assert_eq!(r.awaited(), 1 << 1 | 1 << 2, "it knows without whom");
     }
 }

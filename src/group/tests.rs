@@ -325,8 +325,8 @@ fn that_a_member_is_ready_is_told_once_however_well_the_two_hear_each_other_mean
     let (mut a, mut b) = (Group::new(identity(1, 11), at(0)), Group::new(identity(2, 22), at(0)));
     beat(&mut a, &mut b, at(0));
     let heartbeat = b.poll_heartbeat(at(0), &READY).unwrap().0;
-    let deaf = Heartbeat { hears: 0, ..heartbeat.clone() };
-    for said in [&deaf, &heartbeat, &deaf, &heartbeat, &heartbeat] {
+    let one_way = Heartbeat { hears: 0, ..heartbeat.clone() };
+    for said in [&one_way, &heartbeat, &one_way, &heartbeat, &heartbeat] {
         a.handle_heartbeat(at(0), address(2), said);
     }
     assert_eq!(events(&mut a), [Event::MemberUp(2), Event::MemberReady(2)]);

@@ -149,7 +149,7 @@ impl Replica<'_> {
             return Stays(Busy);
         }
         self.demote(slot, own, stamp);
-        // Who has it is settled: its next packet here is a claim like any other.
+        // Who has it is decided: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
         self.ledger.become_copy(slot, own);
         // It may believe what was said before the roles changed: a commit that succeeds is told.

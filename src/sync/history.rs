@@ -379,7 +379,7 @@ impl<'m> History<'m> {
     }
 
     /// The entry is acknowledged or given up. Returns how many connections it carried.
-    pub fn settle(&mut self, id: u32) -> u32 {
+    pub fn retire(&mut self, id: u32) -> u32 {
         let flight = &mut self.flights[id as usize];
         flight.outstanding = false;
         std::mem::take(&mut flight.connections)
@@ -491,16 +491,16 @@ mod tests {
             assert!(bytes.iter().all(|b| *b == (n + 1) as u8), "entry {n} was overwritten");
             assert!(history.contents(*id).eq([Content::Request(n as u32 + 1)]));
         }
-        history.settle(ids[0]);
+        history.retire(ids[0]);
         for id in &ids[1..] {
             history.on_send_complete(*id);
-            history.settle(*id);
+            history.retire(*id);
         }
         for n in 0..5000 {
             let id = append(&mut history, n, 1 + n as usize % DATAGRAM_MAX).unwrap();
             assert!(history.contents(id).eq([Content::Request(n as u32)]));
             history.on_send_complete(id);
-            history.settle(id);
+            history.retire(id);
         }
     }
 }

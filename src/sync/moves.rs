@@ -242,7 +242,7 @@ impl Replica<'_> {
         own: Coordinate,
         claimed: bool,
     ) -> Verdict {
-        // A claimed offer is settled now: its sender takes the ack for the answer. Any other is
+        // A claimed offer is decided now: its sender takes the ack for the answer. Any other is
         // made again after a while, so it need not be kept: were the floor to wait for an answer
         // here and there at once, it would wait for ever.
         if claimed && !self.requests.has_room(Rank::Consequence) {

@@ -3,7 +3,7 @@
 //!
 //! It stands on the [history](super::history), which has the bytes. Of each stream the datagrams
 //! that are neither acknowledged nor given up form a chain, oldest first. A cumulative ack (the
-//! *floor*) settles all up to it; what arrived beyond is known by its bits; what several later ones
+//! *floor*) retires all up to it; what arrived beyond is known by its bits; what several later ones
 //! overtook, or what no ack came for in time, is retransmitted.
 //!
 //! What always holds, and is asserted where it could break:
@@ -11,7 +11,7 @@
 //! 1. *The chain of a stream is what lies above its floor and above what was given up*, in order,
 //!    without a gap.
 //! 2. *Every connection in a chain counts as unacknowledged*, of its stream and of all, until it is
-//!    settled.
+//!    retired.
 //! 3. *A datagram is given up only after what it carried is dirty again*: the caller sees its
 //!    contents first.
 //! 4. *Where anything is outstanding, or the peer has not answered yet, there is a time to
@@ -303,7 +303,7 @@ impl<'m> Outbox<'m> {
 
     // Acks.
 
-    /// The peer has everything up to this number. `settled` is told of each datagram since when the
+    /// The peer has everything up to this number. `retired` is told of each datagram since when the
     /// oldest change that it carried had waited, and how many connections it carried. Whether that
     /// is news.
     pub(super) fn on_floor(
@@ -311,7 +311,7 @@ impl<'m> Outbox<'m> {
         now: Time,
         stream: usize,
         floor: Seq,
-        mut settled: impl FnMut(Duration, u32),
+        mut retired: impl FnMut(Duration, u32),
     ) -> bool {
         let durable = self.durable(stream);
         assert!(!floor.is_after(durable.sent()), "the caller saw that it was sent");
@@ -323,7 +323,7 @@ impl<'m> Outbox<'m> {
         while let Some((id, entry)) = self.oldest(stream)
             && !entry.seq.is_after(floor)
         {
-            settled(now.since(self.history.oldest_change(id)), self.history.connections(id));
+            retired(now.since(self.history.oldest_change(id)), self.history.connections(id));
             if self.history.sends(id) == 1 {
                 self.streams[stream].sample(now.since(entry.first_sent));
             }
@@ -390,7 +390,7 @@ impl<'m> Outbox<'m> {
 
     fn settle_oldest(&mut self, stream: usize) {
         let id = self.streams[stream].oldest.expect("something is outstanding");
-        let connections = self.history.settle(id) as u64;
+        let connections = self.history.retire(id) as u64;
         self.unacknowledged -= connections;
         let sending = &mut self.streams[stream];
         sending.unacknowledged -= connections;
@@ -572,11 +572,11 @@ mod tests {
     }
 
     fn ack(outbox: &mut Outbox<'_>, now: Time, floor: u64) -> Vec<(Duration, u32)> {
-        let mut settled = Vec::new();
+        let mut retired = Vec::new();
         outbox.on_floor(now, STREAM, seq(floor), |delay, connections| {
-            settled.push((delay, connections))
+            retired.push((delay, connections))
         });
-        settled
+        retired
     }
 
     fn again(outbox: &mut Outbox<'_>, now: Time) -> Vec<u64> {
@@ -592,8 +592,8 @@ mod tests {
             send(&mut outbox, at(n), 10);
         }
         assert_eq!((outbox.unacknowledged(), outbox.unacknowledged_on(STREAM)), (30, 30));
-        let settled = ack(&mut outbox, at(5), 2);
-        assert_eq!(settled, [(Duration::from_millis(5), 10), (Duration::from_millis(4), 10)]);
+        let retired = ack(&mut outbox, at(5), 2);
+        assert_eq!(retired, [(Duration::from_millis(5), 10), (Duration::from_millis(4), 10)]);
         assert_eq!((outbox.unacknowledged(), outbox.oldest_change(STREAM)), (10, Some(at(2))));
         assert_eq!(ack(&mut outbox, at(6), 2), [], "known");
         ack(&mut outbox, at(6), 3);

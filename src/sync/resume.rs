@@ -114,10 +114,10 @@ impl<'m> Replica<'m> {
         }
         for (stream, found) in found.into_iter().enumerate() {
             let durable = self.durable(stream);
-            let settled = durable.floor().max(durable.given_up());
+            let retired = durable.floor().max(durable.given_up());
             assert!(
-                found == durable.sent().beyond(settled),
-                "stream {stream} has {found} datagrams after {settled:?} and sent {:?}",
+                found == durable.sent().beyond(retired),
+                "stream {stream} has {found} datagrams after {retired:?} and sent {:?}",
                 durable.sent()
             );
         }

@@ -264,7 +264,7 @@ impl Replica<'_> {
         for member in self.peers.down() {
             self.review_down(now, member);
         }
-        self.abandon_the_deaf(now);
+        self.abandon_one_way_peers(now);
         self.offer_again(now);
         let Some((walk, first)) = self.walks.next(now) else { return };
         let mut slot = first;
@@ -308,16 +308,16 @@ impl Replica<'_> {
     }
 
     /// Who does not hear us acknowledges nothing.
-    fn abandon_the_deaf(&mut self, now: Time) {
+    fn abandon_one_way_peers(&mut self, now: Time) {
         for member in self.peers.up_or(self.abandoned) {
             let seen = self.peers.seen(member);
             let hears_me = seen.hears_me;
-            let deaf = self.is_up(member)
+            let one_way = self.is_up(member)
                 && seen.status.is_alive()
                 && !hears_me
                 && seen.since.after(self.config.reprotect_after).reached(now);
             let bit = 1u64 << member;
-            if deaf && self.abandoned & bit == 0 {
+            if one_way && self.abandoned & bit == 0 {
                 self.abandoned |= bit;
                 self.walks.push(Walk::Abandon { member });
             } else if hears_me && self.abandoned & bit != 0 {
@@ -394,11 +394,11 @@ impl Replica<'_> {
             }
             _ => None,
         });
-        let deaf = self.peers.view().others().filter(|(id, m)| {
+        let one_way = self.peers.view().others().filter(|(id, m)| {
             m.status.is_alive() && !m.hears_me && self.is_up(*id) && self.abandoned >> *id & 1 == 0
         });
-        let deaf = deaf.map(|(_, m)| m.since.after(self.config.reprotect_after));
-        downs.chain(deaf).fold(again, Time::min)
+        let one_way = one_way.map(|(_, m)| m.since.after(self.config.reprotect_after));
+        downs.chain(one_way).fold(again, Time::min)
     }
 
     fn walk_done(&mut self, now: Time, walk: Walk) {

@@ -117,7 +117,7 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     if kind == TYPE_DELETE {
         // It carries the state that the entry was in; whether a timeout, a person or a closing
         // connection ended it follows from that alone.
-        let Rest { state, extra, .. } = rest.settled(original.protocol);
+        let Rest { state, extra, .. } = rest.completed(original.protocol);
         let end = end_of(&Connection { original, reply: original, state, extra });
         return Ok(Decoded { event: SourceEvent::Gone { original, end }, skipped });
     }
@@ -126,7 +126,7 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     if original.protocol != reply.protocol {
         return Err(Malformed::TwoProtocols);
     }
-    let Rest { state, extra, known, .. } = rest.settled(original.protocol);
+    let Rest { state, extra, known, .. } = rest.completed(original.protocol);
     let connection = Connection { original, reply, state, extra };
     Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
 }
@@ -176,7 +176,7 @@ impl Rest {
     }
 
     /// Brings together what depends on the protocol.
-    fn settled(mut self, protocol: u8) -> Rest {
+    fn completed(mut self, protocol: u8) -> Rest {
         match (protocol, self.protocol_state) {
             (TCP, Some(ProtocolState::Tcp { tcp_state, scale, flags })) => {
                 self.state.tcp_state = tcp_state;
