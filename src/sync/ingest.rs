@@ -25,6 +25,16 @@ use crate::time::Time;
 /// For so long the end of a hold waits for a source that has more to tell.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 
+/// What the source says of a connection that was not known.
+struct News {
+    /// Its state now.
+    state: State,
+    /// What only few connections have, if that is new.
+    extra: Option<Extra>,
+    /// The groups of all this that differ from before.
+    changed: u8,
+}
+
 impl Replica<'_> {
     /// The source saw something.
     pub fn handle_source(&mut self, now: Time, event: &SourceEvent) {
@@ -168,6 +178,8 @@ impl Replica<'_> {
         slot
     }
 
+    /// The source saw the connection in this slot, of which it knows so much. It may be another one
+    /// of the same tuple.
     pub(super) fn change(&mut self, now: Time, slot: u32, seen: &Connection, known: u8) {
         let line = self.ledger.line(slot);
         let (original, reply) = self.ledger.tuples(slot);
@@ -180,27 +192,43 @@ impl Replica<'_> {
                 None => self.open(now, &Connection { original, ..*seen }, Some(line.stamp())),
             };
         }
-        let old = line.state();
         if known & groups::STATE != 0
             && line.kind() == Kind::Active
             && !self.is_presumed(slot)
-            && phase::begins_anew(&old, &seen.state)
+            && phase::begins_anew(&line.state(), &seen.state)
         {
             // The port was used again, and the entry of the one before stood in the way: the kernel
             // makes it the next one's.
             self.gone(now, slot, End::Seen);
             return self.open(now, &Connection { original, reply, ..*seen }, Some(line.stamp()));
         }
-        let mut new = old;
-        let mut changed = 0;
+        let news = self.news(slot, seen, known);
+        match line.kind() {
+            Kind::Held => self.update_held(now, slot, &news),
+            Kind::Active => self.update_active(now, slot, &news),
+            Kind::Backup => {
+                // First the claim with its stamp: no state is ever seen under the stamp of another
+                // one.
+                self.claim(now, slot);
+                self.take_extra(slot, &news);
+                self.ledger.amend(slot, |line| line.set_state(&news.state));
+            }
+            kind => panic!("a {kind:?} slot is not in the index"),
+        }
+    }
+
+    /// What the source, which knows so much, says of this slot's connection that is not here yet.
+    fn news(&self, slot: u32, seen: &Connection, known: u8) -> News {
+        let old = self.ledger.line(slot).state();
+        let (mut state, mut changed) = (old, 0);
         if known & groups::STATE != 0 {
-            new = State { timeout_s: old.timeout_s, mark: old.mark, ..seen.state };
-            if new != old {
+            state = State { timeout_s: old.timeout_s, mark: old.mark, ..seen.state };
+            if state != old {
                 changed |= groups::STATE;
             }
         }
         if known & groups::MARK != 0 && seen.state.mark != old.mark {
-            new.mark = seen.state.mark;
+            state.mark = seen.state.mark;
             changed |= groups::MARK;
         }
         // A timeout runs down by itself: it travels with other changes, and alone only if it grew.
@@ -208,94 +236,86 @@ impl Replica<'_> {
         if known & groups::TIMEOUT != 0
             && (grew || changed != 0 && seen.state.timeout_s != old.timeout_s)
         {
-            new.timeout_s = seen.state.timeout_s;
+            state.timeout_s = seen.state.timeout_s;
             changed |= groups::TIMEOUT;
         }
-        let new_extra = self.new_extra(slot, seen);
-        if new_extra.is_some() {
+        let extra = self.new_extra(slot, seen);
+        if extra.is_some() {
             changed |= groups::EXTRA;
         }
-        match line.kind() {
-            Kind::Held => {
-                let contested = self.contests.decide(slot, line.generation());
-                let mut stamp = line.stamp();
-                if let Some(rival) = contested {
-                    self.counters.count(Counter::ClaimsContested);
-                    stamp = rival.outdone(stamp, self.config.member);
-                    self.ledger.raise_epoch(stamp.epoch);
+        News { state, extra, changed }
+    }
+
+    fn take_extra(&mut self, slot: u32, news: &News) {
+        if let Some(extra) = &news.extra {
+            self.ledger.set_extra(slot, extra);
+        }
+    }
+
+    /// Nobody has heard of the connection in this slot: what is new of it stays here. If it is
+    /// contested, that was traffic, which decides.
+    fn update_held(&mut self, now: Time, slot: u32, news: &News) {
+        let line = self.ledger.line(slot);
+        let contested = self.contests.decide(slot, line.generation());
+        let mut stamp = line.stamp();
+        if let Some(rival) = contested {
+            self.counters.count(Counter::ClaimsContested);
+            stamp = rival.outdone(stamp, self.config.member);
+            self.ledger.raise_epoch(stamp.epoch);
+        }
+        self.ledger.amend(slot, |line| {
+            line.set_unseen(false);
+            line.set_state(&news.state);
+            line.set_stamp(stamp);
+        });
+        self.take_extra(slot, news);
+        if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
+            self.ledger.unlist(slot);
+            self.ledger.activate(slot);
+            self.tell_rival(now, slot, rival);
+        } else if self.ledger.on(slot) == On::None {
+            self.ledger.hold(now, slot);
+        }
+    }
+
+    /// The connection in this slot is ours: what is new of it is sent. If it was only presumed to
+    /// be, or is contested, that was traffic, which claims it.
+    fn update_active(&mut self, now: Time, slot: u32, news: &News) {
+        let changed = news.changed;
+        let contested = self.contests.decide(slot, self.ledger.line(slot).generation());
+        self.counters.add(Counter::ClaimsContested, contested.is_some() as u64);
+        let is_claim = self.is_presumed(slot) || contested.is_some();
+        self.counters.add(Counter::Claims, is_claim as u64);
+        // First the slot says that its newest state is not acknowledged, then it has one: whoever
+        // reads what a killed process left behind never takes the new state for acknowledged.
+        if changed != 0 || is_claim {
+            self.send_change(now, slot, changed);
+        }
+        if is_claim && self.ledger.former(slot).member() == self.config.member {
+            self.ledger.set_former(slot, Coordinate::NOWHERE);
+        }
+        // Who was its backup may have claimed it before it fell silent, unheard: what is seen since
+        // is newer.
+        let (epoch, member) = (self.ledger.epoch(), self.config.member);
+        let has_backup = self.ledger.line(slot).peer().is_somewhere();
+        self.ledger.amend(slot, |line| {
+            line.set_state(&news.state);
+            if is_claim {
+                line.set_claimed(true);
+                let own = line.stamp();
+                line.set_stamp(contested.map_or(own.claimed(), |rival| rival.outdone(own, member)));
+            } else if changed != 0 && !is(Mutation::VersionStands) {
+                let mut stamp = line.stamp().changed();
+                if !has_backup {
+                    stamp.epoch = stamp.epoch.max(epoch);
                 }
-                self.ledger.amend(slot, |line| {
-                    line.set_unseen(false);
-                    line.set_state(&new);
-                    line.set_stamp(stamp);
-                });
-                if let Some(extra) = &new_extra {
-                    self.ledger.set_extra(slot, extra);
-                }
-                if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
-                    self.ledger.unlist(slot);
-                    self.ledger.activate(slot);
-                    self.tell_rival(now, slot, rival);
-                } else if self.ledger.on(slot) == On::None {
-                    self.ledger.hold(now, slot);
-                }
+                line.set_stamp(stamp);
             }
-            Kind::Active => {
-                let contested = self.contests.decide(slot, line.generation());
-                self.counters.add(Counter::ClaimsContested, contested.is_some() as u64);
-                let presumed = self.is_presumed(slot) || contested.is_some();
-                if presumed {
-                    // Traffic: no more a presumption.
-                    self.counters.count(Counter::Claims);
-                }
-                // First the slot says that its newest state is not acknowledged, then it has one:
-                // whoever reads what a killed process left behind never takes the new state for
-                // acknowledged.
-                if changed != 0 || presumed {
-                    self.send_change(now, slot, changed);
-                }
-                if presumed && self.ledger.former(slot).member() == self.config.member {
-                    self.ledger.set_former(slot, Coordinate::NOWHERE);
-                }
-                // Who was its backup may have claimed it before it fell silent, unheard: what is
-                // seen since is newer.
-                let (epoch, member) = (self.ledger.epoch(), self.config.member);
-                let has_backup = self.ledger.line(slot).peer().is_somewhere();
-                self.ledger.amend(slot, |line| {
-                    line.set_state(&new);
-                    if presumed {
-                        line.set_claimed(true);
-                        let own = line.stamp();
-                        line.set_stamp(
-                            contested.map_or(own.claimed(), |rival| rival.outdone(own, member)),
-                        );
-                    } else if changed != 0 && !is(Mutation::VersionStands) {
-                        let mut stamp = line.stamp().changed();
-                        if !has_backup {
-                            stamp.epoch = stamp.epoch.max(epoch);
-                        }
-                        line.set_stamp(stamp);
-                    }
-                });
-                // Behind its stamp: the source tells again what is not here, and that is a further
-                // change.
-                if let Some(extra) = &new_extra {
-                    self.ledger.set_extra(slot, extra);
-                }
-                if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
-                    self.tell_rival(now, slot, rival);
-                }
-            }
-            Kind::Backup => {
-                // First the claim with its stamp: no state is ever seen under the stamp of another
-                // one.
-                self.claim(now, slot);
-                if let Some(extra) = &new_extra {
-                    self.ledger.set_extra(slot, extra);
-                }
-                self.ledger.amend(slot, |line| line.set_state(&new));
-            }
-            kind => panic!("a {kind:?} slot is not in the index"),
+        });
+        // Behind its stamp: the source tells again what is not here, and that is a further change.
+        self.take_extra(slot, news);
+        if let Some(rival) = contested.filter(|rival| self.can_be_told(rival)) {
+            self.tell_rival(now, slot, rival);
         }
     }
 
