@@ -8,9 +8,11 @@
 //!          claims: look-ups of copies -----------> Replica     after events about them
 //!          shifts: look-ups of what has a helper > Replica     after expectations, and once a second
 //!          writer <--- commits ------------------- Replica
+//!          answers: what became of them ---------> Replica     and who asked is told
 //! ```
 
 mod admission;
+mod answers;
 mod asking;
 mod claims;
 mod kernel;

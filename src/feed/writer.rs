@@ -2,17 +2,15 @@
 
 use std::time::Duration;
 
-use super::claims::{self, Claims, Question, Told};
+use super::answers::{Answers, For, RunsOut};
+use super::claims::{Claims, Told};
 use super::leftovers::{LeftoverStep, Leftovers};
 use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
 use super::verify::Verify;
-use crate::ccp::message::Fault;
 use crate::conn::table::Written;
-use crate::conn::{Generation, Kind, Tuple};
-use crate::conntrack::commit::{
-    CommitResult, Committer, FlushFirst, Lifetime, Outcome, is_touched,
-};
+use crate::conn::{Kind, Tuple};
+use crate::conntrack::commit::{Committer, FlushFirst, Lifetime};
 use crate::conntrack::entries::Entries;
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
@@ -29,63 +27,16 @@ const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
 /// Pause between two lines in the log about refusals.
 const TELL_PAUSE: Duration = Duration::from_secs(10);
 
-/// What an entry of the batch is for.
-#[derive(Clone, Copy)]
-enum For {
-    /// The copy in this slot.
-    Copy(u32, Generation),
-    /// The connection in this slot, which was taken over.
-    Own(u32, Generation),
-    /// The question whether packets passed the entry of what is left of a copy, in this slot; and
-    /// when the last one passed its active's.
-    Rest(u32, Generation, u32),
-    /// The question whether packets pass the entry of a contested connection, in this slot.
-    Watch(u32, Generation),
-    /// The question what an event about a copy meant.
-    Claim(Question),
-    /// Removing an entry.
-    Nobody,
-    /// The question whether the connection in this slot is there.
-    Look(u32, Generation),
-    /// The question whether the entry of this copy is there, for the walk that verifies.
-    Verify(u32, Generation),
-    /// The question by how much the connection in this slot is shifted.
-    Shift(u32, Generation),
-    /// The question whether an entry that an earlier process owed a delete is there.
-    Leftover,
-    /// Removing it.
-    LeftoverGone,
-    /// Giving it its normal timeout.
-    LeftoverAged,
-    /// The question whether packets have passed an entry that goes if not.
-    Untouched,
-}
-
 /// A shard's pen.
 pub(super) struct Writer<E> {
     committer: Committer<E>,
     claims: Claims,
     had_room: bool,
     batch: Vec<For>,
-    /// Of each slot: the millisecond in which the entry of its copy runs out that was given its
-    /// normal timeout, its active being silent, if no packet passes; 0: it was not given that.
-    runs_out: Vec<u32>,
+    runs_out: RunsOut,
     /// Entries that the last [`write`](Self::write) deleted.
     deleted: Vec<Tuple>,
     lines: Sparse,
-}
-
-/// An entry is written up to so many milliseconds after the time that its pass is said to have. (If
-/// it took longer, packets are believed that there were not.)
-const WRITTEN_LATE: u32 = 20;
-
-/// The last packets of two gateways' entries may be so many seconds apart although both see all of
-/// the traffic, each one direction: an answer takes its time, and whole seconds are told.
-const APART_S: u32 = 5;
-
-/// The millisecond that a time is in; they wrap after 49 days.
-fn millisecond(time: Time) -> u32 {
-    (time.0 / 1_000_000) as u32
 }
 
 impl<E: Entries> Writer<E> {
@@ -95,7 +46,7 @@ impl<E: Entries> Writer<E> {
             claims: Claims::new(),
             had_room: true,
             batch: Vec::with_capacity(Committer::BATCH),
-            runs_out: vec![0; capacity as usize],
+            runs_out: RunsOut::new(capacity),
             deleted: Vec::with_capacity(COMMIT_PER_PASS),
             lines: Sparse::new(TELL_PAUSE),
         }
@@ -289,12 +240,7 @@ impl<E: Entries> Writer<E> {
                         self.committer.write(&connection, lifetime)?
                     }
                     _ => {
-                        let silent_s = match self.runs_out[*slot as usize] {
-                            0 => 0,
-                            // The kernel tells what is left in whole seconds, what is begun left
-                            // out.
-                            at => (at.wrapping_sub(millisecond(now)) as i32).max(0) as u32 / 1000,
-                        };
+                        let silent_s = self.runs_out.left_s(now, *slot);
                         self.committer.keep(&connection, lifetime, silent_s)?;
                     }
                 }
@@ -343,145 +289,9 @@ impl<E: Entries> Writer<E> {
             return;
         }
         let timeouts = *committer.timeouts();
-        let tally = committer.flush(&mut |result: CommitResult| {
-            let outcome = match (result.outcome, batch[result.index]) {
-                (Outcome::Present(connection), For::Look(slot, generation)) => {
-                    return repair.found(now, slot, generation, Some(&connection), replica);
-                }
-                (Outcome::Removed, For::Look(slot, generation)) => {
-                    return repair.found(now, slot, generation, None, replica);
-                }
-                (Outcome::Present(connection), For::Verify(slot, generation)) => {
-                    return verify.found(
-                        now,
-                        (slot, generation),
-                        Some(&connection),
-                        replica,
-                        counters,
-                    );
-                }
-                (Outcome::Removed, For::Verify(slot, generation)) => {
-                    return verify.found(now, (slot, generation), None, replica, counters);
-                }
-                (Outcome::Present(connection), For::Shift(slot, generation)) => {
-                    return shifts.found(now, (slot, generation), &connection, replica, counters);
-                }
-                (Outcome::Removed, For::Shift(..)) => return, // Events tell.
-                (Outcome::Present(connection), For::Rest(slot, generation, elsewhere_at)) => {
-                    let own_s =
-                        if is_touched(&connection) { connection.state.timeout_s } else { 0 };
-                    // What was written over had been touched.
-                    let left_s = own_s.max(replica.table().passed_s(slot, now));
-                    let age_s = now.begun_seconds().saturating_sub(elsewhere_at);
-                    let is_over = elsewhere_at > 0
-                        && timeouts.youngest_s(&connection, left_s) > age_s.saturating_add(APART_S);
-                    let touched = left_s > 0 && !is_over;
-                    if touched {
-                        repair.may_be_unheard(slot);
-                    }
-                    return replica.handle_look(now, slot, generation, Some(&connection), touched);
-                }
-                (Outcome::Present(connection), For::Watch(slot, generation)) => {
-                    repair.may_be_unheard(slot);
-                    return replica.handle_watch(now, slot, generation, Some(&connection));
-                }
-                (Outcome::Removed, For::Watch(slot, generation)) => {
-                    return replica.handle_watch(now, slot, generation, None);
-                }
-                (_, For::Watch(..)) => return, // It is asked again.
-                (Outcome::Present(connection), For::Claim(question)) => {
-                    return claims::found(now, question, Some(&connection), replica, counters);
-                }
-                (Outcome::Removed, For::Claim(question)) => {
-                    return claims::found(now, question, None, replica, counters);
-                }
-                (Outcome::Written, For::LeftoverAged) => {
-                    return counters.count(Counter::LeftoversAged);
-                }
-                (_, For::LeftoverAged) => return, // It has gone by itself.
-                // That it is there no more, or cannot be asked for, leaves nothing to keep.
-                (_, For::Rest(slot, generation, _)) => {
-                    return replica.handle_look(now, slot, generation, None, false);
-                }
-                (Outcome::Present(connection), For::Leftover) => {
-                    return repair.found_leftover(&connection, counters);
-                }
-                (Outcome::Present(connection), For::Untouched) if is_touched(&connection) => {
-                    return repair.found_besides(now, &connection, replica);
-                }
-                (Outcome::Present(connection), For::Untouched) => {
-                    return repair.leftovers().remove(
-                        &connection,
-                        LeftoverStep::RemoveCopys,
-                        counters,
-                    );
-                }
-                (Outcome::Removed, For::Leftover | For::Untouched) => return,
-                (Outcome::Removed, For::LeftoverGone) => {
-                    return counters.count(Counter::LeftoversDeleted);
-                }
-                (Outcome::Written, _) => {
-                    counters.count(Counter::Commits);
-                    Ok(Written::Yes)
-                }
-                (Outcome::AsItWas, _) => Ok(Written::AsItWas),
-                (Outcome::Removed, _) => return counters.count(Counter::CommitDeletes),
-                // What only a dead member had gives way to what the kernel has.
-                (
-                    Outcome::Another(there),
-                    For::Copy(slot, generation) | For::Own(slot, generation),
-                ) if replica.table().line(slot).generation() == generation
-                    && !replica.is_living_copy(slot) =>
-                {
-                    counters.count(Counter::CommitClashes);
-                    return repair.found_instead(now, &there, replica);
-                }
-                (Outcome::Clash | Outcome::Another(_), _) => {
-                    counters.count(Counter::CommitClashes);
-                    Err(Fault::Clash)
-                }
-                (Outcome::Unshifted, _) => {
-                    counters.count(Counter::CommitWithoutShift);
-                    Err(Fault::Refused)
-                }
-                (Outcome::NoRoom, _) => {
-                    counters.count(Counter::CommitNoRoom);
-                    Err(Fault::NoRoom)
-                }
-                (Outcome::Failed(errno), _) => {
-                    if let Some(more) = lines.tell(now) {
-                        let reason = std::io::Error::from_raw_os_error(errno);
-                        log::warn!(
-                            "the kernel refuses what is asked of entry {}: {reason}{more}",
-                            result.original
-                        );
-                    }
-                    counters.count(Counter::CommitErrors);
-                    Err(Fault::Refused)
-                }
-                (Outcome::Present(_), _) => {
-                    counters.count(Counter::CommitErrors);
-                    Err(Fault::Refused)
-                }
-            };
-            if let For::Copy(slot, generation) | For::Own(slot, generation) = batch[result.index] {
-                runs_out[slot as usize] = match result.silent_s {
-                    0 => 0,
-                    silent_s => {
-                        (millisecond(now).wrapping_add(WRITTEN_LATE + silent_s * 1000)).max(1)
-                    }
-                };
-                if result.passed_s > 0 && !is(Mutation::KeepOverwrites) {
-                    replica.handle_overwritten(now, slot, generation, result.passed_s);
-                }
-                let written = replica.table().written(slot);
-                let is_first = matches!(written, Written::No | Written::Normal);
-                if result.was_there && is_first && matches!(batch[result.index], For::Copy(..)) {
-                    repair.may_be_unheard(slot);
-                }
-                replica.handle_commit(now, slot, generation, outcome);
-            }
-        });
+        let mut answers =
+            Answers { now, timeouts, repair, verify, shifts, runs_out, lines, replica, counters };
+        let tally = committer.flush(&mut |result| answers.take(batch[result.index], &result));
         batch.clear();
         counters.add(Counter::CommitUpdates, tally.updated);
         counters.add(Counter::CommitReplaced, tally.replaced);

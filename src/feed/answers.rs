@@ -1,0 +1,238 @@
+//! Answers: what the kernel says to each entry of a batch, and whose that is.
+
+use super::claims::{self, Question};
+use super::leftovers::LeftoverStep;
+use super::repair::Repair;
+use super::shifts::Shifts;
+use super::verify::Verify;
+use crate::ccp::message::Fault;
+use crate::conn::table::Written;
+use crate::conn::{Connection, Generation};
+use crate::conntrack::commit::{CommitResult, Outcome, is_touched};
+use crate::conntrack::timeouts::Timeouts;
+use crate::counters::{Counter, Counters};
+use crate::logging::Sparse;
+use crate::sync::Replica;
+use crate::sync::mutation::{Mutation, is};
+use crate::time::Time;
+
+/// An entry is written up to so many milliseconds after the time that its pass is said to have. (If
+/// it took longer, packets are believed that there were not.)
+const WRITTEN_LATE: u32 = 20;
+
+/// The last packets of two gateways' entries may be so many seconds apart although both see all of
+/// the traffic, each one direction: an answer takes its time, and whole seconds are told.
+const APART_S: u32 = 5;
+
+/// What an entry of the batch is for.
+#[derive(Clone, Copy)]
+pub(super) enum For {
+    /// The copy in this slot.
+    Copy(u32, Generation),
+    /// The connection in this slot, which was taken over.
+    Own(u32, Generation),
+    /// The question whether packets passed the entry of what is left of a copy, in this slot; and
+    /// when the last one passed its active's.
+    Rest(u32, Generation, u32),
+    /// The question whether packets pass the entry of a contested connection, in this slot.
+    Watch(u32, Generation),
+    /// The question what an event about a copy meant.
+    Claim(Question),
+    /// Removing an entry.
+    Nobody,
+    /// The question whether the connection in this slot is there.
+    Look(u32, Generation),
+    /// The question whether the entry of this copy is there, for the walk that verifies.
+    Verify(u32, Generation),
+    /// The question by how much the connection in this slot is shifted.
+    Shift(u32, Generation),
+    /// The question whether an entry that an earlier process owed a delete is there.
+    Leftover,
+    /// Removing it.
+    LeftoverGone,
+    /// Giving it its normal timeout.
+    LeftoverAged,
+    /// The question whether packets have passed an entry that goes if not.
+    Untouched,
+}
+
+/// When the entries of copies run out that were given their normal timeout, their actives being
+/// silent, if no packet passes.
+pub(super) struct RunsOut(Vec<u32>);
+
+impl RunsOut {
+    pub(super) fn new(capacity: u32) -> RunsOut {
+        RunsOut(vec![0; capacity as usize])
+    }
+
+    /// The millisecond that a time is in; they wrap after 49 days.
+    fn millisecond(time: Time) -> u32 {
+        (time.0 / 1_000_000) as u32
+    }
+
+    /// What the kernel tells that the slot's entry has left, if no packet has passed: whole
+    /// seconds, what is begun left out. 0: it was not given that timeout.
+    pub(super) fn left_s(&self, now: Time, slot: u32) -> u32 {
+        match self.0[slot as usize] {
+            0 => 0,
+            at => (at.wrapping_sub(RunsOut::millisecond(now)) as i32).max(0) as u32 / 1000,
+        }
+    }
+
+    /// It was given so many seconds; 0: it was not.
+    fn set(&mut self, now: Time, slot: u32, seconds: u32) {
+        let at = RunsOut::millisecond(now).wrapping_add(WRITTEN_LATE + seconds * 1000);
+        self.0[slot as usize] = if seconds == 0 { 0 } else { at.max(1) };
+    }
+}
+
+/// Whom the answers go to.
+pub(super) struct Answers<'a, 'm, 'c> {
+    pub(super) now: Time,
+    pub(super) timeouts: Timeouts,
+    pub(super) repair: &'a mut Repair,
+    pub(super) verify: &'a mut Verify,
+    pub(super) shifts: &'a Shifts,
+    pub(super) runs_out: &'a mut RunsOut,
+    pub(super) lines: &'a mut Sparse,
+    pub(super) replica: &'a mut Replica<'m>,
+    pub(super) counters: &'a Counters<'c>,
+}
+
+impl Answers<'_, '_, '_> {
+    pub(super) fn take(&mut self, what: For, result: &CommitResult) {
+        let there = match &result.outcome {
+            Outcome::Present(connection) => Some(connection),
+            _ => None,
+        };
+        let is_answered = there.is_some() || result.outcome == Outcome::Removed;
+        let Answers { now, repair, replica, counters, .. } = self;
+        match what {
+            For::Copy(slot, generation) | For::Own(slot, generation) => {
+                let is_copy = matches!(what, For::Copy(..));
+                self.written(is_copy, slot, generation, result)
+            }
+            // That it is there no more, or cannot be asked for, leaves nothing to keep.
+            For::Rest(slot, generation, elsewhere_at) => {
+                self.rest(slot, generation, elsewhere_at, there)
+            }
+            // If it cannot be asked for, it is asked again.
+            For::Watch(slot, generation) if is_answered => {
+                if there.is_some() {
+                    repair.may_be_unheard(slot);
+                }
+                replica.handle_watch(*now, slot, generation, there)
+            }
+            For::Watch(..) => {}
+            For::Look(slot, generation) if is_answered => {
+                repair.found(*now, slot, generation, there, replica)
+            }
+            For::Verify(slot, generation) if is_answered => {
+                self.verify.found(*now, (slot, generation), there, replica, counters)
+            }
+            For::Claim(question) if is_answered => {
+                claims::found(*now, question, there, replica, counters)
+            }
+            // (Of one that has gone events tell.)
+            For::Shift(slot, generation) if is_answered => {
+                if let Some(there) = there {
+                    self.shifts.found(*now, (slot, generation), there, replica, counters)
+                }
+            }
+            For::Leftover | For::Untouched if is_answered => match there {
+                Some(there) if matches!(what, For::Leftover) => {
+                    repair.found_leftover(there, counters)
+                }
+                Some(there) if is_touched(there) => repair.found_besides(*now, there, replica),
+                Some(there) => {
+                    repair.leftovers().remove(there, LeftoverStep::RemoveCopys, counters)
+                }
+                None => {}
+            },
+            For::LeftoverGone if result.outcome == Outcome::Removed => {
+                counters.count(Counter::LeftoversDeleted)
+            }
+            // If not, it has gone by itself.
+            For::LeftoverAged => {
+                let is_aged = result.outcome == Outcome::Written;
+                counters.add(Counter::LeftoversAged, is_aged as u64)
+            }
+            _ => drop(self.outcome(result)),
+        }
+    }
+
+    /// What is left of a copy is asked for packets. What was written over had been touched; and
+    /// those of its active, the last of which passed at `elsewhere_at`, may be later.
+    fn rest(
+        &mut self,
+        slot: u32,
+        generation: Generation,
+        elsewhere_at: u32,
+        there: Option<&Connection>,
+    ) {
+        let Answers { now, timeouts, repair, replica, .. } = self;
+        let goes_on = there.is_some_and(|there| {
+            let passed_s = replica.table().passed_s(slot, *now);
+            let own_s = if is_touched(there) { there.state.timeout_s } else { 0 };
+            let age_s = now.begun_seconds().saturating_sub(elsewhere_at);
+            let is_over = elsewhere_at > 0
+                && timeouts.youngest_s(there, own_s.max(passed_s)) > age_s.saturating_add(APART_S);
+            (is_touched(there) || passed_s > 0) && !is_over
+        });
+        if goes_on {
+            repair.may_be_unheard(slot);
+        }
+        replica.handle_look(*now, slot, generation, there, goes_on);
+    }
+
+    /// The entry of a copy, or of what was taken over, was to be written.
+    fn written(&mut self, is_copy: bool, slot: u32, generation: Generation, result: &CommitResult) {
+        // What only a dead member had gives way to what the kernel has.
+        if let Outcome::Another(there) = &result.outcome
+            && self.replica.table().line(slot).generation() == generation
+            && !self.replica.is_living_copy(slot)
+        {
+            self.counters.count(Counter::CommitClashes);
+            return self.repair.found_instead(self.now, there, self.replica);
+        }
+        let Some(outcome) = self.outcome(result) else { return };
+        let Answers { now, repair, replica, runs_out, .. } = self;
+        runs_out.set(*now, slot, result.silent_s);
+        if result.passed_s > 0 && !is(Mutation::KeepOverwrites) {
+            replica.handle_overwritten(*now, slot, generation, result.passed_s);
+        }
+        let is_first = matches!(replica.table().written(slot), Written::No | Written::Normal);
+        if result.was_there && is_first && is_copy {
+            repair.may_be_unheard(slot);
+        }
+        replica.handle_commit(*now, slot, generation, outcome);
+    }
+
+    /// What became of a write, counted; `None`: it was a delete.
+    fn outcome(&mut self, result: &CommitResult) -> Option<Result<Written, Fault>> {
+        let (counter, outcome) = match result.outcome {
+            Outcome::Written => (Counter::Commits, Ok(Written::Yes)),
+            Outcome::AsItWas => return Some(Ok(Written::AsItWas)),
+            Outcome::Removed => {
+                self.counters.count(Counter::CommitDeletes);
+                return None;
+            }
+            Outcome::Clash | Outcome::Another(_) => (Counter::CommitClashes, Err(Fault::Clash)),
+            Outcome::Unshifted => (Counter::CommitWithoutShift, Err(Fault::Refused)),
+            Outcome::NoRoom => (Counter::CommitNoRoom, Err(Fault::NoRoom)),
+            Outcome::Present(_) => (Counter::CommitErrors, Err(Fault::Refused)),
+            Outcome::Failed(errno) => {
+                if let Some(more) = self.lines.tell(self.now) {
+                    let reason = std::io::Error::from_raw_os_error(errno);
+                    log::warn!(
+                        "the kernel refuses what is asked of entry {}: {reason}{more}",
+                        result.original
+                    );
+                }
+                (Counter::CommitErrors, Err(Fault::Refused))
+            }
+        };
+        self.counters.count(counter);
+        Some(outcome)
+    }
+}
