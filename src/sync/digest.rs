@@ -342,7 +342,7 @@ impl Replica<'_> {
                     return;
                 }
             }
-            // Claimed or presumed here, or closed after that: the two sides decide that between them.
+            // Claimed or presumed here, or closed after that: the two sides decide between them.
             Kind::Active | Kind::Closing if is_here => {
                 let is_told = line.peer() == own || self.ledger.former(target.slot).is_somewhere();
                 if line.kind() == Kind::Active && line.is_claimed() && !is_told {
