@@ -34,7 +34,7 @@ use crate::source::{End, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
-/// Questions that may wait: what a pass can bring.
+/// Questions that may wait: what a pass can bring. With less room fewer events are read.
 const QUESTIONS_MAX: usize = INGEST_PER_PASS;
 
 /// What is to be asked about a copy.
@@ -82,9 +82,14 @@ impl Claims {
         self.questions.is_empty()
     }
 
-    /// An event about the copy in this slot: its end, or of a living one perhaps another. `false`:
-    /// too many wait.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
+    /// Questions that may be asked now. An event asks one at most.
+    pub(super) fn room(&self) -> usize {
+        QUESTIONS_MAX - self.questions.len()
+    }
+
+    /// An event about the copy in this slot, or about the connection in it that was taken over: the
+    /// kernel is to be asked what it means.
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
         if let Some(last) = self.questions.back_mut()
@@ -93,13 +98,10 @@ impl Claims {
             if (last.told, told) != (Told::Changed, Told::Written) {
                 last.told = told;
             }
-            return true;
+            return;
         }
-        let has_room = self.questions.len() < QUESTIONS_MAX;
-        if has_room {
-            self.questions.push_back(Question { slot, generation, told });
-        }
-        has_room
+        assert!(self.room() > 0, "no more events are read than may be asked about");
+        self.questions.push_back(Question { slot, generation, told });
     }
 
     /// The next question whose slot still has the same copy.

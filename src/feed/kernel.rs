@@ -152,6 +152,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
+        let cap = INGEST_PER_PASS.min(writer.room_for_questions());
         // Of copies that are written to the kernel, and of what was taken over: the entry as it is
         // now says what an event about it means.
         let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
@@ -162,9 +163,14 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                 Told::Ended(End::Seen) | Told::Written => replica.copy(original),
                 Told::Changed => replica.living_copy(original),
             };
-            *commit == CommitMode::Eager && slot.is_some_and(|slot| writer.ask(slot, replica, told))
+            let slot = slot.filter(|_| *commit == CommitMode::Eager);
+            if let Some(slot) = slot {
+                writer.ask(slot, replica, told);
+            }
+            slot.is_some()
         };
-        let drained = source.drain(INGEST_PER_PASS, &mut |event, origin| {
+        // What cannot be asked about yet is not read yet.
+        let drained = source.drain(cap, &mut |event, origin| {
             match &event {
                 SourceEvent::Seen { connection, .. } => {
                     if !admits(now, rules, Some(local), &event, replica, counters) {

@@ -67,10 +67,15 @@ impl<E: Entries> Writer<E> {
         self.committer.read_timeouts_again(count)
     }
 
-    /// An event about the living copy in this slot: the kernel is asked what it means. `false`: too
-    /// many questions wait.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) -> bool {
-        self.claims.ask(slot, replica, told)
+    /// An event about the copy in this slot, or about the connection in it that was taken over: the
+    /// kernel is asked what it means.
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) {
+        self.claims.ask(slot, replica, told);
+    }
+
+    /// Questions that may be asked now.
+    pub(super) fn room_for_questions(&self) -> usize {
+        self.claims.room()
     }
 
     /// Whether such questions wait.

@@ -273,6 +273,6 @@ fn events_that_nobody_fetches_are_lost_and_counted() {
     let end = table.next_event().expect("an event");
     assert_eq!(
         (end.by, end.seen()),
-        (By::Tool, SourceEvent::Gone { original: udp(3).tuple, end: End::UNTOLD })
+        (By::Tool, SourceEvent::Gone { original: udp(3).tuple, end: End::Unseen { left_s: 30 } })
     );
 }

@@ -687,3 +687,25 @@ fn after_a_detour_of_packets_the_age_of_the_last_ones_tells_what_an_unseen_end_e
         }
     }
 }
+
+/// A gateway stood still while another program marked the entries of all its copies. It can ask its
+/// kernel about so many events only a little at a time: what it could not ask it took for traffic.
+#[test]
+fn more_events_about_copies_than_can_be_asked_about_at_once_claim_nothing() {
+    const COUNT: u16 = 1500;
+    let size = MemorySize { extras: SLOTS_MIN, ..MemorySize::new(4096, ARENA_MIN) };
+    let memories = memories_of(2, size);
+    let mut gateways = Gateways::pair(&memories);
+    let flows = || (0..COUNT).map(|n| Tuple { sport: 10_000 + n, ..tcp() });
+    flows().for_each(|tuple| gateways.shake(tuple, flag::SYN, 1));
+    gateways.run_for(SECOND * 3);
+    let copies = |gateways: &Gateways<'_>| {
+        flows().filter(|tuple| gateways.kind(2, *tuple) == Some(Kind::Backup)).count()
+    };
+    assert_eq!(copies(&gateways), COUNT as usize);
+    gateways.world.pause(2, true);
+    flows().for_each(|tuple| gateways.mark(2, tuple, 7));
+    gateways.world.pause(2, false);
+    gateways.run_for(SECOND);
+    assert_eq!(copies(&gateways), COUNT as usize, "no packet has passed");
+}
