@@ -27,7 +27,6 @@ enum Outcome {
 use Outcome::{Changed, Stays};
 
 impl Replica<'_> {
-    #[allow(clippy::too_many_arguments)]
     /// A connection of the sender's, for a slot that was leased to it, or for the copy in it.
     pub(super) fn apply_new(&mut self, now: Time, stream: usize, new: &New<'_>) -> Verdict {
         let New { target, stamp, own, connection, .. } = *new;
@@ -62,7 +61,7 @@ impl Replica<'_> {
                 }
                 return Refused(Reason::Superseded);
             }
-            Kind::Backup | Kind::Active if here => return Refused(Reason::Superseded),
+            Kind::Backup if here => return Refused(Reason::Superseded),
             // Another connection's place by now, or nobody's; or closed here while it was claimed
             // there.
             _ => return Refused(Reason::NotLeased),
@@ -396,8 +395,9 @@ impl Replica<'_> {
     /// active here. If it refused to, it must not believe that its copy is here.
     fn tells(&self, slot: u32, stream: usize) -> bool {
         let peer = self.ledger.line(slot).peer();
-        peer.is_somewhere() && self.stream_of(peer) == stream
-            || self.ledger.former(slot).is_somewhere()
+        let is_senders =
+            |place: Coordinate| place.is_somewhere() && self.stream_of(place) == stream;
+        is_senders(peer) || is_senders(self.ledger.former(slot)) && !self.ledger.is_moving(slot)
     }
 }
 

@@ -14,8 +14,10 @@
 //!    retired.
 //! 3. *A datagram is given up only after what it carried is dirty again*: the caller sees its
 //!    contents first.
-//! 4. *Where anything is outstanding, or the peer has not answered yet, there is a time to
-//!    retransmit*; never later than the retransmission timeout from when it was sent.
+//! 4. *Where anything is outstanding there is a time to retransmit*: at most one retransmission
+//!    timeout after the floor last moved, after the last retransmission, or after a datagram was
+//!    sent while nothing else was outstanding. Where the peer waits for what was given up, or has
+//!    not answered yet in this session, there is a time to say skip.
 //! 5. *The window is halved once for all that was on its way when a loss was noticed*, and is never
 //!    below its least.
 
@@ -71,10 +73,14 @@ struct Sending {
     shrunk_at: Seq,
     /// Smoothed round trip, ns; 0 before the first sample.
     round_trip: u64,
-    /// When to retransmit what was not acknowledged, or to greet again.
+    /// When to retransmit what was not acknowledged.
     retransmit_at: Time,
     /// How often that was done without any progress.
     timeouts: u32,
+    /// When to say what to skip, if the peer is to be told that.
+    skip_at: Time,
+    /// How often that was said without any progress.
+    skips: u32,
     /// Whether the peer has acknowledged anything in this session, so that it knows of it.
     is_established: bool,
     /// Connections in what is outstanding.
@@ -93,6 +99,8 @@ impl Sending {
             round_trip: 0,
             retransmit_at: Time::NEVER,
             timeouts: 0,
+            skip_at: Time(0),
+            skips: 0,
             is_established: true,
             unacknowledged: 0,
         }
@@ -105,11 +113,16 @@ impl Sending {
             if self.round_trip == 0 { ns } else { self.round_trip - self.round_trip / 8 + ns / 8 };
     }
 
-    /// The retransmission timeout: four round trips, at least 10 ms (a peer may be in the middle of
-    /// a long pass), doubled at each one without progress, at most 400 ms.
+    /// The retransmission timeout.
     fn timeout(&self) -> Duration {
+        self.backed_off(self.timeouts)
+    }
+
+    /// Four round trips, at least 10 ms (a peer may be in the middle of a long pass), doubled each
+    /// time without progress, at most 400 ms.
+    fn backed_off(&self, times: u32) -> Duration {
         let base = (4 * self.round_trip).clamp(10_000_000, 100_000_000);
-        Duration::from_nanos((base << self.timeouts.min(5)).min(400_000_000))
+        Duration::from_nanos((base << times.min(5)).min(400_000_000))
     }
 
     /// Progress of the floor by `n` datagrams widens the window: by as many up to `slow_from`, then
@@ -331,7 +344,7 @@ impl<'m> Outbox<'m> {
         }
         let sending = &mut self.streams[stream];
         sending.widen(progress);
-        sending.timeouts = 0;
+        (sending.timeouts, sending.skips) = (0, 0);
         if sending.oldest.is_some() {
             sending.retransmit_at = now.after(sending.timeout());
         }
@@ -385,7 +398,7 @@ impl<'m> Outbox<'m> {
         let (_, entry) = self.oldest(stream).expect("the caller saw what it carried");
         self.settle_oldest(stream);
         self.durable(stream).set_given_up(entry.seq);
-        self.streams[stream].retransmit_at = now;
+        self.streams[stream].skip_at = now;
     }
 
     fn settle_oldest(&mut self, stream: usize) {
@@ -397,9 +410,7 @@ impl<'m> Outbox<'m> {
         sending.oldest = self.history.next(id);
         if sending.oldest.is_none() {
             sending.newest = None;
-            if sending.is_established {
-                sending.retransmit_at = Time::NEVER;
-            }
+            sending.retransmit_at = Time::NEVER;
         }
     }
 
@@ -420,12 +431,7 @@ impl<'m> Outbox<'m> {
         if !self.streams[stream].retransmit_at.reached(now) {
             return None;
         }
-        if !self.is_outstanding(stream) {
-            if self.skip_due(stream).is_none() {
-                self.streams[stream].retransmit_at = Time::NEVER;
-            }
-            return None;
-        }
+        assert!(self.is_outstanding(stream), "there is a time for what is outstanding only");
         let mut due = Few::new();
         // The oldest goes even if it arrived: it asks for the ack that was lost.
         let missing = self
@@ -459,14 +465,14 @@ impl<'m> Outbox<'m> {
         self.history.repeat(id, now);
     }
 
-    /// When to look for something to retransmit, or to greet again.
+    /// When to retransmit.
     pub(super) fn retransmit_at(&self, stream: usize) -> Time {
         self.streams[stream].retransmit_at
     }
 
-    /// Whether the last timeout brought no progress so far.
+    /// Whether the last timeout, or what was said again, brought no progress so far.
     pub(super) fn has_timed_out(&self, stream: usize) -> bool {
-        self.streams[stream].timeouts > 0
+        self.streams[stream].timeouts > 0 || self.streams[stream].skips > 1
     }
 
     // Sessions.
@@ -479,11 +485,21 @@ impl<'m> Outbox<'m> {
         (is_waited_for || !self.is_established(stream)).then(|| durable.given_up())
     }
 
-    /// The peer was told to skip. With datagrams outstanding, retransmitting them moves the timer.
+    /// When to say that; `NEVER` if nothing is to be said.
+    pub(super) fn skip_at(&self, stream: usize) -> Time {
+        self.skip_due(stream).map_or(Time::NEVER, |_| self.streams[stream].skip_at)
+    }
+
+    /// The peer was told to skip. It is told again, unless it answers.
     pub(super) fn skip_said(&mut self, now: Time, stream: usize) {
-        if !self.is_outstanding(stream) {
-            self.timed_out(now, stream);
-        }
+        let sending = &mut self.streams[stream];
+        sending.skips += 1;
+        sending.skip_at = now.after(sending.backed_off(sending.skips));
+    }
+
+    /// It could not be told: a little later.
+    pub(super) fn skip_not_taken(&mut self, now: Time, stream: usize) {
+        self.streams[stream].skip_at = now.after(NOT_TAKEN);
     }
 
     /// Whether the peer has acknowledged anything in this session.
@@ -501,7 +517,8 @@ impl<'m> Outbox<'m> {
     pub(super) fn begin_session(&mut self, now: Time, stream: usize) {
         assert!(!self.is_outstanding(stream), "the caller gave up what was outstanding");
         let sending = &mut self.streams[stream];
-        (sending.is_established, sending.timeouts, sending.retransmit_at) = (false, 0, now);
+        (sending.is_established, sending.timeouts) = (false, 0);
+        (sending.skips, sending.skip_at) = (0, now);
     }
 
     /// The process was killed and goes on: it says skip until the peer has answered, so both know
@@ -509,7 +526,10 @@ impl<'m> Outbox<'m> {
     pub(super) fn resume_session(&mut self, now: Time, stream: usize) {
         let is_established = self.durable(stream).peer_table() == 0;
         let sending = &mut self.streams[stream];
-        (sending.is_established, sending.retransmit_at) = (is_established, now);
+        (sending.is_established, sending.skip_at) = (is_established, now);
+        if sending.oldest.is_some() {
+            sending.retransmit_at = now;
+        }
     }
 
     /// The peer was away and is back: what it missed is sent at once. Tells how many datagrams that
@@ -526,7 +546,10 @@ impl<'m> Outbox<'m> {
             next = self.history.next(id);
         }
         let sending = &mut self.streams[stream];
-        (sending.timeouts, sending.retransmit_at) = (0, now);
+        (sending.timeouts, sending.skips, sending.skip_at) = (0, 0, now);
+        if sending.oldest.is_some() {
+            sending.retransmit_at = now;
+        }
         (self.overtaken.len() - before) as u64
     }
 
@@ -682,16 +705,20 @@ mod tests {
         assert_eq!(outbox.skip_due(STREAM), None);
         outbox.give_up_oldest(at(3), STREAM);
         assert_eq!((outbox.skip_due(STREAM), outbox.unacknowledged()), (Some(seq(1)), 10));
-        assert_eq!(outbox.retransmit_at(STREAM), at(3), "at once");
+        assert_eq!(outbox.skip_at(STREAM), at(3), "at once");
+        // That one was refused says nothing of those behind it: they are not late.
+        let window = outbox.streams[STREAM].window;
+        assert_eq!((again(&mut outbox, at(3)), outbox.retransmit_at(STREAM)), (vec![], at(10)));
         outbox.give_up_oldest(at(3), STREAM);
-        // Nothing is outstanding that would be retransmitted: what is skipped is said again
-        // instead.
-        outbox.skip_said(at(3), STREAM);
-        assert_eq!((again(&mut outbox, at(23)), outbox.retransmit_at(STREAM)), (vec![], at(23)));
-        ack(&mut outbox, at(24), 2);
-        assert_eq!(outbox.skip_due(STREAM), None);
+        assert_eq!(outbox.retransmit_at(STREAM), Time::NEVER, "nothing is outstanding");
+        for (now, next) in [(3, 23), (23, 63)] {
+            outbox.skip_said(at(now), STREAM);
+            assert_eq!((outbox.skip_at(STREAM), outbox.has_timed_out(STREAM)), (at(next), now > 3));
+        }
+        ack(&mut outbox, at(64), 2);
+        assert_eq!((outbox.skip_due(STREAM), outbox.skip_at(STREAM)), (None, Time::NEVER));
+        assert!(!outbox.has_timed_out(STREAM) && outbox.streams[STREAM].window >= window);
         assert_eq!(again(&mut outbox, at(500)), [0; 0]);
-        assert_eq!(outbox.retransmit_at(STREAM), Time::NEVER);
     }
 
     #[test]
@@ -699,16 +726,13 @@ mod tests {
         let memory = memory();
         let mut outbox = outbox(&memory);
         outbox.begin_session(at(0), STREAM);
-        assert_eq!(
-            (outbox.skip_due(STREAM), outbox.retransmit_at(STREAM)),
-            (Some(Seq::NONE), at(0))
-        );
+        assert_eq!((outbox.skip_due(STREAM), outbox.skip_at(STREAM)), (Some(Seq::NONE), at(0)));
         outbox.skip_said(at(0), STREAM);
         send(&mut outbox, at(1), 1);
         ack(&mut outbox, at(2), 1);
-        assert_ne!(outbox.retransmit_at(STREAM), Time::NEVER, "it has not named the session yet");
+        assert_ne!(outbox.skip_at(STREAM), Time::NEVER, "it has not named the session yet");
         outbox.establish(STREAM);
-        assert_eq!(outbox.skip_due(STREAM), None);
+        assert_eq!(outbox.skip_at(STREAM), Time::NEVER);
     }
 
     #[test]

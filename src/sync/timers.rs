@@ -89,8 +89,9 @@ impl Replica<'_> {
             true => Time::NEVER,
             false => self.outbox.retransmit_at(stream),
         };
+        let skip_at = self.outbox.skip_at(stream);
         let is_sendable = self.ledger.dirty(stream) > 0 && self.outbox.has_window(stream);
         let flush_at = if is_sendable { self.streams[stream].flush_at } else { Time::NEVER };
-        again_at.min(self.credit.ask_at(stream)).min(flush_at)
+        again_at.min(skip_at).min(self.credit.ask_at(stream)).min(flush_at)
     }
 }

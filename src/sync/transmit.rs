@@ -126,8 +126,8 @@ impl Replica<'_> {
     /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
     fn send_control(&mut self, now: Time, stream: usize) {
         let want = self.credit.ask_due(now, stream);
-        let skip =
-            self.outbox.skip_due(stream).filter(|_| self.outbox.retransmit_at(stream).reached(now));
+        let skip = self.outbox.skip_due(stream);
+        let skip = skip.filter(|_| self.outbox.skip_at(stream).reached(now));
         let has_answers = self.inbox.is_busy(stream) || self.has_answers(stream);
         if !has_answers && want.is_none() && skip.is_none() {
             return;
@@ -139,7 +139,6 @@ impl Replica<'_> {
         let session = self.durable(stream).peer_session();
         let (floor, beyond, words) = self.inbox.received(stream);
         encode_ack(session, floor, &beyond[..words], &mut w);
-        self.counters.count(Counter::AcksSent);
         for Refusal { seq, target, reason, own } in self.inbox.take_refusals(stream) {
             Message::Refuse { session, seq, target, reason, own }.encode(&mut w);
         }
@@ -161,11 +160,12 @@ impl Replica<'_> {
         let len = w.len();
         let sent = self.send_control_bytes(stream, &scratch[..len]);
         if sent {
+            self.counters.count(Counter::AcksSent);
             self.inbox.acked(stream);
         }
         match (skip, sent) {
             (Some(_), true) => self.outbox.skip_said(now, stream),
-            (Some(_), false) => self.outbox.not_taken(now, stream),
+            (Some(_), false) => self.outbox.skip_not_taken(now, stream),
             (None, _) => {}
         }
     }
@@ -349,7 +349,7 @@ impl Replica<'_> {
         }
         // If more follows, this datagram is not the last of its train: it takes up its full size.
         let more = self.ledger.dirty(stream) > 0
-            || self.credit.owed(stream) > 0
+            || self.credit.owed(stream) > granted as u64
             || self.credit.to_give_back(stream) > given_back as u32;
         let stride = if more { DATAGRAM_MAX } else { len };
         let session = self.durable(stream).session();
