@@ -44,7 +44,7 @@ pub enum On {
 
 /// What a decline that arrives is among those of its pair of copies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Heard {
+pub enum DeclineOrder {
     /// A later one was heard before.
     Overtaken,
     /// The latest.
@@ -461,19 +461,19 @@ impl<'m> Table<'m> {
 
     /// Whether a decline is later than every other that was heard of this pair of copies; then it
     /// is remembered.
-    pub fn hear_decline(&mut self, slot: u32, number: u32) -> Heard {
+    pub fn hear_decline(&mut self, slot: u32, number: u32) -> DeclineOrder {
         let side = &mut self.side[slot as usize];
         let is_later =
             side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
         if !is_later {
-            return Heard::Overtaken;
+            return DeclineOrder::Overtaken;
         }
         side.heard = number;
         let was_unsure = side.flags & UNSURE != 0;
         side.flags &= !UNSURE;
         match was_unsure {
-            true => Heard::PerhapsNewest,
-            false => Heard::Newest,
+            true => DeclineOrder::PerhapsNewest,
+            false => DeclineOrder::Newest,
         }
     }
 

@@ -102,8 +102,8 @@ pub enum Outcome {
     AsItWas,
     /// It was asked for, and is there like this.
     Present(Connection),
-    /// It is not in the kernel.
-    Removed,
+    /// It is not in the kernel: it was removed, or was not there.
+    Absent,
     /// Another connection holds the translated tuple.
     Clash,
     /// Another connection has the original tuple, and a packet has passed it just now.
@@ -167,8 +167,8 @@ enum Step {
         /// since; 0: it was not given that.
         silent_s: u32,
     },
+    Compare,
     Look,
-    Ask,
     Update {
         present: u32,
     },
@@ -308,7 +308,7 @@ impl<E: Entries> Committer<E> {
         connection: &Connection,
         lifetime: Lifetime,
     ) -> Result<(), FlushFirst> {
-        self.add_written(connection, lifetime, Step::Look)
+        self.add_written(connection, lifetime, Step::Compare)
     }
 
     fn add_written(
@@ -329,7 +329,7 @@ impl<E: Entries> Committer<E> {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry::new(connection, timeout_s, step != Step::Look, step))?;
+        self.add(Entry::new(connection, timeout_s, step != Step::Compare, step))?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -341,7 +341,7 @@ impl<E: Entries> Committer<E> {
 
     /// Adds an entry to be asked for.
     pub fn look(&mut self, original: &Tuple) -> Result<(), FlushFirst> {
-        self.add_named(original, Step::Ask)
+        self.add_named(original, Step::Look)
     }
 
     fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
@@ -397,7 +397,7 @@ impl<E: Entries> Committer<E> {
         let room = self.kernel.room_and_limit().0.min(Committer::BATCH as u64) as usize;
         for entry in self.entries.iter_mut().filter(|e| e.step == Step::Create).skip(room) {
             entry.may_create = false;
-            entry.step = Step::Look;
+            entry.step = Step::Compare;
         }
     }
 
@@ -409,7 +409,7 @@ impl<E: Entries> Committer<E> {
             let mut put = |request| self.kernel.put(index, request);
             match entry.step {
                 Step::Create => put(Request::Create { connection, timeout_s }),
-                Step::Keep { .. } | Step::Look | Step::Ask => put(Request::Get { original }),
+                Step::Keep { .. } | Step::Compare | Step::Look => put(Request::Get { original }),
                 Step::Update { present } => put(Request::Update { connection, timeout_s, present }),
                 Step::Replace => {
                     put(Request::Delete { original });
@@ -595,12 +595,12 @@ impl Entry {
                 tally.without_labels += 1;
                 Step::Done(Outcome::Written)
             }
-            (Step::Ask, [0, _]) => match answers.found {
+            (Step::Look, [0, _]) => match answers.found {
                 Some(there) => Step::Done(Outcome::Present(there)),
                 None => refused(libc::EBADMSG),
             },
-            (Step::Ask, [libc::ENOENT, _]) => Step::Done(Outcome::Removed),
-            (Step::Create, [libc::EEXIST, _]) => Step::Look,
+            (Step::Look, [libc::ENOENT, _]) => Step::Done(Outcome::Absent),
+            (Step::Create, [libc::EEXIST, _]) => Step::Compare,
             (Step::Keep { .. }, [libc::ENOENT, _]) => Step::Create,
             (Step::Keep { .. }, [0, _])
                 if answers.found.is_some_and(|there| self.is_known_better(&there)) =>
@@ -614,12 +614,12 @@ impl Entry {
                     _ => Step::Done(Outcome::AsItWas),
                 }
             }
-            (Step::Keep { .. } | Step::Look, [0, _]) => match answers.found {
+            (Step::Keep { .. } | Step::Compare, [0, _]) => match answers.found {
                 Some(there) if self.is_anothers(&there) && self.is_fresh => {
                     Step::Done(Outcome::Another(there))
                 }
                 // (Its active is dead who had that one copied: it may be what packets come for.)
-                Some(there) if self.is_anothers(&there) && self.step == Step::Look => {
+                Some(there) if self.is_anothers(&there) && self.step == Step::Compare => {
                     Step::Done(Outcome::Clash)
                 }
                 // A translation, a helper, a first shift or a fixed timeout cannot be given to an
@@ -639,8 +639,8 @@ impl Entry {
                 Some(_) => Step::Replace,
                 None => refused(libc::EBADMSG),
             },
-            (Step::Look, [libc::ENOENT, _]) if self.may_create => Step::Done(Outcome::Clash),
-            (Step::Look, [libc::ENOENT, _]) => Step::Done(Outcome::NoRoom),
+            (Step::Compare, [libc::ENOENT, _]) if self.may_create => Step::Done(Outcome::Clash),
+            (Step::Compare, [libc::ENOENT, _]) => Step::Done(Outcome::NoRoom),
             // It went away, or changed its status, between two rounds.
             (Step::Update { .. }, [libc::ENOENT, _]) if self.may_create => {
                 tally.vanished += 1;
@@ -648,11 +648,11 @@ impl Entry {
             }
             (Step::Update { .. }, [libc::EBUSY, _]) => {
                 tally.busy += 1;
-                Step::Look
+                Step::Compare
             }
             (Step::Replace, [0 | libc::ENOENT, libc::EEXIST]) => Step::Done(Outcome::Clash),
             (Step::Replace, [0 | libc::ENOENT, errno]) => refused(errno),
-            (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Removed),
+            (Step::Delete, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Absent),
             (Step::Withdraw, [0 | libc::ENOENT, _]) => Step::Done(Outcome::Unshifted),
             (_, [errno, _]) => refused(errno),
         }

@@ -55,19 +55,19 @@ pub struct Drained {
 /// One shard's ear to the kernel.
 pub struct Source<Q = NetlinkQueue> {
     queue: Q,
-    share: Share,
+    share: OwnShard,
     recent: HashSet<Tuple>,
     expecting: VecDeque<Tuple>,
 }
 
 /// Which connections are this shard's.
 #[derive(Clone, Copy)]
-pub(super) struct Share {
+pub(super) struct OwnShard {
     shard: u8,
     shards: u8,
 }
 
-impl Share {
+impl OwnShard {
     /// Whether the caller wants to hear of this: its shard, and an entry that is in the table and
     /// stays there.
     pub(super) fn wants(&self, event: &SourceEvent) -> bool {
@@ -115,7 +115,7 @@ impl<Q: Queue> Source<Q> {
     pub fn over(queue: Q, shard: u8, shards: u8) -> Source<Q> {
         Source {
             queue,
-            share: Share { shard, shards },
+            share: OwnShard { shard, shards },
             recent: HashSet::with_capacity(RECENT_MAX + COMMIT_PER_PASS),
             expecting: VecDeque::with_capacity(EXPECTING_MAX),
         }

@@ -41,7 +41,7 @@ pub(super) enum For {
     /// Removing an entry.
     Nobody,
     /// The question whether the connection in this slot is there.
-    Look(u32, Generation),
+    Repair(u32, Generation),
     /// The question whether the entry of this copy is there, for the walk that verifies.
     Verify(u32, Generation),
     /// The question by how much the connection in this slot is shifted.
@@ -105,7 +105,7 @@ impl Answers<'_, '_, '_> {
             Outcome::Present(connection) => Some(connection),
             _ => None,
         };
-        let is_answered = there.is_some() || result.outcome == Outcome::Removed;
+        let is_answered = there.is_some() || result.outcome == Outcome::Absent;
         let Answers { now, repair, replica, counters, .. } = self;
         match what {
             For::Copy(slot, generation) | For::Own(slot, generation) => {
@@ -124,7 +124,7 @@ impl Answers<'_, '_, '_> {
                 replica.handle_watch(*now, slot, generation, there)
             }
             For::Watch(..) => {}
-            For::Look(slot, generation) if is_answered => {
+            For::Repair(slot, generation) if is_answered => {
                 repair.found(*now, slot, generation, there, replica)
             }
             For::Verify(slot, generation) if is_answered => {
@@ -149,7 +149,7 @@ impl Answers<'_, '_, '_> {
                 }
                 None => {}
             },
-            For::LeftoverGone if result.outcome == Outcome::Removed => {
+            For::LeftoverGone if result.outcome == Outcome::Absent => {
                 counters.count(Counter::LeftoversDeleted)
             }
             // If not, it has gone by itself.
@@ -213,7 +213,7 @@ impl Answers<'_, '_, '_> {
         let (counter, outcome) = match result.outcome {
             Outcome::Written => (Counter::Commits, Ok(Written::Yes)),
             Outcome::AsItWas => return Some(Ok(Written::AsItWas)),
-            Outcome::Removed => {
+            Outcome::Absent => {
                 self.counters.count(Counter::CommitDeletes);
                 return None;
             }

@@ -138,7 +138,7 @@ impl<E: Entries> Writer<E> {
                 repair.look_later(slot, generation); // It is being written just now.
                 break;
             }
-            self.batch.push(For::Look(slot, generation));
+            self.batch.push(For::Repair(slot, generation));
         }
         self.remove_leftovers(now, repair.leftovers(), replica);
         self.verify(now, verify, replica, counters);

@@ -44,11 +44,11 @@ impl Replica<'_> {
                 Message::Ack { .. } | Message::Refuse { .. } => return Err(Reject::Table),
                 Message::Want { total } => {
                     self.credit.on_want(stream, total);
-                    self.wake(stream);
+                    self.enqueue(stream);
                 }
                 Message::Skip { to } => {
                     self.inbox.skip(stream, to)?;
-                    self.wake(stream);
+                    self.enqueue(stream);
                 }
                 Message::Digest { session, seq, unverified, sums } => {
                     self.handle_digest(stream, (session, seq), unverified, sums)?;

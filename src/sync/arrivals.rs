@@ -29,8 +29,8 @@ use Outcome::{Changed, Stays};
 impl Replica<'_> {
     /// A connection of the sender's, for a slot that was leased to it, or for the copy in it.
     pub(super) fn apply_new(&mut self, now: Time, stream: usize, new: &New<'_>) -> Verdict {
-        let New { target, stamp, own, connection, .. } = *new;
-        let Some(line) = self.target(target) else { return Refused(Reason::NotLeased) };
+        let New { target, stamp, active, connection, .. } = *new;
+        let Some(line) = self.line_at(target) else { return Refused(Reason::NotLeased) };
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             // Closed before, or never ours to fill: the sender knows which.
             return Refused(Reason::NotLeased);
@@ -41,14 +41,14 @@ impl Replica<'_> {
             && self.ledger.tuples(slot) == (connection.original, connection.reply);
         let verdict = match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => self.fill_lease(now, new),
-            Kind::Backup if here && line.peer() == own => self.renew_copy(new),
+            Kind::Backup if here && line.peer() == active => self.renew_copy(new),
             // Another member is the active now: the one that took over, or that claimed. Of two
             // that claimed at once the other one counts on this copy as well, and is told; with
             // equal stamps it has the copy.
             Kind::Backup
                 if here
                     && (stamp > line.stamp()
-                        || stamp == line.stamp() && !self.is_of_another(slot, own)) =>
+                        || stamp == line.stamp() && !self.is_of_another(slot, active)) =>
             {
                 self.change_active(new)
             }
@@ -56,7 +56,7 @@ impl Replica<'_> {
             Kind::Backup if here && stamp == line.stamp() => {
                 // Nothing that follows would tell the one that comes second: nobody else knows of
                 // both.
-                if !self.release(Rank::Consequence, own, stamp.changed()) {
+                if !self.release(Rank::Consequence, active, stamp.changed()) {
                     return Busy;
                 }
                 return Refused(Reason::Superseded);
@@ -69,7 +69,7 @@ impl Replica<'_> {
         match verdict {
             Changed => {
                 self.counters.count(Counter::DeltasApplied);
-                self.commit(Commit::Write { slot, generation: line.generation() });
+                self.ask_commit(Commit::Write { slot, generation: line.generation() });
                 Applied
             }
             Stays(verdict) => verdict,
@@ -78,8 +78,8 @@ impl Replica<'_> {
 
     /// An empty slot that was leased to the sender becomes its copy.
     fn fill_lease(&mut self, now: Time, new: &New<'_>) -> Outcome {
-        let New { target, stamp, own, previous, connection } = *new;
-        let witnessed = match self.give_way(now, connection, stamp, own, previous) {
+        let New { target, stamp, active, previous, connection } = *new;
+        let witnessed = match self.give_way(now, connection, stamp, active, previous) {
             Ok(witnessed) => witnessed,
             Err(verdict) => {
                 if matches!(verdict, Refused(_)) {
@@ -91,7 +91,7 @@ impl Replica<'_> {
             }
         };
         let previous = previous.unwrap_or(Coordinate::NOWHERE);
-        self.ledger.fill_copy(target.slot, (own, stamp), witnessed, previous, connection);
+        self.ledger.fill_copy(target.slot, (active, stamp), witnessed, previous, connection);
         self.begin_copy(target.slot);
         Changed
     }
@@ -105,8 +105,8 @@ impl Replica<'_> {
             if stamp == known {
                 // Its active may be back from another backup, and believe an old decline: what is
                 // so is told again.
-                self.ledger.set_told(slot, true);
-                self.commit(Commit::Write { slot, generation });
+                self.ledger.set_success_due(slot, true);
+                self.ask_commit(Commit::Write { slot, generation });
             }
             return Stays(Applied);
         }
@@ -117,14 +117,14 @@ impl Replica<'_> {
     /// The copy in this slot has another active from now on. Who had it before is told, if that
     /// lives elsewhere.
     fn change_active(&mut self, new: &New<'_>) -> Outcome {
-        let New { target: Place { slot, .. }, stamp, own, .. } = *new;
+        let New { target: Place { slot, .. }, stamp, active, .. } = *new;
         let former = self.ledger.line(slot).peer();
-        if self.is_of_another(slot, own) && !self.release(Rank::Consequence, former, stamp) {
+        if self.is_of_another(slot, active) && !self.release(Rank::Consequence, former, stamp) {
             return Stays(Busy);
         }
-        self.ledger.set_told(slot, false); // The new one was not told.
+        self.ledger.set_success_due(slot, false); // The new one was not told.
         self.ledger.end_copy(slot);
-        self.ledger.turn_to(slot, own);
+        self.ledger.turn_to(slot, active);
         self.begin_copy(slot);
         self.overwrite_whole(new);
         Changed
@@ -133,13 +133,13 @@ impl Replica<'_> {
     /// The connection in this slot is active here, and its backup, or who else knows its place, has
     /// claimed it. If that outranks this active, it is the copy from now on.
     fn give_way_to_pair(&mut self, now: Time, new: &New<'_>) -> Outcome {
-        let New { target: Place { slot, .. }, stamp, own, .. } = *new;
+        let New { target: Place { slot, .. }, stamp, active, .. } = *new;
         let line = self.ledger.line(slot);
-        let presumed_from = self.is_presumed(slot) && self.ledger.former(slot) == own;
+        let presumed_from = self.is_presumed(slot) && self.ledger.former(slot) == active;
         let outranks = stamp > line.stamp()
-            || stamp == line.stamp() && (presumed_from || own.member() > self.config.member);
+            || stamp == line.stamp() && (presumed_from || active.member() > self.config.member);
         if !outranks {
-            return match self.tell_outranked(now, slot, stamp, own) {
+            return match self.tell_outranked(now, slot, stamp, active) {
                 true => Stays(Refused(Reason::Superseded)),
                 false => Stays(Busy),
             };
@@ -147,12 +147,12 @@ impl Replica<'_> {
         if !self.requests.has_room(Rank::Consequence) {
             return Stays(Busy);
         }
-        self.demote(slot, own, stamp);
+        self.demote(slot, active, stamp);
         // Who has it is decided: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
-        self.ledger.become_copy(slot, own);
+        self.ledger.become_copy(slot, active);
         // It may believe what was said before the roles changed: a commit that succeeds is told.
-        self.ledger.set_told(slot, true);
+        self.ledger.set_success_due(slot, true);
         self.begin_copy(slot);
         self.overwrite_whole(new);
         Changed
@@ -183,20 +183,20 @@ impl Replica<'_> {
         now: Time,
         connection: &Connection,
         stamp: Stamp,
-        own: Coordinate,
+        active: Coordinate,
         previous: Option<Coordinate>,
     ) -> Result<bool, Verdict> {
         let Some(slot) = self.ledger.find_original(&connection.original) else { return Ok(false) };
         let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             let is_kept = previous == Some(self.coordinate(slot));
-            if line.peer() == own && stamp > line.stamp() && !is_kept {
+            if line.peer() == active && stamp > line.stamp() && !is_kept {
                 // Its active took this member for silent, turned away, and is back with a newer
                 // state.
                 self.end_missing(slot);
                 self.ledger.end_copy(slot);
                 self.ledger.clear(slot);
-            } else if line.peer().member() != own.member()
+            } else if line.peer().member() != active.member()
                 && self.ledger.tuples(slot) == (connection.original, connection.reply)
             {
                 // Two members carry on one connection, and may not know of each other. Of two that
@@ -213,7 +213,7 @@ impl Replica<'_> {
             return Ok(false); // The close of the older one is on its way.
         }
         let is_same = self.ledger.tuples(slot) == (connection.original, connection.reply);
-        let rival = Rival { stamp, place: if is_same { own } else { Coordinate::NOWHERE } };
+        let rival = Rival { stamp, place: if is_same { active } else { Coordinate::NOWHERE } };
         if line.kind() == Kind::Held && line.is_unseen() && is_same {
             if self.is_looked_for(now, slot, rival) {
                 self.counters.count(Counter::Conflicts);
@@ -232,11 +232,11 @@ impl Replica<'_> {
         // Taken over without any traffic seen here since: then this member has not witnessed it.
         // (Of a copy what is remembered is its previous backup.)
         let presumed = line.kind() == Kind::Active && self.is_presumed(slot);
-        let presumed_from_it = presumed && self.ledger.former(slot) == own;
+        let presumed_from_it = presumed && self.ledger.former(slot) == active;
         // What began here is younger than anything that outlived its hold before it was sent; and
         // stamps say nothing of two connections, nor of two whose epochs went up apart from each
         // other.
-        let is_of_this = own == line.peer() || own == self.ledger.former(slot);
+        let is_of_this = active == line.peer() || active == self.ledger.former(slot);
         let is_decided_by_now = self.contests.has_outlasted(now, slot, line.generation());
         let knows_as_much = line.kind() == Kind::Held
             || !is_same
@@ -247,8 +247,8 @@ impl Replica<'_> {
             self.counters.count(Counter::Conflicts);
             return Err(Refused(Reason::Superseded));
         }
-        if !presumed_from_it && (stamp, own.member()) < (line.stamp(), self.config.member) {
-            if is_same && !self.tell_outranked(now, slot, stamp, own) {
+        if !presumed_from_it && (stamp, active.member()) < (line.stamp(), self.config.member) {
+            if is_same && !self.tell_outranked(now, slot, stamp, active) {
                 return Err(Busy);
             }
             self.counters.count(Counter::Conflicts);
@@ -264,7 +264,7 @@ impl Replica<'_> {
             self.ledger.end_copy(slot);
             self.leave_behind(line.peer().member());
         } else {
-            self.demote(slot, own, stamp);
+            self.demote(slot, active, stamp);
         }
         self.ledger.clear(slot);
         Ok(is_same && !presumed && line.kind() != Kind::Backup)
@@ -312,21 +312,21 @@ impl Replica<'_> {
     /// would tell it. Of an earlier epoch it may be another connection's: traffic here is to decide
     /// first, if there is a kernel to ask. Of two within one epoch that know a different number of
     /// changes the next claims decide. `false`: there is no room for a request.
-    fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, own: Coordinate) -> bool {
+    fn tell_outranked(&mut self, now: Time, slot: u32, stamp: Stamp, active: Coordinate) -> bool {
         let line = self.ledger.line(slot);
         let hears_otherwise = line.kind() != Kind::Active
-            || line.peer().member() == own.member()
-            || self.ledger.former(slot) == own
+            || line.peer().member() == active.member()
+            || self.ledger.former(slot) == active
             || self.is_presumed(slot);
         let is_tie = stamp == line.stamp();
         if hears_otherwise || !is_tie && stamp.epoch == line.stamp().epoch {
             return true;
         }
         if is_tie {
-            return self.release(Rank::Consequence, own, stamp.changed());
+            return self.release(Rank::Consequence, active, stamp.changed());
         }
-        self.contest(now, slot, Some(Rival { stamp, place: own }))
-            || self.release(Rank::Consequence, own, line.stamp())
+        self.contest(now, slot, Some(Rival { stamp, place: active }))
+            || self.release(Rank::Consequence, active, line.stamp())
     }
 
     fn overwrite(
@@ -363,7 +363,7 @@ impl Replica<'_> {
         previous: Option<Coordinate>,
         value: (&State, &Extra),
     ) -> Verdict {
-        let Some(line) = self.target(target) else { return Refused(Reason::NotHere) };
+        let Some(line) = self.line_at(target) else { return Refused(Reason::NotHere) };
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);
         }
@@ -379,7 +379,7 @@ impl Replica<'_> {
                 }
                 self.overwrite(target.slot, stamp, previous, value, mask);
                 self.counters.count(Counter::DeltasApplied);
-                self.commit(Commit::Write { slot: target.slot, generation: target.generation });
+                self.ask_commit(Commit::Write { slot: target.slot, generation: target.generation });
                 Applied
             }
             Kind::Active if stamp < line.stamp() && self.tells(target.slot, stream) => {

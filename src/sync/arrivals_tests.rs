@@ -107,7 +107,7 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     let verdict = replica.apply_new(
         NOW,
         stream,
-        &New { target, stamp: above, own: backup, previous: None, connection: &connection },
+        &New { target, stamp: above, active: backup, previous: None, connection: &connection },
     );
     assert!(matches!(verdict, Applied));
     assert_eq!(replica.ledger.kind(slot), Kind::Backup);
@@ -151,7 +151,7 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         let verdict = replica.apply_new(
             NOW,
             stream,
-            &New { target, stamp, own: from, previous: None, connection: &connection },
+            &New { target, stamp, active: from, previous: None, connection: &connection },
         );
         assert!(matches!(verdict, Refused(Reason::Superseded)));
         // With a kernel to ask, traffic decides about what may be another connection.

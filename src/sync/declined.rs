@@ -18,7 +18,7 @@ use super::replica::{Candidate, Replica};
 use super::requests::{Rank, Task};
 use crate::ccp::message::{Fault, Place};
 use crate::conn::slot::groups;
-use crate::conn::table::{Heard, On, Written};
+use crate::conn::table::{DeclineOrder, On, Written};
 use crate::conn::{Coordinate, Generation, Kind, MemberId};
 use crate::counters::Counter;
 use crate::memory::JOURNAL_DECLINES;
@@ -66,7 +66,7 @@ impl Replica<'_> {
                 }
                 if self.ledger.is_declined(slot) {
                     match self.decline(slot, None) {
-                        true => self.ledger.set_told(slot, false),
+                        true => self.ledger.set_success_due(slot, false),
                         // There is no room for a request, or nobody hears it: it is tried, and
                         // told, again.
                         false if self.may_return(line.peer().member()) => {
@@ -83,7 +83,7 @@ impl Replica<'_> {
                     self.ledger.miss(now, slot);
                 }
                 if self.decline(slot, Some(fault)) {
-                    self.ledger.set_told(slot, true);
+                    self.ledger.set_success_due(slot, true);
                 }
             }
         }
@@ -106,13 +106,13 @@ impl Replica<'_> {
 
     /// The kernel's entry of this living copy is gone, or there was no time to write it: it is
     /// written again.
-    pub(super) fn miss(&mut self, now: Time, slot: u32) {
+    pub(super) fn write_again(&mut self, now: Time, slot: u32) {
         let generation = self.ledger.line(slot).generation();
         if self.config.commit != CommitMode::Eager {
             return;
         }
         if self.can_receive() {
-            self.commit(Commit::Write { slot, generation });
+            self.ask_commit(Commit::Write { slot, generation });
         } else if self.ledger.on(slot) == On::None {
             self.ledger.miss(now, slot);
         }
@@ -123,7 +123,7 @@ impl Replica<'_> {
         if self.ledger.on(slot) == On::Missing {
             self.ledger.unlist(slot);
         }
-        self.ledger.set_told(slot, false);
+        self.ledger.set_success_due(slot, false);
     }
 
     /// A connection that was taken over has no entry: it is written again, as ours now. Beyond the
@@ -185,24 +185,24 @@ impl Replica<'_> {
             return; // It has another backup by now, or none.
         }
         let heard = self.ledger.hear_decline(slot, number);
-        if heard == Heard::Overtaken {
+        if heard == DeclineOrder::Overtaken {
             return;
         }
         if fault.is_none() && is(Mutation::DeclinedForever) {
             return;
         }
         if fault.is_none() {
-            return self.ledger.set_refused(now, slot, false);
+            return self.ledger.set_declined_by_backup(now, slot, false);
         }
         self.counters.count(Counter::DeclinedByPeer);
-        self.ledger.set_refused(now, slot, true);
+        self.ledger.set_declined_by_backup(now, slot, true);
         let may_move = !self.ledger.is_moving(slot)
             && matches!(self.ledger.on(slot), On::None | On::Dirty)
             && self.requests.has_room(Rank::Question);
         if may_move && let Candidate::At(backup) = self.lease_for(now, slot, 1 << own.member()) {
             let taken = self.move_backup(now, slot, backup);
             assert!(taken, "there was room for a request");
-        } else if heard == Heard::PerhapsNewest {
+        } else if heard == DeclineOrder::PerhapsNewest {
             self.ask_again(now, slot);
         }
     }
@@ -245,12 +245,12 @@ impl Replica<'_> {
             }
             let Some(slot) = self.ledger.take_missing() else { break };
             let generation = self.ledger.line(slot).generation();
-            self.commit(Commit::Write { slot, generation });
+            self.ask_commit(Commit::Write { slot, generation });
         }
         for slot in self.commits.rewrite(now, self.ledger.capacity()) {
             let line = self.ledger.line(slot);
             if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
-                self.commit(Commit::Again { slot, generation: line.generation() });
+                self.ask_commit(Commit::Again { slot, generation: line.generation() });
             }
         }
     }

@@ -83,7 +83,7 @@ impl Replica<'_> {
         }
         self.comparisons.drop_those(|stream| stream_member(stream) == member);
         if let Some(next) = self.comparisons.next_stream() {
-            self.wake(next);
+            self.enqueue(next);
         }
         let of_member = |stream: &usize| stream_member(*stream) == member;
         self.walks.drop_those(
@@ -124,7 +124,7 @@ impl Replica<'_> {
                 let stream = stream_index(member, shard);
                 let has_actives = self.ledger.actives(stream) > 0;
                 if self.streams[stream].comparing.rest(has_actives) {
-                    self.wake(stream);
+                    self.enqueue(stream);
                 }
             }
         }
@@ -180,12 +180,12 @@ impl Replica<'_> {
             return Ok(()); // Not the moment that it speaks of. There will be another.
         }
         self.counters.count(Counter::DigestsCompared);
-        let mask = self.ledger.held_sums().differing(stream, sums.words());
+        let mask = self.ledger.copy_sums().differing(stream, sums.words());
         if self.streams[stream].comparing.on_digest(seq, mask, unverified) == Heard::Differs {
             self.counters.count(Counter::DigestsDiffered);
         }
         if self.streams[stream].comparing.has_answer() {
-            self.wake(stream);
+            self.enqueue(stream);
         }
         Ok(())
     }
@@ -227,7 +227,7 @@ impl Replica<'_> {
         let own = Place { slot, generation: self.ledger.line(slot).generation() };
         self.comparisons.say(stream, RoundPart::Item { own, round });
         self.counters.count(Counter::CompareItems);
-        self.wake(stream);
+        self.enqueue(stream);
         true
     }
 
@@ -247,7 +247,7 @@ impl Replica<'_> {
             }
         }
         self.comparisons.say(stream, RoundPart::End { round, mask });
-        self.wake(stream);
+        self.enqueue(stream);
     }
 
     /// Where on this stream the connection at `own` has a copy that waits for its release, whatever
@@ -287,7 +287,7 @@ impl Replica<'_> {
             }
             self.comparisons.said();
             if let Some(next) = self.comparisons.next_stream() {
-                self.wake(next);
+                self.enqueue(next);
             }
         }
     }
@@ -363,7 +363,7 @@ impl Replica<'_> {
             true => Doubt::None,
         };
         self.comparisons.resend(stream, Place::of(own), doubt);
-        self.wake(stream);
+        self.enqueue(stream);
     }
 
     /// The active has named all its copies in these buckets: what else is here it does not count
@@ -441,7 +441,7 @@ impl Replica<'_> {
                 Kind::Active if line.peer().is_somewhere() && line.last() != Seq::NONE => {
                     self.ledger.account_sent(slot);
                 }
-                Kind::Backup => self.ledger.account_held(slot),
+                Kind::Backup => self.ledger.account_copy(slot),
                 _ => {}
             }
         }

@@ -36,7 +36,7 @@ impl Replica<'_> {
     /// The slot that a close or a release is for, if it still is in the life that it names. If not,
     /// what should end has ended.
     fn ending(&self, target: Place) -> Option<Line> {
-        let line = self.target(target);
+        let line = self.line_at(target);
         let counter = if line.is_none() { Counter::RejectTarget } else { Counter::DeltasClosed };
         let line = line.filter(|line| {
             line.generation() == target.generation || is(Mutation::NoGenerationCheck)
@@ -213,7 +213,7 @@ impl Replica<'_> {
         self.keep_rest(now, slot, written, rest);
         let original = self.drop_to_lease(slot, stream);
         match is_eager && is_missing && self.ledger.find_original(&original).is_none() {
-            true => self.commit(Commit::DeleteUntouched { original }),
+            true => self.ask_commit(Commit::DeleteUntouched { original }),
             false => self.delete_entry(&original),
         }
     }
@@ -286,7 +286,7 @@ impl Replica<'_> {
     /// entry stays.
     pub(super) fn delete_entry(&mut self, original: &Tuple) {
         match self.ledger.find_original(original) {
-            None => self.commit(Commit::Delete { original: *original }),
+            None => self.ask_commit(Commit::Delete { original: *original }),
             Some(_) => self.write_besides(original),
         }
     }
@@ -300,7 +300,7 @@ impl Replica<'_> {
             .filter(|slot| self.ledger.kind(*slot) == Kind::Backup)
         {
             let generation = self.ledger.line(slot).generation();
-            self.commit(Commit::Write { slot, generation });
+            self.ask_commit(Commit::Write { slot, generation });
         }
     }
 
@@ -347,7 +347,7 @@ mod tests {
         replica.ledger.lend(slot, Coordinate::new(2, 0, 0, Default::default()), 0);
         let target = Place { slot, generation: replica.ledger.line(slot).generation() };
         let stamp = Stamp { epoch: 1, version: 1 };
-        let new = New { target, stamp, own, previous: None, connection: &connection };
+        let new = New { target, stamp, active: own, previous: None, connection: &connection };
         assert!(matches!(replica.apply_new(NOW, stream_index(2, 0), &new), Applied));
         replica.handle_commit(NOW, slot, target.generation, Ok(Written::Yes));
         replica.handle_overwritten(NOW, slot, target.generation, passed_s);

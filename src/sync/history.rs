@@ -154,7 +154,7 @@ impl<'m> History<'m> {
         let mut history = History::new(memory);
         let journal = |word: usize| memory.journal[word].load(Ordering::Relaxed);
         let (mut head, tail) = (journal(JOURNAL_HEAD), journal(JOURNAL_TAIL));
-        if head > tail && !counted(&history.entry(history.place(head - 1))) {
+        if head > tail && !counted(&history.entry(history.id_of(head - 1))) {
             head -= 1;
             history.note_journal(JOURNAL_HEAD, head);
         }
@@ -163,14 +163,14 @@ impl<'m> History<'m> {
         }
         let size = history.entries.len() as u64;
         let end_of = |id: u32| history.entries[id as usize].0[3].load(Ordering::Relaxed);
-        let (newest, manifest_head) = (history.place(head - 1), end_of(history.place(head - 1)));
+        let (newest, manifest_head) = (history.id_of(head - 1), end_of(history.id_of(head - 1)));
         let manifest_tail = journal(JOURNAL_MANIFEST_TAIL);
         assert!(
             tail <= head && head - tail <= size && manifest_tail <= manifest_head,
             "the history in memory is not one: {tail} to {head}, manifest {manifest_tail} to {manifest_head}"
         );
         for count in tail.max(head.saturating_sub(size))..head {
-            let id = history.place(count);
+            let id = history.id_of(count);
             let first_sent = history.entry(id).first_sent;
             history.flights[id as usize] = Flight {
                 // Never sampled: nobody knows when it was sent last.
@@ -227,7 +227,7 @@ impl<'m> History<'m> {
         self.arena.len() * 8 - CONTROL_BUFFERS * CONTROL_BUFFER_SIZE
     }
 
-    fn place(&self, count: u64) -> u32 {
+    fn id_of(&self, count: u64) -> u32 {
         (count % self.entries.len() as u64) as u32
     }
 
@@ -237,7 +237,7 @@ impl<'m> History<'m> {
             if let Some(offset) = self.free_at() {
                 return Ok(offset);
             }
-            let oldest = self.place(self.tail);
+            let oldest = self.id_of(self.tail);
             let flight = &self.flights[oldest as usize];
             if flight.in_flight > 0 {
                 return Err(NoRoom::InFlight);
@@ -263,7 +263,7 @@ impl<'m> History<'m> {
         if self.head == self.tail {
             return Some(0);
         }
-        let oldest = self.entry(self.place(self.tail)).offset as usize;
+        let oldest = self.entry(self.id_of(self.tail)).offset as usize;
         if self.at > oldest {
             if self.at + DATAGRAM_MAX <= self.ring_bytes() {
                 return Some(self.at as u32);
@@ -300,7 +300,7 @@ impl<'m> History<'m> {
             word.store(0, Ordering::Relaxed);
         }
         self.at = offset + stride.next_multiple_of(8);
-        let id = self.place(self.head);
+        let id = self.id_of(self.head);
         self.head += 1;
         kill_point();
         let words = &self.entries[id as usize].0;
@@ -351,7 +351,7 @@ impl<'m> History<'m> {
         let end = self.flights[id as usize].manifest_end;
         let before = (id as usize + self.entries.len() - 1) % self.entries.len();
         // The entry before, if it is still there, ended where this one began.
-        let begin = match id == self.place(self.tail) {
+        let begin = match id == self.id_of(self.tail) {
             true => self.manifest_tail,
             false => self.flights[before].manifest_end,
         };

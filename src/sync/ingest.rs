@@ -23,7 +23,7 @@ use crate::source::{Commit, End, SourceEvent};
 use crate::time::Time;
 
 /// For so long the end of a hold waits for a source that has more to tell.
-const BEHIND_MAX: Duration = Duration::from_secs(1);
+const HOLD_EXTENSION: Duration = Duration::from_secs(1);
 
 /// What the source says of a connection that was not known.
 struct News {
@@ -127,10 +127,10 @@ impl Replica<'_> {
     /// The kernel's entry of this copy is gone and must be written again.
     pub fn recommit(&mut self, now: Time, slot: u32) {
         match self.is_living_copy(slot) {
-            true => self.miss(now, slot),
+            true => self.write_again(now, slot),
             false => {
                 let generation = self.ledger.line(slot).generation();
-                self.commit(Commit::Refresh { slot, generation });
+                self.ask_commit(Commit::Refresh { slot, generation });
             }
         }
     }
@@ -160,7 +160,7 @@ impl Replica<'_> {
             let written = if may_be_anothers { Written::Resumed } else { Written::No };
             self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
-            self.commit(Commit::Look { slot, generation, elsewhere_at });
+            self.ask_commit(Commit::Look { slot, generation, elsewhere_at });
         }
     }
 
@@ -289,7 +289,7 @@ impl Replica<'_> {
         // First the slot says that its newest state is not acknowledged, then it has one: whoever
         // reads what a killed process left behind never takes the new state for acknowledged.
         if changed != 0 || is_claim {
-            self.send_change(now, slot, changed);
+            self.mark_changed(now, slot, changed);
         }
         if is_claim && self.ledger.former(slot).member() == self.config.member {
             self.ledger.set_former(slot, Coordinate::NOWHERE);
@@ -339,7 +339,7 @@ impl Replica<'_> {
     }
 
     /// An active connection changed.
-    pub(super) fn send_change(&mut self, now: Time, slot: u32, changed: u8) {
+    pub(super) fn mark_changed(&mut self, now: Time, slot: u32, changed: u8) {
         let peer = self.ledger.line(slot).peer();
         if !peer.is_somewhere() {
             self.ledger.amend(slot, |line| line.set_groups(groups::ALL));
@@ -496,7 +496,7 @@ impl Replica<'_> {
                 line.set_state(&there.state);
             });
             if self.ledger.passed_s(slot, now) > 0 {
-                self.commit(Commit::Refresh { slot, generation });
+                self.ask_commit(Commit::Refresh { slot, generation });
             }
             self.protect(now, slot);
         } else {
@@ -516,7 +516,7 @@ impl Replica<'_> {
 
     /// How long a connection is held now.
     fn hold(&self) -> Duration {
-        self.config.hold + if self.source_is_behind { BEHIND_MAX } else { Duration::ZERO }
+        self.config.hold + if self.source_is_behind { HOLD_EXTENSION } else { Duration::ZERO }
     }
 }
 

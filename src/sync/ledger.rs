@@ -23,7 +23,7 @@ use super::stream::stream_index;
 use super::sums::{Sums, hash};
 use crate::ccp::message::Place;
 use crate::conn::slot::{Line, groups};
-use crate::conn::table::{Heard, List, On, Table, Written};
+use crate::conn::table::{DeclineOrder, List, On, Table, Written};
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
 use crate::limits::STREAMS_MAX;
 use crate::seq::Seq;
@@ -100,7 +100,7 @@ pub(super) struct Ledger<'m> {
     declined_since: Time,
     /// Of copies sent, and of copies held.
     sent: Sums,
-    held_sums: Sums,
+    copy_sums: Sums,
     /// In which connections begin: the highest epoch of all that was held here, and two more for
     /// each member that fell silent since (one for a claim of its that nobody heard of, one to be
     /// above that). What that one still takes for alive when it is back is older than what began on
@@ -134,7 +134,7 @@ impl<'m> Ledger<'m> {
             declined: 0,
             declined_since: Time(0),
             sent: Sums::new(),
-            held_sums: Sums::new(),
+            copy_sums: Sums::new(),
             epoch: 0,
         }
     }
@@ -328,7 +328,7 @@ impl<'m> Ledger<'m> {
     }
 
     /// Notes of an active connection whether its backup's kernel refused it.
-    pub(super) fn set_refused(&mut self, now: Time, slot: u32, is_refused: bool) {
+    pub(super) fn set_declined_by_backup(&mut self, now: Time, slot: u32, is_refused: bool) {
         match (self.table.is_declined(slot), is_refused) {
             (false, true) => {
                 if self.declined == 0 {
@@ -342,7 +342,7 @@ impl<'m> Ledger<'m> {
         self.table.set_declined(slot, is_refused);
     }
 
-    fn end_refused(&mut self, slot: u32) {
+    fn end_declined(&mut self, slot: u32) {
         self.declined -= self.table.is_declined(slot) as u64;
         self.table.set_declined(slot, false);
     }
@@ -358,7 +358,7 @@ impl<'m> Ledger<'m> {
     }
 
     /// A member fell silent, which may have claimed, unheard.
-    pub(super) fn skip_an_epoch(&mut self) {
+    pub(super) fn pass_unheard_claim(&mut self) {
         self.epoch = self.epoch.saturating_add(2);
     }
 
@@ -370,8 +370,8 @@ impl<'m> Ledger<'m> {
     }
 
     /// What is held, for the digests.
-    pub(super) fn held_sums(&self) -> &Sums {
-        &self.held_sums
+    pub(super) fn copy_sums(&self) -> &Sums {
+        &self.copy_sums
     }
 
     /// The sums take this connection for sent as it is now.
@@ -393,7 +393,7 @@ impl<'m> Ledger<'m> {
     }
 
     /// The sums take the copy in this slot for what it is now.
-    pub(super) fn account_held(&mut self, slot: u32) {
+    pub(super) fn account_copy(&mut self, slot: u32) {
         if is(Mutation::DigestStands) {
             return;
         }
@@ -406,7 +406,7 @@ impl<'m> Ledger<'m> {
     fn set_held(&mut self, slot: u32, hash: u32) {
         let stream = stream_of(self.table.line(slot).peer());
         let old = self.table.set_digest(slot, hash);
-        self.held_sums.replace(stream, slot, old, hash);
+        self.copy_sums.replace(stream, slot, old, hash);
     }
 
     // A connection of our own.
@@ -477,7 +477,7 @@ impl<'m> Ledger<'m> {
     /// The connection has no backup from now on; it stands in no list afterwards.
     pub(super) fn unassign(&mut self, slot: u32) {
         self.unlist(slot);
-        self.end_refused(slot);
+        self.end_declined(slot);
         let peer = self.table.line(slot).peer();
         if peer.is_somewhere() {
             self.account_unsent(slot);
@@ -493,7 +493,7 @@ impl<'m> Ledger<'m> {
     /// entry had left is told as it is then.
     pub(super) fn begin_closing(&mut self, slot: u32, now: Time, (seen, left_s): (bool, u32)) {
         self.unlist(slot);
-        self.end_refused(slot);
+        self.end_declined(slot);
         let stream = stream_of(self.table.line(slot).peer());
         self.shares[stream].actives -= 1;
         self.table.set_passed_until(slot, now.second_after(left_s));
@@ -555,7 +555,7 @@ impl<'m> Ledger<'m> {
         self.table.set_written(slot, Written::No);
         self.table.set_passed_until(slot, 0);
         self.table.set_seen(slot, seen);
-        self.account_held(slot);
+        self.account_copy(slot);
     }
 
     /// The copy in this slot, whose line still says so, is about to be none.
@@ -584,7 +584,7 @@ impl<'m> Ledger<'m> {
             line.set_state(&change(line.state()));
             line.set_stamp(stamp);
         });
-        self.account_held(slot);
+        self.account_copy(slot);
     }
 
     /// What was a copy until now is active here, because its active is gone: presumed, without a
@@ -745,14 +745,15 @@ impl<'m> Ledger<'m> {
         self.table.set_seen(slot, round);
     }
 
-    /// Of a copy: whether its active was told that the kernel does not have it.
-    pub(super) fn set_told(&mut self, slot: u32, is_told: bool) {
+    /// Of a copy: whether its active may believe that the kernel here does not have it. Then a
+    /// commit that succeeds is told as well.
+    pub(super) fn set_success_due(&mut self, slot: u32, is_due: bool) {
         assert!(self.table.kind(slot) == Kind::Backup, "of an active it counts");
-        self.table.set_declined(slot, is_told);
+        self.table.set_declined(slot, is_due);
     }
 
     /// See [`Table::hear_decline`].
-    pub(super) fn hear_decline(&mut self, slot: u32, number: u32) -> Heard {
+    pub(super) fn hear_decline(&mut self, slot: u32, number: u32) -> DeclineOrder {
         self.table.hear_decline(slot, number)
     }
 
@@ -809,7 +810,7 @@ impl<'m> Ledger<'m> {
                 _ => {}
             }
         }
-        if sent != self.sent || held != self.held_sums {
+        if sent != self.sent || held != self.copy_sums {
             return Err("the sums are not those of what was added up".to_owned());
         }
         for (stream, share) in self.shares.iter().enumerate() {
@@ -951,7 +952,7 @@ mod tests {
         let slot = copy(&mut ledger, 1);
         ledger.amend(slot, |line| line.set_stamp(line.stamp().changed()));
         assert!(ledger.check().is_err());
-        ledger.account_held(slot);
+        ledger.account_copy(slot);
         assert_eq!(ledger.check(), Ok(()));
     }
 
@@ -981,7 +982,7 @@ mod tests {
         let next = ledger.open(&connection(1), None, false).expect("there is room");
         assert_eq!(ledger.line(next).stamp().epoch, 5, "above the one that is closing");
         ledger.raise_epoch(8);
-        ledger.skip_an_epoch();
+        ledger.pass_unheard_claim();
         let other = ledger.open(&connection(2), None, false).expect("there is room");
         assert_eq!(ledger.line(other).stamp(), Stamp { epoch: 10, version: 1 });
         let over = Some(Stamp { epoch: 12, version: 3 });
@@ -996,14 +997,14 @@ mod tests {
         let mut ledger = ledger(&memory);
         let (first, second) = (sent(&mut ledger, 1), sent(&mut ledger, 2));
         let later = NOW.after(Duration::from_secs(1));
-        ledger.set_refused(NOW, first, true);
-        ledger.set_refused(later, second, true);
-        ledger.set_refused(later, second, true);
+        ledger.set_declined_by_backup(NOW, first, true);
+        ledger.set_declined_by_backup(later, second, true);
+        ledger.set_declined_by_backup(later, second, true);
         assert_eq!(ledger.declined(), (2, NOW));
-        ledger.set_refused(later, first, false);
+        ledger.set_declined_by_backup(later, first, false);
         ledger.unassign(second);
         assert_eq!(ledger.declined().0, 0, "it has no backup that could have refused it");
-        ledger.set_refused(later, first, true);
+        ledger.set_declined_by_backup(later, first, true);
         assert_eq!(ledger.declined(), (1, later));
     }
 

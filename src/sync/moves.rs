@@ -23,7 +23,7 @@ impl Replica<'_> {
     pub(super) fn request(&mut self, rank: Rank, task: Task, target: Coordinate) -> bool {
         let has_begun = self.requests.begin(rank, task, target, true);
         if has_begun {
-            self.wake(self.stream_of(target));
+            self.enqueue(self.stream_of(target));
         }
         has_begun
     }
@@ -130,7 +130,7 @@ impl Replica<'_> {
                         .expect("only a release of a previous backup waits for a new one");
                     if self.is_moved(own) || is(Mutation::EarlyRelease) {
                         self.requests.set_due(id);
-                        self.wake(stream);
+                        self.enqueue(stream);
                     }
                 }
                 Delivery::Sent(seq) if seq.is_passed_by(self.durable(stream).floor()) => {
@@ -163,7 +163,7 @@ impl Replica<'_> {
                     && line.generation() == own.generation
                     && line.kind() == Kind::Backup
                 {
-                    self.ledger.set_told(own.slot, true);
+                    self.ledger.set_success_due(own.slot, true);
                 }
             }
             Task::Release { of: Some(own), .. } => {
@@ -239,7 +239,7 @@ impl Replica<'_> {
         now: Time,
         target: Place,
         stamp: Stamp,
-        own: Coordinate,
+        copy: Coordinate,
         claimed: bool,
     ) -> Verdict {
         // A claimed offer is decided now: its sender takes the ack for the answer. Any other is
@@ -255,29 +255,29 @@ impl Replica<'_> {
         if is(Mutation::OffersUnanswered) {
             return Applied;
         }
-        let line = self.target(target).filter(|line| line.generation() == target.generation);
+        let line = self.line_at(target).filter(|line| line.generation() == target.generation);
         match line {
             Some(line)
                 if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch =>
             {
-                self.demote(target.slot, own, stamp);
+                self.demote(target.slot, copy, stamp);
                 self.ledger.clear(target.slot);
             }
-            Some(line) if line.kind() == Kind::Active && line.peer() == own => {
-                let session = self.durable(self.stream_of(own)).peer_session();
+            Some(line) if line.kind() == Kind::Active && line.peer() == copy => {
+                let session = self.durable(self.stream_of(copy)).peer_session();
                 self.ledger.amend(target.slot, |line| line.set_session(session));
                 self.mark_dirty(now, target.slot, groups::ALL);
             }
             // Its previous backup: released once the new one has acknowledged.
             Some(_)
-                if self.ledger.is_moving(target.slot) && self.ledger.former(target.slot) == own => {
-            }
+                if self.ledger.is_moving(target.slot)
+                    && self.ledger.former(target.slot) == copy => {}
             Some(line) if line.kind().is_connection() => {
-                let _ = self.release(Rank::Answer, own, stamp.max(line.stamp()));
+                let _ = self.release(Rank::Answer, copy, stamp.max(line.stamp()));
             }
             _ if claimed => {} // Closed here, but traffic went on there.
             _ => {
-                let _ = self.release(Rank::Answer, own, stamp);
+                let _ = self.release(Rank::Answer, copy, stamp);
             }
         }
         Applied

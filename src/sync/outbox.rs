@@ -59,7 +59,7 @@ pub(super) enum Room {
 }
 
 /// What is private to the process of one stream.
-struct Sending {
+struct SendState {
     /// The datagrams that are outstanding: the first of the chain, and the last.
     oldest: Option<u32>,
     newest: Option<u32>,
@@ -87,9 +87,9 @@ struct Sending {
     unacknowledged: u64,
 }
 
-impl Sending {
-    fn new() -> Sending {
-        Sending {
+impl SendState {
+    fn new() -> SendState {
+        SendState {
             oldest: None,
             newest: None,
             window: 128,
@@ -155,7 +155,7 @@ impl Sending {
 pub(super) struct Outbox<'m> {
     history: History<'m>,
     words: &'m [StreamWords],
-    streams: Vec<Sending>,
+    streams: Vec<SendState>,
     /// Datagrams that later ones overtook: to be retransmitted without waiting, the last one first.
     overtaken: Vec<(u32, Seq)>,
     unacknowledged: u64,
@@ -166,7 +166,7 @@ impl<'m> Outbox<'m> {
         Outbox {
             history,
             words,
-            streams: (0..STREAMS_MAX).map(|_| Sending::new()).collect(),
+            streams: (0..STREAMS_MAX).map(|_| SendState::new()).collect(),
             overtaken: Vec::with_capacity(OVERTAKEN_MAX),
             unacknowledged: 0,
         }

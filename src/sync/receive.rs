@@ -124,7 +124,7 @@ impl Replica<'_> {
         seq: Seq,
         mut r: Reader<'_>,
     ) -> Result<(), Reject> {
-        self.wake(stream);
+        self.enqueue(stream);
         self.inbox.on_datagram(stream, seq)?;
         self.counters.count(Counter::DatagramsReceived);
         let mut complete = true;
@@ -132,11 +132,11 @@ impl Replica<'_> {
         while let Some(message) = Message::decode(&mut r)? {
             let verdict = match message {
                 Message::New { target, stamp, own, previous, connection } => {
-                    let own = self.sender(stream, own);
+                    let active = self.coordinate_of_sender(stream, own);
                     self.apply_new(
                         now,
                         stream,
-                        &New { target, stamp, own, previous, connection: &connection },
+                        &New { target, stamp, active, previous, connection: &connection },
                     )
                 }
                 Message::Update { target, stamp, groups, previous, state, extra } => {
@@ -149,17 +149,17 @@ impl Replica<'_> {
                     self.apply_release(now, stream, target, stamp)
                 }
                 Message::Decline { target, own, number, fault } => {
-                    let own = self.sender(stream, own);
+                    let own = self.coordinate_of_sender(stream, own);
                     self.apply_decline(now, target, own, number, fault);
                     Applied
                 }
                 Message::Offer { target, own, stamp, claimed } => {
-                    let own = self.sender(stream, own);
+                    let own = self.coordinate_of_sender(stream, own);
                     self.apply_offer(now, target, stamp, own, claimed)
                 }
                 Message::Item { .. } if !self.has_room_for_items() => Busy,
                 Message::Item { target, own, hash, round } => {
-                    let own = self.sender(stream, own);
+                    let own = self.coordinate_of_sender(stream, own);
                     let in_order = self.is_in_order(stream, seq);
                     self.apply_item(now, stream, (target, own), hash, round, in_order);
                     Applied
@@ -203,11 +203,11 @@ impl Replica<'_> {
         Ok(())
     }
 
-    pub(super) fn sender(&self, stream: usize, own: Place) -> Coordinate {
+    pub(super) fn coordinate_of_sender(&self, stream: usize, own: Place) -> Coordinate {
         Coordinate::new(stream_member(stream), stream_shard(stream), own.slot, own.generation)
     }
 
-    pub(super) fn target(&self, target: Place) -> Option<Line> {
+    pub(super) fn line_at(&self, target: Place) -> Option<Line> {
         (target.slot < self.ledger.capacity()).then(|| self.ledger.line(target.slot))
     }
 
@@ -219,7 +219,7 @@ impl Replica<'_> {
 
     fn take_grant(&mut self, now: Time, stream: usize, places: Places<'_>) {
         if self.credit.on_grant(now, stream, places.iter()) {
-            self.wake(stream);
+            self.enqueue(stream);
         }
         self.retry_at = now;
     }
@@ -229,7 +229,7 @@ impl Replica<'_> {
     /// alike.
     fn take_back(&mut self, stream: usize, places: Places<'_>) {
         for place in places.iter() {
-            let leased = self.target(place).is_some_and(|line| {
+            let leased = self.line_at(place).is_some_and(|line| {
                 line.generation() == place.generation && self.is_leased_to(&line, stream)
             });
             if leased {

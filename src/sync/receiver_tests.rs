@@ -142,7 +142,7 @@ fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (Verdict, Kind, u32) {
     let sent = connection(1);
     let verdict = match says {
         SaysNew(stamp) => {
-            let new = New { target, stamp, own: place(2), previous: None, connection: &sent };
+            let new = New { target, stamp, active: place(2), previous: None, connection: &sent };
             replica.apply_new(NOW, stream, &new)
         }
         Update(stamp) => {

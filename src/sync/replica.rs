@@ -303,7 +303,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Queues a stream for the transmit stage.
-    pub(super) fn wake(&mut self, stream: usize) {
+    pub(super) fn enqueue(&mut self, stream: usize) {
         if !self.streams[stream].busy {
             self.streams[stream].busy = true;
             self.busy.push_back(stream as u16);
@@ -328,7 +328,7 @@ impl<'m> Replica<'m> {
         if was_empty {
             self.streams[stream].flush_at = now.after(self.config.flush);
         }
-        self.wake(stream);
+        self.enqueue(stream);
     }
 
     /// An active connection without a backup gets one, or waits for one.
@@ -397,7 +397,7 @@ impl<'m> Replica<'m> {
     fn take_lease(&mut self, now: Time, stream: usize) -> Option<Place> {
         let place = self.credit.take(stream);
         if self.credit.replenish(now, stream, self.waiting_share(stream)) {
-            self.wake(stream);
+            self.enqueue(stream);
         }
         place
     }
@@ -418,7 +418,7 @@ impl<'m> Replica<'m> {
             if self.credit.has_leases(stream)
                 && self.credit.review(now, stream, is_first_choice, self.waiting_share(stream))
             {
-                self.wake(stream);
+                self.enqueue(stream);
             }
         }
     }
@@ -452,7 +452,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Asks for a commit if it is one that this mode makes.
-    pub(super) fn commit(&mut self, commit: Commit) {
+    pub(super) fn ask_commit(&mut self, commit: Commit) {
         let (table, peers) = (&self.ledger, &self.peers);
         self.commits.ask(commit, || {
             let Commit::Write { slot, .. } = commit else { return false };

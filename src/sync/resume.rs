@@ -145,7 +145,7 @@ impl<'m> Replica<'m> {
                 Kind::Free | Kind::Leased => {}
                 Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
                     let generation = line.generation();
-                    self.commit(Commit::Look { slot, generation, elsewhere_at: 0 });
+                    self.ask_commit(Commit::Look { slot, generation, elsewhere_at: 0 });
                 }
                 Kind::Held => self.ledger.hold(now, slot),
                 Kind::Active if !peer.is_somewhere() => self.ledger.wait(now, slot),
@@ -227,7 +227,7 @@ impl<'m> Replica<'m> {
             self.outbox.resume_session(now, stream);
             self.credit.resume_want(stream);
             self.free_closed(stream, floor);
-            self.wake(stream);
+            self.enqueue(stream);
         }
         for slot in 0..self.ledger.capacity() {
             let line = self.ledger.line(slot);

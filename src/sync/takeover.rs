@@ -109,7 +109,7 @@ impl Replica<'_> {
                     || self.offered >> member & 1 == 1
                     || self.walks.contains(Walk::Offer { member });
                 self.peers.set(member, PeerState::Down { since: now, left_behind, lost: false });
-                self.ledger.skip_an_epoch();
+                self.ledger.pass_unheard_claim();
                 if self.config.commit == CommitMode::Takeover {
                     self.unwritten |= 1 << member;
                 }
@@ -186,7 +186,7 @@ impl Replica<'_> {
             let stream = stream_index(member, shard);
             self.counters.add(Counter::CatchUpDatagrams, self.outbox.catch_up(now, stream));
             self.streams[stream].flush_at = now;
-            self.wake(stream);
+            self.enqueue(stream);
         }
         self.outbox.oldest_first();
     }
@@ -359,7 +359,7 @@ impl Replica<'_> {
             self.durable(stream).begin_session(seen.table_id);
             self.credit.drop_leases(stream);
             self.outbox.begin_session(now, stream);
-            self.wake(stream);
+            self.enqueue(stream);
         }
     }
 
@@ -499,7 +499,7 @@ impl Replica<'_> {
                     }
                 });
                 self.protect_promoted(now, slot, previous);
-                self.commit(Commit::Refresh { slot, generation: line.generation() });
+                self.ask_commit(Commit::Refresh { slot, generation: line.generation() });
                 if has_no_entry && self.config.commit == CommitMode::Takeover {
                     self.owe(now, slot);
                 }
@@ -538,7 +538,7 @@ impl Replica<'_> {
                 Kind::Closing => self.ledger.drop_closing(slot),
                 Kind::Backup if self.drop_outlived(slot) => {}
                 Kind::Backup => {
-                    self.commit(Commit::Refresh { slot, generation: line.generation() })
+                    self.ask_commit(Commit::Refresh { slot, generation: line.generation() })
                 }
                 _ => {}
             }
@@ -554,7 +554,7 @@ impl Replica<'_> {
     ) -> bool {
         let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && line.peer().member() == member {
-            self.commit(commit(slot, line.generation()));
+            self.ask_commit(commit(slot, line.generation()));
         }
         true
     }

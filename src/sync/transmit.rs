@@ -68,7 +68,7 @@ impl Replica<'_> {
                 self.send_digest(stream);
             }
             if self.is_stream_busy(stream) {
-                self.wake(stream);
+                self.enqueue(stream);
             }
         }
         budget.deltas == 0
@@ -524,7 +524,7 @@ impl Replica<'_> {
                 }
             }
             self.outbox.give_up_oldest(now, stream);
-            self.wake(stream);
+            self.enqueue(stream);
         }
     }
 

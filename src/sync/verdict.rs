@@ -22,7 +22,7 @@ pub(super) struct New<'c> {
     /// The state that it brings.
     pub stamp: Stamp,
     /// Where the sender has the connection.
-    pub own: Coordinate,
+    pub active: Coordinate,
     /// Its previous backup, as long as that was not released.
     pub previous: Option<Coordinate>,
     /// The whole of it.

@@ -194,7 +194,7 @@ fn every_kind_is_restored_field_by_field() {
         wrong.extend(written.iter().filter_map(|c| check(&there, c).err()));
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
         for c in &written {
-            assert_eq!(delete(&mut committer, &c.original), Outcome::Removed);
+            assert_eq!(delete(&mut committer, &c.original), Outcome::Absent);
         }
         assert_eq!(dump(&mut source), []);
         assert_eq!(events(&mut source), [], "all of this was our own");

@@ -105,7 +105,7 @@ fn udp_goes_on(rules: &str) {
     assert_eq!((copy.reply.dport, copy.state.status & 0x30), (peer.port(), 0x30));
 
     // Without the entry no answer finds its way.
-    assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+    assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
     near.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
     far.send_to(b"lost", peer).expect("to send");
     assert!(near.recv_from(&mut got).is_err());
@@ -190,7 +190,7 @@ fn what_packets_have_passed_is_neither_written_again_nor_removed_for_another_con
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         assert_eq!(write(&mut committer, &other), Outcome::Written);
         assert_eq!(look(&mut committer).map(|there| there.reply), Some(other.reply));
-        assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+        assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
         assert_eq!(keep(&mut committer, &copy), Outcome::Written);
         assert_eq!(exchange(), peer);
     });
@@ -220,7 +220,7 @@ fn a_redirected_exchange_goes_on_through_a_restored_entry() {
                 _ => None,
             })
         });
-        assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+        assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
         assert_eq!(write(&mut committer, &copy), Outcome::Written);
         proxy.send_to(b"back", peer).expect("to send");
         let (_, from) = near.recv_from(&mut got).expect("to arrive");
@@ -252,7 +252,7 @@ fn an_ipv6_connection_goes_on_through_a_restored_entry() {
         });
         assert_eq!((copy.reply.dport, copy.state.status & 0x30), (peer.port(), 0x30));
 
-        assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+        assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
         near.write_all(b"lost").expect("to send");
         far.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
         assert!(far.read_exact(&mut got).is_err(), "a gateway that knows nothing");

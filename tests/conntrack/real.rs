@@ -162,7 +162,7 @@ fn protocols_without_sockets_are_heard_as_well() {
         // It goes on where it was restored with its tags: DATA passes with the right one only.
         run("nft 'add rule inet t rules ct state invalid drop'");
         let mut committer = Committer::open().expect("conntrack");
-        assert_eq!(delete(&mut committer, &sctp.original), Outcome::Removed);
+        assert_eq!(delete(&mut committer, &sctp.original), Outcome::Absent);
         assert_eq!(write(&mut committer, sctp), Outcome::Written);
         let restored = |source: &mut Source| {
             let c = dump(source)

@@ -91,7 +91,7 @@ fn entry(original: &Tuple) -> Option<Connection> {
     committer.look(original).expect("an empty batch");
     match outcomes(&mut committer)[..] {
         [Outcome::Present(connection)] => Some(connection),
-        [Outcome::Removed] => None,
+        [Outcome::Absent] => None,
         ref other => panic!("{other:?}"),
     }
 }

@@ -87,7 +87,7 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
             assert!(!local.is_local(&copy), "forwarded, although our address is in it");
 
             // Its gateway dies: without the entry nothing passes in either direction.
-            assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+            assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
             far.set_read_timeout(Some(Duration::from_millis(700))).expect("a timeout");
             let error =
                 exchange(&mut near, &mut far, b"two.").expect_err("a gateway that knows nothing");
@@ -116,7 +116,7 @@ fn a_tcp_connection_goes_on_through_a_restored_entry() {
                     SourceEvent::Gone { .. } => None,
                 })
             });
-            assert_eq!(delete(&mut committer, &copy.original), Outcome::Removed);
+            assert_eq!(delete(&mut committer, &copy.original), Outcome::Absent);
         }
         changed.put_back().expect("settings");
     });

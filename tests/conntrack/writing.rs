@@ -63,7 +63,7 @@ fn what_another_program_does_says_that_a_program_did_it() {
             "conntrack -U -s {} -t 60",
             std::net::Ipv4Addr::from(numbered(0).original.src as u32)
         ));
-        assert_eq!(delete(&mut other, &numbered(0).original), Outcome::Removed);
+        assert_eq!(delete(&mut other, &numbered(0).original), Outcome::Absent);
         let heard = heard(&mut source);
         assert!(
             matches!(
@@ -173,9 +173,9 @@ fn an_entry_that_is_there_is_brought_up_to_date_or_replaced() {
         committer.write(&bad, Lifetime::Kept).expect("room");
         committer.write(&numbered(4), Lifetime::Kept).expect("room");
         let expected = [
-            Outcome::Removed,
+            Outcome::Absent,
             Outcome::Written,              // now that the tuple is free
-            Outcome::Removed,              // was never there
+            Outcome::Absent,               // was never there
             Outcome::Failed(libc::ERANGE), // no such TCP state
             Outcome::Written,
         ];
@@ -207,7 +207,7 @@ fn zones_keep_equal_tuples_apart() {
             [plain, both, original_only].iter().map(|c| (c.original, c.reply)).collect()
         );
         for c in [original_only, both, plain] {
-            assert_eq!(delete(&mut committer, &c.original), Outcome::Removed);
+            assert_eq!(delete(&mut committer, &c.original), Outcome::Absent);
         }
         assert_eq!(dump(&mut source), []);
     });
@@ -304,7 +304,7 @@ fn a_shift_is_given_to_an_entry_and_never_taken_back() {
             committer.look(&plain.original).expect("an empty batch");
             match outcomes(committer)[..] {
                 [Outcome::Present(there)] => Some(there.extra.seqadj[0]),
-                [Outcome::Removed] => None,
+                [Outcome::Absent] => None,
                 ref other => panic!("{other:?}"),
             }
         };
@@ -329,7 +329,7 @@ fn what_is_shifted_by_nobody_knows_how_much_is_cut_and_told() {
         assert_eq!(write(&mut committer, &plain), Outcome::Written);
         assert_eq!(write(&mut committer, &unknown), Outcome::Unshifted);
         committer.look(&plain.original).expect("an empty batch");
-        assert_eq!(outcomes(&mut committer), [Outcome::Removed], "its stream would be altered");
+        assert_eq!(outcomes(&mut committer), [Outcome::Absent], "its stream would be altered");
         committer.replace(&unknown, Lifetime::Normal).expect("an empty batch");
         assert_eq!(outcomes(&mut committer), [Outcome::Unshifted]);
         assert_eq!(write(&mut committer, &shifted(&plain, 500, 5)), Outcome::Written);

@@ -64,7 +64,7 @@ impl Hand {
     fn flush(&mut self) {
         let Hand { committer, failed } = self;
         committer.flush(&mut |result| {
-            *failed += !matches!(result.outcome, Outcome::Written | Outcome::Removed) as u64;
+            *failed += !matches!(result.outcome, Outcome::Written | Outcome::Absent) as u64;
         });
     }
 

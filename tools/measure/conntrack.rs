@@ -86,7 +86,7 @@ fn write(rate: u32, range: Range<u32>, what: What) -> Result<(), String> {
                 n += 1;
             }
             committer.flush(&mut |result| {
-                failed += !matches!(result.outcome, Outcome::Written | Outcome::Removed) as u32;
+                failed += !matches!(result.outcome, Outcome::Written | Outcome::Absent) as u32;
             });
         }
         let done = n - range.start;
