@@ -182,7 +182,7 @@ counters! {
     WaitsGathered, "waits_gathered", "of these waits, those in which a lone wake-up waited up to 0.5 ms for others, as passes followed each other closely";
     PassesLate, "passes_late", "passes that took longer than 10 ms, so that heartbeats could be late";
     PassLongestUs, "pass_longest_us", "gauge: the longest pass so far, microseconds";
-    DelayUs, "delay_us", "gauge: latest measured time from first send to acknowledgement, microseconds";
+    DelayUs, "delay_us", "gauge: latest measured time from the oldest change in a datagram to its acknowledgement, microseconds";
 }
 
 /// Buckets of the delay histogram: four to an octave of microseconds, up to 2^24 us.

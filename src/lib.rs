@@ -7,7 +7,7 @@
 //!   kernel conntrack events ──┐                                    ┌─> kernel conntrack
 //!   shm ingest ring ──────────┤                                    │   (commit)
 //!                             v                                    │
-//!       source -> table slice -> dirty list -> delta -> batch ─UDP─> decode -> table slice
+//!       source -> table slice -> dirty list -> delta -> train ─UDP─> decode -> table slice
 //!                 (hold timer)   (bounded)     (registered arena     (peer's shard)  │
 //!                                              = history)   <───────── ack ──────────┘
 //!
@@ -31,14 +31,14 @@
 //! | active, backup | the copy whose member sees the traffic; the other one |
 //! | presumed, claimed | active because the former active is silent; active because traffic showed up here. Only traffic outranks |
 //! | hold | the time a connection must outlive before anybody else hears of it |
-//! | delta | the newest value of every group of fields that changed since the last acknowledged delta |
+//! | delta | what a member is told of one connection: new (all of it), update (the newest value of every group of fields that changed since the last acknowledged delta), close or release |
 //! | stream, session | one shard to one shard of a peer; the time in which numbers, floor and leases of a stream mean something |
 //! | floor | every datagram up to it is acknowledged, and an ack means applied |
 //! | lease | empty slots of a backup that an active may fill |
 //! | release, offer | "your copy is no longer needed"; "does my copy still stand?" Together: control requests |
 //! | history | the datagrams sent lately, byte for byte, in the memory that io_uring sends from |
 //! | stamp | epoch and version, which decide what is newer; a claim raises the epoch, a change the version |
-//! | commit | to write to the kernel, and nothing else |
+//! | commit | what is asked of the kernel for a copy: to write its entry, to look at it, to delete it. Nothing else is called so |
 //! | exposure | connections that have no up-to-date acknowledged second copy right now |
 //! | incarnation, table id | one run of the process; one life of its table |
 //!

@@ -58,7 +58,7 @@ pub const ARENA_MIN: usize = 512 << 10;
 /// Largest send arena of a shard, bytes: offsets are 32 bits.
 pub const ARENA_MAX: usize = 1 << 30;
 
-/// Bits that name a history entry; the number of entries is derived from the arena's size.
+/// Bytes of the arena for each entry (each datagram) of the history.
 pub const HISTORY_BYTES_PER_ENTRY: usize = 512;
 
 /// Slots granted in one lease message: what fits a datagram with room to spare.

@@ -89,8 +89,9 @@ impl MemorySize {
         self.arena / HISTORY_BYTES_PER_ENTRY
     }
 
-    /// Entries of the manifest: one a delta of the history. Deltas are 18 bytes and more, so the
-    /// arena is full before the manifest is.
+    /// Entries of the manifest: one for each delta, granted slot, slot given back and request in a
+    /// datagram of the history. Deltas take 18 bytes and more, so that the arena is full before the
+    /// manifest is; where there are only smaller messages, the manifest ends the history.
     pub fn manifest(&self) -> usize {
         self.arena / 16
     }

@@ -275,7 +275,8 @@ impl<'m> Shard<'m> {
         self.torn_view = false;
         self.unopened = false;
         self.replica.handle_view(now, &view);
-        // What is asked for later (copies that come in) no death has to wait for.
+        // The notify event of a death waits for the commits asked for up to here (the takeover's),
+        // not for those that copies ask for which come in later.
         self.settling.get_or_insert((version, self.replica.commits_asked()));
         let replica = &self.replica;
         self.port.close_unless(|stream, peer| {

@@ -330,8 +330,8 @@ fn head(kind: u64, groups: u8, low: u64) -> u64 {
 }
 
 impl<'b> Message<'b> {
-    /// Writes the message. At most [`DELTA_MAX`] bytes for deltas, 32 for the others but leases
-    /// and acks, which say it themselves.
+    /// Writes the message. A delta takes at most [`DELTA_MAX`] bytes, any other at most 32 that is
+    /// not a list (acks, leases, places given back, digests).
     pub fn encode(&self, w: &mut Writer<'_>) {
         match self {
             Message::New { target, stamp, own, previous, connection } => {

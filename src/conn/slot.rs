@@ -42,8 +42,8 @@ pub enum Kind {
     Held = 2,
     /// A connection whose traffic this member sees.
     Active = 3,
-    /// A copy for another member, named in `peer`. If that member is dead, this one is presumed
-    /// active.
+    /// A copy for another member, named in `peer`. Once that member is dead, a walk over the table
+    /// makes this one the active (presumed).
     Backup = 4,
     /// A closed connection whose close the backup has not acknowledged yet.
     Closing = 5,
@@ -312,7 +312,8 @@ impl Line {
         self.0[7] = self.0[7] & !Seq::LAST.raw() | last.raw();
     }
 
-    /// In a leased slot: the session of the lessee's stream (see `sync::stream`).
+    /// The session of the peer's half of the stream (see `sync::stream`) in which this slot was
+    /// leased to the peer or, of an active, in which the peer leased the place of its backup.
     pub fn session(&self) -> u16 {
         (self.0[7] >> 48) as u16
     }

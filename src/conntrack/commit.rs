@@ -70,8 +70,9 @@ const READ_LATE_S: u32 = 2;
 /// A packet has passed just now if its entry has lost no more than so many seconds since.
 const FRESH_S: u32 = 5;
 
-/// A packet that passed within a second after its entry was given the normal timeout leaves what no
-/// packet leaves. For so many seconds after that was written over it is believed that one passed.
+/// A packet that passes within a second after its entry was given the normal timeout cannot be told
+/// from none: the kernel tells whole seconds. If a commit then writes over the entry, a packet is
+/// taken to have passed for so many seconds.
 const UNTOLD_S: u32 = 30;
 
 /// Helpers remembered as refused: a kernel has about a dozen.

@@ -27,7 +27,8 @@ use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
-/// For so long at most a dump waits for events that wait.
+/// The longest time that a dump, or the deletion of entries, is put off because events wait that
+/// are older.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 /// The kernel's timeouts that are read again each time: all of them within a second.
 const TIMEOUTS_PER_CHECK: usize = 4;
@@ -68,8 +69,8 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     /// When to drain; `NEVER` while the socket is watched.
     drain_at: Time,
     overruns: u32,
-    /// Events were lost behind those that wait: a dump must not show what these would take back.
-    /// Until then they are read first.
+    /// While events wait that are older than an overrun, the dump that makes up for it is put off,
+    /// until this time at most: what it shows must not be taken back by those events.
     behind_until: Option<Time>,
     /// When entries are deleted although there is more to hear; `NEVER` if there is not.
     deletes_at: Time,

@@ -3,7 +3,8 @@
 //! An ack moves one floor; nothing is done per connection, except that closes free their slots.
 //! What arrived beyond the floor need not be repeated; what several later datagrams overtook is
 //! repeated without waiting. A refusal sends one connection elsewhere and the rest of its
-//! datagram again.
+//! datagram again. Control requests (releases, offers, declines) see for themselves that the floor
+//! has passed them: `Replica::tick_requests`.
 
 use super::history::{Content, EpochBits};
 use super::inbox::Refusal;
@@ -121,17 +122,18 @@ impl Replica<'_> {
                 continue; // A place that stands in the lease twice: only one of the two was refused.
             }
             let line = self.ledger.line(place.slot);
-            // It was claimed there and claimed back here since: what was refused was of before all
-            // that.
+            // If the epoch is another one, the peer claimed the connection and this member claimed
+            // it back since the refused delta was sent: the refusal says nothing of it now.
             let is_current = epoch == EpochBits::of(line.stamp());
             let is_ours = line.generation() == place.generation
                 && line.peer() == backup
                 && line.kind() == Kind::Active;
             if is_ours && is_current {
-                // Another delta of it may be on its way and find that slot as it should be:
-                // whatever it leaves there must go. (A slot that is not leased any more takes
-                // nothing.) It may have been claimed there with an equal stamp, and the release
-                // come first: the higher member's counts.
+                // Another delta of this connection may be on its way, and be applied in that slot:
+                // the copy that it makes is released. (A slot that is not leased any more takes
+                // nothing.) The peer may have claimed the connection with an equal stamp, and the
+                // release may reach it before its claim reaches this member: of equal stamps the
+                // higher member's counts.
                 let told = match self.config.member > member {
                     true => line.stamp().changed(),
                     false => line.stamp(),

@@ -42,9 +42,9 @@ impl Replica<'_> {
         let verdict = match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => self.fill_lease(now, new),
             Kind::Backup if here && line.peer() == active => self.renew_copy(new),
-            // Another member is the active now: the one that took over, or that claimed. Of two
-            // that claimed at once the other one counts on this copy as well, and is told; with
-            // equal stamps it has the copy.
+            // Another member is the active now: it took over, or it claimed. If the copy's active
+            // lives, both count on this copy: the higher stamp has it and the other member is told;
+            // with equal stamps it stays with the one that has it.
             Kind::Backup
                 if here
                     && (stamp > line.stamp()
@@ -54,8 +54,8 @@ impl Replica<'_> {
             }
             Kind::Active if here => self.give_way_to_pair(now, new),
             Kind::Backup if here && stamp == line.stamp() => {
-                // Nothing that follows would tell the one that comes second: nobody else knows of
-                // both.
+                // The one that comes second is told here: no other member knows of both, and
+                // neither of the two hears of the other.
                 if !self.release(Rank::Consequence, active, stamp.changed()) {
                     return Busy;
                 }
@@ -169,7 +169,7 @@ impl Replica<'_> {
         );
     }
 
-    /// Whether the active of the copy in this slot lives, and is at another member than this one.
+    /// Whether the active of the copy in this slot lives, and at another member than `active`.
     fn is_of_another(&self, slot: u32, active: Coordinate) -> bool {
         let member = self.ledger.line(slot).peer().member();
         member != active.member() && self.is_up(member)

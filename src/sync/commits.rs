@@ -1,7 +1,8 @@
-//! Commits: what the kernel is to be told, in order; what it is owed; how much of it is done.
+//! Commits: what is to be asked of the kernel for copies, in order; what waits to be tried again;
+//! how much of it is done.
 //!
-//! The protocol asks for commits, the source adapter takes them, and a commit that was taken is
-//! done as far as this part knows: what became of it comes back by
+//! The protocol asks for commits, and the source adapter takes them. A commit that was taken counts
+//! as done here, whether it was carried out or not: what became of it comes back by
 //! [`Replica::handle_commit`](super::Replica::handle_commit).
 //!
 //! What always holds:

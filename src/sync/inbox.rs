@@ -109,8 +109,8 @@ impl<'m> Inbox<'m> {
 
     // Receiving.
 
-    /// A datagram with this number came, again perhaps: an ack is due, for the one before may have
-    /// been lost.
+    /// A datagram with this number came: whether it is to be applied. An ack is due even if it came
+    /// before, for the ack that was sent then may have been lost.
     pub(super) fn on_datagram(&mut self, stream: usize, seq: Seq) -> Result<(), Reject> {
         self.streams[stream].is_ack_due = true;
         let durable = self.durable(stream);

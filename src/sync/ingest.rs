@@ -1,8 +1,12 @@
 //! Ingest: what the source saw becomes a change of the table.
 //!
 //! A new connection is held: it stays here until it has outlived the hold time, so that
-//! short-lived connections are never sent. Any event for a connection that this member holds
-//! as a backup is a claim: its traffic is here now.
+//! short-lived connections are never sent. An event for a connection that this member holds as a
+//! backup is a claim, its traffic is here now. (A source that cannot be sure, as the kernel's, asks
+//! first and tells only then: see `feed::claims`.)
+//!
+//! What changed is noted as dirty before the new state is stored: a process that is killed between
+//! the two sends a state again that was sent before, and loses none.
 
 use std::time::Duration;
 
@@ -25,13 +29,13 @@ use crate::time::Time;
 /// For so long the end of a hold waits for a source that has more to tell.
 const HOLD_EXTENSION: Duration = Duration::from_secs(1);
 
-/// What the source says of a connection that was not known.
+/// What the source says of a connection that the slot does not say yet.
 struct News {
-    /// Its state now.
+    /// The state that the slot is to have.
     state: State,
-    /// What only few connections have, if that is new.
+    /// The optional attributes, if they are to be changed.
     extra: Option<Extra>,
-    /// The groups of all this that differ from before.
+    /// The groups of fields that differ from what the slot says.
     changed: u8,
 }
 

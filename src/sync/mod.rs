@@ -9,15 +9,18 @@
 //! - `transmit`: dirty connections become deltas in datagrams; repeats, acks, skips;
 //! - `receive`: datagrams are checked and taken apart; what is refused, what moves the floor;
 //! - `arrivals`: news and updates become copies; who gives way to whom;
+//! - `contest`: two members both have a connection; whose packets were later;
 //! - `endings`: closes and releases, and what is left of a copy;
 //! - `acks`: what comes back for what was sent: floors, repeats, refusals;
 //! - `takeover`: a member dies, leaves, comes: walks over the table;
-//! - `digest`: both sides of a stream compare what they hold, and repair what differs;
+//! - `digest`: both sides of a stream compare what they hold, and repair what differs; what each
+//!   copy adds to the sums;
 //! - `resume`: the memory that a killed process left behind becomes a shard's again;
 //! - `progress`: what is to be seen of each member's full sync, and how much goes before live
 //!   changes;
 //! - `moves`: a connection changes its backup, make before break; what becomes of control requests;
-//! - `declined`: copies that the kernel does not take: told to their active, tried again, shown;
+//! - `declined`: what became of each commit (`handle_commit`); copies that the kernel does not
+//!   take are told to their active, tried again and shown;
 //! - `timers`: when a shard does something by itself.
 //!
 //! Parts that own their state, and know of no other:
@@ -34,6 +37,7 @@
 //! - `requests`: releases, offers and declines, which belong to no single delta;
 //! - `sends`: what a pass hands to the loop;
 //! - `sums`: what each stream's copies add up to, for the ledger;
+//! - `verdict`: a new as it arrived, and what can become of a delta;
 //! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:

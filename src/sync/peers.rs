@@ -128,8 +128,8 @@ impl Peers {
         self.up >> member & 1 == 1
     }
 
-    /// Whether it may come back with the table that this shard knows, and nothing that was agreed
-    /// with it has been let go.
+    /// Whether what is sent to it may still be heard: it is up, or it is silent, may come back with
+    /// the table that this shard knows, and nothing that was agreed with it has been let go.
     pub(super) fn may_return(&self, member: MemberId) -> bool {
         matches!(self.state(member), PeerState::Up | PeerState::Down { lost: false, .. })
     }

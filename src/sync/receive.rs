@@ -1,9 +1,15 @@
 //! Receive: datagrams become copies. An ack means applied.
 //!
-//! A datagram is checked as a whole before any of it is applied. One that brings something that
-//! cannot be applied (no lease, an older state, no room for a request) is not acknowledged: the
-//! sender is told which delta was refused, finds another backup for that connection, sends the
-//! rest again otherwise, and says skip. So nothing is ever acknowledged that is not held.
+//! A datagram is checked as a whole before any of it is applied, and it is acknowledged only if
+//! all of it was. There are two reasons why a delta may not be applied:
+//!
+//! - *Refused* (no lease, an older state): it never will be. The sender is told which delta it is,
+//!   finds another backup for that connection, sends the rest of the datagram in another one, and
+//!   says skip.
+//! - *Busy* (no room for a request that would follow from it): not now. Nobody is told; the
+//!   sender's timeout brings the same datagram again.
+//!
+//! So nothing is ever acknowledged that is not held.
 
 use std::net::IpAddr;
 

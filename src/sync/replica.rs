@@ -277,7 +277,7 @@ impl<'m> Replica<'m> {
     }
 
     /// Commits asked for since the start. Once [`commits_done`](Self::commits_done) has reached
-    /// what this was, everything asked for until then is in the kernel.
+    /// what this was, the kernel was asked for everything until then, and has answered.
     pub fn commits_asked(&self) -> u64 {
         self.commits.asked()
     }

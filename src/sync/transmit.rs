@@ -47,8 +47,9 @@ impl Budget {
 }
 
 impl Replica<'_> {
-    /// Composes everything that is due, as far as the loop takes it (`room` datagrams): acks and
-    /// the like first, then what goes again, then what is dirty. The loop takes it by
+    /// Composes everything that is due, as far as the loop takes it (`room` datagrams): what later
+    /// datagrams have overtaken first, on whichever stream; then, stream by stream, acks and what
+    /// goes with them, what had no ack in time, what is dirty, and a digest. The loop takes it by
     /// [`poll_transmit`](Self::poll_transmit). Returns whether the cap of a pass was hit, so that
     /// more may wait.
     pub fn transmit(&mut self, now: Time, room: usize) -> bool {
@@ -123,7 +124,8 @@ impl Replica<'_> {
         )
     }
 
-    /// Acks, refusals, wishes and skips: one datagram, not repeated by itself.
+    /// Acks, refusals, wishes, skips and what follows from digests: one unsequenced datagram. It is
+    /// not retransmitted: what is still due when its time comes is composed anew.
     fn send_control(&mut self, now: Time, stream: usize) {
         let want = self.credit.ask_due(now, stream);
         let skip = self.outbox.skip_due(stream);
@@ -170,8 +172,8 @@ impl Replica<'_> {
         }
     }
 
-    /// Puts bytes into a control buffer and sends them. `false` if there was no buffer, or the loop
-    /// takes no more: what is due stays due.
+    /// Puts bytes into a control buffer and hands them to the loop. `false` if no buffer was free,
+    /// or the loop takes no more in this pass: the caller leaves what is due as it is.
     pub(super) fn send_control_bytes(&mut self, stream: usize, bytes: &[u8]) -> bool {
         let Some((buffer, offset)) = self.outbox.control(bytes) else {
             self.counters.count(Counter::ControlFull);
@@ -245,7 +247,8 @@ impl Replica<'_> {
             || self.has_lines(stream)
     }
 
-    /// Dirty connections, grants and requests, in trains of datagrams.
+    /// Grants, requests and dirty connections, in trains of datagrams: a train is one send, whose
+    /// datagrams lie side by side in the arena and have the same size, but for the last one.
     fn send_data(&mut self, now: Time, stream: usize, budget: &mut Budget) {
         let mut started = false;
         let mut stuck = false;
@@ -545,8 +548,8 @@ impl Replica<'_> {
     }
 
     /// A slot that was granted in a datagram which may or may not arrive: two lives later, so that
-    /// nobody takes the old grant for a copy that was closed.
-    /// Tells in which session of the peer's half it was granted, if it was not filled yet.
+    /// nobody takes the old grant for a copy that was closed. Tells in which session of the peer's
+    /// half it was granted, if it was not filled yet.
     pub(super) fn revoke(&mut self, place: Place) -> Option<u16> {
         let line = self.ledger.line(place.slot);
         let empty = line.kind() == Kind::Leased && line.generation() == place.generation;

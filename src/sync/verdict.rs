@@ -8,9 +8,9 @@ use crate::conn::{Connection, Coordinate, Stamp};
 pub(super) enum Verdict {
     /// The copy is what the delta says, or newer.
     Applied,
-    /// The sender is told, and finds another backup.
+    /// It never will be: the sender is told, and finds another backup.
     Refused(Reason),
-    /// Not now: the datagram will come again.
+    /// Not now. The sender is not told: its timeout brings the same datagram again.
     Busy,
 }
 

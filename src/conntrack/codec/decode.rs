@@ -131,9 +131,9 @@ fn read(message: &[u8], zero: u8) -> Result<Decoded, Malformed> {
     Ok(Decoded { event: SourceEvent::Seen { connection, known }, skipped })
 }
 
-/// What it says of a connection that its entry, which was like this, is no more. One that still had
-/// the timeout of copies no packet had passed: whatever its state was, that the connection ended
-/// nobody saw here, and nobody saw a packet.
+/// How a connection ended whose entry, which was like this at last, is no more. If it still had the
+/// timeout of copies, no packet had passed it since it was written: whatever its state, nobody saw
+/// the end here, and the age of the last packet is not known.
 pub fn end_of(entry: &Connection) -> End {
     match entry.phase() {
         Phase::Ending | Phase::Over if entry.state.timeout_s <= GIVEN_MAX_S => End::Seen,
