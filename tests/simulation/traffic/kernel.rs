@@ -26,7 +26,7 @@ use hypersync::source::{CommitMode, SourceEvent};
 use hypersync::sync::Replica;
 use hypersync::time::Time;
 
-use super::model::{By, Event, Settings, Table};
+use super::model::{By, Event, Settings, Table, What};
 use crate::world::Feed;
 
 /// Nobody has an address of ours: all connections are forwarded.
@@ -46,6 +46,8 @@ pub struct Kernel {
     lost: RefCell<Vec<u32>>,
     /// When an event of a connection was last lost.
     untold: RefCell<BTreeMap<Tuple, Time>>,
+    /// When the entry of a connection was last collected, its time being over.
+    ran_out: RefCell<BTreeMap<Tuple, Time>>,
     max: Cell<usize>,
     /// Told of events and requests, a line each.
     log: Cell<Option<Log>>,
@@ -64,6 +66,7 @@ impl Kernel {
             room: Cell::new(room),
             lost: RefCell::new(Vec::new()),
             untold: RefCell::default(),
+            ran_out: RefCell::default(),
             max: Cell::new(max),
             log: Cell::new(None),
             member,
@@ -92,6 +95,10 @@ impl Kernel {
         self.max.set(table.settings().max);
         let (mut queues, mut lost) = (self.queues.borrow_mut(), self.lost.borrow_mut());
         while let Some(event) = table.next_event() {
+            let Event { what, by, connection, .. } = &event;
+            if (*what, *by, connection.state.timeout_s) == (What::Destroy, By::Kernel, 0) {
+                self.ran_out.borrow_mut().insert(connection.original, self.now.get());
+            }
             if event.by == By::Ours || queues.is_empty() {
                 continue; // The filter of the sockets.
             }
@@ -119,6 +126,12 @@ impl Kernel {
     /// Whether an event of this connection was lost at that time, or later.
     pub fn was_untold_since(&self, original: &Tuple, at: Time) -> bool {
         self.untold.borrow().get(original).is_some_and(|lost| *lost >= at)
+    }
+
+    /// Whether the entry of this connection was collected at that time, or later, because its time
+    /// was over.
+    pub fn ran_out_since(&self, original: &Tuple, at: Time) -> bool {
+        self.ran_out.borrow().get(original).is_some_and(|ran_out| *ran_out >= at)
     }
 
     /// A process with so many shards listens from now on, or none.
@@ -211,10 +224,31 @@ pub struct Pen {
 
 impl Pen {
     fn new(kernel: Rc<Kernel>) -> Pen {
-        let mut pen = Pen { kernel, timeouts: Timeouts::told(&|_| None), asked: Vec::new() };
-        pen.read_timeouts_again(0);
-        pen
+        let timeouts = timeouts_of(&kernel);
+        Pen { kernel, timeouts, asked: Vec::new() }
     }
+}
+
+/// What the kernel's settings are now.
+fn timeouts_of(kernel: &Kernel) -> Timeouts {
+    let mut table = kernel.table.borrow_mut();
+    let of = &table.settings().timeouts;
+    Timeouts::told(&|name| {
+        Some(match name {
+            "tcp_timeout_syn_sent" => of.tcp[1],
+            "tcp_timeout_syn_recv" => of.tcp[2],
+            "tcp_timeout_established" => of.tcp[3],
+            "tcp_timeout_fin_wait" => of.tcp[4],
+            "tcp_timeout_close_wait" => of.tcp[5],
+            "tcp_timeout_last_ack" => of.tcp[6],
+            "tcp_timeout_time_wait" => of.tcp[7],
+            "tcp_timeout_close" => of.tcp[8],
+            "tcp_timeout_max_retrans" | "tcp_timeout_unacknowledged" => of.unacknowledged,
+            "udp_timeout" => of.udp,
+            "udp_timeout_stream" => of.udp_stream,
+            _ => return None,
+        })
+    })
 }
 
 impl Entries for Pen {
@@ -283,24 +317,7 @@ impl Entries for Pen {
     }
 
     fn read_timeouts_again(&mut self, _: usize) {
-        let mut table = self.kernel.table.borrow_mut();
-        let of = &table.settings().timeouts;
-        self.timeouts.set(&Timeouts::told(&|name| {
-            Some(match name {
-                "tcp_timeout_syn_sent" => of.tcp[1],
-                "tcp_timeout_syn_recv" => of.tcp[2],
-                "tcp_timeout_established" => of.tcp[3],
-                "tcp_timeout_fin_wait" => of.tcp[4],
-                "tcp_timeout_close_wait" => of.tcp[5],
-                "tcp_timeout_last_ack" => of.tcp[6],
-                "tcp_timeout_time_wait" => of.tcp[7],
-                "tcp_timeout_close" => of.tcp[8],
-                "tcp_timeout_max_retrans" | "tcp_timeout_unacknowledged" => of.unacknowledged,
-                "udp_timeout" => of.udp,
-                "udp_timeout_stream" => of.udp_stream,
-                _ => return None,
-            })
-        }));
+        self.timeouts.set(&timeouts_of(&self.kernel));
     }
 }
 

@@ -591,6 +591,11 @@ impl<'m> Sim<'m> {
                 let lives = self.timeouts.iter().map(|of| idle_of(of, flow, *was_data)).min();
                 now.since(*at) + ms(2000) >= lives.unwrap_or_default()
             });
+        // So it may where this member took over because it believed that the other one is dead, and
+        // no packet ever came. Its backup, which it asks then, may be dead already, and the routes
+        // may not have moved yet.
+        let just_now = Time(now.0.saturating_sub(ms(4000).as_nanos() as u64));
+        let has_run_out = has_run_out || kernel.ran_out_since(&flow.original, just_now);
         if !had_entry && has_run_out {
             flow.is_safe = false;
         }
