@@ -4,19 +4,14 @@
 #[path = "protocol/world.rs"]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::conn::{Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
+use world::story::{group, ms, open_hundreds};
 use world::{World, memories_of};
 
 const N: u64 = 5000;
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
 
 fn counts(world: &World<'_>, counters: &[Counter]) -> u64 {
     [1, 2].iter().flat_map(|m| counters.iter().map(|c| world.counter(*m, *c))).sum()
@@ -31,15 +26,8 @@ fn settle(world: &mut World<'_>) {
 
 /// Two members, and N connections of the first.
 fn pair<'m>(memories: &'m [OwnedMemory]) -> (World<'m>, Vec<Tuple>) {
-    let mut world = World::new(3, memories);
-    world.start(1, 1, 100);
-    world.start(2, 1, 100);
-    world.run_for(ms(150));
-    let mut tuples = Vec::new();
-    for _ in 0..50 {
-        tuples.extend((0..N / 50).map(|_| world.open_at(1)));
-        world.run_for(ms(5));
-    }
+    let mut world = group(3, memories, 1, &[100, 100]);
+    let tuples = open_hundreds(&mut world, 1, N as u32 / 100, ms(5));
     settle(&mut world);
     (world, tuples)
 }

@@ -5,17 +5,15 @@
 #[allow(dead_code)]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::conn::{Extra, Kind};
 use hypersync::counters::Counter;
 use hypersync::limits::ARENA_MIN;
 use hypersync::memory::MemorySize;
 use hypersync::source::{Commit, CommitMode};
 use hypersync::sync::REWRITE_PERIOD;
+use world::story::{self, SECOND};
 use world::{HOLD, World, memories, memories_of};
 
-const SECOND: Duration = Duration::from_secs(1);
 const CONNECTIONS: u64 = 100;
 
 /// Members with these priorities; member 1 has connections that are older than the hold time.
@@ -26,10 +24,7 @@ fn group<'m>(
 ) -> World<'m> {
     let mut world = World::new(1, memories);
     world.commit = mode;
-    for (i, priority) in priorities.iter().enumerate() {
-        world.start(i as u8 + 1, 2, *priority);
-    }
-    world.run_for(SECOND / 10);
+    story::start(&mut world, 2, priorities);
     world
 }
 

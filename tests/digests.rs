@@ -5,8 +5,6 @@
 #[path = "protocol/world.rs"]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::ccp::bytes::Writer;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::{Message, Place};
@@ -17,23 +15,12 @@ use hypersync::memory::OwnedMemory;
 use hypersync::seq::Seq;
 use hypersync::sync::Finding;
 use hypersync::sync::stream::{Durable, stream_index};
+use world::story::{exposure, group, ms};
 use world::{World, address, memories};
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-fn pair<'m>(seed: u64, memories: &'m [OwnedMemory]) -> World<'m> {
-    let mut world = World::new(seed, memories);
-    world.start(1, 1, 100);
-    world.start(2, 1, 100);
-    world.run_for(ms(150));
-    world
-}
 
 /// So many connections of a member, at rest.
 fn filled<'m>(seed: u64, memories: &'m [OwnedMemory], connections: u32) -> World<'m> {
-    let mut world = pair(seed, memories);
+    let mut world = group(seed, memories, 1, &[100, 100]);
     for _ in 0..connections {
         world.open_at(1);
         world.step();
@@ -41,10 +28,6 @@ fn filled<'m>(seed: u64, memories: &'m [OwnedMemory], connections: u32) -> World
     world.run_for(ms(100));
     world.run_until(ms(3000), "everything is protected", |w| w.is_quiet());
     world
-}
-
-fn exposure(world: &World<'_>, member: MemberId) -> u64 {
-    world.hosts[&member].shards.iter().map(|shard| shard.exposure()).sum()
 }
 
 fn durable<'m>(world: &World<'m>, at: MemberId, peer: MemberId) -> Durable<'m> {

@@ -6,55 +6,21 @@
 #[allow(dead_code)]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::conn::Kind;
 use hypersync::counters::Counter;
 use hypersync::group::Event;
 use hypersync::limits::ARENA_MIN;
-use hypersync::memory::{MemorySize, OwnedMemory};
+use hypersync::memory::MemorySize;
 use hypersync::source::SourceEvent;
+use world::story::{SECOND, group, ms, open_hundreds, settle};
 use world::{HOLD, Link, Network, World, memories, memories_of};
-
-const SECOND: Duration = Duration::from_secs(1);
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-fn group<'m>(seed: u64, memories: &'m [OwnedMemory], priorities: &[u8]) -> World<'m> {
-    group_of(seed, memories, priorities, 2)
-}
-
-fn group_of<'m>(
-    seed: u64,
-    memories: &'m [OwnedMemory],
-    priorities: &[u8],
-    shards: u8,
-) -> World<'m> {
-    let mut world = World::new(seed, memories);
-    for (i, priority) in priorities.iter().enumerate() {
-        world.start(i as u8 + 1, shards, *priority);
-    }
-    world.run_for(ms(100));
-    world
-}
-
-fn settle(world: &mut World<'_>, limit: Duration) {
-    world.run_for(HOLD + ms(10));
-    world.run_until(limit, "every connection is on two members", |w| w.is_quiet());
-}
 
 #[test]
 fn more_offers_than_requests_on_both_sides_end() {
     let size = MemorySize::new(16_384, ARENA_MIN);
     let memories = memories_of(4, size);
-    let mut world = group(1, &memories, &[100, 100]);
-    let mut tuples: Vec<_> = Vec::new();
-    for _ in 0..100 {
-        tuples.extend((0..100).map(|_| world.open_at(1)));
-        world.run_for(ms(10));
-    }
+    let mut world = group(1, &memories, 2, &[100, 100]);
+    let tuples = open_hundreds(&mut world, 1, 100, ms(10));
     settle(&mut world, SECOND * 2);
     world.check();
     world.cut = vec![(1, 2), (2, 1)];
@@ -74,12 +40,8 @@ fn more_offers_than_requests_on_both_sides_end() {
 fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
     let size = MemorySize::new(16_384, ARENA_MIN);
     let memories = memories_of(4, size);
-    let mut world = group(1, &memories, &[100, 100]);
-    let mut tuples: Vec<_> = Vec::new();
-    for _ in 0..60 {
-        tuples.extend((0..100).map(|_| world.open_at(1)));
-        world.run_for(ms(10));
-    }
+    let mut world = group(1, &memories, 2, &[100, 100]);
+    let tuples = open_hundreds(&mut world, 1, 60, ms(10));
     settle(&mut world, SECOND * 2);
     world.cut = vec![(1, 2), (2, 1)];
     world.run_for(ms(1500));
@@ -91,12 +53,7 @@ fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
     world.run_for(SECOND * 3);
     world.check();
     // Whatever places came back are used up by these.
-    for _ in 0..90 {
-        for _ in 0..100 {
-            world.open_at(1);
-        }
-        world.run_for(ms(10));
-    }
+    open_hundreds(&mut world, 1, 90, ms(10));
     settle(&mut world, SECOND * 5);
     world.run_for(SECOND * 2);
     println!("refused {}", world.counter(2, Counter::Refused));
@@ -106,7 +63,7 @@ fn offers_answered_by_busy_do_not_lease_a_slot_twice() {
 #[test]
 fn a_conflict_with_a_newer_state_elsewhere_ends() {
     let memories = memories(6);
-    let mut world = group(2, &memories, &[100, 200, 150]);
+    let mut world = group(2, &memories, 2, &[100, 200, 150]);
     let tuple = world.fresh_tuple();
     world.reopen_at(1, tuple);
     world.reopen_at(2, tuple);
@@ -124,7 +81,7 @@ fn a_conflict_with_a_newer_state_elsewhere_ends() {
 #[test]
 fn a_held_connection_that_refuses_its_twin_does_not_eat_slots() {
     let memories = memories(4);
-    let mut world = group(2, &memories, &[100, 100]);
+    let mut world = group(2, &memories, 2, &[100, 100]);
     let first = world.open_at(1);
     let _ = first;
     settle(&mut world, SECOND);
@@ -142,7 +99,7 @@ fn a_held_connection_that_refuses_its_twin_does_not_eat_slots() {
 fn one_way_silence_with_grants_outstanding_is_survived() {
     for seed in 0..100 {
         let memories = memories(4);
-        let mut world = group(1000 + seed, &memories, &[100, 100]);
+        let mut world = group(1000 + seed, &memories, 2, &[100, 100]);
         let tuples: Vec<_> = (0..50).map(|_| world.open_at(1)).collect();
         settle(&mut world, SECOND);
         for _ in 0..100 {
@@ -168,7 +125,7 @@ fn one_way_silence_with_grants_outstanding_is_survived() {
 #[test]
 fn after_one_way_silence_what_the_backup_let_go_is_copied_again() {
     let memories = memories(4);
-    let mut world = group(4, &memories, &[100, 100]);
+    let mut world = group(4, &memories, 2, &[100, 100]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2)];
@@ -186,7 +143,7 @@ fn after_one_way_silence_what_the_backup_let_go_is_copied_again() {
 #[test]
 fn a_peer_that_does_not_hear_me_is_left_for_another() {
     let memories = memories(6);
-    let mut world = group(5, &memories, &[100, 100, 100]);
+    let mut world = group(5, &memories, 2, &[100, 100, 100]);
     let tuples: Vec<_> = (0..50).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2)];
@@ -200,7 +157,7 @@ fn a_peer_that_does_not_hear_me_is_left_for_another() {
 #[test]
 fn traffic_at_a_promoted_copy_outranks_what_the_former_active_forgot() {
     let memories = memories(4);
-    let mut world = group(6, &memories, &[100, 100]);
+    let mut world = group(6, &memories, 2, &[100, 100]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2), (2, 1)];
@@ -224,7 +181,7 @@ fn traffic_at_a_promoted_copy_outranks_what_the_former_active_forgot() {
 fn a_death_in_the_middle_of_a_move_leaves_one_active() {
     for seed in 0..100u64 {
         let memories = memories(8);
-        let mut world = group(100 + seed, &memories, &[100, 100]);
+        let mut world = group(100 + seed, &memories, 2, &[100, 100]);
         let tuples: Vec<_> = (0..100).map(|_| world.open_at(1)).collect();
         settle(&mut world, SECOND);
         world.start(3, 2, 200);
@@ -254,7 +211,7 @@ fn a_death_in_the_middle_of_a_move_leaves_one_active() {
 fn the_newest_state_survives_at_the_common_backup_of_two_actives() {
     for is_leaving in [false, true] {
         let memories = memories(8);
-        let mut world = group(12, &memories, &[100, 100]);
+        let mut world = group(12, &memories, 2, &[100, 100]);
         let tuples: Vec<_> = (0..20).map(|_| world.open_at(1)).collect();
         settle(&mut world, SECOND);
         world.start(3, 2, 100);
@@ -284,7 +241,7 @@ fn the_newest_state_survives_at_the_common_backup_of_two_actives() {
 #[test]
 fn who_presumes_and_sees_the_close_closes_the_previous_backup_too() {
     let memories = memories(8);
-    let mut world = group(7, &memories, &[100, 100]);
+    let mut world = group(7, &memories, 2, &[100, 100]);
     let tuples: Vec<_> = (0..100).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.start(3, 2, 200);
@@ -308,7 +265,7 @@ fn who_presumes_and_sees_the_close_closes_the_previous_backup_too() {
 #[test]
 fn a_leaving_member_loses_copies_of_promoted_connections_too() {
     let memories = memories(8);
-    let mut world = group(8, &memories, &[100, 100, 100, 100]);
+    let mut world = group(8, &memories, 2, &[100, 100, 100, 100]);
     let tuples: Vec<_> = (0..50).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.kill(1);
@@ -331,7 +288,7 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
     use hypersync::ccp::sync::SyncHeader;
     use hypersync::conn::{Coordinate, Extra, State};
     let memories = memories(4);
-    let mut world = group(9, &memories, &[100, 100]);
+    let mut world = group(9, &memories, 2, &[100, 100]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     let copy =
@@ -374,13 +331,8 @@ fn a_previous_backup_that_no_group_can_have_is_refused() {
 fn a_pair_with_many_connections_survives_the_death_of_one() {
     let size = MemorySize::new(32_768, ARENA_MIN * 4);
     let memories = memories_of(3, size);
-    let mut world = group_of(1, &memories, &[100, 100], 1);
-    for _ in 0..100 {
-        for _ in 0..100 {
-            world.open_at(1);
-        }
-        world.run_for(ms(10));
-    }
+    let mut world = group(1, &memories, 1, &[100, 100]);
+    open_hundreds(&mut world, 1, 100, ms(10));
     settle(&mut world, SECOND * 3);
     world.kill(2);
     world.run_for(SECOND);
@@ -395,13 +347,8 @@ fn a_pair_with_many_connections_survives_the_death_of_one() {
 fn the_survivor_of_a_pair_promotes_all_and_takes_the_other_back() {
     let size = MemorySize::new(32_768, ARENA_MIN * 4);
     let memories = memories_of(3, size);
-    let mut world = group_of(1, &memories, &[100, 100], 1);
-    for _ in 0..100 {
-        for _ in 0..100 {
-            world.open_at(1);
-        }
-        world.run_for(ms(10));
-    }
+    let mut world = group(1, &memories, 1, &[100, 100]);
+    open_hundreds(&mut world, 1, 100, ms(10));
     settle(&mut world, SECOND * 3);
     world.kill(1);
     for known in world.open.values_mut() {
@@ -419,7 +366,7 @@ fn the_survivor_of_a_pair_promotes_all_and_takes_the_other_back() {
 #[test]
 fn a_silent_peer_does_not_spin_the_loop() {
     let memories = memories(2);
-    let mut world = group_of(1, &memories, &[100, 100], 1);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let t = world.open_at(1);
     settle(&mut world, SECOND);
     world.kill(2);
@@ -442,7 +389,7 @@ fn an_oversized_datagram_is_refused() {
     use hypersync::ccp::sync::SyncHeader;
     use hypersync::conn::{Coordinate, Extra, Stamp, State};
     let memories = memories(2);
-    let mut world = group_of(9, &memories, &[100, 100], 1);
+    let mut world = group(9, &memories, 1, &[100, 100]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     let copy =
@@ -484,7 +431,7 @@ fn an_oversized_datagram_is_refused() {
 fn a_close_or_release_that_overtakes_its_claim_counts() {
     for seed in 0..60 {
         let memories = memories(6);
-        let mut world = group(300 + seed, &memories, &[100, 100]);
+        let mut world = group(300 + seed, &memories, 2, &[100, 100]);
         let tuples: Vec<_> = (0..40).map(|_| world.open_at(1)).collect();
         settle(&mut world, SECOND);
         world.start(3, 2, 200);

@@ -15,17 +15,12 @@ use hypersync::limits::ARENA_MIN;
 use hypersync::memory::{MemorySize, OwnedMemory};
 use hypersync::sync::full_sync::{Figures, SyncPhase};
 use hypersync::sync::stream::{Durable, stream_index};
+use world::story::{SECOND, ms};
 use world::{HOLD, Network, World, memories, memories_of};
-
-const SECOND: Duration = Duration::from_secs(1);
 
 /// What may be dirty or unacknowledged in a shard before what waits for a backup has to wait, and a
 /// little more.
 const AHEAD: u64 = 2048 + 64;
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
 
 fn large(n: usize) -> Vec<OwnedMemory> {
     memories_of(n, MemorySize::new(32_768, ARENA_MIN * 8))

@@ -5,8 +5,6 @@
 #[allow(dead_code)]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
 use hypersync::ccp::message::Message;
@@ -14,25 +12,10 @@ use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::{Connection, Kind, MemberId, Tuple, shard_of};
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
-use hypersync::memory::{MemorySize, OwnedMemory};
+use hypersync::memory::MemorySize;
 use hypersync::source::{CommitMode, End, SourceEvent};
+use world::story::{SECOND, group, kind_at, ms};
 use world::{HOLD, REPROTECT, World, address, memories, memories_of};
-
-const SECOND: Duration = Duration::from_secs(1);
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-/// Members with one shard each; the higher the priority, the rather it is the backup.
-fn group<'m>(memories: &'m [OwnedMemory], priorities: &[u8]) -> World<'m> {
-    let mut world = World::new(1, memories);
-    for (i, priority) in priorities.iter().enumerate() {
-        world.start(i as u8 + 1, 1, *priority);
-    }
-    world.run_for(ms(100));
-    world
-}
 
 /// A connection of member 1 that is on two members.
 fn protected(world: &mut World<'_>) -> Tuple {
@@ -79,17 +62,12 @@ fn turn_elsewhere(world: &mut World<'_>, tuple: Tuple, backup: MemberId, from: &
     world.run_until(ms(50), "the third has a copy", |w| kind_at(w, 5 - backup, &tuple).is_some());
 }
 
-fn kind_at(world: &World<'_>, member: MemberId, tuple: &Tuple) -> Option<Kind> {
-    let table = world.hosts[&member].shards[0].table();
-    table.find_original(tuple).map(|slot| table.kind(slot))
-}
-
 /// Seeds 2504 and 3409: member 1's last change found the copy at 2 closed, so 1 looked for another
 /// place, at 2 again, and there the dead life took the place of the living one.
 #[test]
 fn a_tuple_that_closes_where_it_moved_and_opens_anew_is_not_taken_by_its_past() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     world.change(tuple);
     world.run_for(ms(1)); // On its way to 2 ...
@@ -105,7 +83,7 @@ fn a_tuple_that_closes_where_it_moved_and_opens_anew_is_not_taken_by_its_past() 
 #[test]
 fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     move_to(&mut world, tuple, 2);
     world.run_until(ms(20), "turned", |w| w.is_quiet());
@@ -148,7 +126,7 @@ fn a_refusal_of_what_was_before_a_claim_does_not_take_the_backup_away() {
 fn a_claim_that_was_not_heard_of_is_told_when_the_former_active_is_back() {
     for closes in [false, true] {
         let memories = memories(3);
-        let mut world = group(&memories, &[100, 200, 100]);
+        let mut world = group(1, &memories, 1, &[100, 200, 100]);
         let tuple = protected(&mut world);
         world.cut = vec![(1, 2), (2, 1)];
         move_to(&mut world, tuple, 2);
@@ -172,7 +150,7 @@ fn a_claim_that_was_not_heard_of_is_told_when_the_former_active_is_back() {
 #[test]
 fn a_claim_from_a_deaf_member_is_told_when_it_hears_again() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 200, 100]);
+    let mut world = group(1, &memories, 1, &[100, 200, 100]);
     let tuple = protected(&mut world);
     world.cut = vec![(2, 1)];
     move_to(&mut world, tuple, 2);
@@ -187,7 +165,7 @@ fn a_claim_from_a_deaf_member_is_told_when_it_hears_again() {
 #[test]
 fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone_elsewhere() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let first = protected(&mut world); // Slots are leased now.
     let backup = if kind_at(&world, 2, &first).is_some() { 2 } else { 3 };
     let (other, before) = (5 - backup, world.counter(1, Counter::DeltasNew));
@@ -211,7 +189,7 @@ fn what_waited_for_a_silent_backup_does_not_arrive_after_its_connection_has_gone
 #[test]
 fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = backup_and_other(&world, &tuple);
     turn_elsewhere(&mut world, tuple, backup, &[1]);
@@ -245,7 +223,7 @@ fn a_connection_that_comes_back_to_a_backup_finds_no_older_copy_of_itself() {
 #[test]
 fn of_two_that_presume_the_one_that_knows_less_gives_way() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 100, 100, 50]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100, 50]);
     let tuple = protected(&mut world);
     let (backup, other) = backup_and_other(&world, &tuple);
     turn_elsewhere(&mut world, tuple, backup, &[1]);
@@ -260,7 +238,7 @@ fn of_two_that_presume_the_one_that_knows_less_gives_way() {
 #[test]
 fn of_two_that_presume_with_a_common_backup_one_gives_way() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = backup_and_other(&world, &tuple);
     // Its backup is silent for a moment, and it turns to the other one.
@@ -280,7 +258,7 @@ fn of_two_that_presume_with_a_common_backup_one_gives_way() {
 #[test]
 fn of_two_that_presume_the_same_state_the_first_packet_decides() {
     let memories = memories(5);
-    let mut world = group(&memories, &[100, 100, 100, 50]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100, 50]);
     let tuple = protected(&mut world);
     let (backup, other) = backup_and_other(&world, &tuple);
     let cut = [1, other].into_iter().flat_map(|a| [backup, 4].map(|b| (a, b)));
@@ -301,7 +279,7 @@ fn of_two_that_presume_the_same_state_the_first_packet_decides() {
 #[test]
 fn who_took_over_from_a_table_that_is_no_more_still_only_presumes() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = backup_and_other(&world, &tuple);
     turn_elsewhere(&mut world, tuple, backup, &[1, other]);
@@ -333,7 +311,7 @@ fn lose_the_better_one(world: &mut World<'_>) {
 #[test]
 fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
     let memories = memories_of(3, MemorySize::new(SLOTS_MIN, ARENA_MIN));
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     // As many as 2 lends slots: all but an eighth.
     let n = SLOTS_MIN as u64 * 7 / 8;
     for _ in 0..n {
@@ -353,7 +331,7 @@ fn connections_that_cannot_move_go_back_to_the_backup_that_still_has_them() {
 #[test]
 fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     world.open_at(2);
     world.run_for(HOLD + ms(10));
     world.run_until(SECOND, "slots are leased", |w| w.is_quiet());
@@ -379,7 +357,7 @@ fn a_new_that_is_late_does_not_take_the_place_of_the_next_life() {
 #[test]
 fn of_two_copies_of_one_tuple_traffic_claims_that_of_its_own_life() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 200, 100]);
+    let mut world = group(1, &memories, 1, &[100, 200, 100]);
     let tuple = protected(&mut world);
     assert_eq!(kind_at(&world, 2, &tuple), Some(Kind::Backup));
     // 1 closes it, and 2 does not hear of it for a while; 3 opens the tuple anew, in another
@@ -431,7 +409,7 @@ fn pass_silently(world: &mut World<'_>, tuple: Tuple, member: MemberId) {
 #[test]
 fn a_connection_that_its_gateway_has_no_more_goes_on_where_its_packets_pass() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     pass_silently(&mut world, tuple, 2);
     forget_at(&mut world, tuple, 1);
@@ -443,7 +421,7 @@ fn a_connection_that_its_gateway_has_no_more_goes_on_where_its_packets_pass() {
 #[test]
 fn a_connection_that_its_gateway_has_no_more_ends_where_no_packets_pass() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     world.open.remove(&tuple);
     forget_at(&mut world, tuple, 1);
@@ -455,7 +433,7 @@ fn a_connection_that_its_gateway_has_no_more_ends_where_no_packets_pass() {
 #[test]
 fn a_backup_that_is_released_keeps_what_has_its_packets_there() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     pass_silently(&mut world, tuple, 2);
     world.start(3, 1, 200); // A better backup for 1's connections.
@@ -469,7 +447,7 @@ fn a_backup_that_is_released_keeps_what_has_its_packets_there() {
 #[test]
 fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     move_to(&mut world, tuple, 2);
     world.tell(1, &SourceEvent::gone(tuple)); // Before it has heard of the claim.
@@ -502,7 +480,7 @@ fn a_slot_whose_close_was_ignored_is_no_lease_after_the_next_one() {
 #[test]
 fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 200]);
+    let mut world = group(1, &memories, 1, &[100, 100, 200]);
     let tuple = protected(&mut world);
     let living = world.hosts[&3].kernel[&tuple];
     // Another connection of the same tuple, at 2 (its client has come to another gateway, or the
@@ -523,7 +501,7 @@ fn the_entry_that_a_dead_members_copy_had_is_given_to_the_copy_that_stays() {
 fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
     for end in [End::Seen, End::UNTOLD] {
         let memories = memories(2);
-        let mut world = group(&memories, &[100, 100]);
+        let mut world = group(1, &memories, 1, &[100, 100]);
         let tuple = world.open_at(1);
         let theirs = Tuple { dport: 10, ..tuple.mirrored() };
         let other = Connection::new(tuple, theirs, Default::default());
@@ -546,7 +524,7 @@ fn the_end_of_a_copy_that_the_kernel_did_not_take_ends_no_other_connection() {
 #[test]
 fn who_had_its_claim_refused_is_no_backup_of_the_other() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (heir, other) = backup_and_other(&world, &tuple);
     world.kill(1);
@@ -589,7 +567,7 @@ fn turn_with_both(world: &mut World<'_>, tuple: Tuple) -> (MemberId, MemberId) {
 #[test]
 fn of_two_backups_that_claim_at_once_the_one_that_loses_is_told() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = turn_with_both(&mut world, tuple);
     move_to(&mut world, tuple, backup);
@@ -621,7 +599,7 @@ fn contested(world: &mut World<'_>, members: [MemberId; 2]) -> (Tuple, Connectio
 fn a_contest_that_its_last_packets_decide_ends_at_the_other_one_too() {
     for is_seen_before in [true, false] {
         let memories = memories(2);
-        let mut world = group(&memories, &[100, 100]);
+        let mut world = group(1, &memories, 1, &[100, 100]);
         let (tuple, connection) = contested(&mut world, [1, 2]);
         let is_refused =
             |w: &World<'_>| [1, 2].iter().all(|m| w.counter(*m, Counter::RefusedByPeer) > 0);
@@ -649,7 +627,7 @@ fn a_contest_that_its_last_packets_decide_ends_at_the_other_one_too() {
 #[test]
 fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 200, 100]);
+    let mut world = group(1, &memories, 1, &[100, 200, 100]);
     let (tuple, connection) = contested(&mut world, [3, 1]);
     world.open.get_mut(&tuple).expect("it is open").owner = 1;
     world.cut = vec![(2, 3), (3, 2)];
@@ -669,7 +647,7 @@ fn a_contest_is_told_to_who_is_not_the_backup_as_well() {
 #[test]
 fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 200, 100]);
+    let mut world = group(1, &memories, 1, &[100, 200, 100]);
     let tuple = world.open_at(3);
     let living = world.hosts[&3].touched[&tuple];
     world.run_for(ms(1));
@@ -693,7 +671,7 @@ fn a_copy_gets_the_entry_of_one_that_was_taken_over_in_vain() {
 #[test]
 fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_copy() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = turn_with_both(&mut world, tuple);
     move_to(&mut world, tuple, other);
@@ -715,7 +693,7 @@ fn of_two_backups_that_claim_at_once_with_equal_stamps_the_first_one_keeps_the_c
 #[test]
 fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
     let memories = memories(4);
-    let mut world = group(&memories, &[100, 50, 90, 200]);
+    let mut world = group(1, &memories, 1, &[100, 50, 90, 200]);
     let tuple = world.open_at(2);
     let copy_at = |w: &World<'_>, member| kind_at(w, member, &tuple) == Some(Kind::Backup);
     world.run_until(SECOND, "4 has the copy", |w| copy_at(w, 4));
@@ -741,7 +719,7 @@ fn of_an_active_and_its_backup_that_claim_at_once_one_is_told() {
 #[test]
 fn a_connection_that_cannot_move_finds_the_copy_that_it_has() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     let place =
         world.copies()[&tuple].iter().find(|copy| copy.member == 2).expect("2 has the copy").place;
@@ -780,7 +758,7 @@ fn when_one_of_two_copies_of_a_tuple_ends_the_other_ones_entry_is_written_again(
 /// Seed 991005621: the same, once the dead member's connection had been taken over.
 fn one_of_two_copies_ends(is_taken_over: bool) {
     let memories = memories(3);
-    let mut world = group(&memories, &[200, 100, 100]);
+    let mut world = group(1, &memories, 1, &[200, 100, 100]);
     let (tuple, mut seen) = carried_by_2_and_3(&mut world);
     let copies_at_1 = |w: &World<'_>| copies_at_1(w, &tuple);
     let mark = seen.state.mark - 100;
@@ -813,7 +791,7 @@ fn one_of_two_copies_ends(is_taken_over: bool) {
 #[test]
 fn a_copy_of_a_member_that_is_lost_goes_if_its_connection_goes_on_here() {
     let memories = memories(3);
-    let mut world = group(&memories, &[200, 100, 100]);
+    let mut world = group(1, &memories, 1, &[200, 100, 100]);
     let (tuple, mut seen) = carried_by_2_and_3(&mut world);
     let copies_at_1 = |w: &World<'_>| copies_at_1(w, &tuple);
     world.run_for(ms(10));
@@ -866,7 +844,7 @@ fn a_contest_with_a_table_that_is_no_more_is_told_to_nobody() {
 #[test]
 fn a_contest_goes_on_when_the_hold_of_the_younger_one_is_over() {
     let memories = memories(2);
-    let mut world = group(&memories, &[100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     let tuple = protected(&mut world);
     world.close(tuple);
     world.reopen_at(1, tuple); // Above the one before.
@@ -911,7 +889,7 @@ fn of_two_with_equal_stamps_one_is_told_where_no_kernel_can_be_asked() {
 #[test]
 fn a_previous_backup_that_takes_over_does_not_outdo_the_newer_copy() {
     let memories = memories(3);
-    let mut world = group(&memories, &[100, 100, 100]);
+    let mut world = group(1, &memories, 1, &[100, 100, 100]);
     let tuple = protected(&mut world);
     let (backup, other) = turn_with_both(&mut world, tuple);
     world.cut = vec![(1, backup)];

@@ -5,38 +5,16 @@
 #[allow(dead_code)]
 mod world;
 
-use std::time::Duration;
-
 use hypersync::conn::Kind;
 use hypersync::counters::Counter;
 use hypersync::group::Event;
+use world::story::{SECOND, group, ms, settle};
 use world::{HOLD, Network, World, memories};
-
-const SECOND: Duration = Duration::from_secs(1);
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-/// Members 1 to n, two shards each, past the time in which they get to know each other.
-fn group<'m>(seed: u64, memories: &'m [hypersync::memory::OwnedMemory], n: u8) -> World<'m> {
-    let mut world = World::new(seed, memories);
-    for member in 1..=n {
-        world.start(member, 2, 100);
-    }
-    world.run_for(ms(100));
-    world
-}
-
-fn settle(world: &mut World<'_>, limit: Duration) {
-    world.run_for(HOLD + ms(10));
-    world.run_until(limit, "every connection is on two members", |w| w.is_quiet());
-}
 
 #[test]
 fn a_connection_that_outlives_the_hold_time_is_on_two_members() {
     let memories = memories(6);
-    let mut world = group(1, &memories, 3);
+    let mut world = group(1, &memories, 2, &[100; 3]);
     let tuple = world.open_at(1);
     world.run_for(HOLD - ms(5));
     assert_eq!(world.copies()[&tuple].len(), 1, "still held");
@@ -62,7 +40,7 @@ fn a_connection_that_outlives_the_hold_time_is_on_two_members() {
 #[test]
 fn short_lived_connections_are_never_sent() {
     let memories = memories(4);
-    let mut world = group(2, &memories, 2);
+    let mut world = group(2, &memories, 2, &[100; 2]);
     for _ in 0..200 {
         let tuple = world.open_at(1);
         world.run_for(ms(1));
@@ -80,7 +58,7 @@ fn short_lived_connections_are_never_sent() {
 #[test]
 fn state_goes_to_the_pair_only() {
     let memories = memories(8);
-    let mut world = group(3, &memories, 4);
+    let mut world = group(3, &memories, 2, &[100; 4]);
     for _ in 0..100 {
         world.open_at(1);
     }
@@ -94,7 +72,7 @@ fn state_goes_to_the_pair_only() {
 #[test]
 fn ten_changes_in_one_flush_cost_one_delta() {
     let memories = memories(4);
-    let mut world = group(4, &memories, 2);
+    let mut world = group(4, &memories, 2, &[100; 2]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     for _ in 0..10 {
@@ -108,7 +86,7 @@ fn ten_changes_in_one_flush_cost_one_delta() {
 #[test]
 fn a_copy_is_active_once_its_active_is_dead_and_gets_a_new_backup() {
     let memories = memories(6);
-    let mut world = group(5, &memories, 3);
+    let mut world = group(5, &memories, 2, &[100; 3]);
     for _ in 0..300 {
         world.open_at(1);
     }
@@ -137,7 +115,7 @@ fn a_copy_is_active_once_its_active_is_dead_and_gets_a_new_backup() {
 #[test]
 fn traffic_at_the_backup_claims_the_connection_and_turns_the_pair_round() {
     let memories = memories(4);
-    let mut world = group(6, &memories, 2);
+    let mut world = group(6, &memories, 2, &[100; 2]);
     let tuple = world.open_at(1);
     settle(&mut world, SECOND);
     world.open.get_mut(&tuple).unwrap().owner = 2;
@@ -158,7 +136,7 @@ fn traffic_at_the_backup_claims_the_connection_and_turns_the_pair_round() {
 #[test]
 fn a_member_that_leaves_is_left_without_a_gap() {
     let memories = memories(6);
-    let mut world = group(7, &memories, 3);
+    let mut world = group(7, &memories, 2, &[100; 3]);
     for _ in 0..200 {
         world.open_at(1);
         world.open_at(2);
@@ -190,7 +168,7 @@ fn a_member_that_leaves_is_left_without_a_gap() {
 #[test]
 fn a_better_backup_gets_the_copies_when_it_joins() {
     let memories = memories(6);
-    let mut world = group(8, &memories, 2);
+    let mut world = group(8, &memories, 2, &[100; 2]);
     for _ in 0..300 {
         world.open_at(1);
     }
@@ -288,7 +266,7 @@ fn an_eighth_of_the_table_stays_for_its_own_connections_and_what_is_not_needed_c
 #[test]
 fn a_cut_link_ends_with_the_actives_answer_and_nothing_closed_comes_back() {
     let memories = memories(4);
-    let mut world = group(11, &memories, 2);
+    let mut world = group(11, &memories, 2, &[100; 2]);
     let tuples: Vec<_> = (0..100).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2), (2, 1)];
@@ -316,7 +294,7 @@ fn a_cut_link_ends_with_the_actives_answer_and_nothing_closed_comes_back() {
 #[test]
 fn a_pause_shorter_than_reprotection_loses_nothing_and_moves_nothing() {
     let memories = memories(4);
-    let mut world = group(12, &memories, 2);
+    let mut world = group(12, &memories, 2, &[100; 2]);
     let tuples: Vec<_> = (0..100).map(|_| world.open_at(1)).collect();
     settle(&mut world, SECOND);
     world.cut = vec![(1, 2), (2, 1)];

@@ -7,7 +7,6 @@
 mod world;
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use hypersync::ccp::bytes::Reader;
 use hypersync::ccp::header::{Header, OPCODE_SYNC};
@@ -15,23 +14,11 @@ use hypersync::ccp::message::Message;
 use hypersync::ccp::sync::SyncHeader;
 use hypersync::conn::{Coordinate, Kind, MemberId, Tuple};
 use hypersync::counters::Counter;
-use hypersync::memory::OwnedMemory;
 use hypersync::source::CommitMode;
 #[cfg(feature = "mutations")]
 use hypersync::sync::stream::{Durable, stream_index};
+use world::story::{group, ms};
 use world::{Network, World, memories};
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
-
-fn pair<'m>(seed: u64, memories: &'m [OwnedMemory], shards: u8) -> World<'m> {
-    let mut world = World::new(seed, memories);
-    world.start(1, shards, 100);
-    world.start(2, shards, 100);
-    world.run_for(ms(150));
-    world
-}
 
 fn churn(world: &mut World<'_>, steps: u32, owners: &[MemberId]) {
     for _ in 0..steps {
@@ -85,7 +72,7 @@ fn dump(world: &mut World<'_>, member: MemberId) {
 #[test]
 fn back_within_the_dead_time_everything_stands_where_it_stood() {
     let memories = memories(8);
-    let mut world = pair(1, &memories, 2);
+    let mut world = group(1, &memories, 2, &[100, 100]);
     world.network = Network { loss: 5, repeats: 5, late: 5, ..Network::default() };
     churn(&mut world, 2000, &[1, 2]);
     world.run_for(ms(100));
@@ -153,7 +140,7 @@ fn numbers_of_a_stream_that_was_forgotten_are_not_taken_for_those_of_its_next_se
 #[test]
 fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
     let memories = memories(2);
-    let mut world = pair(1, &memories, 1);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     world.host(2).full = true;
     let tuple = world.open_at(1);
     let declined = |world: &mut World<'_>, fault: bool| {
@@ -192,7 +179,7 @@ fn an_old_decline_that_comes_after_a_restart_is_not_believed_for_ever() {
 #[test]
 fn what_a_backup_declined_before_it_was_killed_is_told_again_when_its_kernel_has_it() {
     let memories = memories(2);
-    let mut world = pair(1, &memories, 1);
+    let mut world = group(1, &memories, 1, &[100, 100]);
     world.host(2).full = true;
     world.open_at(1);
     world.run_until(ms(200), "it is declined", |w| w.counter(1, Counter::Declined) == 1);
@@ -226,7 +213,7 @@ fn killed_in_the_middle_of_any_store_it_comes_back_right() {
     let mut killed = 0;
     for n in 0..150u64 {
         let memories = memories(4);
-        let mut world = pair(n, &memories, 1);
+        let mut world = group(n, &memories, 1, &[100, 100]);
         world.network = Network { loss: 3, late: 5, ..Network::default() };
         churn(&mut world, 300, &[1, 2]);
         world.host(1).doomed = Some(n * 17);
@@ -270,7 +257,7 @@ fn settle(world: &mut World<'_>) {
 fn killed_twice_between_any_two_stores_the_history_still_adds_up() {
     for n in 0..300u64 {
         let memories = memories(4);
-        let mut world = pair(1, &memories, 1);
+        let mut world = group(1, &memories, 1, &[100, 100]);
         churn(&mut world, 300, &[1, 2]);
         world.host(1).doomed = Some(n);
         churn(&mut world, 100, &[1, 2]);
@@ -299,7 +286,7 @@ fn killed_while_it_lends_its_first_slots_it_counts_them_right() {
     let mut killed = 0;
     for n in 0..300u64 {
         let memories = memories(4);
-        let mut world = pair(1, &memories, 1);
+        let mut world = group(1, &memories, 1, &[100, 100]);
         world.host(2).doomed = Some(n);
         world.open_at(1); // For its copy 1 asks 2 for slots.
         world.run_for(ms(60));
@@ -321,7 +308,7 @@ fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
     let mut killed = 0;
     for n in 0..120u64 {
         let memories = memories(4);
-        let mut world = pair(n, &memories, 1);
+        let mut world = group(n, &memories, 1, &[100, 100]);
         world.network = Network { loss: 3, late: 5, ..Network::default() };
         churn(&mut world, 300, &[1, 2]);
         world.host(1).doomed = Some(n * 31);
@@ -348,7 +335,7 @@ fn killed_while_it_takes_its_table_up_it_takes_it_up_again() {
 fn killed_while_backups_move_it_keeps_every_connection() {
     for n in 0..400u64 {
         let memories = memories(6);
-        let mut world = pair(3, &memories, 1);
+        let mut world = group(3, &memories, 1, &[100, 100]);
         for _ in 0..20 {
             world.open_at(1);
         }
@@ -381,7 +368,7 @@ fn killed_while_backups_move_it_keeps_every_connection() {
 fn killed_while_it_forgets_a_former_table_it_keeps_what_it_took_over() {
     for steps in 0..160 {
         let memories = memories(4);
-        let mut world = pair(4, &memories, 1);
+        let mut world = group(4, &memories, 1, &[100, 100]);
         for _ in 0..10 {
             world.open_at(2);
         }
@@ -438,7 +425,7 @@ fn killed_while_it_takes_over_its_kernel_gets_every_entry() {
 fn killed_while_the_other_begins_a_new_session_nothing_lent_is_lost() {
     for n in 0..140u64 {
         let memories = memories(4);
-        let mut world = pair(6, &memories, 1);
+        let mut world = group(6, &memories, 1, &[100, 100]);
         churn(&mut world, 400, &[1, 2]);
         world.run_for(ms(100));
         world.cut.push((2, 1));

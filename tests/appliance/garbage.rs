@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use hypersync::ccp::UDP_PORT;
 use hypersync::counters::{COUNTERS, Counter};
 use hypersync::limits::DATAGRAM_MAX;
+use hypersync::load::rng::Rng;
 use hypersync::memory::read_arena;
 
 use crate::common::copies::{connections, copies, push_all, wait_for_agreement};
 use crate::common::member::{Lab, Member, SOON, wait_until_ready};
-use crate::common::{Rng, wait_for};
+use crate::common::wait_for;
 
 const SEED: u64 = 8116;
 /// Datagrams of each kind.
@@ -94,7 +95,7 @@ fn cut_foreign_forged_and_repeated_datagrams_are_counted_by_reason_and_change_no
     let tables = (copies(&one).unwrap(), copies(&two).unwrap());
     let lines = two.log().lines().count();
 
-    let mut rng = Rng(SEED);
+    let mut rng = Rng::new(SEED);
     let forger =
         UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
     let stranger = UdpSocket::bind((lab.address(66), 0)).expect("a port is free");
@@ -111,7 +112,7 @@ fn cut_foreign_forged_and_repeated_datagrams_are_counted_by_reason_and_change_no
             assert_eq!(counted, [(reason, EACH as u64)], "what was counted for {reason}");
         };
     // A number from `low` on, `high` excluded.
-    let number = |rng: &mut Rng, low: u64, high: u64| low + rng.below(high - low);
+    let number = |rng: &mut Rng, low: u32, high: u32| low + rng.below(high - low);
     changed(&forger, "reject_short", &mut |rng, d| d.truncate(number(rng, 1, 56) as usize));
     changed(&forger, "reject_magic", &mut |rng, d| d[0] = number(rng, 0x1b, 0x100) as u8);
     changed(&forger, "reject_group", &mut |rng, d| d[5] = number(rng, 8, 256) as u8);
@@ -164,7 +165,7 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
     let tables = (copies(&one).unwrap(), copies(&two).unwrap());
     let (lines, size) = (two.log().lines().count(), two.log().len());
 
-    let mut rng = Rng(SEED);
+    let mut rng = Rng::new(SEED);
     let forger =
         UdpSocket::bind((lab.address(1), 0)).expect("a port of member 1's address is free");
     let stranger = UdpSocket::bind((lab.address(66), 0)).expect("a port is free");
@@ -175,8 +176,8 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
     {
         let datagrams: Vec<Vec<u8>> = (0..700)
             .map(|i| {
-                let len = 1 + rng.below(DATAGRAM_MAX as u64) as usize;
-                let mut datagram: Vec<u8> = (0..len).map(|_| rng.next() as u8).collect();
+                let len = 1 + rng.below(DATAGRAM_MAX as u32) as usize;
+                let mut datagram: Vec<u8> = (0..len).map(|_| rng.next_u64() as u8).collect();
                 let kept = &real[i % real.len()][..keep.min(len)];
                 datagram[..kept.len()].copy_from_slice(kept);
                 // Two noises in four billion would be a heartbeat's opcode; none is the tables'
@@ -190,7 +191,7 @@ fn noise_by_the_thousand_is_counted_and_changes_nothing() {
     // A real heartbeat's beginning with noise behind is no heartbeat either, or a foreign host's.
     let datagrams: Vec<Vec<u8>> = (0..300)
         .map(|_| {
-            let mut datagram: Vec<u8> = (0..200).map(|_| rng.next() as u8).collect();
+            let mut datagram: Vec<u8> = (0..200).map(|_| rng.next_u64() as u8).collect();
             datagram[..20].copy_from_slice(&real[0][..20]);
             (datagram[7], datagram[19]) = (1, 0);
             datagram

@@ -5,10 +5,10 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use hypersync::load::rng::Rng;
 use hypersync::source::SourceEvent;
 use serde_json::Value;
 
-use crate::common::Rng;
 use crate::common::copies::{Wanted, connection, push, push_all, wait_for_agreement};
 use crate::common::member::{Lab, Member, SOON, dies_with_us, wait_until_ready};
 use crate::common::wait_for;
@@ -35,7 +35,7 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
     push_all(&mut producers, first.values());
     wait_for_agreement("both have them", &[&one, &two], &first, SOON);
 
-    let (stop, mut rng) = (AtomicBool::new(false), Rng(100));
+    let (stop, mut rng) = (AtomicBool::new(false), Rng::new(100));
     let last_round = std::thread::scope(|scope| {
         let (stop, producers) = (&stop, &mut producers);
         let load = scope.spawn(move || {
@@ -68,7 +68,7 @@ fn a_hundred_inspectors_under_load_change_nothing_and_never_show_a_torn_record()
             if i % 4 < 2 {
                 let mut child =
                     command.stdout(Stdio::null()).spawn().expect("the inspector is built");
-                std::thread::sleep(Duration::from_micros(rng.below(8000)));
+                std::thread::sleep(Duration::from_micros(rng.below(8000).into()));
                 child.kill().expect("it is ours");
                 child.wait().expect("it was killed");
                 continue;

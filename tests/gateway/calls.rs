@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use hypersync::conn::tuple::TCP;
 use hypersync::counters::Counter;
 
-use crate::appliance::Appliances;
+use crate::appliance::{Appliances, Discovery};
 use crate::common::namespace::Namespace;
 use crate::entries::{self, Entries, Entry, Tuple};
 use crate::topology::{SERVER, Topology};
@@ -233,6 +233,14 @@ pub fn of_calls(entries: Entries) -> Vec<Entry> {
 pub fn are_established(topology: &Topology, gateway: u8, mut ports: Range<u16>) -> bool {
     let entries = entries::read(topology.gateway(gateway));
     ports.all(|port| entries.get(&original(port)).is_some_and(Entry::is_established))
+}
+
+/// Appliances on both gateways and the server behind them; states in which a connection begins or
+/// ends last so many seconds.
+pub fn start_pair(topology: &Topology, seconds: u32) -> (Appliances<'_>, Server) {
+    shorten_states(topology, seconds);
+    let appliances = Appliances::start(topology, Discovery::Peers, &[2, 2]);
+    (appliances, Server::start(&topology.server))
 }
 
 /// Gives the states in which connections begin and end so many seconds at every gateway, so that a

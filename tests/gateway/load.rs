@@ -6,8 +6,8 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::appliance::{Appliances, Discovery};
-use crate::calls::{self, Call, Server, wait_until_all_are_gone};
+use crate::appliance::Appliances;
+use crate::calls::{self, Call, wait_until_all_are_gone};
 use crate::common::{may_make_namespaces, wait_for};
 use crate::one_at_a_time;
 use crate::topology::Topology;
@@ -140,9 +140,7 @@ fn under_load_with_routes_that_move_every_entry_of_both_kernels_is_explained() {
     }
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
-    calls::shorten_states(&topology, FINAL_S);
-    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
-    let _server = Server::start(&topology.server);
+    let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     appliances.wait_until_ready();
     let (outcomes, moves) = std::thread::scope(|scope| {
         let calling = scope.spawn(|| topology.client.inside(call_for_a_while));

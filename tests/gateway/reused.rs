@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use hypersync::counters::Counter;
 
-use crate::appliance::{Appliances, Discovery};
+use crate::appliance::Appliances;
 use crate::calls::{
-    self, COPYS_TIMEOUT_S, Call, ESTABLISHED, Server, are_established, close_all, describe,
-    of_calls, open_all, say_all, wait_until_all_are_gone,
+    self, COPYS_TIMEOUT_S, Call, ESTABLISHED, are_established, close_all, describe, of_calls,
+    open_all, say_all, wait_until_all_are_gone,
 };
 use crate::common::{may_make_namespaces, wait_for};
 use crate::entries;
@@ -54,9 +54,7 @@ fn closed_while_their_gateway_slept_they_are_gone_from_every_kernel() {
     }
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
-    calls::shorten_states(&topology, FINAL_S);
-    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
-    let _server = Server::start(&topology.server);
+    let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     let mut calls = open_and_copy(&topology, &mut appliances, PORTS);
 
     put_to_sleep(&mut appliances);
@@ -76,9 +74,7 @@ fn closed_again_while_the_gateway_of_their_first_life_slept_they_are_gone_from_e
     }
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
-    calls::shorten_states(&topology, FINAL_S);
-    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
-    let _server = Server::start(&topology.server);
+    let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     close_all(open_and_copy(&topology, &mut appliances, PORTS));
 
     put_to_sleep(&mut appliances);
@@ -96,9 +92,7 @@ fn a_dead_connection_does_not_touch_the_one_that_has_its_port() {
     }
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
-    calls::shorten_states(&topology, FINAL_S);
-    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
-    let _server = Server::start(&topology.server);
+    let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     close_all(open_and_copy(&topology, &mut appliances, PORTS));
 
     put_to_sleep(&mut appliances);
@@ -119,9 +113,7 @@ fn a_port_that_is_used_again_at_once_through_the_other_gateway_carries_a_living_
     const MANY: Range<u16> = 20_000..20_200;
     let _turn = one_at_a_time();
     let topology = Topology::build(2);
-    calls::shorten_states(&topology, FINAL_S);
-    let mut appliances = Appliances::start(&topology, Discovery::Peers, &[2, 2]);
-    let _server = Server::start(&topology.server);
+    let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     close_all(open_and_copy(&topology, &mut appliances, MANY));
 
     topology.route_through(2);

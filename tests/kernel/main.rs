@@ -16,7 +16,8 @@ mod stories;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use common::{Rng, may_make_namespaces};
+use common::may_make_namespaces;
+use hypersync::load::rng::Rng;
 use namespace::in_namespace;
 use script::{Broken, Play, SETTINGS, Tally, nat};
 
@@ -63,7 +64,7 @@ fn play(what: &str, script: impl Fn() -> (Result<(), Broken>, Play) + Sync) -> T
 }
 
 fn random(seed: u64) -> (Result<(), Broken>, Play) {
-    let mut rng = Rng(seed);
+    let mut rng = Rng::new(seed);
     let nat = match seed % 3 {
         0 => None,
         1 => Some(nat(false)),

@@ -11,9 +11,9 @@ use hypersync::conn::{Connection, Family, State, Tuple};
 use hypersync::conntrack::codec::{
     encode_create, encode_delete, encode_get, encode_update, status,
 };
+use hypersync::load::rng::Rng;
 use hypersync::time::Time;
 
-use crate::common::Rng;
 use crate::gateway::Gateway;
 use crate::model::tcp::{self, Place, Segment, flag};
 use crate::model::{By, Event, Nat, Packet, Payload, Settings, Table, Verdict, What};
@@ -520,7 +520,7 @@ impl Play {
 
     /// One random step.
     pub fn random(&mut self, rng: &mut Rng) -> Result<(), Broken> {
-        let flow = rng.below(self.flows.len() as u64) as usize;
+        let flow = rng.below(self.flows.len() as u32) as usize;
         let original = self.flows[flow].original;
         let entry = self.entry(flow);
         let by = if rng.below(2) == 0 { By::Ours } else { By::Tool };
@@ -554,7 +554,7 @@ impl Play {
                 let setting = pick(rng, &SETTINGS);
                 self.set_timeout_of_state(setting, pick(rng, &[1, 2, 3, 100]))?;
             }
-            _ => self.wait(200 + rng.below(900)),
+            _ => self.wait(u64::from(200 + rng.below(900))),
         }
         match rng.below(12) {
             0 => self.compare_tables(),
@@ -579,7 +579,7 @@ impl Play {
             tcp_flags_original: pick(rng, &[0, 4, 0x23]),
             tcp_flags_reply: pick(rng, &[0, 4, 0x23]),
             tcp_scale: 0x7a,
-            mark: rng.below(2) as u32 * 7,
+            mark: rng.below(2) * 7,
             timeout_s: 0,
         };
         let mut connection = Connection::new(original, reply, state);
@@ -835,5 +835,5 @@ fn helper(name: &str) -> [u8; HELPER_NAME] {
 }
 
 fn pick<T: Copy>(rng: &mut Rng, list: &[T]) -> T {
-    list[rng.below(list.len() as u64) as usize]
+    list[rng.below(list.len() as u32) as usize]
 }

@@ -23,6 +23,8 @@ use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
 
+pub mod story;
+
 /// One step of simulated time.
 pub const STEP: Duration = Duration::from_micros(250);
 pub const HOLD: Duration = Duration::from_millis(50);

@@ -14,7 +14,7 @@ use hypersync::shm::{FILE, RegionView};
 use crate::common::copies::{copies, wait_for_agreement};
 use crate::common::member::{Lab, Member, SOON, dies_with_us, hypersync, wait_until_ready, with};
 use crate::common::{run, wait_for};
-use crate::load::{Load, same_places, stable};
+use crate::load::{Load, same_places};
 
 /// Runs `hypersync restart`; returns its exit status and the one line that it said.
 fn restart(dir: &Path, within: &str) -> (Option<i32>, String) {
@@ -137,9 +137,7 @@ fn peers_wait_for_a_restart_that_takes_longer_than_their_dead_time() {
     let mut one = start(&lab, &program, &["--shards", "2"]);
     let two = lab.start(2, &[1], &["--shards", "1"]);
     wait_until_ready(&[&one, &two]);
-    let mut load = Load::start(&one);
-    wait_for_agreement("the lasting ones are on both", &[&one, &two], &stable(), SOON);
-    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
+    let (mut load, places) = Load::at_rest(&one, &two);
     load.change();
     wait_for("the load runs", SOON, || load.rounds() > 3);
     let (table, died) = (one.view().header().table_id, two.counter(Counter::MembersDied));

@@ -27,9 +27,7 @@ fn within_the_dead_time_a_kill_is_a_pause() {
     let mut one = lab.start(1, &[2], &["--shards", "2", "--dead-after", "50"]);
     let mut two = lab.start(2, &[1], &["--shards", "1", "--dead-after", "50"]);
     wait_until_ready(&[&one, &two]);
-    let mut load = Load::start(&one);
-    wait_for_agreement("the lasting ones are on both", &[&one, &two], &stable(), SOON);
-    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
+    let (mut load, places) = Load::at_rest(&one, &two);
     load.change();
     wait_for("the load runs", SOON, || load.rounds() > 3);
 
@@ -68,9 +66,7 @@ fn after_the_dead_time_the_pair_compares_and_sends_differences_only() {
     let mut one = lab.start(1, &[2], &["--shards", "2"]);
     let two = lab.start(2, &[1], &["--shards", "1"]);
     wait_until_ready(&[&one, &two]);
-    let mut load = Load::start(&one);
-    wait_for_agreement("the lasting ones are on both", &[&one, &two], &stable(), SOON);
-    let places = [copies(&one), copies(&two)].map(|all| all.unwrap());
+    let (mut load, places) = Load::at_rest(&one, &two);
     let table = one.view().header().table_id;
     one.kill();
     wait_for("member 2 is told of the death", SOON, || two.was_told("member-dead 1"));

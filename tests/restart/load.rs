@@ -10,7 +10,9 @@ use hypersync::conn::{Connection, Tuple};
 use hypersync::shm::ingest::Producers;
 use hypersync::source::SourceEvent;
 
-use crate::common::copies::{Copy, Wanted, connection, connections, push_all};
+use crate::common::copies::{
+    Copy, Wanted, connection, connections, copies, push_all, wait_for_agreement,
+};
 use crate::common::member::{Member, SOON};
 
 /// Connections that live as long as the load, by number from 0.
@@ -64,6 +66,14 @@ impl Load {
             wanted
         });
         Load { thread: Some(thread), changes, stop, rounds }
+    }
+
+    /// Opens the lasting connections at the first of a pair; returns once both have them, and where
+    /// each does.
+    pub fn at_rest(one: &Member, two: &Member) -> (Load, [HashMap<Tuple, Copy>; 2]) {
+        let load = Load::start(one);
+        wait_for_agreement("the lasting ones are on both", &[one, two], &stable(), SOON);
+        (load, [one, two].map(|member| copies(member).expect("both run")))
     }
 
     /// From now on connections change, come and go.

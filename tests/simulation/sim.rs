@@ -19,6 +19,7 @@ use hypersync::time::Time;
 use crate::checkers::{Broken, Checks, fingerprint, rejects};
 use crate::plan::{Plan, RESTARTS, SHARDS_OF_RESTART, fault_time};
 use crate::truth::{Open, Repair, Truth, life_of};
+use crate::world::story::ms;
 use crate::world::{Copy, Link, REPROTECT, Rng, STEP, Sent, World, address};
 
 /// Once all faults are over everything agrees again within this time.
@@ -38,10 +39,6 @@ const AGED_SEQ: [u64; 2] = [u32::MAX as u64 - 100, (1 << 48) - 200_000];
 /// For so long both of two members that took over the same state may carry it on before a packet
 /// shows up.
 const SPEAKS: Duration = Duration::from_secs(3);
-
-fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
-}
 
 pub struct Sim<'m> {
     pub world: World<'m>,

@@ -12,8 +12,9 @@ use hypersync::conntrack::codec::status;
 use hypersync::time::Time;
 
 use super::model::{By, Timeouts, tcp};
-use super::sim::{FTP, Planted, SERVER, Sim, VIP, ms};
+use super::sim::{FTP, Planted, SERVER, Sim, VIP};
 use crate::checkers::Broken;
+use crate::world::story::ms;
 
 /// The longest timeout that another program gives an entry, in seconds.
 const GIVEN_S: u64 = 20;

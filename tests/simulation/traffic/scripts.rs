@@ -16,9 +16,9 @@ use hypersync::memory::{MemorySize, OwnedMemory};
 use super::kernel::{Ends, Kernel};
 use super::model::tcp::{ESTABLISHED, Place, Segment, TIME_WAIT, flag};
 use super::model::{By, Packet, Payload, Settings, Verdict};
+use crate::world::story::SECOND;
 use crate::world::{Timing, World, memories_of};
 
-const SECOND: Duration = Duration::from_secs(1);
 const HOLD: Duration = Duration::from_millis(400);
 
 /// Gateways with a shard each, and their kernels.

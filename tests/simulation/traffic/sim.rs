@@ -23,6 +23,7 @@ use super::flow::{End, Flow, GIVES_UP, Manner, Step};
 use super::kernel::{Ends, Kernel};
 use super::model::{Nat, Settings, Timeouts, Verdict, tcp};
 use crate::checkers::Broken;
+use crate::world::story::ms;
 use crate::world::{Network, Rng, Timing, World, memories_of};
 
 /// How long a connection is held before it is sent.
@@ -197,10 +198,6 @@ struct Life {
     ended: Option<(Time, MemberId)>,
     /// Whether that kernel told its beginning.
     is_heard: bool,
-}
-
-pub(super) fn ms(n: u64) -> Duration {
-    Duration::from_millis(n)
 }
 
 /// How long the entry of this flow lives without packets.
