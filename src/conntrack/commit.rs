@@ -181,7 +181,7 @@ enum Step {
 }
 
 #[derive(Clone, Copy)]
-struct Entry {
+struct BatchEntry {
     connection: Connection, // of a delete, only the original tuple means anything
     timeout_s: u32,
     may_create: bool,
@@ -198,7 +198,7 @@ struct Entry {
 /// A shard's pen: one batch, and the kernel's entries behind it.
 pub struct Committer<E = NetlinkEntries> {
     kernel: E,
-    entries: Vec<Entry>,
+    entries: Vec<BatchEntry>,
     tally: Tally,
     /// Helpers that this kernel refused, at most [`HELPERS_MAX`].
     refused: Vec<[u8; HELPER_NAME]>,
@@ -330,7 +330,7 @@ impl<E: Entries> Committer<E> {
         if is_without {
             extra.parts &= !parts::HELPER;
         }
-        self.add(Entry::new(connection, timeout_s, step != Step::Compare, step))?;
+        self.add(BatchEntry::new(connection, timeout_s, step != Step::Compare, step))?;
         self.tally.without_helper += is_without as u64;
         Ok(())
     }
@@ -347,10 +347,10 @@ impl<E: Entries> Committer<E> {
 
     fn add_named(&mut self, original: &Tuple, step: Step) -> Result<(), FlushFirst> {
         let connection = Connection::new(*original, original.mirrored(), Default::default());
-        self.add(Entry::new(connection, 0, false, step))
+        self.add(BatchEntry::new(connection, 0, false, step))
     }
 
-    fn add(&mut self, entry: Entry) -> Result<(), FlushFirst> {
+    fn add(&mut self, entry: BatchEntry) -> Result<(), FlushFirst> {
         let name = &entry.connection.original;
         let is_there = self.entries.iter().any(|e| e.connection.original == *name);
         if is_there || self.entries.len() == Committer::BATCH {
@@ -405,7 +405,7 @@ impl<E: Entries> Committer<E> {
     /// Asks for what every unfinished entry needs next, and takes the answers.
     fn round(&mut self) {
         for (index, entry) in self.entries.iter().enumerate() {
-            let Entry { connection, timeout_s, .. } = entry;
+            let BatchEntry { connection, timeout_s, .. } = entry;
             let (original, timeout_s) = (&connection.original, *timeout_s);
             let mut put = |request| self.kernel.put(index, request);
             match entry.step {
@@ -463,9 +463,9 @@ fn is_shift_unknown(connection: &Connection) -> bool {
     connection.state.status & status::SEQ_ADJUST != 0 && !connection.extra.has(parts::SEQADJ)
 }
 
-impl Entry {
-    fn new(connection: Connection, timeout_s: u32, may_create: bool, step: Step) -> Entry {
-        Entry {
+impl BatchEntry {
+    fn new(connection: Connection, timeout_s: u32, may_create: bool, step: Step) -> BatchEntry {
+        BatchEntry {
             connection,
             timeout_s,
             may_create,

@@ -112,13 +112,13 @@ impl Report {
 /// Where the living hold a connection: at two different members, as it should be, and what there is
 /// beside.
 #[derive(Default)]
-struct Places<'a> {
+struct Holders<'a> {
     copies: [Option<&'a Found>; 2],
     further: Option<&'a Found>,
     is_open: bool,
 }
 
-impl<'a> Places<'a> {
+impl<'a> Holders<'a> {
     fn note(&mut self, found: &'a Found) {
         let is_twice =
             self.copies.iter().flatten().any(|copy| copy.at.member() == found.at.member());
@@ -155,7 +155,7 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
             );
         }
     }
-    let mut places: HashMap<Tuple, Places<'_>> = HashMap::new();
+    let mut places: HashMap<Tuple, Holders<'_>> = HashMap::new();
     for found in
         survivors.iter().flat_map(|table| &table.found).filter(|found| found.kind.is_connection())
     {
@@ -167,7 +167,7 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
     verdict.torn = victim.found.iter().filter(|found| found.is_torn).count() as u64;
 
     for open in open {
-        let mut none = Places::default();
+        let mut none = Holders::default();
         let at = places.get_mut(&open.flow.original).unwrap_or(&mut none);
         at.is_open = true;
         if open.member == victim.member {
@@ -206,7 +206,7 @@ pub fn check(victim: &TableCopy, survivors: &[&TableCopy], open: &[Open<'_>]) ->
     verdict
 }
 
-fn check_victims(verdict: &mut Report, open: &Open<'_>, left: Option<&Found>, at: &Places<'_>) {
+fn check_victims(verdict: &mut Report, open: &Open<'_>, left: Option<&Found>, at: &Holders<'_>) {
     let flow = open.flow;
     let some_state = |found: &Found| compare_any(found, flow);
     let Some(left) = left else {
@@ -291,7 +291,7 @@ fn compare_any(found: &Found, flow: &Flow) -> Result<(), Wrong> {
     }
 }
 
-fn require_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>) {
+fn require_none(verdict: &mut Report, flow: &Flow, at: &Holders<'_>) {
     if let Some(found) = at.any() {
         let found = format!("{} at {}, but it was never sent", found.kind.name(), found.at);
         verdict.blame(&flow.original, Wrong::ClosedPresent, found);
@@ -300,7 +300,7 @@ fn require_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>) {
 
 type Compare<'a> = &'a dyn Fn(&Found) -> Result<(), Wrong>;
 
-fn require_pair_or_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>, compare: Compare<'_>) {
+fn require_pair_or_none(verdict: &mut Report, flow: &Flow, at: &Holders<'_>, compare: Compare<'_>) {
     if at.any().is_some() {
         require_pair(verdict, flow, at, None, "any state it had", compare);
     }
@@ -311,7 +311,7 @@ fn require_pair_or_none(verdict: &mut Report, flow: &Flow, at: &Places<'_>, comp
 fn require_pair(
     verdict: &mut Report,
     flow: &Flow,
-    at: &Places<'_>,
+    at: &Holders<'_>,
     active: Option<MemberId>,
     wanted: &str,
     compare: Compare<'_>,

@@ -11,7 +11,7 @@ use super::claims::Told;
 use super::repair::Repair;
 use super::shifts::Shifts;
 use super::verify::Verify;
-use super::writer::Writer;
+use super::writer::EntryWriter;
 use crate::conn::Tuple;
 use crate::conntrack::codec::{Origin, status};
 use crate::conntrack::commit::Committer;
@@ -78,7 +78,7 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     repair: Repair,
     verify: Verify,
     shifts: Shifts,
-    writer: Writer<E>,
+    writer: EntryWriter<E>,
 }
 
 impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
@@ -106,7 +106,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             ),
             verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
             shifts: Shifts::new(parts.capacity),
-            writer: Writer::new(parts.committer, parts.capacity),
+            writer: EntryWriter::new(parts.committer, parts.capacity),
         }
     }
 

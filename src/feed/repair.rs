@@ -57,7 +57,7 @@ const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
 const UNHEARD_FIRST: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
+enum RepairStage {
     Wanted,
     Dumping,
     /// The sweep has come to this slot.
@@ -67,7 +67,7 @@ enum Stage {
 
 /// What a shard does about missed events.
 pub(super) struct Repair {
-    stage: Stage,
+    stage: RepairStage,
     /// More events were lost since the dump under way began.
     again: bool,
     /// The dump at the start is done, and after a warm restart the sweep behind it as well.
@@ -106,7 +106,7 @@ impl Repair {
     ) -> Repair {
         let words = capacity.div_ceil(64) as usize;
         Repair {
-            stage: Stage::Wanted,
+            stage: RepairStage::Wanted,
             again: false,
             complete: false,
             resumed,
@@ -138,7 +138,7 @@ impl Repair {
 
     /// Nothing is under way.
     pub(super) fn is_idle(&self) -> bool {
-        self.complete && self.stage == Stage::Idle && self.looks.is_empty()
+        self.complete && self.stage == RepairStage::Idle && self.looks.is_empty()
     }
 
     /// The table was taken over from an earlier process, and not all of what that one may have
@@ -150,24 +150,24 @@ impl Repair {
     /// Events were lost.
     pub(super) fn want(&mut self) {
         match self.stage {
-            Stage::Wanted if self.looks_back => self.looks_back = false,
-            Stage::Idle => self.stage = Stage::Wanted,
-            Stage::Wanted => {}
-            Stage::Dumping | Stage::Sweeping(_) => self.again = true,
+            RepairStage::Wanted if self.looks_back => self.looks_back = false,
+            RepairStage::Idle => self.stage = RepairStage::Wanted,
+            RepairStage::Wanted => {}
+            RepairStage::Dumping | RepairStage::Sweeping(_) => self.again = true,
         }
     }
 
     /// When [`step`](Self::step) has something to do.
     pub(super) fn wake_at(&self, now: Time) -> Time {
         let at = match self.stage {
-            Stage::Wanted => self.dump_at.max(now.after(BATCH_PAUSE)),
-            Stage::Dumping | Stage::Sweeping(_) => now.after(BATCH_PAUSE),
-            Stage::Idle
+            RepairStage::Wanted => self.dump_at.max(now.after(BATCH_PAUSE)),
+            RepairStage::Dumping | RepairStage::Sweeping(_) => now.after(BATCH_PAUSE),
+            RepairStage::Idle
                 if !self.looks.is_empty() || !self.leftovers.is_empty() || !self.complete =>
             {
                 now.after(BATCH_PAUSE)
             }
-            Stage::Idle => self.leftovers.look_back_at(),
+            RepairStage::Idle => self.leftovers.look_back_at(),
         };
         at.min(self.unheard_at)
     }
@@ -189,29 +189,33 @@ impl Repair {
             self.ask_for_the_unheard(now, replica);
         }
         self.complete |= self.swept && self.looks.is_empty();
-        if self.stage == Stage::Idle && self.leftovers.look_back_at().reached(now) {
+        if self.stage == RepairStage::Idle && self.leftovers.look_back_at().reached(now) {
             self.leftovers.look_back(now);
-            (self.stage, self.looks_back) = (Stage::Wanted, true);
+            (self.stage, self.looks_back) = (RepairStage::Wanted, true);
         }
         match self.stage {
-            Stage::Wanted if may_begin && self.dump_at.reached(now) => match source.start_dump() {
-                Ok(true) => {
-                    counters.count(Counter::SourceDumps);
-                    self.shown.fill(0);
-                    self.again = false;
-                    self.stage = Stage::Dumping;
-                    self.dump(now, source, (rules, local), shifts, replica, counters);
+            RepairStage::Wanted if may_begin && self.dump_at.reached(now) => {
+                match source.start_dump() {
+                    Ok(true) => {
+                        counters.count(Counter::SourceDumps);
+                        self.shown.fill(0);
+                        self.again = false;
+                        self.stage = RepairStage::Dumping;
+                        self.dump(now, source, (rules, local), shifts, replica, counters);
+                    }
+                    Ok(false) => unreachable!("a dump that runs has its own stage"),
+                    Err(e) => {
+                        counters.count(Counter::SourceDumpsFailed);
+                        self.complain(&e);
+                        self.dump_at = now.after(CHECK_PERIOD);
+                    }
                 }
-                Ok(false) => unreachable!("a dump that runs has its own stage"),
-                Err(e) => {
-                    counters.count(Counter::SourceDumpsFailed);
-                    self.complain(&e);
-                    self.dump_at = now.after(CHECK_PERIOD);
-                }
-            },
-            Stage::Dumping => self.dump(now, source, (rules, local), shifts, replica, counters),
-            Stage::Sweeping(slot) => self.sweep(now, slot, replica),
-            Stage::Wanted | Stage::Idle => {}
+            }
+            RepairStage::Dumping => {
+                self.dump(now, source, (rules, local), shifts, replica, counters)
+            }
+            RepairStage::Sweeping(slot) => self.sweep(now, slot, replica),
+            RepairStage::Wanted | RepairStage::Idle => {}
         }
     }
 
@@ -281,7 +285,7 @@ impl Repair {
                 self.complain(&format_args!(
                     "reading the kernel's table broke off (errno {errno})"
                 ));
-                self.stage = Stage::Wanted;
+                self.stage = RepairStage::Wanted;
                 self.dump_at = now.after(CHECK_PERIOD);
             }
         }
@@ -295,12 +299,12 @@ impl Repair {
         self.stage = if self.again {
             // What was lost meanwhile this dump may have passed before.
             self.dump_at = now.after(DUMP_PAUSE);
-            Stage::Wanted
+            RepairStage::Wanted
         } else if is_first || looked_back {
             // It found an empty table: nothing can be in it that is gone. Or nothing was lost.
-            Stage::Idle
+            RepairStage::Idle
         } else {
-            Stage::Sweeping(0)
+            RepairStage::Sweeping(0)
         };
     }
 
@@ -326,12 +330,12 @@ impl Repair {
         }
         self.swept |= slot == self.capacity;
         self.stage = match slot == self.capacity {
-            false => Stage::Sweeping(slot),
+            false => RepairStage::Sweeping(slot),
             true if self.again => {
                 self.dump_at = now.after(DUMP_PAUSE);
-                Stage::Wanted
+                RepairStage::Wanted
             }
-            true => Stage::Idle,
+            true => RepairStage::Idle,
         };
     }
 

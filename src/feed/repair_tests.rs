@@ -39,9 +39,9 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     let slots = ten(&mut replica);
     let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
     slots[..7].iter().for_each(|slot| set(&mut repair.shown, *slot));
-    repair.stage = Stage::Sweeping(0);
+    repair.stage = RepairStage::Sweeping(0);
     repair.sweep(NOW, 0, &replica);
-    assert!(repair.stage == Stage::Idle);
+    assert!(repair.stage == RepairStage::Idle);
     let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();
     assert_eq!(asked.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots[7..]);
     // One is there, in another state; one is gone; one ended and its slot is used again before the
@@ -133,10 +133,10 @@ fn events_lost_during_a_sweep_bring_another_dump() {
     let memory = OwnedMemory::new(&MemorySize::new(64, ARENA_MIN));
     let replica = replica(&memory);
     let mut repair = Repair::new(64, false, false, CommitMode::Eager, &Timeouts::told(&|_| None));
-    repair.stage = Stage::Sweeping(0);
+    repair.stage = RepairStage::Sweeping(0);
     repair.want();
     repair.sweep(NOW, 0, &replica);
-    assert!(repair.stage == Stage::Wanted && repair.wake_at(NOW) == NOW.after(DUMP_PAUSE));
+    assert!(repair.stage == RepairStage::Wanted && repair.wake_at(NOW) == NOW.after(DUMP_PAUSE));
 }
 
 #[test]

@@ -67,7 +67,7 @@ const TELL_PAUSE: Duration = Duration::from_secs(10);
 
 /// What is to be done about a kernel's entry.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Finding {
+enum VerifyResult {
     /// Nothing.
     Same,
     /// It has another value that an update changes.
@@ -265,34 +265,34 @@ impl Verify {
                 replica.recommit(now, slot);
                 self.tell(now, slot, replica, "was gone", "it is written again");
             }
-            (Some(Finding::Same), _) => {}
-            (Some(Finding::Differs(what)), _) => {
+            (Some(VerifyResult::Same), _) => {}
+            (Some(VerifyResult::Differs(what)), _) => {
                 counters.count(Counter::VerifyDiffered);
                 replica.recommit(now, slot);
                 self.tell(now, slot, replica, what, "it is written again");
             }
-            (Some(Finding::MustGo(what)), _) => {
+            (Some(VerifyResult::MustGo(what)), _) => {
                 counters.count(Counter::VerifyDiffered);
                 self.writes.push_back((slot, generation));
                 self.tell(now, slot, replica, what, "it is replaced");
             }
-            (Some(Finding::Touched), _) => {
+            (Some(VerifyResult::Touched), _) => {
                 counters.count(Counter::VerifyTouched);
             }
             // Since it was written, and no event told: it raises none.
-            (Some(Finding::WentOn), Some(there))
+            (Some(VerifyResult::WentOn), Some(there))
                 if !matches!(replica.table().written(slot), Written::No | Written::Normal) =>
             {
                 counters.count(Counter::VerifyWentOn);
                 let known = groups::MARK | told_by_answer(slot, there, replica);
                 replica.handle_source(now, &SourceEvent::Seen { connection: *there, known });
             }
-            (Some(Finding::WentOn), _) => {
+            (Some(VerifyResult::WentOn), _) => {
                 counters.count(Counter::VerifyDiffered);
                 replica.recommit(now, slot);
                 self.tell(now, slot, replica, "had another TCP state", "it is written again");
             }
-            (Some(Finding::Foreign), Some(there)) => {
+            (Some(VerifyResult::Foreign), Some(there)) => {
                 let suspect = Suspect {
                     slot,
                     generation,
@@ -385,41 +385,45 @@ enum Suspicion {
 }
 
 /// Compares the entry that is `there` with the copy; `lives` says whether the copy's active does.
-fn compare(wanted: &Connection, there: &Connection, lives: bool) -> Finding {
+fn compare(wanted: &Connection, there: &Connection, lives: bool) -> VerifyResult {
     const COPIED: u32 = status::SEEN_REPLY | status::ASSURED;
     // The timeout is ours, so no packet has passed since it was written, and it lasts.
     let is_ours = there.state.timeout_s > GIVEN_MAX_S;
     let is_offloaded = there.state.status & status::OFFLOADED != 0; // reported without timeout and TCP state
     if !has_reply(wanted, &there.reply) {
-        return if is_ours { Finding::MustGo("had another translation") } else { Finding::Foreign };
+        return if is_ours {
+            VerifyResult::MustGo("had another translation")
+        } else {
+            VerifyResult::Foreign
+        };
     }
     if wanted.is_translated() && !translates(there) {
-        return Finding::MustGo("had no translation");
+        return VerifyResult::MustGo("had no translation");
     }
     let has_other_state = wanted.state.tcp_state != 0
         && !is_offloaded
         && wanted.state.tcp_state != there.state.tcp_state;
     if has_other_state && lives && !is_ours {
-        return Finding::WentOn;
+        return VerifyResult::WentOn;
     }
     if is_ours && there.state.status & COPIED & !wanted.state.status != 0 {
-        return Finding::MustGo("had a status that claims more than its active had");
+        return VerifyResult::MustGo("had a status that claims more than its active had");
     }
     if wanted.state.status & COPIED & !there.state.status != 0 {
-        return Finding::Differs("had less status");
+        return VerifyResult::Differs("had less status");
     }
     if wanted.state.mark != there.state.mark {
-        return Finding::Differs("had another mark");
+        return VerifyResult::Differs("had another mark");
     }
     // An entry without labels may have no room for any.
     let (a, b) = (&wanted.extra, &there.extra);
     if a.has(parts::LABELS) && b.has(parts::LABELS) && a.labels != b.labels {
-        return Finding::Differs("had other labels");
+        return VerifyResult::Differs("had other labels");
     }
     if has_other_state {
-        return Finding::Differs("had another TCP state");
+        return VerifyResult::Differs("had another TCP state");
     }
-    if lives && !is_ours && !is_offloaded { Finding::Touched } else { Finding::Same }
+    if lives && !is_ours && !is_offloaded { VerifyResult::Touched } else { VerifyResult::Same }
 }
 
 /// Whether an entry with this reply tuple translates as the copy says. Keys of GRE cannot be

@@ -34,14 +34,14 @@ fn with(change: impl Fn(&mut Connection)) -> Connection {
 #[test]
 fn every_difference_that_matters_is_found_and_no_other() {
     let of = |entry: &Connection| compare(&snat(), entry, true);
-    assert_eq!(of(&entry()), Finding::Same);
+    assert_eq!(of(&entry()), VerifyResult::Same);
     for harmless in [
         with(|e| e.state.tcp_flags_original = 0x0b),
         with(|e| e.state.timeout_s -= REWRITTEN_S),
         with(|e| e.state.status |= 1 << 14), // offloaded
         with(|e| e.extra = Extra { parts: parts::LABELS, labels: [3; 16], ..Extra::NONE }),
     ] {
-        assert_eq!(of(&harmless), Finding::Same, "{harmless:?}");
+        assert_eq!(of(&harmless), VerifyResult::Same, "{harmless:?}");
     }
     let updated = [
         with(|e| e.state.mark = 8),
@@ -50,7 +50,7 @@ fn every_difference_that_matters_is_found_and_no_other() {
         with(|e| (e.state.mark, e.state.timeout_s) = (0, NORMAL_S)),
     ];
     for entry in updated {
-        assert!(matches!(of(&entry), Finding::Differs(_)), "{entry:?}");
+        assert!(matches!(of(&entry), VerifyResult::Differs(_)), "{entry:?}");
     }
     let replaced = [
         with(|e| e.reply.dst += 1),
@@ -58,22 +58,28 @@ fn every_difference_that_matters_is_found_and_no_other() {
         with(|e| e.state.status &= !status::SRC_NAT),
     ];
     for entry in replaced {
-        assert!(matches!(of(&entry), Finding::MustGo(_)), "{entry:?}");
+        assert!(matches!(of(&entry), VerifyResult::MustGo(_)), "{entry:?}");
     }
     // Packets have passed it: the connection is the copy's, or it is not.
-    assert_eq!(of(&with(|e| e.state.timeout_s = NORMAL_S)), Finding::Touched);
-    assert_eq!(of(&with(|e| (e.state.timeout_s, e.reply.dport) = (NORMAL_S, 9))), Finding::Foreign);
-    assert_eq!(of(&with(|e| (e.state.timeout_s, e.state.tcp_state) = (60, 1))), Finding::WentOn);
+    assert_eq!(of(&with(|e| e.state.timeout_s = NORMAL_S)), VerifyResult::Touched);
+    assert_eq!(
+        of(&with(|e| (e.state.timeout_s, e.reply.dport) = (NORMAL_S, 9))),
+        VerifyResult::Foreign
+    );
+    assert_eq!(
+        of(&with(|e| (e.state.timeout_s, e.state.tcp_state) = (60, 1))),
+        VerifyResult::WentOn
+    );
     let dead = compare(&snat(), &with(|e| e.state.timeout_s = NORMAL_S), false);
-    assert_eq!(dead, Finding::Same, "once its active is dead that is its timeout");
+    assert_eq!(dead, VerifyResult::Same, "once its active is dead that is its timeout");
 
     // A copy that was never assured, and an entry that claims to be: by its own packets, or by
     // none.
     let mut young = snat();
     young.state.status &= !status::ASSURED;
-    assert!(matches!(compare(&young, &entry(), true), Finding::MustGo(_)));
+    assert!(matches!(compare(&young, &entry(), true), VerifyResult::MustGo(_)));
     let touched = compare(&young, &with(|e| e.state.timeout_s = NORMAL_S), true);
-    assert_eq!(touched, Finding::Touched, "this kernel has seen it itself");
+    assert_eq!(touched, VerifyResult::Touched, "this kernel has seen it itself");
 }
 
 /// Entries are written again so often.

@@ -27,8 +27,8 @@ const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
 /// Pause between two lines in the log about refusals.
 const TELL_PAUSE: Duration = Duration::from_secs(10);
 
-/// A shard's pen.
-pub(super) struct Writer<E> {
+/// What writes a shard's entries into the kernel.
+pub(super) struct EntryWriter<E> {
     committer: Committer<E>,
     claims: Claims,
     had_room: bool,
@@ -39,9 +39,9 @@ pub(super) struct Writer<E> {
     lines: Sparse,
 }
 
-impl<E: Entries> Writer<E> {
-    pub(super) fn new(committer: Committer<E>, capacity: u32) -> Writer<E> {
-        Writer {
+impl<E: Entries> EntryWriter<E> {
+    pub(super) fn new(committer: Committer<E>, capacity: u32) -> EntryWriter<E> {
+        EntryWriter {
             committer,
             claims: Claims::new(),
             had_room: true,
@@ -289,7 +289,7 @@ impl<E: Entries> Writer<E> {
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
-        let Writer { committer, batch, lines, runs_out, .. } = self;
+        let EntryWriter { committer, batch, lines, runs_out, .. } = self;
         if batch.is_empty() {
             return;
         }

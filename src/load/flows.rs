@@ -65,7 +65,7 @@ impl Told {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Phase {
+enum LoadPhase {
     Ramp,
     Steady,
     CloseShort,
@@ -76,7 +76,7 @@ enum Phase {
 pub struct Flows {
     config: FlowsConfig,
     rng: Rng,
-    phase: Phase,
+    phase: LoadPhase,
     /// Long-lived ones, in no order.
     long: Vec<Flow>,
     /// Short-lived ones, oldest first.
@@ -94,7 +94,7 @@ impl Flows {
         assert!(config.connections > 0 && config.rate > 0);
         Flows {
             rng: Rng::new(config.seed ^ (config.plane as u64) << 56),
-            phase: Phase::Ramp,
+            phase: LoadPhase::Ramp,
             long: Vec::with_capacity(config.connections),
             short: VecDeque::new(),
             next_number: 0,
@@ -122,26 +122,26 @@ impl Flows {
 
     /// Whether every long-lived connection has opened.
     pub fn is_ramped(&self) -> bool {
-        self.phase != Phase::Ramp
+        self.phase != LoadPhase::Ramp
     }
 
     /// No more beat: from now on `run` closes the short-lived connections (`keep`) or all of them,
     /// as fast as they are taken.
     pub fn finish(&mut self, keep: bool) {
-        self.phase = if keep { Phase::CloseShort } else { Phase::CloseAll };
+        self.phase = if keep { LoadPhase::CloseShort } else { LoadPhase::CloseAll };
     }
 
     /// Whether the end has begun.
     pub fn is_finishing(&self) -> bool {
-        matches!(self.phase, Phase::CloseShort | Phase::CloseAll)
+        matches!(self.phase, LoadPhase::CloseShort | LoadPhase::CloseAll)
     }
 
     /// Whether everything was told that `finish` left to tell.
     pub fn is_finished(&self) -> bool {
         let closed = match self.phase {
-            Phase::Ramp | Phase::Steady => false,
-            Phase::CloseShort => self.short.is_empty(),
-            Phase::CloseAll => self.short.is_empty() && self.long.is_empty(),
+            LoadPhase::Ramp | LoadPhase::Steady => false,
+            LoadPhase::CloseShort => self.short.is_empty(),
+            LoadPhase::CloseAll => self.short.is_empty() && self.long.is_empty(),
         };
         closed && self.pending.is_none()
     }
@@ -174,7 +174,7 @@ impl Flows {
     /// The next event, if it is due.
     fn next(&mut self, now: Duration) -> Option<SourceEvent> {
         if self.is_finishing() {
-            let last = self.phase == Phase::CloseAll;
+            let last = self.phase == LoadPhase::CloseAll;
             let flow =
                 self.short.pop_front().or_else(|| if last { self.long.pop() } else { None })?;
             return Some(self.close(&flow));
@@ -183,12 +183,12 @@ impl Flows {
             return None;
         }
         let at = self.due;
-        if self.phase == Phase::Ramp {
+        if self.phase == LoadPhase::Ramp {
             if self.long.len() < self.config.connections {
                 self.due += self.config.ramp / self.config.connections as u32;
                 return Some(self.open_one(at, false));
             }
-            self.phase = Phase::Steady;
+            self.phase = LoadPhase::Steady;
         }
         self.due += Duration::from_secs(1) / self.config.rate;
         if self.short.front().is_some_and(|flow| flow.opened + self.config.short_life <= at)

@@ -34,7 +34,7 @@ const _: () = assert!(BUFFER_SIZE.is_multiple_of(64));
 /// An entry of the ring as the kernel defines it (struct io_uring_buf). The tail of the ring
 /// lies in the last field of the first entry.
 #[repr(C)]
-struct Entry {
+struct RingEntry {
     address: u64,
     len: u32,
     id: u16,
@@ -45,7 +45,7 @@ struct Entry {
 pub(super) struct BufferPool {
     /// Owns the memory; used through the pointers below only.
     _memory: MmapMut,
-    entries: *mut Entry,
+    entries: *mut RingEntry,
     buffers: *mut u8,
     count: u16,
     tail: Cell<u16>,
@@ -56,11 +56,11 @@ impl BufferPool {
     /// A pool of at least `count` buffers, all in the ring. A power of two, as the kernel wants.
     pub(super) fn new(count: usize) -> io::Result<Rc<BufferPool>> {
         let count = count.clamp(1, BUFFERS_MAX).next_power_of_two();
-        let ring_len = (count * size_of::<Entry>()).next_multiple_of(4096);
+        let ring_len = (count * size_of::<RingEntry>()).next_multiple_of(4096);
         // Populated, so that no page is missing when the first datagrams arrive.
         let mut memory =
             MmapOptions::new().len(ring_len + count * BUFFER_SIZE).populate().map_anon()?;
-        let entries = memory.as_mut_ptr().cast::<Entry>();
+        let entries = memory.as_mut_ptr().cast::<RingEntry>();
         // SAFETY: the mapping is ring_len and more bytes long.
         let buffers = unsafe { memory.as_mut_ptr().add(ring_len) };
         let pool = BufferPool {

@@ -26,7 +26,7 @@ pub const SUBMISSIONS: usize = 512;
 /// Completions that can wait for us: two for each zero-copy send in flight, and room.
 const COMPLETIONS: usize = 8 * SUBMISSIONS;
 /// Completions that end a gathering wait early.
-const GATHER: usize = 16;
+const GATHER_COMPLETIONS: usize = 16;
 /// How long the end of a ring waits for the kernel to let go of what is in flight.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -139,7 +139,7 @@ impl Ring {
         let gather = gather.min(deadline.since(now));
         if self.features.min_wait && gather >= Duration::from_micros(1) {
             arguments = arguments.min_wait_usec(gather.as_micros() as u32);
-            want = GATHER as u32;
+            want = GATHER_COMPLETIONS as u32;
         }
         match self.enter(want, flags, Some(&arguments)) {
             // The flag is checked before anything is submitted, so nothing is lost by a second try.

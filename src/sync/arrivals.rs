@@ -4,11 +4,11 @@
 //! a connection, it is [`super::contest`] that asks who sees its packets.
 
 use super::contests::Rival;
+use super::delta::DeltaResult::{self, Applied, Busy, Refused};
+use super::delta::New;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
-use super::verdict::New;
-use super::verdict::Verdict::{self, Applied, Busy, Refused};
 use crate::ccp::message::{Place, Reason};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
@@ -20,15 +20,15 @@ use crate::time::Time;
 enum Outcome {
     /// It is the copy of this connection, in this state: it is to be written.
     Changed,
-    /// Nothing is to be written; the delta's verdict.
-    Stays(Verdict),
+    /// Nothing is to be written; the delta's result.
+    Stays(DeltaResult),
 }
 
 use Outcome::{Changed, Stays};
 
 impl Replica<'_> {
     /// A connection of the sender's, for a slot that was leased to it, or for the copy in it.
-    pub(super) fn apply_new(&mut self, now: Time, stream: usize, new: &New<'_>) -> Verdict {
+    pub(super) fn apply_new(&mut self, now: Time, stream: usize, new: &New<'_>) -> DeltaResult {
         let New { target, stamp, active, connection, .. } = *new;
         let Some(line) = self.line_at(target) else { return Refused(Reason::NotLeased) };
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
@@ -39,7 +39,7 @@ impl Replica<'_> {
         self.ledger.raise_epoch(stamp.epoch);
         let here = line.kind().is_connection()
             && self.ledger.tuples(slot) == (connection.original, connection.reply);
-        let verdict = match line.kind() {
+        let result = match line.kind() {
             Kind::Leased if self.is_leased_to(&line, stream) => self.fill_lease(now, new),
             Kind::Backup if here && line.peer() == active => self.renew_copy(new),
             // Another member is the active now: it took over, or it claimed. If the copy's active
@@ -66,13 +66,13 @@ impl Replica<'_> {
             // there.
             _ => return Refused(Reason::NotLeased),
         };
-        match verdict {
+        match result {
             Changed => {
                 self.counters.count(Counter::DeltasApplied);
                 self.ask_commit(Commit::Write { slot, generation: line.generation() });
                 Applied
             }
-            Stays(verdict) => verdict,
+            Stays(result) => result,
         }
     }
 
@@ -81,13 +81,13 @@ impl Replica<'_> {
         let New { target, stamp, active, previous, connection } = *new;
         let witnessed = match self.give_way(now, connection, stamp, active, previous) {
             Ok(witnessed) => witnessed,
-            Err(verdict) => {
-                if matches!(verdict, Refused(_)) {
+            Err(result) => {
+                if matches!(result, Refused(_)) {
                     // A repeated datagram must not be taken once the reason is gone: by then
                     // the connection has its copy elsewhere.
                     self.revoke(target);
                 }
-                return Stays(verdict);
+                return Stays(result);
             }
         };
         let previous = previous.unwrap_or(Coordinate::NOWHERE);
@@ -185,7 +185,7 @@ impl Replica<'_> {
         stamp: Stamp,
         active: Coordinate,
         previous: Option<Coordinate>,
-    ) -> Result<bool, Verdict> {
+    ) -> Result<bool, DeltaResult> {
         let Some(slot) = self.ledger.find_original(&connection.original) else { return Ok(false) };
         let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
@@ -362,7 +362,7 @@ impl Replica<'_> {
         mask: u8,
         previous: Option<Coordinate>,
         value: (&State, &Extra),
-    ) -> Verdict {
+    ) -> DeltaResult {
         let Some(line) = self.line_at(target) else { return Refused(Reason::NotHere) };
         if target.generation != line.generation() && !is(Mutation::NoGenerationCheck) {
             return Refused(Reason::NotHere);

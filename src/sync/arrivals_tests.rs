@@ -78,8 +78,8 @@ fn who_gives_way_does_not_release_the_claim_that_it_gives_way_to() {
         let line = replica.ledger.line(slot);
         let above = line.stamp().changed();
         let target = Place { slot, generation: line.generation() };
-        let verdict = replica.apply_release(NOW, stream_index(from.member(), 0), target, above);
-        assert!(matches!(verdict, Applied));
+        let result = replica.apply_release(NOW, stream_index(from.member(), 0), target, above);
+        assert!(matches!(result, Applied));
         assert_eq!(
             replica.requests.released(backup),
             Some(if is_back { line.stamp() } else { above }),
@@ -104,12 +104,12 @@ fn a_contest_is_over_when_the_other_one_is_given_way_to() {
     let target = Place { slot, generation };
     let above = Stamp { epoch: epoch + 1, version: 1 };
     let stream = stream_index(backup.member(), 0);
-    let verdict = replica.apply_new(
+    let result = replica.apply_new(
         NOW,
         stream,
         &New { target, stamp: above, active: backup, previous: None, connection: &connection },
     );
-    assert!(matches!(verdict, Applied));
+    assert!(matches!(result, Applied));
     assert_eq!(replica.ledger.kind(slot), Kind::Backup);
     assert!(!replica.contests.has(slot, generation));
 }
@@ -148,12 +148,12 @@ fn who_comes_with_an_old_claim_is_told_whose_it_is_unless_it_has_a_copy_or_gets_
         replica.ledger.amend(slot, |line| line.set_stamp(own));
         let target = Place { slot, generation: replica.ledger.line(slot).generation() };
         let stream = stream_index(from.member(), 0);
-        let verdict = replica.apply_new(
+        let result = replica.apply_new(
             NOW,
             stream,
             &New { target, stamp, active: from, previous: None, connection: &connection },
         );
-        assert!(matches!(verdict, Refused(Reason::Superseded)));
+        assert!(matches!(result, Refused(Reason::Superseded)));
         // With a kernel to ask, traffic decides about what may be another connection.
         let waits = commit == CommitMode::Eager && stamp != own;
         let generation = replica.ledger.line(slot).generation();

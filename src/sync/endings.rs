@@ -1,11 +1,11 @@
 //! Endings: closes and releases, and what is left of a copy when its active ends it or lets it go.
 
 use super::contests::Doubt;
+use super::delta::DeltaResult::{self, Applied, Busy};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
 use super::stream::{stream_member, stream_shard};
-use super::verdict::Verdict::{self, Applied, Busy};
 use crate::ccp::message::Place;
 use crate::conn::slot::Line;
 use crate::conn::table::{On, Written};
@@ -68,7 +68,7 @@ impl Replica<'_> {
         target: Place,
         stamp: Stamp,
         (seen, age_s): (bool, Option<u32>),
-    ) -> Verdict {
+    ) -> DeltaResult {
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         let is_presumed_from =
@@ -142,7 +142,7 @@ impl Replica<'_> {
         stream: usize,
         target: Place,
         stamp: Stamp,
-    ) -> Verdict {
+    ) -> DeltaResult {
         let Some(line) = self.ending(target) else { return Applied };
         let member = stream_member(stream);
         match line.kind() {
@@ -323,9 +323,9 @@ mod tests {
     use crate::ccp::message::Place;
     use crate::conn::{Connection, State};
     use crate::memory::{MemorySize, OwnedMemory};
+    use crate::sync::delta::New;
     use crate::sync::peers::PeerState;
     use crate::sync::stream::stream_index;
-    use crate::sync::verdict::New;
     use crate::sync::{ReplicaConfig, test_config};
 
     const NOW: Time = Time(1);
@@ -410,11 +410,11 @@ mod tests {
             let (mut replica, connection, target) = with_a_copy_written_over(&memory, 0);
             replica.ledger.set_written(target.slot, Written::Resumed);
             let (stream, stamp) = (stream_index(2, 0), Stamp { epoch: 1, version: 2 });
-            let verdict = match is_release {
+            let result = match is_release {
                 true => replica.apply_release(NOW, stream, target, stamp),
                 false => replica.apply_close(NOW, stream, target, stamp, (seen, None)),
             };
-            assert!(matches!(verdict, Applied));
+            assert!(matches!(result, Applied));
             let Some(Commit::Look { slot, generation, .. }) = replica.poll_commit(true) else {
                 panic!("its entry is asked for");
             };

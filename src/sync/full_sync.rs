@@ -92,7 +92,7 @@ pub struct Figures {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Stage {
+enum SyncStage {
     Idle,
     Giving,
     /// Everything that was dirty then is to be sent. What was given up by then, added up.
@@ -123,7 +123,7 @@ pub(super) trait Sight {
 
 /// How far a full sync has come.
 pub(super) struct Step {
-    stage: Stage,
+    stage: SyncStage,
     figures: Figures,
     /// Whether the figures are to be written down.
     is_told: bool,
@@ -131,7 +131,7 @@ pub(super) struct Step {
 
 /// Every member's full sync.
 pub(super) struct FullSyncs {
-    members: Vec<(Stage, Figures)>,
+    members: Vec<(SyncStage, Figures)>,
     /// Since when nothing that waits for a backup found one, although it was tried.
     no_progress_since: Option<Time>,
     publish_at: Time,
@@ -141,7 +141,7 @@ impl FullSyncs {
     /// Nobody has anything.
     pub(super) fn new() -> FullSyncs {
         FullSyncs {
-            members: vec![(Stage::Idle, Figures::default()); MEMBERS_MAX + 1],
+            members: vec![(SyncStage::Idle, Figures::default()); MEMBERS_MAX + 1],
             no_progress_since: None,
             publish_at: Time(0),
         }
@@ -149,7 +149,8 @@ impl FullSyncs {
 
     /// Members that have every copy that they should have, as bits.
     pub(super) fn done(&self) -> u64 {
-        let done = self.members.iter().enumerate().filter(|(_, (stage, _))| *stage == Stage::Done);
+        let done =
+            self.members.iter().enumerate().filter(|(_, (stage, _))| *stage == SyncStage::Done);
         done.fold(0, |bits, (member, _)| bits | 1 << member)
     }
 
@@ -179,15 +180,15 @@ impl FullSyncs {
     ) -> Option<Step> {
         let (old, mut figures) = self.members[member as usize];
         let stage = self.next(now, old, sight, &mut figures);
-        if (stage, old) == (Stage::Idle, Stage::Idle) {
+        if (stage, old) == (SyncStage::Idle, SyncStage::Idle) {
             return None;
         }
-        let has_changed = (stage == Stage::Done) != (old == Stage::Done)
-            || (stage == Stage::Idle) != (old == Stage::Idle);
-        let is_told = has_changed || is_published && stage != Stage::Done;
+        let has_changed = (stage == SyncStage::Done) != (old == SyncStage::Done)
+            || (stage == SyncStage::Idle) != (old == SyncStage::Idle);
+        let is_told = has_changed || is_published && stage != SyncStage::Done;
         if is_told {
             (figures.done, figures.to_do) = sight.counts();
-            if stage == Stage::Done && figures.phase == SyncPhase::Done {
+            if stage == SyncStage::Done && figures.phase == SyncPhase::Done {
                 figures.to_do = 0; // What is dirty now is live traffic.
             }
         }
@@ -200,39 +201,47 @@ impl FullSyncs {
         step.is_told.then_some(step.figures)
     }
 
-    fn next(&self, now: Time, stage: Stage, sight: &impl Sight, figures: &mut Figures) -> Stage {
+    fn next(
+        &self,
+        now: Time,
+        stage: SyncStage,
+        sight: &impl Sight,
+        figures: &mut Figures,
+    ) -> SyncStage {
         match stage {
-            Stage::Idle if sight.takes() => {
+            SyncStage::Idle if sight.takes() => {
                 let (before, _) = sight.counts();
                 *figures =
                     Figures { phase: SyncPhase::Syncing, begun: now, before, ..Figures::default() };
-                Stage::Giving
+                SyncStage::Giving
             }
-            Stage::Idle => Stage::Idle,
+            SyncStage::Idle => SyncStage::Idle,
             _ if !sight.takes() => {
-                let was_done = stage == Stage::Done;
+                let was_done = stage == SyncStage::Done;
                 figures.phase = if was_done { SyncPhase::Idle } else { SyncPhase::Interrupted };
                 figures.ended = if was_done { figures.ended } else { now };
-                Stage::Idle
+                SyncStage::Idle
             }
-            Stage::Giving => {
+            SyncStage::Giving => {
                 let tried_since = self.no_progress_since.map(|since| since.max(figures.begun));
                 let takes_no_more = tried_since.is_some_and(|since| now.since(since) >= FULL);
                 match sight.is_given() && (!sight.has_waiting() || takes_no_more) {
-                    true => Stage::Draining(now, sight.given_up()),
-                    false => Stage::Giving,
+                    true => SyncStage::Draining(now, sight.given_up()),
+                    false => SyncStage::Giving,
                 }
             }
-            Stage::Draining(_, given_up) | Stage::Flying(_, given_up)
+            SyncStage::Draining(_, given_up) | SyncStage::Flying(_, given_up)
                 if given_up != sight.given_up() =>
             {
-                Stage::Giving // What it carried is dirty again, or waits for a backup.
+                SyncStage::Giving // What it carried is dirty again, or waits for a backup.
             }
-            Stage::Draining(by, given_up) if sight.is_sent(by) => Stage::Flying(now, given_up),
-            Stage::Flying(by, _) if sight.is_acknowledged(by) => {
+            SyncStage::Draining(by, given_up) if sight.is_sent(by) => {
+                SyncStage::Flying(now, given_up)
+            }
+            SyncStage::Flying(by, _) if sight.is_acknowledged(by) => {
                 figures.ended = now;
                 figures.phase = if sight.has_waiting() { SyncPhase::Full } else { SyncPhase::Done };
-                Stage::Done
+                SyncStage::Done
             }
             stage => stage,
         }

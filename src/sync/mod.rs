@@ -29,6 +29,7 @@
 //! - `compare`: how far each stream's comparison by digests is;
 //! - `contests`: what two members take for theirs, and what their entries have shown;
 //! - `credit`: slots at peers that this member may fill, and those here that peers may;
+//! - `delta`: a new as it arrived, and what can become of a delta;
 //! - `full_sync`: who has all that it should have;
 //! - `inbox`: what was received, and what its sender is to be told;
 //! - `ledger`: what stands in each slot, in which list, and what all of it adds up to;
@@ -37,7 +38,6 @@
 //! - `requests`: releases, offers and declines, which belong to no single delta;
 //! - `sends`: what a pass hands to the loop;
 //! - `sums`: what each stream's copies add up to, for the ledger;
-//! - `verdict`: a new as it arrived, and what can become of a delta;
 //! - `walks`: walks over the table, under way and waiting.
 //!
 //! They stand on what lies in memory that outlives the process:
@@ -57,6 +57,7 @@ mod contest;
 mod contests;
 mod credit;
 mod declined;
+mod delta;
 mod digest;
 mod endings;
 pub mod full_sync;
@@ -84,7 +85,6 @@ mod sums;
 mod takeover;
 mod timers;
 mod transmit;
-mod verdict;
 mod walks;
 
 pub use commits::REWRITE_PERIOD;

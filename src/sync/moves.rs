@@ -5,11 +5,11 @@
 //! here: when a release may leave, what an offer still asks, and what follows when either has
 //! arrived.
 
+use super::delta::DeltaResult::{self, Applied, Busy};
 use super::history::Content;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::{Delivery, Rank, Request, Task};
-use super::verdict::Verdict::{self, Applied, Busy};
 use crate::ccp::message::{Message, Place};
 use crate::conn::slot::groups;
 use crate::conn::table::On;
@@ -241,7 +241,7 @@ impl Replica<'_> {
         stamp: Stamp,
         copy: Coordinate,
         claimed: bool,
-    ) -> Verdict {
+    ) -> DeltaResult {
         // A claimed offer is decided now: its sender takes the ack for the answer. Any other is
         // made again after a while, so it need not be kept: were the floor to wait for an answer
         // here and there at once, it would wait for ever.

@@ -13,12 +13,12 @@
 
 use std::net::IpAddr;
 
+use super::delta::DeltaResult::{Applied, Busy, Refused};
+use super::delta::New;
 use super::inbox::{Refusal, Session};
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::stream::{stream_index, stream_member, stream_shard};
-use super::verdict::New;
-use super::verdict::Verdict::{Applied, Busy, Refused};
 use super::walks::Walk;
 use crate::ccp::Reject;
 use crate::ccp::bytes::Reader;
@@ -136,7 +136,7 @@ impl Replica<'_> {
         let mut complete = true;
         let mut again = r;
         while let Some(message) = Message::decode(&mut r)? {
-            let verdict = match message {
+            let result = match message {
                 Message::New { target, stamp, own, previous, connection } => {
                     let active = self.coordinate_of_sender(stream, own);
                     self.apply_new(
@@ -178,7 +178,7 @@ impl Replica<'_> {
                 }
                 _ => Applied,
             };
-            match (verdict, message) {
+            match (result, message) {
                 (Applied, _) => {}
                 (Busy, _) => complete = false,
                 (Refused(reason), Message::New { target, .. } | Message::Update { target, .. }) => {

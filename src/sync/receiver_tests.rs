@@ -1,7 +1,7 @@
 //! What a receiver does: the table of docs/PROTOCOL.md, row by row.
 //!
 //! Every state that a slot can be in meets every delta of member 2's stream; what comes of it is
-//! the delta's verdict, what the slot is afterwards, and how many lives it has gone on.
+//! the delta's result, what the slot is afterwards, and how many lives it has gone on.
 
 use super::*;
 use crate::ccp::message::Reason::{NotHere, NotLeased, Superseded};
@@ -10,10 +10,10 @@ use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple};
 use crate::group::view::{Member, Status, View};
 use crate::memory::{MemorySize, OwnedMemory};
+use crate::sync::delta::DeltaResult::{self, Applied, Refused};
+use crate::sync::delta::New;
 use crate::sync::stream::stream_index;
 use crate::sync::test_config;
-use crate::sync::verdict::New;
-use crate::sync::verdict::Verdict::{self, Applied, Refused};
 
 const NOW: Time = Time(1);
 /// Where the sender has the connection, or its copy of ours.
@@ -132,15 +132,15 @@ fn replica_with(memory: &OwnedMemory, is: Is) -> (Replica<'_>, u32) {
     (replica, slot)
 }
 
-/// The verdict, what the slot is, and the lives that have gone by.
-fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (Verdict, Kind, u32) {
+/// The result, what the slot is, and the lives that have gone by.
+fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (DeltaResult, Kind, u32) {
     let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
     let (mut replica, slot) = replica_with(&memory, is);
     let before = replica.ledger.line(slot).generation();
     let generation = if is_in_this_life { before } else { before.next() };
     let (stream, target) = (stream_index(2, 0), Place { slot, generation });
     let sent = connection(1);
-    let verdict = match says {
+    let result = match says {
         SaysNew(stamp) => {
             let new = New { target, stamp, active: place(2), previous: None, connection: &sent };
             replica.apply_new(NOW, stream, &new)
@@ -160,7 +160,7 @@ fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (Verdict, Kind, u32) {
         (at, lives) = (at.next(), lives + 1);
         assert!(lives < 5, "{is:?} {says:?}: far more lives");
     }
-    (verdict, line.kind(), lives)
+    (result, line.kind(), lives)
 }
 
 #[test]
@@ -249,13 +249,13 @@ fn what_is_for_another_life_of_the_slot_changes_nothing() {
         Is::Closing,
     ] {
         for says in [SaysNew(CLAIMED), Update(CLAIMED), Close(CLAIMED), Release(CLAIMED)] {
-            let (verdict, _, lives) = outcome(is, says, false);
+            let (result, _, lives) = outcome(is, says, false);
             let expected = match says {
                 SaysNew(_) => Refused(NotLeased),
                 Update(_) => Refused(NotHere),
                 Close(_) | Release(_) => Applied,
             };
-            assert_eq!((verdict, lives), (expected, 0), "{is:?} {says:?}");
+            assert_eq!((result, lives), (expected, 0), "{is:?} {says:?}");
         }
     }
 }

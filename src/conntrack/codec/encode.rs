@@ -20,7 +20,7 @@
 //! [`MESSAGE_MAX`](super::MESSAGE_MAX) bytes, and returns its length.
 
 use super::number::*;
-use super::writer::Writer;
+use super::writer::RequestWriter;
 use super::{TCP_ESTABLISHED, TYPE_DELETE, TYPE_GET, TYPE_GET_STATS, TYPE_NEW, status};
 use crate::conn::tuple::{GRE, ICMP, ICMPV6, TCP, has_keys};
 use crate::conn::{Connection, Family, Tuple};
@@ -44,7 +44,7 @@ pub fn encode_create(
 ) -> usize {
     let flags = REQUEST | (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
     let Connection { original, reply, state, extra } = connection;
-    let mut w = Writer::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
+    let mut w = RequestWriter::new(buffer, TYPE_NEW, flags, sequence, Some(original.family));
     let mirrored = original.mirrored();
     let (both, only_original, only_reply) = match (original.zone, reply.zone) {
         (a, b) if a == b => (a, 0, 0),
@@ -89,7 +89,7 @@ pub fn encode_update(
     present: u32,
 ) -> usize {
     let Connection { original, state, extra, .. } = connection;
-    let mut w = Writer::new(buffer, TYPE_NEW, REQUEST, sequence, Some(original.family));
+    let mut w = RequestWriter::new(buffer, TYPE_NEW, REQUEST, sequence, Some(original.family));
     w.tuple(TUPLE_ORIG, original, 0);
     w.zone(ZONE, original.zone);
     // Bits that cannot be changed must be as they are, and the kernel looks at EXPECTED and DYING
@@ -115,7 +115,7 @@ pub fn encode_get(buffer: &mut [u8], sequence: u32, original: &Tuple) -> usize {
 }
 
 fn encode_named(buffer: &mut [u8], kind: u16, sequence: u32, original: &Tuple) -> usize {
-    let mut w = Writer::new(buffer, kind, REQUEST, sequence, Some(original.family));
+    let mut w = RequestWriter::new(buffer, kind, REQUEST, sequence, Some(original.family));
     w.tuple(TUPLE_ORIG, original, 0);
     w.zone(ZONE, original.zone);
     w.finish()
@@ -123,12 +123,13 @@ fn encode_named(buffer: &mut [u8], kind: u16, sequence: u32, original: &Tuple) -
 
 /// The request for a dump of the table, of one family or of all.
 pub fn encode_dump(buffer: &mut [u8], sequence: u32, family: Option<Family>) -> usize {
-    Writer::new(buffer, TYPE_GET, REQUEST | libc::NLM_F_DUMP as u16, sequence, family).finish()
+    RequestWriter::new(buffer, TYPE_GET, REQUEST | libc::NLM_F_DUMP as u16, sequence, family)
+        .finish()
 }
 
 /// A request that changes nothing and that any kernel with ctnetlink answers.
 pub fn encode_statistics(buffer: &mut [u8], sequence: u32) -> usize {
-    Writer::new(buffer, TYPE_GET_STATS, REQUEST, sequence, None).finish()
+    RequestWriter::new(buffer, TYPE_GET_STATS, REQUEST, sequence, None).finish()
 }
 
 /// Asks for an acknowledgement of the message at the start of `message`.
@@ -142,7 +143,7 @@ fn copied_status(active: u32) -> u32 {
     status::CONFIRMED | active & (status::SEEN_REPLY | status::ASSURED)
 }
 
-impl Writer<'_> {
+impl RequestWriter<'_> {
     fn tuple(&mut self, kind: u16, t: &Tuple, own_zone: u16) {
         self.nest(kind, |w| {
             w.nest(TUPLE_IP, |w| {

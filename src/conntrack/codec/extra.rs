@@ -5,7 +5,7 @@
 
 use super::attribute::{Attributes, Malformed, be32, field};
 use super::number::*;
-use super::writer::Writer;
+use super::writer::RequestWriter;
 use crate::conn::extra::{Extra, HELPER_NAME, SeqAdj, Synproxy, parts};
 use crate::conn::tuple::{DCCP, SCTP};
 
@@ -83,7 +83,7 @@ fn padded(name: &[u8]) -> Option<[u8; HELPER_NAME]> {
     Some(padded)
 }
 
-impl Writer<'_> {
+impl RequestWriter<'_> {
     /// What a new entry gets. Labels of zero are what it has anyway.
     pub(super) fn extra_of_new(&mut self, extra: &Extra, protocol: u8) {
         self.helper(extra);

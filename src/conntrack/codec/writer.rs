@@ -9,26 +9,26 @@ use crate::conn::Family;
 pub const MESSAGE_MAX: usize = 512;
 
 /// A message that grows at the start of the caller's buffer.
-pub(super) struct Writer<'a> {
+pub(super) struct RequestWriter<'a> {
     buffer: &'a mut [u8],
     at: usize,
 }
 
-impl<'a> Writer<'a> {
+impl<'a> RequestWriter<'a> {
     pub(super) fn new(
         buffer: &'a mut [u8],
         kind: u16,
         flags: u16,
         sequence: u32,
         family: Option<Family>,
-    ) -> Writer<'a> {
+    ) -> RequestWriter<'a> {
         assert!(buffer.len() >= MESSAGE_MAX, "a request needs room for MESSAGE_MAX bytes");
         buffer[..HEADERS].fill(0);
         buffer[4..6].copy_from_slice(&kind.to_ne_bytes());
         buffer[6..8].copy_from_slice(&flags.to_ne_bytes());
         buffer[8..12].copy_from_slice(&sequence.to_ne_bytes());
         buffer[16] = family.map_or(0, family_number);
-        Writer { buffer, at: HEADERS }
+        RequestWriter { buffer, at: HEADERS }
     }
 
     pub(super) fn finish(self) -> usize {

@@ -1,11 +1,11 @@
-//! What arrives, and what becomes of it.
+//! A delta that arrives, and what can become of it.
 
 use crate::ccp::message::{Place, Reason};
 use crate::conn::{Connection, Coordinate, Stamp};
 
 /// What became of a delta.
 #[cfg_attr(test, derive(PartialEq, Debug))]
-pub(super) enum Verdict {
+pub(super) enum DeltaResult {
     /// The copy is what the delta says, or newer.
     Applied,
     /// It never will be: the sender is told, and finds another backup.
