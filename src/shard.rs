@@ -94,6 +94,9 @@ pub struct Shard<'m> {
     view_version: u64,
     complete: bool,
     longest: Duration,
+    /// The last two passes. What had arrived before the earlier of them has been taken since: the
+    /// ring shows what has come when it is waited on, and a wait may end by a signal.
+    passed_at: [Time; 2],
     watching: bool,
     listening: bool,
     /// A view acted on, and the commits asked for by then.
@@ -131,6 +134,7 @@ impl<'m> Shard<'m> {
             view_version: 0,
             complete: false,
             longest: Duration::ZERO,
+            passed_at: [Time(0); 2],
             watching: false,
             listening: false,
             settling: None,
@@ -152,12 +156,13 @@ impl<'m> Shard<'m> {
             let now = clock::now();
             self.reap(now);
             let ingest = self.feed.ingest(now, &mut self.replica, &self.counters);
-            self.replica.set_source_behind(ingest);
+            self.replica.set_source_behind(now, ingest);
             let receive = self.receive(now);
             let view = self.tick(now);
             let commit = self.feed.commit(now, &mut self.replica, &self.counters);
             let transmit = self.transmit(now);
             self.publish(now);
+            self.passed_at = [now, self.passed_at[0]];
             let left = Left { ingest, receive, view, commit, transmit };
             self.wait(now, left)?;
         }
@@ -227,7 +232,12 @@ impl<'m> Shard<'m> {
             }
         });
         for _ in 0..STRAYS.min(self.replica.receive_room()) {
-            let Ok(stray) = self.strays.try_recv() else { return received == cap };
+            let Ok(stray) = self.strays.try_recv() else {
+                if received < cap {
+                    self.replica.received_all(self.passed_at[1]);
+                }
+                return received == cap;
+            };
             self.replica.handle_datagram(now, Some(stray.source), &stray.bytes[..stray.len]);
         }
         true

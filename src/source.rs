@@ -43,6 +43,15 @@ pub enum End {
 impl End {
     /// Nobody saw it, and nothing is known of its last packet.
     pub const UNTOLD: End = End::Unseen { left_s: 0 };
+
+    /// The same, if it may have been so many seconds ago: by now its timeout would have that much
+    /// less left.
+    pub fn read_late(self, seconds: u32) -> End {
+        match self {
+            End::Seen => End::Seen,
+            End::Unseen { left_s } => End::Unseen { left_s: left_s.saturating_sub(seconds) },
+        }
+    }
 }
 
 impl SourceEvent {

@@ -588,6 +588,29 @@ fn encode_places(kind: u64, places: &[Place], w: &mut Writer<'_>) {
     places.iter().for_each(|place| w.u64(place.raw()));
 }
 
+/// The age in a close that is not true any more: longer than any.
+pub const AGE_LONGEST: u32 = u32::MAX;
+
+/// Makes the ages in these messages the longest of all. Returns whether there were others.
+pub fn forget_ages(messages: &mut [u8]) -> bool {
+    let (mut at, mut has_changed) = (0, false);
+    loop {
+        let mut r = Reader::new(&messages[at..]);
+        let before = r.left();
+        let Ok(Some(message)) = Message::decode(&mut r) else { return has_changed };
+        let is_aged = match message {
+            Message::Close { age_s, .. } => age_s.is_some_and(|age_s| age_s != AGE_LONGEST),
+            _ => false,
+        };
+        at += before - r.left();
+        if is_aged {
+            // It is the last that a close has.
+            messages[at - 4..at].copy_from_slice(&AGE_LONGEST.to_be_bytes());
+            has_changed = true;
+        }
+    }
+}
+
 /// Writes an ack: 16 bytes and 8 more a word of the bitmap, at most `WINDOW / 64` words.
 pub fn encode_ack(session: u16, floor: Seq, beyond: &[u64], w: &mut Writer<'_>) {
     assert!(beyond.len() as u64 <= WINDOW / 64);
@@ -691,6 +714,29 @@ mod tests {
             Message::Skip { to: Seq::LAST },
             Message::Goodbye,
         ]
+    }
+
+    #[test]
+    fn ages_are_forgotten_and_nothing_else() {
+        let place = |slot| Place { slot, generation: Generation::default() };
+        let stamp = Stamp { epoch: 3, version: 4 };
+        let told = |age_s: [Option<u32>; 2]| {
+            let mut bytes = [0xa5; 256];
+            let mut w = Writer::new(&mut bytes);
+            Message::Release { target: place(1), stamp }.encode(&mut w);
+            Message::Close { target: place(2), stamp, seen: false, age_s: age_s[0] }.encode(&mut w);
+            Message::Close { target: place(3), stamp, seen: true, age_s: None }.encode(&mut w);
+            Message::Close { target: place(4), stamp, seen: false, age_s: age_s[1] }.encode(&mut w);
+            let len = w.len();
+            bytes[..len].to_vec()
+        };
+        let mut bytes = told([Some(7), Some(0)]);
+        assert!(forget_ages(&mut bytes));
+        assert_eq!(bytes, told([Some(AGE_LONGEST); 2]));
+        assert!(!forget_ages(&mut bytes), "they are forgotten");
+        let mut untold = told([None; 2]);
+        assert!(!forget_ages(&mut untold));
+        assert_eq!(untold, told([None; 2]));
     }
 
     #[test]

@@ -31,6 +31,19 @@ impl Connection {
             _ => Phase::Open,
         }
     }
+
+    /// Whether its state says that it is being opened: SYN_SENT, SYN_RECV; COOKIE_WAIT,
+    /// COOKIE_ECHOED; REQUEST, RESPOND, PARTOPEN.
+    pub fn is_opening(&self) -> bool {
+        let protocol_state =
+            if self.extra.has(parts::PROTOINFO) { self.extra.protoinfo.state } else { 0 };
+        match self.original.protocol {
+            TCP => matches!(self.state.tcp_state, 1 | 2 | 9),
+            SCTP => matches!(protocol_state, 2 | 3),
+            DCCP => matches!(protocol_state, 1..=3),
+            _ => false,
+        }
+    }
 }
 
 /// Whether a TCP entry that was open went back to its beginning. The port was used again, and the

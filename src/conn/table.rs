@@ -95,8 +95,8 @@ pub enum Written {
     /// Perhaps something: it was there, without the timeout of copies, which a packet took from it
     /// or a takeover.
     AsItWas,
-    /// The same as with [`Yes`](Self::Yes), but this process was not there all the time: what has
-    /// passed it may have been another connection, which its own end does not end.
+    /// The same as with [`Yes`](Self::Yes), but this process was not there all the time, or lost
+    /// events: what has passed it may have been another connection, which its own end does not end.
     Resumed,
     /// What has passed it since it was written shows in its timeout.
     Yes,
@@ -106,20 +106,23 @@ pub enum Written {
 const DECLINED: u8 = 1;
 /// Of a connection: a process that was killed may have heard a later decline.
 const UNSURE: u8 = 2;
+/// It was here before this process.
+const TAKEN_UP: u8 = 4;
 
 #[derive(Clone, Copy)]
 struct Side {
     next: u32,
     prev: u32,
     on: On,
-    /// [`DECLINED`], [`UNSURE`].
+    /// [`DECLINED`], [`UNSURE`], [`TAKEN_UP`].
     flags: u8,
     /// Of a copy: how the kernel has taken its entry since it is one.
     written: Written,
     /// Of a copy: the comparison in which its active named it last.
     seen: u8,
-    /// Of a connection: the number of the latest decline by its backup; 0: none.
-    heard: u32,
+    /// Of a connection: the number of the latest decline by its backup; 0: none. Of a copy, and of
+    /// what is left of one: the second in which this process last wrote its entry; 0: not known.
+    heard_or_written_at: u32,
     /// Of a copy: until when its entry would last, as packets had left it when it was last written
     /// over, in whole seconds, begun ones counted; 0: none had passed. Of what was taken over and
     /// has no entry, and of what is closed: until when that would last.
@@ -184,7 +187,8 @@ impl<'m> Table<'m> {
         }
         for slot in 0..table.slots.len() as u32 {
             let kind = table.kind(slot);
-            table.side[slot as usize].flags = if kind == Kind::Active { UNSURE } else { 0 };
+            let unsure = if kind == Kind::Active { UNSURE } else { 0 };
+            table.side[slot as usize].flags = TAKEN_UP | unsure;
             if let Some(gauge) = gauge_of(kind) {
                 table.counters.count(gauge);
             }
@@ -217,7 +221,7 @@ impl<'m> Table<'m> {
             flags: 0,
             written: Written::No,
             seen: 0,
-            heard: 0,
+            heard_or_written_at: 0,
             passed_until: 0,
             digest: 0,
             since: Time(0),
@@ -317,6 +321,7 @@ impl<'m> Table<'m> {
         line.set_state(&connection.state);
         self.recount(self.kind(slot), line.kind());
         self.set_extra(slot, &connection.extra);
+        self.side[slot as usize].flags &= !TAKEN_UP;
         self.slots[slot as usize].store_with(&line, &addresses);
         self.index.insert(&connection.original, slot);
         self.index.insert(&connection.reply, slot);
@@ -459,16 +464,41 @@ impl<'m> Table<'m> {
         self.side[slot as usize].passed_until.saturating_sub(now.begun_seconds())
     }
 
+    /// Of a copy, and of what is left of one: the second of the monotonic clock, the begun one
+    /// counted, in which this process last wrote its entry; 0: not known.
+    pub fn written_at(&self, slot: u32) -> u32 {
+        self.side[slot as usize].heard_or_written_at
+    }
+
+    /// Sets what [`written_at`](Self::written_at) tells.
+    pub fn set_written_at(&mut self, slot: u32, second: u32) {
+        self.side[slot as usize].heard_or_written_at = second;
+    }
+
+    /// Whether what is in this slot was here before this process.
+    pub fn is_taken_up(&self, slot: u32) -> bool {
+        self.side[slot as usize].flags & TAKEN_UP != 0
+    }
+
+    /// Events were lost: what has passed the entry of any copy may have been another connection's.
+    pub fn doubt_written(&mut self) {
+        for side in &mut self.side {
+            if matches!(side.written, Written::Yes | Written::AsItWas) {
+                side.written = Written::Resumed;
+            }
+        }
+    }
+
     /// Whether a decline is later than every other that was heard of this pair of copies; then it
     /// is remembered.
     pub fn hear_decline(&mut self, slot: u32, number: u32) -> DeclineOrder {
         let side = &mut self.side[slot as usize];
-        let is_later =
-            side.heard == 0 || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard));
+        let is_later = side.heard_or_written_at == 0
+            || (1..u32::MAX / 2).contains(&number.wrapping_sub(side.heard_or_written_at));
         if !is_later {
             return DeclineOrder::Overtaken;
         }
-        side.heard = number;
+        side.heard_or_written_at = number;
         let was_unsure = side.flags & UNSURE != 0;
         side.flags &= !UNSURE;
         match was_unsure {
@@ -500,7 +530,7 @@ impl<'m> Table<'m> {
     /// The connection has another backup: none of its declines was heard.
     pub fn forget_declines(&mut self, slot: u32) {
         let side = &mut self.side[slot as usize];
-        side.heard = 0;
+        side.heard_or_written_at = 0;
         side.flags &= !UNSURE;
     }
 

@@ -80,10 +80,15 @@ const OFFLOADED_S: u32 = 24 * 3600;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Timeouts {
     seconds: [u32; COUNT],
-    /// What each was before it last changed; entries may still have that.
-    before: [u32; COUNT],
+    /// What those of TCP were before they changed; entries may still have that. Beyond so many, the
+    /// longest is kept and nothing more is told of the youngest.
+    before: [u32; BEFORE_MAX],
+    befores: usize,
     next: usize,
 }
+
+/// Changes of TCP's timeouts that are remembered.
+const BEFORE_MAX: usize = 32;
 
 impl Timeouts {
     /// What the kernel has; its own defaults for what cannot be read.
@@ -102,7 +107,7 @@ impl Timeouts {
     }
 
     fn new(seconds: [u32; COUNT]) -> Timeouts {
-        Timeouts { seconds, before: seconds, next: 0 }
+        Timeouts { seconds, before: [0; BEFORE_MAX], befores: 0, next: 0 }
     }
 
     /// What they are now.
@@ -112,9 +117,15 @@ impl Timeouts {
 
     fn set_one(&mut self, setting: usize, seconds: u32) {
         let old = std::mem::replace(&mut self.seconds[setting], seconds);
-        if old != seconds {
-            self.before[setting] = old;
+        let is_tcp = (TCP_FIRST..SCTP_FIRST).contains(&setting);
+        if old == seconds || !is_tcp || self.before[..self.befores.min(BEFORE_MAX)].contains(&old) {
+            return;
         }
+        match self.before.get_mut(self.befores) {
+            Some(before) => *before = old,
+            None => self.before[0] = self.before[0].max(old),
+        }
+        self.befores = (self.befores + 1).min(BEFORE_MAX + 1);
     }
 
     /// Reads so many of them again, in turn.
@@ -165,8 +176,8 @@ impl Timeouts {
 
     /// What a TCP connection's entry may have been given, whatever its state.
     fn of_tcp(&self) -> impl Iterator<Item = u32> {
-        let all = TCP_FIRST..SCTP_FIRST;
-        self.seconds[all.clone()].iter().chain(&self.before[all]).copied()
+        let before = &self.before[..self.befores.min(BEFORE_MAX)];
+        self.seconds[TCP_FIRST..SCTP_FIRST].iter().chain(before).copied()
     }
 
     /// So many seconds ago, at least, the last packet passed this connection's entry, which has
@@ -176,7 +187,10 @@ impl Timeouts {
     /// not acknowledged. Of what is in a flowtable packets pass that leave nothing. Other entries
     /// than those of TCP run out soon.)
     pub fn youngest_s(&self, entry: &Connection, left_s: u32) -> u32 {
-        if entry.original.protocol != TCP || entry.state.status & status::OFFLOADED != 0 {
+        if entry.original.protocol != TCP
+            || entry.state.status & status::OFFLOADED != 0
+            || self.befores > BEFORE_MAX
+        {
             return 0;
         }
         let given = self.of_tcp().chain([OFFLOADED_S]);
@@ -282,5 +296,24 @@ mod tests {
         assert_eq!(timeouts.youngest_s(&of(TCP, 0), 431_000), 1000, "from before");
         assert_eq!(timeouts.youngest_s(&of(TCP, 0), 3000), 600);
         assert_eq!(timeouts.longest_tcp_s(), 432_000, "some entries were given that");
+    }
+
+    /// What an entry was given may be of any time since the start; if that is too much to remember,
+    /// nothing is said of how young its last packet can be.
+    #[test]
+    fn every_setting_since_the_start_counts() {
+        let mut timeouts = Timeouts::told(&|_| None);
+        let original = Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2));
+        let entry = Connection::new(original, original.mirrored(), State::default());
+        let set = |timeouts: &mut Timeouts, seconds: u32| {
+            let name = "tcp_timeout_established";
+            timeouts.set(&Timeouts::told(&|of| (of == name).then_some(seconds)));
+        };
+        [3600, 7200, 432_000].iter().for_each(|seconds| set(&mut timeouts, *seconds));
+        assert_eq!(timeouts.youngest_s(&entry, 3590), 10);
+        assert_eq!(timeouts.youngest_s(&entry, 7000), 200);
+        (0..BEFORE_MAX as u32).for_each(|n| set(&mut timeouts, 500_000 + n));
+        assert_eq!(timeouts.youngest_s(&entry, 3590), 0);
+        assert_eq!(timeouts.longest_tcp_s(), 500_000 + BEFORE_MAX as u32 - 1);
     }
 }

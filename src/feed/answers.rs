@@ -54,6 +54,8 @@ pub(super) enum For {
     LeftoverAged,
     /// The question whether packets have passed an entry that goes if not.
     Untouched,
+    /// The question what became of a connection that was opened over a copy which has ended since.
+    Begun,
 }
 
 /// When the entries of copies run out that were given their normal timeout, their actives being
@@ -149,6 +151,11 @@ impl Answers<'_, '_, '_> {
                 }
                 None => {}
             },
+            For::Begun => {
+                if let Some(there) = there {
+                    repair.found_besides(*now, there, replica)
+                }
+            }
             For::LeftoverGone if result.outcome == Outcome::Absent => {
                 counters.count(Counter::LeftoversDeleted)
             }
@@ -173,10 +180,17 @@ impl Answers<'_, '_, '_> {
         let Answers { now, timeouts, repair, replica, .. } = self;
         let goes_on = there.is_some_and(|there| {
             let passed_s = replica.table().passed_s(slot, *now);
-            let own_s = if is_touched(there) { there.state.timeout_s } else { 0 };
-            let age_s = now.begun_seconds().saturating_sub(elsewhere_at);
-            let is_over = elsewhere_at > 0
-                && timeouts.youngest_s(there, own_s.max(passed_s)) > age_s.saturating_add(APART_S);
+            let left_s = if is_touched(there) { there.state.timeout_s } else { passed_s };
+            // So long ago, at least, the last packet passed here. But if that is longer ago than
+            // the entry was written, the kernel has given it a timeout that is not known here: by a
+            // policy, say, or before this process was there.
+            let age_s = timeouts.youngest_s(there, left_s);
+            let written_at = replica.table().written_at(slot);
+            let is_known =
+                written_at > 0 && written_at.saturating_add(age_s) <= now.begun_seconds() + 1;
+            let elsewhere_s = now.begun_seconds().saturating_sub(elsewhere_at);
+            let is_over =
+                elsewhere_at > 0 && is_known && age_s > elsewhere_s.saturating_add(APART_S);
             (is_touched(there) || passed_s > 0) && !is_over
         });
         if goes_on {

@@ -20,13 +20,18 @@
 //! active lived: somebody had shortened its time, and it is written again, with the normal one.
 //! What was taken over, and has shown no traffic since, is asked about when its end was not seen:
 //! its entry may have been written again as well.
+//!
+//! A copy may end between the event and the question, as its active tells that. Then what the event
+//! told is of no copy; but if a connection began by it, that is the next one of the tuple, on the
+//! very entry that is to be deleted. So it is looked for, and nothing
+//! is written or deleted before all questions have been answered.
 
 use std::collections::VecDeque;
 
 use super::asking::told_by_answer;
 use crate::conn::slot::groups;
 use crate::conn::table::Written;
-use crate::conn::{Connection, Generation, Kind};
+use crate::conn::{Connection, Generation, Kind, Tuple};
 use crate::conntrack::commit::is_touched;
 use crate::counters::{Counter, Counters};
 use crate::limits::INGEST_PER_PASS;
@@ -43,6 +48,8 @@ pub(super) struct Question {
     pub(super) slot: u32,
     pub(super) generation: Generation,
     told: Told,
+    /// The connection that is opening, if one was.
+    opening: Option<Tuple>,
 }
 
 /// What an event said of a copy's entry.
@@ -77,19 +84,21 @@ impl Claims {
         Claims { questions: VecDeque::with_capacity(QUESTIONS_MAX) }
     }
 
-    /// Nothing is to be asked.
-    pub(super) fn is_empty(&self) -> bool {
-        self.questions.is_empty()
-    }
-
     /// Questions that may be asked now. An event asks one at most.
     pub(super) fn room(&self) -> usize {
         QUESTIONS_MAX - self.questions.len()
     }
 
-    /// An event about the copy in this slot, or about the connection in it that was taken over: the
-    /// kernel is to be asked what it means.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) {
+    /// An event about the copy in this slot, or about the connection in it that was taken over:
+    /// the kernel is to be asked what it means. `opening`: the tuple, if the event says of it that
+    /// it is just being opened.
+    pub(super) fn ask(
+        &mut self,
+        slot: u32,
+        replica: &Replica<'_>,
+        told: Told,
+        opening: Option<Tuple>,
+    ) {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
         if let Some(last) = self.questions.back_mut()
@@ -98,25 +107,26 @@ impl Claims {
             if (last.told, told) != (Told::Changed, Told::Written) {
                 last.told = told;
             }
+            last.opening = last.opening.or(opening);
             return;
         }
         assert!(self.room() > 0, "no more events are read than may be asked about");
-        self.questions.push_back(Question { slot, generation, told });
+        self.questions.push_back(Question { slot, generation, told, opening });
     }
 
-    /// The next question whose slot still has the same copy.
-    pub(super) fn next(&mut self, replica: &Replica<'_>) -> Option<Question> {
+    /// The next tuple whose entry is to be asked for: with the question, if its slot still has the
+    /// same copy; without one, if a connection was opened over a copy which has ended since.
+    pub(super) fn next(&mut self, replica: &Replica<'_>) -> Option<(Tuple, Option<Question>)> {
         while let Some(question) = self.questions.pop_front() {
             if question.is_current(replica) {
-                return Some(question);
+                return Some((replica.table().tuples(question.slot).0, Some(question)));
+            }
+            let has_ended = replica.table().line(question.slot).generation() != question.generation;
+            if let Some(original) = question.opening.filter(|_| has_ended) {
+                return Some((original, None));
             }
         }
         None
-    }
-
-    /// It cannot be asked just now.
-    pub(super) fn later(&mut self, question: Question) {
-        self.questions.push_front(question);
     }
 }
 

@@ -27,6 +27,13 @@ use crate::source::{CommitMode, End, SourceEvent};
 use crate::sync::Replica;
 use crate::time::Time;
 
+/// After a pause of this length between two passes the kernel's events are read although nothing
+/// told that there are any.
+const STANDSTILL: Duration = Duration::from_millis(50);
+/// The shortest time in which lost events count.
+const LOST_FOR: Duration = Duration::from_secs(1);
+/// Events are taken for late if they may be older than this.
+const LATE_MIN: Duration = Duration::from_millis(250);
 /// The longest time that a dump, or the deletion of entries, is put off because events wait that
 /// are older.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
@@ -68,7 +75,13 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     commit: CommitMode,
     /// When to drain; `NEVER` while the socket is watched.
     drain_at: Time,
+    /// When the last pass was made.
+    passed_at: Time,
+    /// All that the kernel had to tell by then was read.
+    heard_until: Time,
     overruns: u32,
+    /// When it was last noticed that events were lost.
+    lost_at: Time,
     /// While events wait that are older than an overrun, the dump that makes up for it is put off,
     /// until this time at most: what it shows must not be taken back by those events.
     behind_until: Option<Time>,
@@ -94,6 +107,9 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             commit: parts.commit,
             drain_at: Time(0),
             overruns: 0,
+            passed_at: Time(0),
+            heard_until: Time(0),
+            lost_at: Time(0),
             behind_until: None,
             deletes_at: Time::NEVER,
             check_at: Time(0),
@@ -128,6 +144,13 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         counters: &Counters<'_>,
     ) -> bool {
         self.local.follow(self.addresses);
+        let stood_still = now.since(self.passed_at) > STANDSTILL;
+        self.passed_at = now;
+        if self.drain_at == Time::NEVER && !stood_still {
+            self.heard_until = now; // Watched, and silent.
+        } else if stood_still {
+            self.drain_at = now; // It may not be known yet that events wait.
+        }
         let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
         if self.check_at.reached(now) {
             self.check(now, replica, counters);
@@ -148,6 +171,10 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             replica,
             counters,
         );
+        // What peers told of it meanwhile is still to come.
+        if self.repair.is_made_up_for() && self.lost_at.after(LOST_FOR).reached(now) {
+            replica.handle_made_up_for();
+        }
         has_more
     }
 
@@ -156,7 +183,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let cap = INGEST_PER_PASS.min(writer.room_for_questions());
         // Of copies that are written to the kernel, and of what was taken over: the entry as it is
         // now says what an event about it means.
-        let mut ask = |original: &Tuple, told: Told, replica: &Replica<'_>| {
+        let mut ask = |original: &Tuple, told: Told, is_opening: bool, replica: &Replica<'_>| {
             let slot = match told {
                 Told::Ended(End::Unseen { .. }) => {
                     replica.copy(original).or_else(|| replica.taken_over(original))
@@ -166,12 +193,21 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             };
             let slot = slot.filter(|_| *commit == CommitMode::Eager);
             if let Some(slot) = slot {
-                writer.ask(slot, replica, told);
+                writer.ask(slot, replica, told, is_opening.then_some(*original));
             }
             slot.is_some()
         };
+        // How long ago the oldest event may have been.
+        let late = now.since(self.heard_until);
+        let late_s = if late > LATE_MIN { late.as_secs() as u32 + 1 } else { 0 };
         // What cannot be asked about yet is not read yet.
         let drained = source.drain(cap, &mut |event, origin| {
+            let event = match event {
+                SourceEvent::Gone { original, end } => {
+                    SourceEvent::Gone { original, end: end.read_late(late_s) }
+                }
+                seen => seen,
+            };
             match &event {
                 SourceEvent::Seen { connection, .. } => {
                     if !admits(now, rules, Some(local), &event, replica, counters) {
@@ -182,14 +218,14 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     }
                     let told =
                         if origin == Origin::Program { Told::Written } else { Told::Changed };
-                    if ask(&connection.original, told, replica)
+                    if ask(&connection.original, told, connection.is_opening(), replica)
                         || told == Told::Written && replica.handle_written(&connection.original)
                     {
                         return;
                     }
                 }
                 SourceEvent::Gone { original, end } => {
-                    if ask(original, Told::Ended(*end), replica) {
+                    if ask(original, Told::Ended(*end), false, replica) {
                         return;
                     }
                     // Somebody removed an entry that we keep for its active: it is written again.
@@ -210,6 +246,9 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         counters.add(Counter::SourceErrors, drained.failed as u64);
         counters.add(Counter::SourceSkipped, drained.skipped as u64);
         counters.add(Counter::SourceExpectations, drained.expectations as u64);
+        if !drained.more {
+            self.heard_until = now;
+        }
         self.drain_at = if drained.more {
             now
         } else if drained.taken > 0 {
@@ -228,6 +267,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         if overruns != self.overruns {
             counters.add(Counter::SourceOverruns, overruns.wrapping_sub(self.overruns) as u64);
             self.overruns = overruns;
+            self.lost_at = now;
+            replica.handle_lost();
             self.repair.want();
             self.behind_until = Some(now.after(BEHIND_MAX));
             self.drain_at = now;
@@ -243,7 +284,6 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     /// When to look by itself.
     pub fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
-        let at = if self.writer.has_questions() { at.min(now.after(BATCH_PAUSE)) } else { at };
         at.min(self.repair.wake_at(now)).min(self.verify.wake_at(now)).min(self.shifts.wake_at())
     }
 

@@ -141,6 +141,11 @@ impl Repair {
         self.complete && self.stage == RepairStage::Idle && self.looks.is_empty()
     }
 
+    /// What lost events told is found out: no dump is wanted or under way.
+    pub(super) fn is_made_up_for(&self) -> bool {
+        !matches!(self.stage, RepairStage::Wanted | RepairStage::Dumping)
+    }
+
     /// The table was taken over from an earlier process, and not all of what that one may have
     /// missed is known yet.
     fn is_resuming(&self) -> bool {

@@ -69,18 +69,19 @@ impl<E: Entries> EntryWriter<E> {
 
     /// An event about the copy in this slot, or about the connection in it that was taken over: the
     /// kernel is asked what it means.
-    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told) {
-        self.claims.ask(slot, replica, told);
+    pub(super) fn ask(
+        &mut self,
+        slot: u32,
+        replica: &Replica<'_>,
+        told: Told,
+        opening: Option<Tuple>,
+    ) {
+        self.claims.ask(slot, replica, told, opening);
     }
 
     /// Questions that may be asked now.
     pub(super) fn room_for_questions(&self) -> usize {
         self.claims.room()
-    }
-
-    /// Whether such questions wait.
-    pub(super) fn has_questions(&self) -> bool {
-        !self.claims.is_empty()
     }
 
     /// Entries that were deleted the last time, by their original tuples.
@@ -100,9 +101,19 @@ impl<E: Entries> EntryWriter<E> {
         counters: &Counters<'_>,
     ) {
         self.deleted.clear();
+        // Before anything is written or deleted: what began on the entry of a copy is not to be
+        // overwritten by what that one's active has told meanwhile, nor to go with it.
+        while let Some((original, what)) = self.claims.next(replica) {
+            if self.committer.look(&original).is_err() {
+                self.flush(now, repair, verify, shifts, replica, counters);
+                let added = self.committer.look(&original);
+                assert!(added.is_ok(), "an empty batch takes everything");
+            }
+            self.batch.push(what.map_or(For::Begun, For::Claim));
+        }
+        self.flush(now, repair, verify, shifts, replica, counters);
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
-        let claims_due = if self.claims.is_empty() { 0 } else { LOOKS_MIN };
-        let looks = (repair.looks_waiting() + shifts_due + claims_due).min(LOOKS_MIN);
+        let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit(may_delete) else { break };
             if self.add(now, replica, shifts, &commit).is_err() {
@@ -110,15 +121,6 @@ impl<E: Entries> EntryWriter<E> {
                 let added = self.add(now, replica, shifts, &commit);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
-        }
-        while self.batch.len() < COMMIT_PER_PASS
-            && let Some(question) = self.claims.next(replica)
-        {
-            if self.committer.look(&replica.table().tuples(question.slot).0).is_err() {
-                self.claims.later(question); // It is being written just now.
-                break;
-            }
-            self.batch.push(For::Claim(question));
         }
         while self.batch.len() < COMMIT_PER_PASS
             && let Some((slot, generation)) = shifts.next_look(now, replica)

@@ -61,6 +61,13 @@ impl Replica<'_> {
                     }
                     true => self.ledger.set_written(slot, written),
                 }
+                // (What packets had left before it was written over came after it was written
+                // before.)
+                let has_passed =
+                    self.ledger.written_at(slot) > 0 && self.ledger.passed_s(slot, now) > 0;
+                if written == Written::Yes && !has_passed {
+                    self.ledger.set_written_at(slot, now.begun_seconds());
+                }
                 if is_missing {
                     self.ledger.unlist(slot);
                 }

@@ -2,6 +2,7 @@
 
 use super::contests::Doubt;
 use super::delta::DeltaResult::{self, Applied, Busy};
+use super::ingest::LastPackets;
 use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
@@ -94,7 +95,9 @@ impl Replica<'_> {
                         stamp,
                         is_witnessed: line.is_claimed(),
                         doubt: Doubt::Closed,
-                        elsewhere_at: age_s.map_or(0, |age_s| now.second_before(age_s)),
+                        // (It may have waited here for as long as this process stood still.)
+                        elsewhere_at: age_s
+                            .map_or(0, |age_s| self.received_until.second_before(age_s)),
                     },
                 };
                 if !seen && was_away {
@@ -237,8 +240,12 @@ impl Replica<'_> {
             (Written::Normal | Written::AsItWas | Written::Resumed | Written::Yes, _) => {
                 // Only an end leaves a tuple to another connection.
                 let may_be_anothers = written == Written::Resumed && doubt == Doubt::Closed;
-                let until = (self.ledger.passed_until(slot), elsewhere_at);
-                self.ask_for_packets(&connection, stamp, until, may_be_anothers);
+                let packets = LastPackets {
+                    passed_until: self.ledger.passed_until(slot),
+                    written_at: self.ledger.written_at(slot),
+                    elsewhere_at,
+                };
+                self.ask_for_packets(&connection, stamp, packets, may_be_anothers);
             }
         }
     }
@@ -425,13 +432,15 @@ mod tests {
         }
     }
 
-    /// What the active tells of its last packet goes with the question, as a time of this clock.
+    /// What the active tells of its last packet goes with the question, as a time of this clock:
+    /// as if the close had arrived as soon as it can have.
     #[test]
     fn the_age_of_the_actives_last_packet_goes_with_the_question() {
         let now = NOW.after(Duration::from_secs(100));
-        for (age_s, elsewhere_at) in [(None, 0), (Some(0), 101), (Some(30), 71), (Some(9999), 0)] {
+        for (age_s, elsewhere_at) in [(None, 0), (Some(0), 81), (Some(30), 51), (Some(9999), 0)] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, _, target) = with_a_copy_written_over(&memory, 0);
+            replica.received_all(NOW.after(Duration::from_secs(80)));
             let stamp = Stamp { epoch: 1, version: 2 };
             let closed =
                 replica.apply_close(now, stream_index(2, 0), target, stamp, (false, age_s));

@@ -23,7 +23,8 @@ use crate::conn::{Generation, Stamp};
 use crate::kill::kill_point;
 use crate::limits::{CONTROL_BUFFER_SIZE, CONTROL_BUFFERS, DATAGRAM_MAX};
 use crate::memory::{
-    HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, write_arena,
+    HistoryWords, JOURNAL_HEAD, JOURNAL_MANIFEST_TAIL, JOURNAL_TAIL, Memory, read_arena,
+    write_arena,
 };
 use crate::seq::Seq;
 use crate::time::Time;
@@ -415,6 +416,18 @@ impl<'m> History<'m> {
         self.flights[id as usize].connections
     }
 
+    /// Changes something in a datagram, in place, if `change` says so: nothing that its receiver
+    /// goes by when it comes again.
+    pub fn amend(&mut self, id: u32, change: impl FnOnce(&mut [u8]) -> bool) {
+        let Datagram { offset, len, .. } = self.entry(id);
+        let mut scratch = [0; DATAGRAM_MAX];
+        let bytes = &mut scratch[..len as usize];
+        read_arena(self.arena, offset as usize, bytes);
+        if change(bytes) {
+            write_arena(self.arena, offset as usize, bytes);
+        }
+    }
+
     /// It is sent again.
     pub fn repeat(&mut self, id: u32, now: Time) {
         let flight = &mut self.flights[id as usize];
@@ -454,7 +467,7 @@ impl<'m> History<'m> {
 mod tests {
     use super::*;
     use crate::limits::ARENA_MIN;
-    use crate::memory::{MemorySize, OwnedMemory, read_arena};
+    use crate::memory::{MemorySize, OwnedMemory};
 
     fn append(history: &mut History<'_>, n: u64, len: usize) -> Result<u32, NoRoom> {
         let offset = history.make_room()?;

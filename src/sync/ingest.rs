@@ -26,8 +26,18 @@ use crate::counters::Counter;
 use crate::source::{Commit, End, SourceEvent};
 use crate::time::Time;
 
-/// For so long the end of a hold waits for a source that has more to tell.
+/// For so long at most the ends of holds wait for a source that has more to tell.
 const HOLD_EXTENSION: Duration = Duration::from_secs(1);
+
+/// What is known of the last packets of a copy: seconds of the monotonic clock.
+pub(super) struct LastPackets {
+    /// Those here, as [`Table::passed_until`](crate::conn::table::Table::passed_until) has it.
+    pub passed_until: u32,
+    /// As [`Table::written_at`](crate::conn::table::Table::written_at) has it.
+    pub written_at: u32,
+    /// Those at its active, as [`Commit::Look`] has it.
+    pub elsewhere_at: u32,
+}
 
 /// What the source says of a connection that the slot does not say yet.
 struct News {
@@ -149,18 +159,19 @@ impl Replica<'_> {
     }
 
     /// What is left of a copy is held above its stamp until the kernel has told whether packets
-    /// pass its entry here; if they did when that was written over, until when it would last. What
-    /// had passed it may be another connection's, if the process that wrote it is no more. Those of
-    /// its active, the last of which passed there no earlier than then, may be later.
+    /// pass its entry here, and were later than those of its active. What had passed it may be
+    /// another connection's, if the process that wrote it is no more, or lost events.
     pub(super) fn ask_for_packets(
         &mut self,
         connection: &Connection,
         over: Stamp,
-        (passed_until, elsewhere_at): (u32, u32),
+        packets: LastPackets,
         may_be_anothers: bool,
     ) {
+        let LastPackets { passed_until, written_at, elsewhere_at } = packets;
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
             self.ledger.set_passed_until(slot, passed_until);
+            self.ledger.set_written_at(slot, written_at);
             let written = if may_be_anothers { Written::Resumed } else { Written::No };
             self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
@@ -440,7 +451,8 @@ impl Replica<'_> {
         }
         let is_tcp = self.ledger.tuples(slot).0.protocol == TCP;
         let left_s = match end {
-            End::Unseen { left_s } if is_tcp => left_s,
+            // (Of what was here before this process, it is not known what the kernel had given it.)
+            End::Unseen { left_s } if is_tcp && !self.ledger.is_taken_up(slot) => left_s,
             _ => 0, // Other entries run out soon, and tell little.
         };
         self.ledger.begin_closing(slot, now, (end == End::Seen, left_s));
@@ -450,7 +462,7 @@ impl Replica<'_> {
     /// Connections that outlived the hold time get a backup.
     pub(super) fn tick_holds(&mut self, now: Time) {
         while let Some(slot) = self.ledger.first_held() {
-            if !self.ledger.since(slot).after(self.hold()).reached(now) {
+            if !self.hold_at().reached(now) {
                 break;
             }
             self.ledger.unlist(slot);
@@ -511,16 +523,13 @@ impl Replica<'_> {
         }
     }
 
-    /// When the oldest held connection outlives the hold time.
+    /// When the oldest held connection outlives the hold time, and the source is no more behind, or
+    /// too long.
     pub(super) fn hold_at(&self) -> Time {
-        self.ledger
-            .first_held()
-            .map_or(Time::NEVER, |slot| self.ledger.since(slot).after(self.hold()))
-    }
-
-    /// How long a connection is held now.
-    fn hold(&self) -> Duration {
-        self.config.hold + if self.source_is_behind { HOLD_EXTENSION } else { Duration::ZERO }
+        let Some(slot) = self.ledger.first_held() else { return Time::NEVER };
+        let outlives_at = self.ledger.since(slot).after(self.config.hold);
+        self.source_behind_since
+            .map_or(outlives_at, |since| outlives_at.max(since.after(HOLD_EXTENSION)))
     }
 }
 
@@ -574,7 +583,7 @@ mod tests {
             if let Some(state) = state {
                 replica.handle_source(now, &seen(*state));
             }
-            replica.set_source_behind(*is_behind);
+            replica.set_source_behind(now, *is_behind);
             replica.tick_holds(now);
         }
         let slot = replica.ledger.find_original(seen(3).original())?;
@@ -624,5 +633,7 @@ mod tests {
             kind_after(&[(0, Some(3), false), (3, None, true), (4, None, true)]),
             Some(Kind::Active)
         );
+        // It stood still for longer than that: the second begins when it goes on.
+        assert_eq!(kind_after(&[(0, Some(3), false), (9, None, true), (9, Some(7), false)]), None);
     }
 }

@@ -434,6 +434,7 @@ impl<'m> Ledger<'m> {
         self.table.fill(slot, line, connection);
         self.table.set_passed_until(slot, 0);
         self.table.set_written(slot, Written::No);
+        self.table.set_written_at(slot, 0);
         Some(slot)
     }
 
@@ -446,6 +447,7 @@ impl<'m> Ledger<'m> {
     /// The same, of what was held unseen, in one step.
     pub(super) fn activate_unseen(&mut self, slot: u32, amend: impl FnOnce(&mut Amend<'_>)) {
         assert!(self.table.kind(slot) == Kind::Held && self.table.on(slot) == On::None);
+        self.table.forget_declines(slot);
         self.table.update(slot, |line| {
             line.set_kind(Kind::Active);
             line.set_unseen(false);
@@ -553,6 +555,7 @@ impl<'m> Ledger<'m> {
         let stream = stream_of(self.table.line(slot).peer());
         self.shares[stream].copies += 1;
         self.table.set_written(slot, Written::No);
+        self.table.set_written_at(slot, 0);
         self.table.set_passed_until(slot, 0);
         self.table.set_seen(slot, seen);
         self.account_copy(slot);
@@ -592,6 +595,7 @@ impl<'m> Ledger<'m> {
     pub(super) fn promote(&mut self, slot: u32, amend: impl FnOnce(&mut Amend<'_>)) -> Coordinate {
         self.end_copy(slot);
         self.table.set_passed_until(slot, 0);
+        self.table.forget_declines(slot);
         // First where it is taken over from: an active that does not say so is nobody's to ask
         // back.
         let previous = self.table.former(slot);
@@ -616,6 +620,7 @@ impl<'m> Ledger<'m> {
     ) -> Coordinate {
         self.end_copy(slot);
         self.table.set_passed_until(slot, 0);
+        self.table.forget_declines(slot);
         let mut line = self.table.line(slot);
         let peer = line.peer();
         line.set_kind(Kind::Active);
@@ -629,7 +634,6 @@ impl<'m> Ledger<'m> {
         if is_pair_kept {
             self.table.set_former(slot, Coordinate::NOWHERE);
             self.table.store(slot, &line);
-            self.table.forget_declines(slot);
             self.shares[stream_of(peer)].actives += 1;
         } else {
             line.set_peer(Coordinate::NOWHERE);
@@ -733,6 +737,16 @@ impl<'m> Ledger<'m> {
     /// See [`Table::written`].
     pub(super) fn set_written(&mut self, slot: u32, written: Written) {
         self.table.set_written(slot, written);
+    }
+
+    /// See [`Table::written_at`].
+    pub(super) fn set_written_at(&mut self, slot: u32, second: u32) {
+        self.table.set_written_at(slot, second);
+    }
+
+    /// See [`Table::doubt_written`].
+    pub(super) fn doubt_written(&mut self) {
+        self.table.doubt_written();
     }
 
     /// See [`Table::passed_until`].

@@ -227,6 +227,11 @@ impl<'m> Outbox<'m> {
         self.history.entry(id)
     }
 
+    /// Changes something in a datagram that is to be sent again; see [`History::amend`].
+    pub(super) fn amend(&mut self, id: u32, change: impl FnOnce(&mut [u8]) -> bool) {
+        self.history.amend(id, change);
+    }
+
     // Sending.
 
     /// Whether the stream may send another datagram now.

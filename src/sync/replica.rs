@@ -123,8 +123,13 @@ pub struct Replica<'m> {
     /// Members to which connections are offered again if nobody answered by then, as bits.
     pub(super) offered: u64,
     pub(super) offer_at: Time,
-    /// The source has more to tell than was read: of what is held, some may have ended.
-    pub(super) source_is_behind: bool,
+    /// Since when the source has had more to tell than was read: of what is held, some may have
+    /// ended.
+    pub(super) source_behind_since: Option<Time>,
+    /// Events were lost, and what they told is not found out yet.
+    pub(super) source_has_lost: bool,
+    /// Everything that had arrived by then was taken.
+    pub(super) received_until: Time,
     /// Declines said so far.
     pub(super) declines: u32,
     /// Whether the kernel's table has room for further copies.
@@ -174,7 +179,9 @@ impl<'m> Replica<'m> {
             walks: Walks::new(),
             offered: 0,
             offer_at: Time::NEVER,
-            source_is_behind: false,
+            source_behind_since: None,
+            source_has_lost: false,
+            received_until: Time(0),
             declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
             kernel_has_room: true,
             longest_timeout_s: 0,
@@ -249,8 +256,25 @@ impl<'m> Replica<'m> {
 
     /// Says whether the source has more to tell than was read. While it has, no hold ends, for a
     /// second at most: the end of what would be sent may wait to be read.
-    pub fn set_source_behind(&mut self, is_behind: bool) {
-        self.source_is_behind = is_behind;
+    pub fn set_source_behind(&mut self, now: Time, is_behind: bool) {
+        self.source_behind_since = is_behind.then(|| self.source_behind_since.unwrap_or(now));
+    }
+
+    /// Events were lost: the next connection of a tuple may have begun on the entry of a copy, or
+    /// on what is to be one's, unheard.
+    pub fn handle_lost(&mut self) {
+        self.source_has_lost = true;
+        self.ledger.doubt_written();
+    }
+
+    /// What the source has was read anew since.
+    pub fn handle_made_up_for(&mut self) {
+        self.source_has_lost = false;
+    }
+
+    /// Everything that had arrived by then was taken. What comes next arrived later.
+    pub fn received_all(&mut self, until: Time) {
+        self.received_until = until;
     }
 
     /// The next commit that the kernel is owed. With `may_delete` false deletes stay for later: the

@@ -6,6 +6,8 @@
 //! the room of a datagram that was never acknowledged, its connections become dirty first, and
 //! only then is the peer told to skip it.
 
+use std::time::Duration;
+
 use super::history::{Content, Datagram, EpochBits, MANIFEST_PER_DATAGRAM};
 use super::inbox::Refusal;
 use super::mutation::{Mutation, is};
@@ -16,9 +18,9 @@ use super::stream::{stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{
-    DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease,
+    DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease, forget_ages,
 };
-use crate::ccp::sync::SyncHeader;
+use crate::ccp::sync::{MESSAGES_AT, SyncHeader};
 use crate::ccp::value::EXTRA_MAX;
 use crate::conn::slot::groups;
 use crate::conn::{Coordinate, Extra, Kind};
@@ -31,6 +33,9 @@ use crate::time::Time;
 const UPDATE_MAX: usize = 8 + 10 + 8 + 16;
 /// Bytes of a close, release or offer at most.
 const SMALL_MAX: usize = 8 + 10 + 8;
+
+/// How long the ages in a datagram are taken for true, from its first sending on.
+const AGES_LAST: Duration = Duration::from_secs(1);
 
 /// What may still be built in this pass.
 struct Budget {
@@ -225,9 +230,13 @@ impl Replica<'_> {
         }
     }
 
-    /// Sends a datagram of the history again.
+    /// Sends a datagram of the history again. What it says of ages is not true any more after a
+    /// while.
     fn retransmit(&mut self, now: Time, id: u32) -> bool {
-        let Datagram { stream, offset, len, .. } = self.outbox.entry(id);
+        let Datagram { stream, offset, len, first_sent, .. } = self.outbox.entry(id);
+        if now.since(first_sent) > AGES_LAST {
+            self.outbox.amend(id, |datagram| forget_ages(&mut datagram[MESSAGES_AT..]));
+        }
         let token = Token::entries(id, 1);
         let taken = self.sends.push(Transmit { stream, offset, len, token });
         if taken {

@@ -119,6 +119,9 @@ pub struct Host<'m> {
     /// How much faster its clock runs than time does, millionths.
     pub drift_ppm: i64,
     mail: VecDeque<Packet>,
+    /// Where there are feeds, what arrived for each shard waits for its next pass, as in the
+    /// appliance: the source's news of that pass come first.
+    inboxes: Vec<VecDeque<Packet>>,
     /// When each shard makes its next pass by its own clock, if nothing arrives before.
     wake_at: Vec<Time>,
     /// Shards for which something arrived, or which have something left to do, as bits.
@@ -340,6 +343,7 @@ impl<'m> World<'m> {
             paused: false,
             drift_ppm: 0,
             mail: VecDeque::new(),
+            inboxes: (0..shards).map(|_| VecDeque::new()).collect(),
             wake_at: vec![Time(0); shards as usize],
             awake: 0,
             stalled: false,
@@ -424,6 +428,7 @@ impl<'m> World<'m> {
         host.view_version = 0;
         host.awake = u64::MAX;
         host.mail.clear();
+        host.inboxes.iter_mut().for_each(VecDeque::clear);
         self.note(member, "resume", format_args!("{lost} slots were torn"));
         self.grown.insert(member, 0);
     }
@@ -752,8 +757,13 @@ impl<'m> World<'m> {
                 host.group.handle_heartbeat(now, address(packet.from), &heartbeat);
             }
         } else if (header.to_shard as usize) < host.shards.len() {
-            let shard = &mut host.shards[header.to_shard as usize];
-            shard.handle_datagram(now, Some(address(packet.from)), &packet.bytes);
+            let to = header.to_shard as usize;
+            match host.feeds.is_empty() {
+                true => {
+                    host.shards[to].handle_datagram(now, Some(address(packet.from)), &packet.bytes)
+                }
+                false => host.inboxes[to].push_back(packet),
+            }
         }
         self.account(member, before);
     }
@@ -847,7 +857,16 @@ impl<'m> World<'m> {
             let mut feed_busy = false;
             if let Some(feed) = feed {
                 feed_busy = feed.ingest(now, shard, &counters);
-                shard.set_source_behind(feed_busy);
+                shard.set_source_behind(now, feed_busy);
+            }
+            let inbox = &mut host.inboxes[index];
+            while shard.receive_room() > 0
+                && let Some(Packet { from, bytes, .. }) = inbox.pop_front()
+            {
+                shard.handle_datagram(now, Some(address(from)), &bytes);
+            }
+            if inbox.is_empty() {
+                shard.received_all(now);
             }
             shard.tick(now);
             if let Some(feed) = host.feeds.get_mut(index) {
@@ -915,6 +934,7 @@ impl<'m> World<'m> {
             }
             // What was sent, and commits that wait, end the wait that follows.
             let busy = feed_busy
+                || !host.inboxes[index].is_empty()
                 || !landed.is_empty()
                 || shard.commits_waiting() > 0
                 || shard.receive_room() == 0;

@@ -150,21 +150,32 @@ impl Sim<'_> {
         Ok(())
     }
 
-    /// Routes stay, move, or move and come back.
+    /// Routes stay, move, or move and come back; or they move to this very gateway. An operator may
+    /// not know of it.
     fn meanwhile(
         &mut self,
         victim: MemberId,
         other: MemberId,
         span: Duration,
     ) -> Result<(), Broken> {
-        let moves = self.rng.below(3);
+        let moves = self.rng.below(4);
         let early = span.mul_f64(self.rng.below(1000) as f64 / 1000.0);
         self.run_for(early, true)?;
-        if moves > 0 {
-            self.reroute_all(victim, other);
+        match moves {
+            0 => {}
+            3 => self.reroute_all(other, victim),
+            _ => self.reroute_all(victim, other),
         }
-        self.run_for(span - early, true)?;
-        if moves > 1 {
+        let mut rest = span - early;
+        if self.rng.chance(20) {
+            let until = rest.mul_f64(self.rng.below(1000) as f64 / 1000.0);
+            self.run_for(until, true)?;
+            let at = if self.rng.chance(50) { victim } else { other };
+            self.operator(at)?;
+            rest -= until;
+        }
+        self.run_for(rest, true)?;
+        if moves == 2 {
             self.reroute_all(other, victim);
         }
         Ok(())

@@ -709,3 +709,105 @@ fn more_events_about_copies_than_can_be_asked_about_at_once_claim_nothing() {
     gateways.run_for(SECOND);
     assert_eq!(copies(&gateways), COUNT as usize, "no packet has passed");
 }
+
+/// Seen on real kernels, and traffic seed 453: a gateway stood still for a moment. Meanwhile a
+/// connection ended at the other one, and the next one of its port came here, on the entry of the
+/// copy. What its active told of the copy was done to that entry before the kernel was asked what
+/// the entry's events meant, or although they had been lost.
+#[test]
+fn what_begins_on_a_copys_entry_while_its_gateway_stands_still_outlives_the_copy() {
+    for (is_over, is_lost) in [(true, false), (false, false), (true, true), (false, true)] {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        gateways.shake(tcp(), flag::SYN, 1);
+        (0..2).for_each(|_| gateways.talk(tcp(), 1));
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+        gateways.world.pause(2, true);
+        let last = if is_over { flag::RST } else { flag::FIN };
+        gateways.pass(tcp(), segment(last | flag::ACK, false), true, 1);
+        gateways.run_for(SECOND / 10);
+        let room = gateways.kernels[&2].room.get();
+        gateways.kernels[&2].room.set(if is_lost { 0 } else { room });
+        gateways.shake(tcp(), flag::SYN, 2);
+        gateways.kernels[&2].room.set(room);
+        gateways.run_for(SECOND / 10);
+        gateways.world.pause(2, false);
+        gateways.run_for(SECOND / 2);
+        (0..3).for_each(|_| gateways.talk(tcp(), 2));
+        let what = (is_over, is_lost);
+        let state = |member: MemberId| {
+            let entries = gateways.kernels[&member].entries(gateways.world.now);
+            entries.iter().find(|entry| entry.original == tcp()).map(|entry| entry.state.tcp_state)
+        };
+        assert_eq!(state(2), Some(ESTABLISHED), "{what:?}");
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active), "{what:?}");
+        assert_eq!(gateways.kind(1, tcp()), Some(Kind::Backup), "{what:?}");
+        assert_eq!(state(1), Some(ESTABLISHED), "{what:?}");
+    }
+}
+
+/// Seen on real kernels: the age of the active's last packet was told too young, or that of the
+/// backup's own taken for too old, and what had packets at the backup, a while ago, was ended.
+/// Whatever delays the news of an end, or hides what the kernel gave an entry, the packet that came
+/// last counts.
+#[test]
+fn an_age_that_is_not_known_for_certain_ends_nothing() {
+    type Story = fn(&mut Gateways<'_>);
+    let stories: [(&str, Story); 5] = [
+        ("the active's process stands still", |gateways| {
+            gateways.world.pause(1, true);
+            gateways.talk(tcp(), 2);
+            gateways.delete(1, tcp());
+            gateways.run_for(SECOND * 9);
+            gateways.world.pause(1, false);
+        }),
+        ("the backup's process stands still", |gateways| {
+            gateways.world.pause(2, true);
+            gateways.talk(tcp(), 2);
+            gateways.delete(1, tcp());
+            gateways.run_for(SECOND * 9);
+            gateways.world.pause(2, false);
+        }),
+        ("nothing is heard of it for a while", |gateways| {
+            gateways.talk(tcp(), 2);
+            gateways.world.cut = vec![(1, 2), (2, 1)];
+            gateways.delete(1, tcp());
+            gateways.run_for(SECOND * 9);
+            gateways.world.cut.clear();
+        }),
+        ("the backup's kernel was set twice", |gateways| {
+            gateways.set_established(2, 3600);
+            gateways.talk(tcp(), 2);
+            gateways.set_established(2, 7200);
+            gateways.run_for(SECOND);
+            gateways.set_established(2, 432_000);
+            gateways.run_for(SECOND);
+            gateways.delete(1, tcp());
+        }),
+        ("the backup's kernel has a policy", |gateways| {
+            gateways.set_established(2, 1000);
+            for is_from_inside in [true, false] {
+                gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 2);
+            }
+            gateways.set_established(2, 432_000);
+            gateways.run_for(SECOND * 2);
+            gateways.delete(1, tcp());
+        }),
+    ];
+    for (what, story) in stories {
+        let memories = memories(2);
+        let mut gateways = Gateways::boot(&memories, 2);
+        gateways.world.timing.reprotect_after = SECOND * 30;
+        gateways.world.start(1, 1, 100);
+        gateways.world.start(2, 1, 100);
+        gateways.run_for(SECOND);
+        gateways.shake(tcp(), flag::SYN, 1);
+        (0..3).for_each(|_| gateways.talk(tcp(), 1));
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "{what}");
+        story(&mut gateways);
+        gateways.run_for(SECOND * 3);
+        assert!(gateways.left(2, tcp()).is_some(), "{what}");
+        gateways.talk(tcp(), 2);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active), "{what}");
+    }
+}
