@@ -215,12 +215,12 @@ impl Contests {
         }
     }
 
-    /// Whether the connection in this slot was only taken over, and its packets are still looked
-    /// for.
+    /// Whether the connection in this slot was only taken over, or its tuple's next one may have
+    /// begun on its entry, and packets are still looked for.
     pub(super) fn is_looked_for(&self, slot: u32, generation: Generation) -> bool {
         self.place_of(slot, generation).is_some_and(|at| {
             let contest = &self.contests[at];
-            matches!(contest.doubt, Some(Doubt::Presumed(_))) && !contest.yields
+            matches!(contest.doubt, Some(Doubt::Presumed(_) | Doubt::Closed)) && !contest.yields
         })
     }
 

@@ -33,7 +33,6 @@ use crate::ccp::Reject;
 use crate::ccp::bytes::Writer;
 use crate::ccp::message::{Bitmap, Doubt, Message, Place, encode_digest};
 use crate::conn::slot::groups;
-use crate::conn::table::Written;
 use crate::conn::tuple::shards_can_meet;
 use crate::conn::{Coordinate, Kind, MemberId};
 use crate::counters::Counter;
@@ -54,9 +53,6 @@ impl Replica<'_> {
         let stream = self.stream_of(self.ledger.line(slot).peer());
         let seen = self.streams[stream].comparing.seen_fresh();
         self.ledger.begin_copy(slot, seen);
-        if self.source_has_lost {
-            self.ledger.set_written(slot, Written::Resumed);
-        }
     }
 
     /// What was agreed with this member may have been let go on either side.

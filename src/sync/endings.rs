@@ -87,6 +87,10 @@ impl Replica<'_> {
                 if seen {
                     self.ledger.set_passed_until(target.slot, 0);
                 }
+                if self.source_has_lost && self.ledger.written(target.slot) == Written::No {
+                    // It was this member's own until just now.
+                    self.ledger.set_written(target.slot, Written::Resumed);
+                }
                 let was_away = self.ledger.written(target.slot) == Written::Resumed;
                 let is_over = seen && !was_away || is(Mutation::EndsUnasked);
                 let rest = match is_over && !line.is_claimed() {
