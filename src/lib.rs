@@ -33,7 +33,7 @@
 //! | hold | the time a connection must outlive before anybody else hears of it |
 //! | delta | what a member is told of one connection: new (all of it), update (the newest value of every group of fields that changed since the last acknowledged delta), close or release |
 //! | train | datagrams that leave in one send: side by side in the arena, all full but the last |
-| stream, session | one shard to one shard of a peer; the time in which numbers, floor and leases of a stream mean something |
+//! | stream, session | one shard to one shard of a peer; the time in which numbers, floor and leases of a stream mean something |
 //! | floor | every datagram up to it is acknowledged, and an ack means applied |
 //! | lease | empty slots of a backup that an active may fill |
 //! | release, offer | "your copy is no longer needed"; "does my copy still stand?" Together: control requests |
