@@ -592,7 +592,9 @@ impl<'m> Sim<'m> {
         // no packet ever came. Its backup, which it asks then, may be dead already, and the routes
         // may not have moved yet.
         let just_now = Time(now.0.saturating_sub(ms(4000).as_nanos() as u64));
-        let has_run_out = has_run_out || kernel.ran_out_since(&flow.original, just_now);
+        let never_passed = !self.passed_at.contains_key(&(flow.original, way));
+        let has_run_out =
+            has_run_out || never_passed && kernel.ran_out_since(&flow.original, just_now);
         if !had_entry && has_run_out {
             flow.is_safe = false;
         }
