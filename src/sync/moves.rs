@@ -5,6 +5,7 @@
 //! here: when a release may leave, what an offer still asks, and what follows when either has
 //! arrived.
 
+use super::contests::Doubt;
 use super::delta::DeltaResult::{self, Applied, Busy};
 use super::history::Content;
 use super::mutation::{Mutation, is};
@@ -260,8 +261,13 @@ impl Replica<'_> {
             Some(line)
                 if line.kind() == Kind::Active && claimed && stamp.epoch > line.stamp().epoch =>
             {
+                let connection = self.ledger.connection(target.slot);
                 self.demote(target.slot, copy, stamp);
                 self.ledger.clear(target.slot);
+                // As after a release: its packets may have come back since, without an event.
+                if self.ledger.find_original(&connection.original).is_none() {
+                    self.doubt(now, &connection, stamp, Doubt::Taken);
+                }
             }
             Some(line) if line.kind() == Kind::Active && line.peer() == copy => {
                 let session = self.durable(self.stream_of(copy)).peer_session();

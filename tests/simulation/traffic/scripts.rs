@@ -811,3 +811,41 @@ fn an_age_that_is_not_known_for_certain_ends_nothing() {
         assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active), "{what}");
     }
 }
+
+/// Traffic seed 1500001797: a gateway was cut off from the others, one of which took its traffic
+/// and claimed it. When the traffic was back, and raised no event, the claim made the first one let
+/// go of what passed it; and when the entry that nothing passed any more was deleted, it was
+/// nobody's.
+#[test]
+fn what_was_claimed_elsewhere_meanwhile_is_looked_for_where_its_packets_are_again() {
+    let memories = memories(3);
+    let mut gateways = Gateways::boot(&memories, 3);
+    (1..=3).for_each(|member| gateways.world.start(member, 1, 100));
+    gateways.run_for(SECOND);
+    gateways.shake(tcp(), flag::SYN, 1);
+    (0..2).for_each(|_| gateways.talk(tcp(), 1));
+    let backup = match gateways.kind(2, tcp()) {
+        Some(_) => 2,
+        None => 3,
+    };
+    gateways.world.cut = vec![(1, 2), (2, 1), (1, 3), (3, 1)];
+    gateways.run_for(SECOND / 2);
+    // One side says that it is done: that raises an event.
+    gateways.pass(tcp(), segment(flag::FIN | flag::ACK, false), true, backup);
+    gateways.run_for(SECOND * 2);
+    assert_eq!(gateways.kind(backup, tcp()), Some(Kind::Active), "claimed, and copied elsewhere");
+    gateways.world.cut.clear();
+    for _ in 0..4 {
+        for is_from_inside in [true, false] {
+            gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 1);
+        }
+        gateways.run_for(SECOND / 5);
+    }
+    (0..3).for_each(|_| gateways.talk(tcp(), 1));
+    gateways.delete(backup, tcp());
+    gateways.run_for(SECOND * 3);
+    gateways.talk(tcp(), 1);
+    let kinds = [1, 2, 3].map(|member| gateways.kind(member, tcp()));
+    assert_eq!(kinds[0], Some(Kind::Active), "{kinds:?}");
+    assert!(kinds[1..].contains(&Some(Kind::Backup)), "{kinds:?}");
+}
