@@ -75,6 +75,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_being_opened_is_known_by_the_state_of_its_protocol() {
+        let opening = |protocol: u8, is_extra: bool| -> Vec<u8> {
+            let is_it = |state: &u8| {
+                let original = Tuple {
+                    protocol,
+                    ..Tuple::v4(TCP, ([10, 0, 0, 1].into(), 1), ([10, 0, 0, 2].into(), 2))
+                };
+                let tcp_state = if is_extra { 0 } else { *state };
+                let of = State { tcp_state, ..State::default() };
+                let mut connection = Connection::new(original, original.mirrored(), of);
+                if is_extra {
+                    connection.extra = Extra {
+                        parts: parts::PROTOINFO,
+                        protoinfo: ProtoInfo { state: *state, ..ProtoInfo::default() },
+                        ..Extra::NONE
+                    };
+                }
+                connection.is_opening()
+            };
+            (0..12).filter(is_it).collect()
+        };
+        assert_eq!(opening(TCP, false), [1, 2, 9]);
+        assert_eq!(opening(SCTP, true), [2, 3]);
+        assert_eq!(opening(DCCP, true), [1, 2, 3]);
+        assert!(opening(17, false).is_empty() && opening(17, true).is_empty());
+    }
+
+    #[test]
     fn half_closed_connections_are_open_and_lingering_ones_are_over() {
         let phase = |protocol: u8, tcp_state: u8, state: u8| {
             let original = Tuple {

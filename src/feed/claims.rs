@@ -23,8 +23,8 @@
 //!
 //! A copy may end between the event and the question, as its active tells that. Then what the event
 //! told is of no copy; but if a connection began by it, that is the next one of the tuple, on the
-//! very entry that is to be deleted. So it is looked for, and nothing
-//! is written or deleted before all questions have been answered.
+//! very entry that is to be deleted. So it is looked for, and nothing is written or deleted before
+//! all questions have been answered.
 
 use std::collections::VecDeque;
 
@@ -47,9 +47,10 @@ const QUESTIONS_MAX: usize = INGEST_PER_PASS;
 pub(super) struct Question {
     pub(super) slot: u32,
     pub(super) generation: Generation,
+    original: Tuple,
     told: Told,
-    /// The connection that is opening, if one was.
-    opening: Option<Tuple>,
+    /// An event said that a connection was just being opened.
+    is_opening: bool,
 }
 
 /// What an event said of a copy's entry.
@@ -90,15 +91,8 @@ impl Claims {
     }
 
     /// An event about the copy in this slot, or about the connection in it that was taken over:
-    /// the kernel is to be asked what it means. `opening`: the tuple, if the event says of it that
-    /// it is just being opened.
-    pub(super) fn ask(
-        &mut self,
-        slot: u32,
-        replica: &Replica<'_>,
-        told: Told,
-        opening: Option<Tuple>,
-    ) {
+    /// the kernel is to be asked what it means.
+    pub(super) fn ask(&mut self, slot: u32, replica: &Replica<'_>, told: Told, is_opening: bool) {
         let generation = replica.table().line(slot).generation();
         // Of one entry events come in a row.
         if let Some(last) = self.questions.back_mut()
@@ -107,11 +101,12 @@ impl Claims {
             if (last.told, told) != (Told::Changed, Told::Written) {
                 last.told = told;
             }
-            last.opening = last.opening.or(opening);
+            last.is_opening |= is_opening;
             return;
         }
         assert!(self.room() > 0, "no more events are read than may be asked about");
-        self.questions.push_back(Question { slot, generation, told, opening });
+        let original = replica.table().tuples(slot).0;
+        self.questions.push_back(Question { slot, generation, original, told, is_opening });
     }
 
     /// The next tuple whose entry is to be asked for: with the question, if its slot still has the
@@ -119,11 +114,11 @@ impl Claims {
     pub(super) fn next(&mut self, replica: &Replica<'_>) -> Option<(Tuple, Option<Question>)> {
         while let Some(question) = self.questions.pop_front() {
             if question.is_current(replica) {
-                return Some((replica.table().tuples(question.slot).0, Some(question)));
+                return Some((question.original, Some(question)));
             }
             let has_ended = replica.table().line(question.slot).generation() != question.generation;
-            if let Some(original) = question.opening.filter(|_| has_ended) {
-                return Some((original, None));
+            if question.is_opening && has_ended {
+                return Some((question.original, None));
             }
         }
         None

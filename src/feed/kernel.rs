@@ -180,7 +180,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
         let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
-        let cap = INGEST_PER_PASS.min(writer.room_for_questions());
+        let cap = INGEST_PER_PASS.min(writer.claims().room());
         // Of copies that are written to the kernel, and of what was taken over: the entry as it is
         // now says what an event about it means.
         let mut ask = |original: &Tuple, told: Told, is_opening: bool, replica: &Replica<'_>| {
@@ -193,7 +193,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             };
             let slot = slot.filter(|_| *commit == CommitMode::Eager);
             if let Some(slot) = slot {
-                writer.ask(slot, replica, told, is_opening.then_some(*original));
+                writer.claims().ask(slot, replica, told, is_opening);
             }
             slot.is_some()
         };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::answers::{Answers, For, RunsOut};
-use super::claims::{Claims, Told};
+use super::claims::Claims;
 use super::leftovers::{LeftoverStep, Leftovers};
 use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
@@ -67,21 +67,9 @@ impl<E: Entries> EntryWriter<E> {
         self.committer.read_timeouts_again(count)
     }
 
-    /// An event about the copy in this slot, or about the connection in it that was taken over: the
-    /// kernel is asked what it means.
-    pub(super) fn ask(
-        &mut self,
-        slot: u32,
-        replica: &Replica<'_>,
-        told: Told,
-        opening: Option<Tuple>,
-    ) {
-        self.claims.ask(slot, replica, told, opening);
-    }
-
-    /// Questions that may be asked now.
-    pub(super) fn room_for_questions(&self) -> usize {
-        self.claims.room()
+    /// What is to be asked about copies.
+    pub(super) fn claims(&mut self) -> &mut Claims {
+        &mut self.claims
     }
 
     /// Entries that were deleted the last time, by their original tuples.
@@ -89,7 +77,8 @@ impl<E: Entries> EntryWriter<E> {
         &self.deleted
     }
 
-    /// Writes and asks, up to the cap of a pass; `may_delete`: all that was to be heard before an
+    /// Asks what events about copies meant, all of it; then writes, deletes and asks otherwise, up
+    /// to the cap of a pass. `may_delete`: all that was to be heard before an
     /// entry is deleted was heard.
     pub(super) fn write(
         &mut self,

@@ -930,6 +930,7 @@ mod tests {
             let stamp = Stamp { epoch: 3, version: 2 };
             ledger.overwrite(slot, stamp, Coordinate::NOWHERE, |old| State { mark: 5, ..old });
             assert_eq!(ledger.check(), Ok(()), "as it is now");
+            ledger.set_written_at(slot, 1000);
             let actives = match what {
                 "claimed" => {
                     ledger.claim(slot, stamp.claimed(), 1, true);
@@ -956,6 +957,10 @@ mod tests {
             };
             assert_eq!((ledger.copies(stream(2)), ledger.actives(stream(2))), (0, actives));
             assert_eq!(ledger.check(), Ok(()), "{what}");
+            if what != "gone" {
+                let heard = ledger.hear_decline(slot, 1);
+                assert_eq!(heard, DeclineOrder::Newest, "when it was written is no decline");
+            }
         }
     }
 
