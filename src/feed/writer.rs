@@ -103,11 +103,12 @@ impl<E: Entries> EntryWriter<E> {
         self.flush(now, repair, verify, shifts, replica, counters);
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
         let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
+        let aged_s = repair.leftovers().aged_s(now);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit(may_delete) else { break };
-            if self.add(now, replica, shifts, &commit).is_err() {
+            if self.add(now, replica, shifts, aged_s, &commit).is_err() {
                 self.flush(now, repair, verify, shifts, replica, counters);
-                let added = self.add(now, replica, shifts, &commit);
+                let added = self.add(now, replica, shifts, aged_s, &commit);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
         }
@@ -203,6 +204,7 @@ impl<E: Entries> EntryWriter<E> {
         now: Time,
         replica: &Replica<'_>,
         shifts: &mut Shifts,
+        aged_s: Option<u32>,
         commit: &Commit,
     ) -> Result<(), FlushFirst> {
         let entry = match commit {
@@ -227,9 +229,15 @@ impl<E: Entries> EntryWriter<E> {
                 };
                 let lifetime = if is(Mutation::KeptForever) { Lifetime::Kept } else { lifetime };
                 let connection = replica.table().connection(*slot);
-                let is_resumed = replica.table().written(*slot) == Written::Resumed;
+                let written = replica.table().written(*slot);
                 match commit {
-                    Commit::Write { .. } if !is_resumed => {
+                    Commit::Write { .. }
+                        if matches!(written, Written::No | Written::AsItWas)
+                            && lifetime == Lifetime::Kept =>
+                    {
+                        self.committer.write_first(&connection, lifetime, aged_s)?
+                    }
+                    Commit::Write { .. } if written != Written::Resumed => {
                         self.committer.write(&connection, lifetime)?
                     }
                     _ if is(Mutation::KeepOverwrites) => {
