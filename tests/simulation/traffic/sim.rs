@@ -30,6 +30,9 @@ use crate::world::{Network, Rng, Timing, World, memories_of};
 const HOLD: Duration = Duration::from_millis(400);
 /// Everything has settled so long after the last thing that happened.
 const SETTLES: Duration = Duration::from_secs(4);
+/// Whether packets pass an entry shows within so long where it had its normal timeout before: whole
+/// seconds are told, and one more is none.
+const DOUBT_LASTS: Duration = Duration::from_secs(4);
 /// What has ended is gone so long after the kernel would have let it go.
 const BOUND: Duration = Duration::from_secs(5);
 /// A connection may be sent so long after its end was there to be seen.
@@ -760,12 +763,20 @@ impl<'m> Sim<'m> {
             return Ok(());
         }
         self.run_for(ms(1000), true)?;
-        if let Some((_, (tuple, having))) = self
-            .without_two_copies()
-            .into_iter()
-            .filter(|(n, _)| alone.contains_key(n))
-            .nth(exposure(self))
-        {
+        let (mut alone, before) = (self.without_two_copies(), alone);
+        alone.retain(|n, _| before.contains_key(n));
+        // The entry of an idle active has run out, and its backup looks for packets.
+        let doubted: BTreeSet<u32> = alone
+            .iter()
+            .filter(|(_, (tuple, _))| self.is_in_doubt(tuple))
+            .map(|(n, _)| *n)
+            .collect();
+        if !doubted.is_empty() {
+            self.run_for(DOUBT_LASTS, true)?;
+            let after = self.without_two_copies();
+            alone.retain(|n, _| !doubted.contains(n) || after.contains_key(n));
+        }
+        if let Some((_, (tuple, having))) = alone.into_iter().nth(exposure(self)) {
             let copies = self.world.copies().remove(&tuple);
             return Err(format!(
                 "two copies: {tuple} is in the kernels of {having:?} only: {copies:?}"
@@ -775,6 +786,12 @@ impl<'m> Sim<'m> {
             Some((_, what)) => Err(format!("what has ended goes: {what}")),
             None => Ok(()),
         }
+    }
+
+    /// Whether a member holds this connection, and nothing else has it.
+    fn is_in_doubt(&self, tuple: &Tuple) -> bool {
+        let copies = self.world.copies_of(tuple);
+        !copies.is_empty() && copies.iter().all(|copy| copy.kind == Kind::Held)
     }
 
     /// The kernels that have an entry of this connection, in this translation.
