@@ -202,7 +202,8 @@ struct BatchEntry {
     left_s: u32,
     /// Its last packet passed just now.
     is_fresh: bool,
-    /// So it did, and nothing else can have left what the entry has; of a first write.
+    /// Of a first write: the entry is of an established connection, its last packet passed within
+    /// the last second, as whole ones are told, and nothing else can have left what it has.
     is_passed_now: bool,
 }
 
@@ -283,8 +284,8 @@ impl<E: Entries> Committer<E> {
         self.add_written(connection, lifetime, Step::Create)
     }
 
-    /// Adds the entry of a copy that was not written here yet. If one is there and packets pass it,
-    /// it is that of a connection of which no event tells, and stays as it is. What packets left is
+    /// Adds the entry of a copy that was not written here yet. If one is there, of an established
+    /// connection, and packets pass it, no event tells of that one, and it stays as it is. What packets left is
     /// told from the normal timeout that entries were given `aged_s` seconds ago, if any were.
     pub fn write_first(
         &mut self,
@@ -458,11 +459,12 @@ impl<E: Entries> Committer<E> {
                         }
                         let left_s = there.state.timeout_s;
                         entry.is_fresh = left_s + FRESH_S >= timeouts.of(&there);
-                        entry.is_passed_now = entry.is_fresh
-                            && entry.first.is_some_and(|first| {
-                                left_s.saturating_add(first.aged_s)
-                                    > timeouts.of(&there) + READ_LATE_S
-                            });
+                        entry.is_passed_now = entry.first.is_some_and(|first| {
+                            let given_s = timeouts.of(&there);
+                            !there.is_opening()
+                                && left_s + 1 >= given_s
+                                && left_s.saturating_add(first.aged_s) > given_s + READ_LATE_S
+                        });
                     }
                     let next = entry.next_step(answer, &mut self.tally, &mut self.refused);
                     entry.was_there |= matches!(
@@ -822,16 +824,18 @@ mod tests {
     #[test]
     fn a_first_write_leaves_what_packets_pass_just_now() {
         let wanted = connection(1, 0);
-        let closing = |mut there: Connection| {
-            there.state.tcp_state = 7;
+        let in_state = |tcp_state, mut there: Connection| {
+            there.state.tcp_state = tcp_state;
             there
         };
         for (there, aged_s, stays) in [
             (connection(1, ESTABLISHED_S), None, true),
-            (connection(1, ESTABLISHED_S - FRESH_S), None, true),
-            (connection(1, ESTABLISHED_S - FRESH_S - 1), None, false),
+            (connection(1, ESTABLISHED_S - 1), None, true),
+            (connection(1, ESTABLISHED_S - 2), None, false),
+            // Traffic seed 1530000805: a SYN that was never answered.
+            (in_state(1, connection(1, ESTABLISHED_S)), None, false),
             (connection(1, KEPT_TIMEOUT_S - 1), None, false),
-            (closing(connection(1, ESTABLISHED_S)), None, false),
+            (in_state(7, connection(1, ESTABLISHED_S)), None, false),
             // It was given that by this process, perhaps.
             (connection(1, ESTABLISHED_S), Some(2), false),
             (connection(1, ESTABLISHED_S), Some(3), true),
