@@ -15,7 +15,6 @@
 //!  replace -> DELETE, CREATE, as above
 //!  keep ---> GET --found, packets have passed it--> AsItWas, or UPDATE of its timeout if it is to last longer --> Written
 //!               | found as it was written: UPDATE or DELETE, CREATE, as above;  ENOENT: CREATE, as above
-//!  first --> as write; but if packets of its own pass what is found --> AsItWas
 //!  look ---> GET --found--> Present, ENOENT --> Removed
 //! ```
 //!
@@ -181,19 +180,11 @@ enum Step {
     Done(Outcome),
 }
 
-/// A copy's first write.
-#[derive(Clone, Copy)]
-struct First {
-    /// So many seconds ago entries were given their normal timeout without a packet.
-    aged_s: u32,
-}
-
 #[derive(Clone, Copy)]
 struct BatchEntry {
     connection: Connection, // of a delete, only the original tuple means anything
     timeout_s: u32,
     may_create: bool,
-    first: Option<First>,
     step: Step,
     was_there: bool,
     /// The entry that was there had packets.
@@ -202,9 +193,6 @@ struct BatchEntry {
     left_s: u32,
     /// Its last packet passed just now.
     is_fresh: bool,
-    /// Of a first write: the entry is of an established connection, its last packet passed within
-    /// the last second, as whole ones are told, and nothing else can have left what it has.
-    is_passed_now: bool,
 }
 
 /// A shard's pen: one batch, and the kernel's entries behind it.
@@ -282,22 +270,6 @@ impl<E: Entries> Committer<E> {
     /// Adds an entry to be written, created or brought up to date.
     pub fn write(&mut self, connection: &Connection, lifetime: Lifetime) -> Result<(), FlushFirst> {
         self.add_written(connection, lifetime, Step::Create)
-    }
-
-    /// Adds the entry of a copy that was not written here yet. If one is there, of an established
-    /// connection, and packets pass it, no event tells of that one, and it stays as it is. What packets left is
-    /// told from the normal timeout that entries were given `aged_s` seconds ago, if any were.
-    pub fn write_first(
-        &mut self,
-        connection: &Connection,
-        lifetime: Lifetime,
-        aged_s: Option<u32>,
-    ) -> Result<(), FlushFirst> {
-        self.write(connection, lifetime)?;
-        if let Some(added) = self.entries.last_mut() {
-            added.first = Some(First { aged_s: aged_s.unwrap_or(u32::MAX) });
-        }
-        Ok(())
     }
 
     /// Adds an entry to be written in place of whatever has its original tuple: for what an update
@@ -457,14 +429,8 @@ impl<E: Entries> Committer<E> {
                         if there.reply == entry.connection.reply && there.phase() != Phase::Over {
                             entry.left_s = there.state.timeout_s.max(1);
                         }
-                        let left_s = there.state.timeout_s;
-                        entry.is_fresh = left_s + FRESH_S >= timeouts.of(&there);
-                        entry.is_passed_now = entry.first.is_some_and(|first| {
-                            let given_s = timeouts.of(&there);
-                            !there.is_opening()
-                                && left_s + 1 >= given_s
-                                && left_s.saturating_add(first.aged_s) > given_s + READ_LATE_S
-                        });
+                        let given_s = timeouts.of(&there);
+                        entry.is_fresh = there.state.timeout_s + FRESH_S >= given_s;
                     }
                     let next = entry.next_step(answer, &mut self.tally, &mut self.refused);
                     entry.was_there |= matches!(
@@ -503,13 +469,11 @@ impl BatchEntry {
             connection,
             timeout_s,
             may_create,
-            first: None,
             step,
             was_there: false,
             is_touched: false,
             left_s: 0,
             is_fresh: false,
-            is_passed_now: false,
         }
     }
 
@@ -654,9 +618,6 @@ impl BatchEntry {
             (Step::Keep { .. } | Step::Compare, [0, _]) => match answers.found {
                 Some(there) if self.is_anothers(&there) && self.is_fresh => {
                     Step::Done(Outcome::Another(there))
-                }
-                Some(there) if self.is_known_better(&there) && self.is_passed_now => {
-                    Step::Done(Outcome::AsItWas)
                 }
                 // (Its active is dead who had that one copied: it may be what packets come for.)
                 Some(there) if self.is_anothers(&there) && self.step == Step::Compare => {
@@ -816,37 +777,6 @@ mod tests {
             let outcome = result(&mut committer).outcome;
             assert_eq!(is_there(&committer), kept, "{left_s}: {outcome:?}");
             assert_eq!(outcome == Outcome::Another(there), kept);
-        }
-    }
-
-    /// Traffic seed 1500000425: a connection that raises no events, for it began on an entry that
-    /// was made while nobody listened, was overwritten by the copy of the one before.
-    #[test]
-    fn a_first_write_leaves_what_packets_pass_just_now() {
-        let wanted = connection(1, 0);
-        let in_state = |tcp_state, mut there: Connection| {
-            there.state.tcp_state = tcp_state;
-            there
-        };
-        for (there, aged_s, stays) in [
-            (connection(1, ESTABLISHED_S), None, true),
-            (connection(1, ESTABLISHED_S - 1), None, true),
-            (connection(1, ESTABLISHED_S - 2), None, false),
-            // Traffic seed 1530000805: a SYN that was never answered.
-            (in_state(1, connection(1, ESTABLISHED_S)), None, false),
-            (connection(1, KEPT_TIMEOUT_S - 1), None, false),
-            (in_state(7, connection(1, ESTABLISHED_S)), None, false),
-            // It was given that by this process, perhaps.
-            (connection(1, ESTABLISHED_S), Some(2), false),
-            (connection(1, ESTABLISHED_S), Some(3), true),
-        ] {
-            let mut committer = self::committer(there);
-            assert_eq!(committer.write_first(&wanted, Lifetime::Kept, aged_s), Ok(()));
-            let CommitResult { outcome, was_there, .. } = result(&mut committer);
-            let expected = if stays { Outcome::AsItWas } else { Outcome::Written };
-            assert_eq!(outcome, expected, "{} {aged_s:?}", there.state.timeout_s);
-            assert_eq!(committer.kernel.there == Some(there), stays);
-            assert!(was_there || !stays, "it may raise no events");
         }
     }
 

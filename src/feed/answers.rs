@@ -56,6 +56,10 @@ pub(super) enum For {
     Untouched,
     /// The question what became of a connection that was opened over a copy which has ended since.
     Begun,
+    /// The question whether a closed connection has gone on unheard.
+    Ended,
+    /// The same, before the copy in this slot is written over its entry.
+    EndedBefore(u32, Generation),
 }
 
 /// When the entries of copies run out that were given their normal timeout, their actives being
@@ -154,6 +158,16 @@ impl Answers<'_, '_, '_> {
             For::Begun => {
                 if let Some(there) = there {
                     repair.found_besides(*now, there, replica)
+                }
+            }
+            For::Ended if is_answered => {
+                repair.found_ended(*now, &result.original, there, replica);
+            }
+            For::EndedBefore(slot, generation) => {
+                let goes_on = repair.found_ended(*now, &result.original, there, replica);
+                repair.ended().take(&result.original);
+                if !goes_on && replica.table().line(slot).generation() == generation {
+                    replica.recommit(*now, slot);
                 }
             }
             For::LeftoverGone if result.outcome == Outcome::Absent => {

@@ -129,12 +129,6 @@ impl Leftovers {
             LOOK_BACK_AFTER.get(self.looked_back).map_or(Time::NEVER, |pause| now.after(*pause));
     }
 
-    /// Seconds since the last one was aged; `None`: none was.
-    pub(super) fn aged_s(&self, now: Time) -> Option<u32> {
-        let seconds = now.since(self.aged_at).as_secs();
-        (self.aged_at != Time(0)).then(|| seconds.try_into().unwrap_or(u32::MAX))
-    }
-
     /// Whether this entry, which is in no table, may be one that was aged, and that no packet has
     /// passed since.
     pub(super) fn may_be_silent(&self, now: Time, timeouts: &Timeouts, there: &Connection) -> bool {

@@ -5,6 +5,7 @@
 //!  kernel  events, in batches --> rules ---------> Replica
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
 //!          verify: look-ups of copies -----------> Replica     slowly, all the time
+//!          ended: look-ups of closed ones -------> Replica     after a start
 //!          claims: look-ups of copies -----------> Replica     after events about them
 //!          shifts: look-ups of what has a helper > Replica     after expectations, and once a second
 //!          writer <--- commits ------------------- Replica
@@ -15,6 +16,7 @@ mod admission;
 mod answers;
 mod asking;
 mod claims;
+mod ended;
 mod kernel;
 mod leftovers;
 mod repair;

@@ -6,7 +6,8 @@
 //! while it changes, so what it did not show may be there all the same: each is **looked up**
 //! before anything is believed. The same look-ups follow, once a minute, connections that raise no
 //! events, or may raise none: what a dump found, a copy whose entry was there before it is written,
-//! and what goes on in another slot because packets were found to pass.
+//! and what goes on in another slot because packets were found to pass; and what had
+//! [ended](super::ended) may go on unheard as well.
 //!
 //! **After a warm restart** the table is there and nobody listened for a while: connections have
 //! changed, closed and begun. So the first dump is followed by a sweep as well, and the source
@@ -25,12 +26,13 @@ use std::time::Duration;
 
 use super::admission::admits;
 use super::asking::{BATCH_PAUSE, CHECK_PERIOD, LOOKS_MAX, told_by_answer};
+use super::ended::Ended;
 use super::leftovers::{LeftoverStep, Leftovers, is_leftover};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Generation, Kind, Phase, Tuple};
 use crate::conntrack::codec::{GIVEN_MAX_S, TCP_ESTABLISHED};
-use crate::conntrack::commit::KEPT_TIMEOUT_S;
+use crate::conntrack::commit::{KEPT_TIMEOUT_S, is_touched};
 use crate::conntrack::dump::DumpState;
 use crate::conntrack::events::Source;
 use crate::conntrack::local::LocalView;
@@ -77,6 +79,7 @@ pub(super) struct Repair {
     /// The sweep after a warm restart has asked for everything.
     swept: bool,
     leftovers: Leftovers,
+    ended: Ended,
     /// The dump that is wanted, or under way, is for leftovers that were aged.
     looks_back: bool,
     /// When a dump may begin.
@@ -112,6 +115,7 @@ impl Repair {
             resumed,
             swept: false,
             leftovers: Leftovers::new(),
+            ended: Ended::new(),
             looks_back: false,
             dump_at: Time(0),
             complained: false,
@@ -174,7 +178,7 @@ impl Repair {
             }
             RepairStage::Idle => self.leftovers.look_back_at(),
         };
-        at.min(self.unheard_at)
+        at.min(self.unheard_at).min(self.ended.wake_at(now))
     }
 
     /// Goes on with whatever is under way. A dump begins only if it `may`: what was told before it
@@ -234,11 +238,15 @@ impl Repair {
         counters: &Counters<'_>,
     ) {
         let is_resuming = self.is_resuming();
-        let Repair { shown, unheard, timeouts, leftovers, looks_back, commit, .. } = self;
+        let is_at_the_start = !self.complete;
+        let Repair { shown, unheard, timeouts, leftovers, ended, looks_back, commit, .. } = self;
         let progress = source.drain_dump(DUMP_PER_PASS, &mut |event| {
             let SourceEvent::Seen { connection, known } = &event else { return };
             if !admits(now, rules, Some(local), &event, replica, counters) {
                 return;
+            }
+            if is_at_the_start && !unheard.is_empty() {
+                ended.note(connection);
             }
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
@@ -414,6 +422,29 @@ impl Repair {
             }
         }
         None
+    }
+
+    /// Closed connections that may go on unheard.
+    pub(super) fn ended(&mut self) -> &mut Ended {
+        &mut self.ended
+    }
+
+    /// The entry of such a one, as it is now. Whether the tuple's next connection goes on with it.
+    pub(super) fn found_ended(
+        &mut self,
+        now: Time,
+        original: &Tuple,
+        there: Option<&Connection>,
+        replica: &mut Replica<'_>,
+    ) -> bool {
+        if there.is_some_and(|there| there.phase() == Phase::Over) || !self.ended.take(original) {
+            return false;
+        }
+        let next = there.filter(|there| is_touched(there));
+        if let Some(next) = next {
+            self.found_instead(now, next, replica);
+        }
+        next.is_some()
     }
 
     /// Entries that an earlier process left.

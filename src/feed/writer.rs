@@ -103,12 +103,11 @@ impl<E: Entries> EntryWriter<E> {
         self.flush(now, repair, verify, shifts, replica, counters);
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
         let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
-        let aged_s = repair.leftovers().aged_s(now);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit(may_delete) else { break };
-            if self.add(now, replica, shifts, aged_s, &commit).is_err() {
+            if self.add(now, replica, repair, shifts, &commit).is_err() {
                 self.flush(now, repair, verify, shifts, replica, counters);
-                let added = self.add(now, replica, shifts, aged_s, &commit);
+                let added = self.add(now, replica, repair, shifts, &commit);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
         }
@@ -131,6 +130,13 @@ impl<E: Entries> EntryWriter<E> {
                 break;
             }
             self.batch.push(For::Repair(slot, generation));
+        }
+        while self.batch.len() < COMMIT_PER_PASS
+            && let Some(original) = repair.ended().next(now)
+        {
+            if self.committer.look(&original).is_ok() {
+                self.batch.push(For::Ended);
+            } // Or it is being written just now: it is asked for in the next round.
         }
         self.remove_leftovers(now, repair.leftovers(), replica);
         self.verify(now, verify, replica, counters);
@@ -203,8 +209,8 @@ impl<E: Entries> EntryWriter<E> {
         &mut self,
         now: Time,
         replica: &Replica<'_>,
+        repair: &mut Repair,
         shifts: &mut Shifts,
-        aged_s: Option<u32>,
         commit: &Commit,
     ) -> Result<(), FlushFirst> {
         let entry = match commit {
@@ -229,15 +235,14 @@ impl<E: Entries> EntryWriter<E> {
                 };
                 let lifetime = if is(Mutation::KeptForever) { Lifetime::Kept } else { lifetime };
                 let connection = replica.table().connection(*slot);
-                let written = replica.table().written(*slot);
+                if repair.ended().has(&connection.original) {
+                    self.committer.look(&connection.original)?;
+                    self.batch.push(For::EndedBefore(*slot, *generation));
+                    return Ok(());
+                }
+                let is_resumed = replica.table().written(*slot) == Written::Resumed;
                 match commit {
-                    Commit::Write { .. }
-                        if matches!(written, Written::No | Written::AsItWas)
-                            && lifetime == Lifetime::Kept =>
-                    {
-                        self.committer.write_first(&connection, lifetime, aged_s)?
-                    }
-                    Commit::Write { .. } if written != Written::Resumed => {
+                    Commit::Write { .. } if !is_resumed => {
                         self.committer.write(&connection, lifetime)?
                     }
                     _ if is(Mutation::KeepOverwrites) => {

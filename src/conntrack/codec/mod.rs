@@ -161,6 +161,9 @@ pub mod status {
 /// `TCP_CONNTRACK_ESTABLISHED`.
 pub const TCP_ESTABLISHED: u8 = 3;
 
+/// The kernel's TCP state of a connection that was reset.
+pub const TCP_CLOSE: u8 = 8;
+
 fn family_number(family: crate::conn::Family) -> u8 {
     match family {
         crate::conn::Family::V4 => libc::AF_INET as u8,

@@ -859,3 +859,37 @@ fn what_was_claimed_elsewhere_meanwhile_is_looked_for_where_its_packets_are_agai
     assert_eq!(kinds[0], Some(Kind::Active), "{kinds:?}");
     assert!(kinds[1..].contains(&Some(Kind::Backup)), "{kinds:?}");
 }
+
+/// Traffic seed 1500000425: a connection was reset while nobody listened, and its entry, which
+/// raises no events, served the next one from its port. Nobody heard of that, and the copy of an
+/// earlier one, which had been taken over elsewhere, was written over it.
+#[test]
+fn what_goes_on_with_the_entry_of_one_that_had_ended_before_the_start_is_found() {
+    for was_copied in [false, true] {
+        let memories = memories(3);
+        let mut gateways = Gateways::boot(&memories, 2);
+        if was_copied {
+            gateways.world.start(1, 1, 100);
+            gateways.world.start(2, 1, 100);
+            gateways.run_for(SECOND);
+            gateways.shake(tcp(), flag::SYN, 1);
+            (0..3).for_each(|_| gateways.talk(tcp(), 1));
+            assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+            gateways.world.kill(1);
+            gateways.kernels[&1].listen(0);
+            gateways.shake(tcp(), flag::FIN | flag::ACK, 1);
+            gateways.run_for(SECOND);
+        }
+        gateways.shake(tcp(), flag::SYN, 1);
+        gateways.pass(tcp(), segment(flag::RST | flag::ACK, false), false, 1);
+        gateways.world.start(1, 1, 100);
+        if !was_copied {
+            gateways.world.start(2, 1, 100);
+        }
+        gateways.run_for(SECOND / 10);
+        gateways.shake(tcp(), flag::SYN, 1);
+        (0..4).for_each(|_| gateways.talk(tcp(), 1));
+        let kinds = [1, 2].map(|member| gateways.kind(member, tcp()));
+        assert_eq!(kinds, [Some(Kind::Active), Some(Kind::Backup)], "{was_copied}");
+    }
+}

@@ -199,7 +199,7 @@ struct Life {
     began: Time,
     /// When it ended and in whose kernel, if all of it passed there.
     ended: Option<(Time, MemberId)>,
-    /// Whether that kernel told its beginning.
+    /// Whether every kernel where an entry was made for it told that.
     is_heard: bool,
 }
 
@@ -640,10 +640,19 @@ impl<'m> Sim<'m> {
                 }
                 self.passed_at.insert((flow.original, way), (now, was_data));
                 self.shortened.remove(&(flow.original, way));
+                // (A SYN may pass the entry of the connection before.)
+                let is_heard = (self.world.hosts[&way].running || self.plan.events == 1)
+                    && kernel.act(now, |table, now| table.is_heard(now, &flow.original));
+                if !had_entry
+                    && !is_heard
+                    && let Some(life) = self.lives.get_mut(&flow.original)
+                {
+                    life.is_heard = false;
+                }
                 if is_first {
-                    // (A SYN may pass the entry of the connection before.)
-                    let is_heard = (self.world.hosts[&way].running || self.plan.events == 1)
-                        && kernel.act(now, |table, now| table.is_heard(now, &flow.original));
+                    // (What passes an entry that is there goes on with it, for the kernel.)
+                    let was_heard = self.lives.get(&flow.original).is_none_or(|life| life.is_heard);
+                    let is_heard = is_heard && (was_heard || !had_entry);
                     self.lives.insert(
                         flow.original,
                         Life { number: flow.number, began: now, ended: None, is_heard },
