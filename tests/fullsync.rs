@@ -250,3 +250,28 @@ fn live_changes_stay_prompt_while_a_member_joins() {
     world.run_until(SECOND, "two copies", |w| w.is_quiet());
     world.check();
 }
+
+/// Traffic seed 1550001515: a process that went on with its table took a copy, and its end, before
+/// it had read what its kernel had. The entry that was written and deleted was that of the next
+/// connection from that port, which had begun while nobody listened.
+#[test]
+fn no_copy_is_taken_before_the_source_was_read() {
+    let memories = memories(2);
+    let mut world = World::new(1, &memories);
+    (1..=2).for_each(|member| world.start(member, 1, 100));
+    let mut set_read = |world: &mut World<'_>, is_read| {
+        let host = world.hosts.get_mut(&2).expect("it was started");
+        host.shards.iter_mut().for_each(|shard| shard.set_source_read(is_read));
+    };
+    set_read(&mut world, false);
+    world.run_until(SECOND * 2, "they hear each other", |w| {
+        (1..=2).all(|member| stage(w, member) == Stage::Ready)
+    });
+    let tuple = world.open_at(1);
+    world.run_for(HOLD * 3);
+    assert_eq!(world.copies_of(&tuple).len(), 1, "only the active has it");
+    assert_eq!(world.hosts[&1].shards[0].exposure(), 1);
+    set_read(&mut world, true);
+    world.run_until(SECOND, "it is copied", |w| w.copies_of(&tuple).len() == 2);
+    world.run_until(SECOND, "that was acknowledged", |w| w.hosts[&1].shards[0].exposure() == 0);
+}

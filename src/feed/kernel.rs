@@ -171,6 +171,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             replica,
             counters,
         );
+        replica.set_source_read(self.repair.is_read());
         // What peers told of it meanwhile is still to come.
         if self.repair.is_made_up_for() && self.lost_at.after(LOST_FOR).reached(now) {
             replica.handle_made_up_for();

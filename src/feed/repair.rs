@@ -72,7 +72,9 @@ pub(super) struct Repair {
     stage: RepairStage,
     /// More events were lost since the dump under way began.
     again: bool,
-    /// The dump at the start is done, and after a warm restart the sweep behind it as well.
+    /// The dump at the start is done.
+    read: bool,
+    /// So is it, and after a warm restart the sweep behind it as well.
     complete: bool,
     /// The table was not empty at the start.
     resumed: bool,
@@ -111,6 +113,7 @@ impl Repair {
         Repair {
             stage: RepairStage::Wanted,
             again: false,
+            read: false,
             complete: false,
             resumed,
             swept: false,
@@ -134,6 +137,11 @@ impl Repair {
     /// The kernel's timeouts are these now.
     pub(super) fn set_timeouts(&mut self, timeouts: &Timeouts) {
         self.timeouts = *timeouts;
+    }
+
+    /// What was there before the start was read.
+    pub(super) fn is_read(&self) -> bool {
+        self.read
     }
 
     pub(super) fn is_complete(&self) -> bool {
@@ -306,6 +314,7 @@ impl Repair {
 
     /// A dump is complete.
     fn dumped(&mut self, now: Time) {
+        self.read = true;
         let is_first = !self.complete && !self.resumed;
         self.complete |= is_first;
         let looked_back = std::mem::take(&mut self.looks_back);

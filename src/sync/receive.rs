@@ -6,8 +6,8 @@
 //! - *Refused* (no lease, an older state): it never will be. The sender is told which delta it is,
 //!   finds another backup for that connection, sends the rest of the datagram in another one, and
 //!   says skip.
-//! - *Busy* (no room for a request that would follow from it): not now. Nobody is told; the
-//!   sender's timeout brings the same datagram again.
+//! - *Busy* (no room for a request that would follow from it, or the source is still being read
+//!   after the start): not now. Nobody is told; the sender's timeout brings the same datagram again.
 //!
 //! So nothing is ever acknowledged that is not held.
 
@@ -131,6 +131,9 @@ impl Replica<'_> {
         mut r: Reader<'_>,
     ) -> Result<(), Reject> {
         self.enqueue(stream);
+        if !self.source_is_read {
+            return Ok(());
+        }
         self.inbox.on_datagram(stream, seq)?;
         self.counters.count(Counter::DatagramsReceived);
         let mut complete = true;

@@ -126,6 +126,8 @@ pub struct Replica<'m> {
     /// Since when the source has had more to tell than was read: of what is held, some may have
     /// ended.
     pub(super) source_behind_since: Option<Time>,
+    /// What the source had at the start was read.
+    pub(super) source_is_read: bool,
     /// Events were lost, and what they told is not found out yet.
     pub(super) source_has_lost: bool,
     /// Everything that had arrived by then was taken.
@@ -180,6 +182,7 @@ impl<'m> Replica<'m> {
             offered: 0,
             offer_at: Time::NEVER,
             source_behind_since: None,
+            source_is_read: true,
             source_has_lost: false,
             received_until: Time(0),
             declines: memory.journal[JOURNAL_DECLINES].load(Ordering::Relaxed) as u32,
@@ -258,6 +261,12 @@ impl<'m> Replica<'m> {
     /// second at most: the end of what would be sent may wait to be read.
     pub fn set_source_behind(&mut self, now: Time, is_behind: bool) {
         self.source_behind_since = is_behind.then(|| self.source_behind_since.unwrap_or(now));
+    }
+
+    /// Says whether what the source had at the start was read. Until then no copy is taken: in its
+    /// place the source may have a connection of which it told nobody.
+    pub fn set_source_read(&mut self, is_read: bool) {
+        self.source_is_read = is_read;
     }
 
     /// Events were lost: the next connection of a tuple may have begun on the entry of a copy, or
