@@ -7,7 +7,8 @@
 //!   finds another backup for that connection, sends the rest of the datagram in another one, and
 //!   says skip.
 //! - *Busy* (no room for a request that would follow from it, or the source is still being read
-//!   after the start): not now. Nobody is told; the sender's timeout brings the same datagram again.
+//!   after the start): not now. Nobody is told; the sender's timeout brings the same datagram
+//!   again.
 //!
 //! So nothing is ever acknowledged that is not held.
 
