@@ -259,7 +259,7 @@ fn no_copy_is_taken_before_the_source_was_read() {
     let memories = memories(2);
     let mut world = World::new(1, &memories);
     (1..=2).for_each(|member| world.start(member, 1, 100));
-    let mut set_read = |world: &mut World<'_>, is_read| {
+    let set_read = |world: &mut World<'_>, is_read| {
         let host = world.hosts.get_mut(&2).expect("it was started");
         host.shards.iter_mut().for_each(|shard| shard.set_source_read(is_read));
     };

@@ -92,6 +92,19 @@ impl RunsOut {
     }
 }
 
+/// Whether the entry with the original tuple of the connection in this slot is another
+/// connection's, in another translation, which packets have passed.
+fn is_another(
+    there: &Connection,
+    slot: u32,
+    generation: Generation,
+    replica: &Replica<'_>,
+) -> bool {
+    replica.table().line(slot).generation() == generation
+        && there.reply != replica.table().tuples(slot).1
+        && is_touched(there)
+}
+
 /// Whom the answers go to.
 pub(super) struct Answers<'a, 'm, 'c> {
     pub(super) now: Time,
@@ -127,7 +140,11 @@ impl Answers<'_, '_, '_> {
                 if there.is_some() {
                     repair.may_be_unheard(slot);
                 }
-                replica.handle_watch(*now, slot, generation, there)
+                let another = there.filter(|there| is_another(there, slot, generation, replica));
+                replica.handle_watch(*now, slot, generation, there);
+                if let Some(another) = another {
+                    repair.found_besides(*now, another, replica);
+                }
             }
             For::Watch(..) => {}
             For::Repair(slot, generation) if is_answered => {
@@ -210,7 +227,11 @@ impl Answers<'_, '_, '_> {
         if goes_on {
             repair.may_be_unheard(slot);
         }
+        let another = there.filter(|there| is_another(there, slot, generation, replica));
         replica.handle_look(*now, slot, generation, there, goes_on);
+        if let Some(another) = another {
+            repair.found_besides(*now, another, replica);
+        }
     }
 
     /// The entry of a copy, or of what was taken over, was to be written.

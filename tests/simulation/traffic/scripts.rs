@@ -15,7 +15,7 @@ use hypersync::memory::{MemorySize, OwnedMemory};
 
 use super::kernel::{Ends, Kernel};
 use super::model::tcp::{ESTABLISHED, Place, Segment, TIME_WAIT, flag};
-use super::model::{By, Packet, Payload, Settings, Verdict};
+use super::model::{By, Nat, Packet, Payload, Settings, Verdict};
 use crate::world::story::SECOND;
 use crate::world::{Timing, World, memories_of};
 
@@ -67,6 +67,14 @@ impl<'m> Gateways<'m> {
         let verdict =
             self.kernels[&member].act(self.world.now, |table, now| table.packet(now, &packet));
         assert!(matches!(verdict, Verdict::Passed(_)), "{tuple} passes {member}: {verdict:?}");
+    }
+
+    /// An answer to what left the gateway for this connection passes it.
+    fn answer(&mut self, tuple: Tuple, payload: Payload, member: MemberId) {
+        let now = self.world.now;
+        let entry = self.kernels[&member].act(now, |table, now| table.get(now, &tuple));
+        let reply = entry.expect("something left it").reply;
+        self.pass(reply.mirrored(), payload, false, member);
     }
 
     /// A word and its answer pass a gateway.
@@ -892,4 +900,47 @@ fn what_goes_on_with_the_entry_of_one_that_had_ended_before_the_start_is_found()
         let kinds = [1, 2].map(|member| gateways.kind(member, tcp()));
         assert_eq!(kinds, [Some(Kind::Active), Some(Kind::Backup)], "{was_copied}");
     }
+}
+
+/// Traffic seed 1560009795: a process stood still while the connection whose copy it had ended, and
+/// the next one of its port began, in another translation. What was left of the copy was looked
+/// for, and nobody took the entry that was there for a connection.
+#[test]
+fn what_is_there_in_place_of_what_is_left_of_a_copy_goes_on() {
+    const VIP: u128 = 0xcb00_7101;
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    for kernel in gateways.kernels.values() {
+        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
+        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
+    }
+    // Their ports clash, so one of them gets another one.
+    let taken = Tuple { src: tcp().src + 1, ..tcp() };
+    let translation = |gateways: &Gateways<'_>, member: MemberId| {
+        gateways.kernels[&member]
+            .act(gateways.world.now, |table, now| table.get(now, &tcp()))
+            .map(|entry| entry.reply)
+    };
+    for tuple in [taken, tcp()] {
+        gateways.pass(tuple, segment(flag::SYN, false), true, 1);
+        gateways.answer(tuple, segment(flag::SYN | flag::ACK, false), 1);
+        gateways.pass(tuple, segment(flag::ACK, false), true, 1);
+    }
+    gateways.run_for(SECOND * 2);
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+    let before = translation(&gateways, 2);
+    gateways.world.pause(2, true);
+    for member in [1, 2] {
+        gateways.delete(member, taken);
+        gateways.delete(member, tcp());
+    }
+    gateways.run_for(SECOND / 10);
+    gateways.pass(tcp(), segment(flag::SYN, false), true, 2);
+    gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 2);
+    gateways.pass(tcp(), segment(flag::ACK, false), true, 2);
+    assert_ne!(translation(&gateways, 2), before, "it is another connection");
+    gateways.world.pause(2, false);
+    gateways.run_for(SECOND * 3);
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+    assert_eq!(translation(&gateways, 1), translation(&gateways, 2));
 }
