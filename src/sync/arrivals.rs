@@ -11,6 +11,7 @@ use super::replica::Replica;
 use super::requests::Rank;
 use crate::ccp::message::{Place, Reason};
 use crate::conn::slot::groups;
+use crate::conn::table::Written;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
 use crate::counters::Counter;
 use crate::source::Commit;
@@ -79,6 +80,10 @@ impl Replica<'_> {
     /// An empty slot that was leased to the sender becomes its copy.
     fn fill_lease(&mut self, now: Time, new: &New<'_>) -> Outcome {
         let New { target, stamp, active, previous, connection } = *new;
+        // The kernel has one entry for both: what may have passed that, may have passed it now.
+        let is_doubted = self
+            .copy(&connection.original)
+            .is_some_and(|beside| self.ledger.written(beside) == Written::Resumed);
         let witnessed = match self.give_way(now, connection, stamp, active, previous) {
             Ok(witnessed) => witnessed,
             Err(result) => {
@@ -93,6 +98,9 @@ impl Replica<'_> {
         let previous = previous.unwrap_or(Coordinate::NOWHERE);
         self.ledger.fill_copy(target.slot, (active, stamp), witnessed, previous, connection);
         self.begin_copy(target.slot);
+        if is_doubted {
+            self.ledger.set_written(target.slot, Written::Resumed);
+        }
         Changed
     }
 

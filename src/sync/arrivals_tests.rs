@@ -213,3 +213,33 @@ fn a_contest_of_epochs_that_no_packets_decide_the_stamp_decides_after_two_minute
         }
     }
 }
+
+/// Traffic seed 1570000035: a process stood still until events were lost, among them those of the
+/// connection that had begun on the entry of a copy, here. The copy of one before it came in beside
+/// that copy, and was written over the entry.
+#[test]
+fn a_copy_that_comes_in_beside_another_one_has_an_entry_that_is_doubted_as_that_ones_was() {
+    for (beside, expected) in [(Written::Resumed, Written::Resumed), (Written::Yes, Written::No)] {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+        let (mut replica, mut connection, _) = with_an_active(&memory, config);
+        connection.original.sport = 9;
+        connection.reply = connection.original.mirrored();
+        let stream = stream_index(2, 0);
+        let mut take = |replica: &mut Replica<'_>, epoch: u32| {
+            let slot = replica.ledger.allocate().expect("there is room");
+            let session = replica.durable(stream).peer_session();
+            replica.ledger.lend(slot, Coordinate::new(2, 0, 0, Default::default()), session);
+            let target = Place { slot, generation: replica.ledger.line(slot).generation() };
+            let active = Coordinate::new(2, 0, 10 + epoch, Default::default());
+            let stamp = Stamp { epoch, version: 1 };
+            let new = New { target, stamp, active, previous: None, connection: &connection };
+            assert!(matches!(replica.apply_new(NOW, stream, &new), Applied));
+            slot
+        };
+        let first = take(&mut replica, 8);
+        replica.ledger.set_written(first, beside);
+        let second = take(&mut replica, 14);
+        assert_eq!(replica.ledger.written(second), expected);
+    }
+}
