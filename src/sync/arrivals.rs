@@ -155,6 +155,9 @@ impl Replica<'_> {
         if !self.requests.has_room(Rank::Consequence) {
             return Stays(Busy);
         }
+        // If this process was not there all the time, its tuple's next one may have begun on its
+        // entry.
+        let is_doubted = self.ledger.is_taken_up(slot);
         self.demote(slot, active, stamp);
         // Who has it is decided: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
@@ -162,6 +165,9 @@ impl Replica<'_> {
         // It may believe what was said before the roles changed: a commit that succeeds is told.
         self.ledger.set_success_due(slot, true);
         self.begin_copy(slot);
+        if is_doubted {
+            self.ledger.set_written(slot, Written::Resumed);
+        }
         self.overwrite_whole(new);
         Changed
     }

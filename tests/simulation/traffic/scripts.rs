@@ -944,3 +944,33 @@ fn what_is_there_in_place_of_what_is_left_of_a_copy_goes_on() {
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
     assert_eq!(translation(&gateways, 1), translation(&gateways, 2));
 }
+
+/// Traffic seed 1580008629: while a process was away the backup of its connection claimed that, and
+/// the next one began on its entry, unheard. The claim, which outranks what this member has in its
+/// table, was written over it.
+#[test]
+fn what_was_claimed_while_the_process_was_away_is_not_written_over_what_passes_here() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 2);
+    (0..3).for_each(|_| gateways.talk(tcp(), 2));
+    assert_eq!(gateways.kind(1, tcp()), Some(Kind::Backup));
+    gateways.world.kill(2);
+    gateways.kernels[&2].listen(0);
+    gateways.pass(tcp(), segment(flag::FIN | flag::ACK, false), true, 1);
+    gateways.run_for(SECOND / 2);
+    assert_eq!(gateways.kind(1, tcp()), Some(Kind::Active));
+    gateways.shake(tcp(), flag::FIN | flag::ACK, 2);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.world.resume(2);
+    for _ in 0..5 {
+        gateways.run_for(SECOND);
+        let entry =
+            gateways.kernels[&2].act(gateways.world.now, |table, now| table.get(now, &tcp()));
+        assert_eq!(entry.map(|entry| entry.state.tcp_state), Some(ESTABLISHED));
+        gateways.talk(tcp(), 2);
+    }
+    gateways.delete(1, tcp());
+    (0..4).for_each(|_| gateways.talk(tcp(), 2));
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+}
