@@ -552,6 +552,7 @@ fn run_shard(
             notifier,
             counters,
             dead_time,
+            drain_limit: options.drain_limit,
         };
         Membership::new(parts, now)
     });
@@ -600,6 +601,7 @@ fn attend(config: &Config, region: &Region, shared: &Shared, link: Link, doorbel
                 log::info!("leaving the group");
                 asked = true;
                 shared.stop.store(true, Ordering::Relaxed);
+                doorbells.iter().for_each(Doorbell::ring);
             }
         }
         attendant.look(shared, doorbells);

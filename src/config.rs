@@ -108,6 +108,10 @@ pub struct RunOptions {
     /// how long the command may run before it is killed (default 10s)
     #[argh(option, default = "Duration::from_secs(10)", from_str_fn(span))]
     pub notify_limit: Duration,
+    /// how long a member that was told to end waits for its traffic to move and for everything to
+    /// have a copy, 0s to 1h (default 10s)
+    #[argh(option, default = "Duration::from_secs(10)", from_str_fn(span))]
+    pub drain_limit: Duration,
     /// how datagrams are sent: fixed, zc, copy or auto (default auto)
     #[argh(option, default = "SendMode::Auto", from_str_fn(send_mode))]
     pub send: SendMode,
@@ -248,6 +252,7 @@ impl Config {
         lasting("heartbeat", o.heartbeat, Duration::from_millis(10), Duration::from_secs(10))?;
         within("dead-after", o.dead_after as u64, 2, 100)?;
         lasting("notify-limit", o.notify_limit, Duration::from_millis(100), hour)?;
+        lasting("drain-limit", o.drain_limit, Duration::ZERO, hour)?;
         if let Some(command) = &o.notify
             && !command.exists()
         {

@@ -47,6 +47,7 @@ counters! {
 
     // The source.
     SourceEvents, "source_events", "events taken from the source";
+    SourceOpened, "source_opened", "connections that began here, as far as the source told";
     SourceShort, "source_short", "connections that closed within the hold time and were never sent";
     SourceUnknownGone, "source_unknown_gone", "closes of connections that are not in the table";
     SourceRejected, "source_rejected", "source events refused as malformed or for another shard";

@@ -41,6 +41,7 @@
 //! | stamp | epoch and version, which decide what is newer; a claim raises the epoch, a change the version |
 //! | commit | what is asked of the kernel for a copy: to write its entry, to look at it, to delete it. Nothing else is called so |
 //! | exposure | connections that have no up-to-date acknowledged second copy right now |
+//! | drain | the way out: nothing is held back any more, until nothing is exposed and nothing begins here |
 //! | incarnation, table id | one run of the process; one life of its table |
 //!
 //! # Reading order
@@ -55,8 +56,8 @@
 //!    what it stands on.
 //! 7. [`shm`], [`ring`], [`net`], [`conntrack`]: the edges. [`feed`] and [`shard`] are where they
 //!    meet; [`pace`] says when a shard waits.
-//! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`]: the process around the
-//!    shards.
+//! 8. [`membership`], [`notify`], [`config`], [`appliance`], [`restart`], [`drain`]: the process
+//!    around the shards.
 //!
 //! Steps 1 to 6 are the pure part: no clock, socket, thread or `unsafe` (a prefetch hint excepted);
 //! time and bytes come in as arguments. `tests/protocol.rs` drives it over a network that loses,
@@ -74,9 +75,11 @@ pub mod conntrack;
 pub mod counters;
 pub mod demo;
 pub mod doorbell;
+pub mod drain;
 pub mod feed;
 pub mod few;
 pub mod group;
+pub mod holder;
 pub mod kill;
 pub mod limits;
 pub mod load;

@@ -1,4 +1,5 @@
-//! The appliance's command line: `hypersync run`, `hypersync restart` and `hypersync demo`.
+//! The appliance's command line: `hypersync run`, `hypersync restart`, `hypersync drain` and
+//! `hypersync demo`.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -7,6 +8,7 @@ use argh::FromArgs;
 use hypersync::appliance;
 use hypersync::config::EXIT_USAGE;
 use hypersync::config::{Config, RunOptions};
+use hypersync::drain;
 use hypersync::restart;
 
 /// Keeps every connection of a group of stateful gateways on exactly two of them.
@@ -22,6 +24,7 @@ struct Options {
 enum Command {
     Run(RunOptions),
     Restart(restart::RestartOptions),
+    Drain(drain::DrainOptions),
     Demo(hypersync::demo::DemoOptions),
 }
 
@@ -40,7 +43,9 @@ fn main() -> ExitCode {
                 }
                 Err(()) => {
                     let of = match words.get(1) {
-                        Some(&command @ ("run" | "restart" | "demo")) => format!(" {command}"),
+                        Some(&command @ ("run" | "restart" | "drain" | "demo")) => {
+                            format!(" {command}")
+                        }
                         _ => String::new(),
                     };
                     let line: Vec<&str> = exit.output.split_whitespace().collect();
@@ -52,6 +57,7 @@ fn main() -> ExitCode {
     };
     match options.command {
         Command::Restart(options) => restart::main(&options),
+        Command::Drain(options) => drain::main(&options),
         Command::Demo(options) => hypersync::demo::main(options),
         Command::Run(options) => match Config::check(options) {
             Ok(config) => appliance::run(&config),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::ccp::bytes::Writer;
 use crate::conn::MemberId;
 use crate::counters::{Counter, Counters};
+use crate::group::drain::{Drain, Drained, Situation};
 use crate::group::hearing::{Hearing, Trouble};
 use crate::group::readiness::{Own, Readiness, Stage};
 use crate::group::view::Status;
@@ -19,8 +20,6 @@ use crate::shm::Region;
 use crate::shm::group::{Standing, Troubles};
 use crate::time::Time;
 
-/// How long a leaving member waits for the others to move their copies away.
-const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 /// How often goodbye is said.
 const GOODBYES: u8 = 3;
 /// The pause between goodbyes.
@@ -79,7 +78,9 @@ pub struct Membership<'m> {
     /// on.
     came_with: Vec<u64>,
     dead: Vec<(MemberId, u64)>,
-    leaving_since: Option<Time>,
+    drain_limit: Duration,
+    /// The way out.
+    drain: Option<Drain>,
     goodbyes_said: u8,
     goodbye_at: Time,
     announced: bool,
@@ -107,6 +108,8 @@ pub struct MembershipParts<'m> {
     pub counters: Counters<'m>,
     /// After so long a silence a member is taken for dead.
     pub dead_time: Duration,
+    /// How long this member waits at most before it leaves.
+    pub drain_limit: Duration,
 }
 
 impl<'m> Membership<'m> {
@@ -122,6 +125,7 @@ impl<'m> Membership<'m> {
             notifier,
             counters,
             dead_time,
+            drain_limit,
         } = parts;
         let me = group.view().me;
         let mut membership = Membership {
@@ -139,7 +143,8 @@ impl<'m> Membership<'m> {
             dead_time,
             came_with: vec![0; MEMBERS_MAX + 1],
             dead: Vec::with_capacity(MEMBERS_MAX),
-            leaving_since: None,
+            drain_limit,
+            drain: None,
             goodbyes_said: 0,
             goodbye_at: Time(0),
             announced: false,
@@ -210,6 +215,7 @@ impl<'m> Membership<'m> {
                     self.notifier.tell(Notice::MemberUp(member));
                 }
                 Event::MemberReady(member) => self.notifier.tell(Notice::MemberReady(member)),
+                Event::MemberLeaving(member) => self.notifier.tell(Notice::MemberLeaving(member)),
                 Event::MemberLeft(member) => self.notifier.tell(Notice::MemberLeft(member)),
                 Event::MemberDead(member) => {
                     self.counters.count(Counter::MembersDied);
@@ -282,7 +288,7 @@ impl<'m> Membership<'m> {
 
     /// Whoever leaves need not be heard any more.
     fn tell_troubles(&mut self, now: Time) {
-        if self.leaving_since.is_some() {
+        if self.drain.is_some() {
             return;
         }
         let (group, seconds) = (self.group_number, self.hearing.expected().as_secs());
@@ -335,7 +341,7 @@ impl<'m> Membership<'m> {
 
     /// Moves on towards being ready.
     fn review_readiness(&mut self, now: Time) {
-        if self.leaving_since.is_some() {
+        if self.drain.is_some() {
             return;
         }
         let own = Own {
@@ -408,7 +414,7 @@ impl<'m> Membership<'m> {
 
     fn tables(&self) -> Tables {
         let stage = self.readiness.stage();
-        let leaving = self.leaving_since.is_some();
+        let leaving = self.drain.is_some();
         Tables {
             capacity: self.capacity(),
             // Empty is empty, leased or not: who asks for more gives back what is not used.
@@ -430,27 +436,37 @@ impl<'m> Membership<'m> {
         Some(w.len())
     }
 
-    /// The way out: others move their copies away, then goodbye.
+    /// The way out: the traffic moves, others move their copies away, then goodbye.
     pub fn leave(&mut self, now: Time) -> Farewell {
-        let since = match self.leaving_since {
-            Some(since) => since,
-            None => {
-                self.leaving_since = Some(now);
-                self.region.group().shard(0).set_standing(Standing::Leaving);
-                if self.readiness.stage() == Stage::Ready {
-                    self.notifier.tell(Notice::SelfNotReady(self.me));
-                }
-                now
-            }
+        let view = self.group.view();
+        let situation = Situation {
+            others: view.others().filter(|(_, m)| m.status.is_alive()).count(),
+            able: view.others().filter(|(_, m)| m.status.is_able()).count(),
+            copies: self.total(Counter::ConnectionsBackup),
+            exposed: self.total(Counter::Exposure),
+            opened: self.total(Counter::SourceOpened),
         };
-        let copies = self.total(Counter::ConnectionsBackup);
-        let alone = self.group.view().others().all(|(_, m)| !m.status.is_alive());
-        // Copies can move only if there is a third member; our own last changes can reach a second.
-        let able = self.group.view().others().filter(|(_, m)| m.status.is_able()).count();
-        let exposed = self.total(Counter::Exposure);
-        let drained = alone || (copies == 0 || able < 2) && (exposed == 0 || able == 0);
-        if !drained && now.since(since) < LEAVE_LIMIT {
-            return Farewell::NotYet;
+        let (limit, opened) = (self.drain_limit, situation.opened);
+        let begins = self.drain.is_none();
+        let drain = self.drain.get_or_insert_with(|| Drain::new(now, limit, opened));
+        if begins {
+            self.group.hasten(now);
+            self.region.group().shard(0).set_standing(Standing::Leaving);
+            if self.readiness.stage() == Stage::Ready {
+                self.notifier.tell(Notice::SelfNotReady(self.me));
+            }
+        }
+        if self.goodbyes_said == 0 {
+            let lasted = now.since(drain.since());
+            match drain.look(now, &situation) {
+                Drained::NotYet => return Farewell::NotYet,
+                Drained::Empty => log::info!("drained in {lasted:.1?}: leaving"),
+                Drained::AtLimit { exposed } => log::warn!(
+                    "the limit of {} for draining is reached, and traffic has not left or copies have not moved: \
+                     leaving; {exposed} connections have no copy",
+                    humantime::format_duration(limit)
+                ),
+            }
         }
         if self.goodbyes_said < GOODBYES && self.goodbye_at.reached(now) {
             self.goodbyes_said += 1;
@@ -477,10 +493,8 @@ impl<'m> Membership<'m> {
 
     /// When to be called next.
     pub fn poll_at(&self) -> Time {
-        match self.leaving_since {
-            Some(since) if self.goodbyes_said == 0 => {
-                self.group.poll_at().min(since.after(LEAVE_LIMIT))
-            }
+        match self.drain {
+            Some(drain) if self.goodbyes_said == 0 => self.group.poll_at().min(drain.poll_at()),
             Some(_) => self.group.poll_at().min(self.goodbye_at),
             None => self.group.poll_at(),
         }

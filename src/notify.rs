@@ -24,6 +24,8 @@ pub enum Notice {
     MemberUp(MemberId),
     /// A member can hold copies and take over.
     MemberReady(MemberId),
+    /// A member was told to end, and waits for its traffic to move.
+    MemberLeaving(MemberId),
     /// A member said goodbye.
     MemberLeft(MemberId),
     /// A member is dead, and what it carried is in this host's kernel.
@@ -40,6 +42,7 @@ impl Notice {
         match self {
             Notice::MemberUp(member) => ("member-up", member),
             Notice::MemberReady(member) => ("member-ready", member),
+            Notice::MemberLeaving(member) => ("member-leaving", member),
             Notice::MemberLeft(member) => ("member-left", member),
             Notice::MemberDead(member) => ("member-dead", member),
             Notice::SelfReady(member) => ("self-ready", member),

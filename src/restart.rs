@@ -11,16 +11,12 @@
 //!  a new incarnation, the same table <--- heartbeats ------------------------> it is back
 //! ```
 
-#![allow(unsafe_code)]
-
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -28,7 +24,8 @@ use argh::FromArgs;
 
 use crate::config::{DEFAULT_SHM, EXIT_USAGE, span};
 use crate::group::BACK_MAX;
-use crate::shm::{LOCK, RegionView, ask_back_within};
+use crate::holder;
+use crate::shm::{RegionView, ask_back_within};
 
 /// How long a restart may take if nobody says.
 const DEFAULT_WITHIN: Duration = Duration::from_secs(30);
@@ -76,7 +73,7 @@ pub fn main(options: &RestartOptions) -> ExitCode {
 /// Asks the running process to restart, and waits for the next one.
 fn ask(options: &RestartOptions) -> Result<String, String> {
     let dir = &options.shm;
-    let pid = holder(dir)?;
+    let pid = holder::pid(dir, "restart")?;
     // This program takes the running one's place, as far as can be known: what it cannot read it
     // cannot take up.
     let old = RegionView::open(dir).map_err(|e| e.to_string())?;
@@ -86,10 +83,7 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
     }
     ask_back_within(dir, options.within).map_err(|e| e.to_string())?;
     let asked = Instant::now();
-    // SAFETY: kill has no memory arguments. The process holds the lock, so the number is its own.
-    if unsafe { libc::kill(pid as i32, libc::SIGHUP) } != 0 {
-        return Err(format!("cannot signal process {pid}: {}", io::Error::last_os_error()));
-    }
+    holder::signal(pid, libc::SIGHUP)?;
     while asked.elapsed() < options.within {
         // Not readable: it is just starting. READY is what ends that.
         if let Ok(new) = RegionView::open(dir)
@@ -107,7 +101,7 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
                 )),
             };
         }
-        if is_gone(pid) {
+        if holder::is_gone(pid) {
             return Err(format!("process {pid} ended and was not replaced: its log says why"));
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -116,34 +110,6 @@ fn ask(options: &RestartOptions) -> Result<String, String> {
         "process {pid} did not come back within {}: its log says why",
         humantime::format_duration(options.within)
     ))
-}
-
-/// Whether a process has ended, also if nobody has taken note of it yet.
-fn is_gone(pid: u32) -> bool {
-    // "7 (name) Z ...": the name may have anything in it but ends at the last bracket.
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {
-        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']))
-    })
-}
-
-/// The process that holds the directory.
-fn holder(dir: &Path) -> Result<u32, String> {
-    let path = dir.join(LOCK);
-    let nobody =
-        || format!("no hypersync runs with --shm {}: there is nothing to restart", dir.display());
-    let text = match std::fs::read_to_string(&path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(nobody()),
-        other => other.map_err(|e| format!("cannot read {}: {e}", path.display()))?,
-    };
-    let lock = File::open(&path).map_err(|e| format!("cannot open {}: {e}", path.display()))?;
-    // SAFETY: flock has no memory arguments; the descriptor is open, and closing it gives back what
-    // was had.
-    if unsafe { libc::flock(lock.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) } == 0 {
-        return Err(nobody());
-    }
-    text.trim().parse().map_err(|_| {
-        format!("{} is in use by a process that is just starting: try again", dir.display())
-    })
 }
 
 /// What a word of the header, in ms, means for a restart.
@@ -198,6 +164,8 @@ fn without_deleted(link: PathBuf) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -340,6 +340,9 @@ impl<'m> Shard<'m> {
 
     /// The way out, if the process is to end, or to end and come back.
     fn leave(&mut self, now: Time) {
+        if self.shared.stop.load(Ordering::Relaxed) {
+            self.replica.handle_leaving();
+        }
         let Some(membership) = &mut self.membership else { return };
         let back_ms = self.shared.restart.load(Ordering::Relaxed);
         if self.shared.stop.load(Ordering::Relaxed) {

@@ -20,7 +20,7 @@
 //!            :                     gw3, if any                       :
 //!
 //!   client: 10.2.0.0/24, 10.4.0.1 via 10.1.0.1     these routes are moved to gw2 by gw2's notify
-//!   server: 10.1.0.0/24, 10.3.0.0/16 via 10.2.0.1  script on `member-dead 1`, then to gw3 by gw3's
+//!   server: 10.1.0.0/24, 10.3.0.0/16 via 10.2.0.1  script on `member-dead 1` (or `member-leaving 1`), then to gw3 by gw3's
 //! ```
 //!
 //! The gateways do not pick up connections in the middle (`tcp_loose=0`) and drop what is INVALID.
@@ -38,6 +38,8 @@ mod counted;
 mod datagrams;
 #[path = "gateway/detour.rs"]
 mod detour;
+#[path = "gateway/drained.rs"]
+mod drained;
 #[path = "gateway/entries.rs"]
 mod entries;
 #[path = "gateway/helpers.rs"]

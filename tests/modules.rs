@@ -23,6 +23,8 @@ const MODULES: &[(&str, Kind)] = &[
     ("notify", Kind::Edge),
     ("appliance", Kind::Edge),
     ("restart", Kind::Edge),
+    ("drain", Kind::Edge),
+    ("holder", Kind::Edge),
     ("doorbell", Kind::Edge),
     ("feed", Kind::Edge),
     ("membership", Kind::Edge),

@@ -143,7 +143,7 @@ fn a_member_that_leaves_is_left_without_a_gap() {
         world.open_at(3);
     }
     settle(&mut world, SECOND);
-    world.host(2).leaving = true;
+    world.drain(2);
     world.run_until(SECOND, "nobody depends on member 2", |w| {
         w.counter(2, Counter::ConnectionsBackup) == 0
     });
@@ -163,6 +163,21 @@ fn a_member_that_leaves_is_left_without_a_gap() {
         }
     }
     world.check();
+}
+
+#[test]
+fn who_drains_sends_what_is_young_and_what_begins_meanwhile() {
+    let memories = memories(2);
+    let mut world = group(7, &memories, 1, &[100; 2]);
+    let young = world.open_at(1);
+    world.run_for(ms(20));
+    assert_eq!(world.copies_of(&young).len(), 1, "it is held");
+    world.drain(1);
+    world.run_until(ms(50), "it is copied", |w| w.copies_of(&young).len() == 2);
+    let later = world.open_at(1);
+    world.run_until(ms(50), "so is what begins now", |w| w.copies_of(&later).len() == 2);
+    world.run_until(ms(50), "nothing is exposed", |w| w.hosts[&1].shards[0].exposure() == 0);
+    assert_eq!(world.counter(1, Counter::SourceOpened), 2);
 }
 
 #[test]

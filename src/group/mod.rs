@@ -5,6 +5,7 @@
 //! from it, so a death costs no work per connection.
 
 pub mod detector;
+pub mod drain;
 pub mod hearing;
 pub mod readiness;
 pub mod selection;
@@ -43,6 +44,8 @@ pub enum Event {
     MemberUp(MemberId),
     /// A member can hold copies and take over.
     MemberReady(MemberId),
+    /// A member is about to leave.
+    MemberLeaving(MemberId),
     /// A member said goodbye.
     MemberLeft(MemberId),
     /// A member fell silent, or came back with an empty table.
@@ -185,6 +188,11 @@ impl Group {
     /// From now on heartbeats say that this member restarts and is back within this time.
     pub fn announce_restart(&mut self, now: Time, back: Duration) {
         self.restart = Some((back.min(BACK_MAX), 0));
+        self.next_heartbeat = now;
+    }
+
+    /// This member has something to say in its heartbeats that must not wait for the next one.
+    pub fn hasten(&mut self, now: Time) {
         self.next_heartbeat = now;
     }
 
@@ -371,6 +379,9 @@ impl Group {
         self.view.set(id, new);
         if !old.status.is_alive() {
             self.push(Event::MemberUp(id));
+        }
+        if status == Status::Leaving && old.status != Status::Leaving {
+            self.push(Event::MemberLeaving(id));
         }
         // Told when it becomes ready. That for a moment either did not hear the other is no news of
         // that kind.

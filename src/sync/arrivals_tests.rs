@@ -226,7 +226,7 @@ fn a_copy_that_comes_in_beside_another_one_has_an_entry_that_is_doubted_as_that_
         connection.original.sport = 9;
         connection.reply = connection.original.mirrored();
         let stream = stream_index(2, 0);
-        let mut take = |replica: &mut Replica<'_>, epoch: u32| {
+        let take = |replica: &mut Replica<'_>, epoch: u32| {
             let slot = replica.ledger.allocate().expect("there is room");
             let session = replica.durable(stream).peer_session();
             replica.ledger.lend(slot, Coordinate::new(2, 0, 0, Default::default()), session);

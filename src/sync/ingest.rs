@@ -153,6 +153,7 @@ impl Replica<'_> {
     /// is that one's stamp, or it is closing here), it begins above it: whatever of that one is
     /// still on its way, or looks for a place here, is older.
     pub(super) fn open(&mut self, now: Time, connection: &Connection, over: Option<Stamp>) {
+        self.counters.count(Counter::SourceOpened);
         if let Some(slot) = self.fill_held(connection, over, false) {
             self.ledger.hold(now, slot);
         }
@@ -527,7 +528,8 @@ impl Replica<'_> {
     /// too long.
     pub(super) fn hold_at(&self) -> Time {
         let Some(slot) = self.ledger.first_held() else { return Time::NEVER };
-        let outlives_at = self.ledger.since(slot).after(self.config.hold);
+        let hold = if self.is_leaving { Duration::ZERO } else { self.config.hold };
+        let outlives_at = self.ledger.since(slot).after(hold);
         self.source_behind_since
             .map_or(outlives_at, |since| outlives_at.max(since.after(HOLD_EXTENSION)))
     }

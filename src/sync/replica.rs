@@ -126,6 +126,8 @@ pub struct Replica<'m> {
     /// Since when the source has had more to tell than was read: of what is held, some may have
     /// ended.
     pub(super) source_behind_since: Option<Time>,
+    /// Nothing is held back any more.
+    pub(super) is_leaving: bool,
     /// What the source had at the start was read.
     pub(super) source_is_read: bool,
     /// Events were lost, and what they told is not found out yet.
@@ -182,6 +184,7 @@ impl<'m> Replica<'m> {
             offered: 0,
             offer_at: Time::NEVER,
             source_behind_since: None,
+            is_leaving: false,
             source_is_read: true,
             source_has_lost: false,
             received_until: Time(0),
@@ -261,6 +264,11 @@ impl<'m> Replica<'m> {
     /// second at most: the end of what would be sent may wait to be read.
     pub fn set_source_behind(&mut self, now: Time, is_behind: bool) {
         self.source_behind_since = is_behind.then(|| self.source_behind_since.unwrap_or(now));
+    }
+
+    /// This member is about to leave: connections are sent however young they are.
+    pub fn handle_leaving(&mut self) {
+        self.is_leaving = true;
     }
 
     /// Says whether what the source had at the start was read. Until then no copy is taken: in its

@@ -162,6 +162,19 @@ impl<'a> Appliances<'a> {
         self.children[usize::from(member) - 1].as_ref().expect("it was not powered off").id()
     }
 
+    /// Tells one appliance to end by `hypersync drain`, and returns whether nothing was left
+    /// exposed, and what it said.
+    pub fn drain(&mut self, member: u8) -> (bool, String) {
+        let mut child =
+            self.children[usize::from(member) - 1].take().expect("it was not powered off before");
+        let mut command = self.topology.gateway(member).command(env!("CARGO_BIN_EXE_hypersync"));
+        command.arg("drain").arg("--shm").arg(self.memory.join(format!("gw{member}")));
+        let output = command.output().expect("iproute2 is installed");
+        child.wait().expect("it was told to end");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&said).trim().to_owned())
+    }
+
     /// Kills one appliance without a warning and unplugs its gateway at the same moment.
     pub fn power_off(&mut self, member: u8) {
         let mut child =
@@ -232,12 +245,12 @@ impl Drop for Appliances<'_> {
 }
 
 /// A gateway's script: it notes each event, and once its copies of the gateway before it, which
-/// died, can carry traffic, it moves the routes.
+/// died, can carry traffic, or once that one leaves, it moves the routes.
 fn write_notify_script(topology: &Topology, directory: &Path, member: u8) -> PathBuf {
     let path = directory.join(format!("notify{member}"));
     let script = format!(
         "#!/bin/sh\nset -e\nexport PATH=/usr/sbin:/usr/bin:/sbin:/bin\n\
-         if [ \"$1 $2\" = \"member-dead {}\" ]; then\n{}fi\necho \"$1 $2\" >> {}\n",
+         case \"$1 $2\" in \"member-dead {0}\" | \"member-leaving {0}\" | \"member-left {0}\")\n{1};; esac\necho \"$1 $2\" >> {2}\n",
         member - 1,
         topology.move_routes_script(member),
         events_of(directory, member).display()

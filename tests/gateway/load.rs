@@ -35,12 +35,12 @@ const PORTS: std::ops::Range<u16> = 20_000..20_650;
 const FINAL_S: u32 = 5;
 
 /// What became of a call.
-struct Outcome {
+pub struct Outcome {
     port: u16,
-    began: Instant,
-    ended: Instant,
-    fault: Option<String>,
-    slowest_word: Duration,
+    pub began: Instant,
+    pub ended: Instant,
+    pub fault: Option<String>,
+    pub slowest_word: Duration,
 }
 
 /// One call that lives so long.
@@ -64,15 +64,15 @@ fn call(port: u16, life: Duration) -> Outcome {
     Outcome { port, began, ended: Instant::now(), fault, slowest_word }
 }
 
-/// Opens calls at a steady pace until the time is over and returns what became of each: half of
-/// them end within the hold.
-fn call_for_a_while() -> Vec<Outcome> {
+/// Opens calls at a steady pace for so long and returns what became of each: half of them end
+/// within the hold. To be called on a thread of the client's namespace.
+pub fn call_for(time: Duration) -> Vec<Outcome> {
     let free = Mutex::new(PORTS.collect::<VecDeque<u16>>());
     let outcomes = Mutex::new(Vec::new());
     let start = Instant::now();
     std::thread::scope(|scope| {
         let mut number = 0;
-        while start.elapsed() < LOAD {
+        while start.elapsed() < time {
             let port = {
                 let mut free = free.lock().expect("nobody panics with it");
                 if number % 2 == 0 { free.pop_front() } else { free.pop_back() }
@@ -143,7 +143,7 @@ fn under_load_with_routes_that_move_every_entry_of_both_kernels_is_explained() {
     let (mut appliances, _server) = calls::start_pair(&topology, FINAL_S);
     appliances.wait_until_ready();
     let (outcomes, moves) = std::thread::scope(|scope| {
-        let calling = scope.spawn(|| topology.client.inside(call_for_a_while));
+        let calling = scope.spawn(|| topology.client.inside(|| call_for(LOAD)));
         let moves = move_to_and_fro(&topology, &mut appliances);
         (calling.join().expect("no call panics"), moves)
     });

@@ -963,6 +963,16 @@ impl<'m> World<'m> {
         }
     }
 
+    /// The member is told to end: its shards are woken.
+    pub fn drain(&mut self, member: MemberId) {
+        for shard in 0..self.hosts[&member].shards.len() {
+            self.rouse(member, shard as u8);
+        }
+        let host = self.host(member);
+        host.leaving = true;
+        host.shards.iter_mut().for_each(Replica::handle_leaving);
+    }
+
     /// Says goodbye at once; the member is gone afterwards.
     pub fn goodbye(&mut self, member: MemberId) {
         let host = self.host(member);

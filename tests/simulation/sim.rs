@@ -767,7 +767,7 @@ impl<'m> Sim<'m> {
 
     fn leave(&mut self, victim: MemberId) -> Result<(), Broken> {
         self.world.note(victim, "leave", format_args!(""));
-        self.world.host(victim).leaving = true;
+        self.world.drain(victim);
         let limit = self.world.now.after(ms(600));
         while self.world.counter(victim, Counter::ConnectionsBackup) > 0
             && !limit.reached(self.world.now)

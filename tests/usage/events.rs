@@ -49,6 +49,7 @@ fn the_events_of_a_life_are_told_in_order() {
         "member-dead 1",
         "member-up 1",
         "member-ready 1",
+        "member-leaving 1",
         "member-left 1",
         "self-not-ready 2",
     ];

@@ -2,7 +2,7 @@
 # hypersync runs this as: notify.sh EVENT MEMBER
 #
 # For two gateways without VRRP: the routers on either side have a route through one of the gateways, and
-# this script moves both routes to this one when the other is dead or has left. The rules and settings are
+# this script moves both routes to this one when the other is dead or about to leave. The rules and settings are
 # those of ../keepalived.
 
 # This gateway, as its neighbours see it, and the other one.
@@ -21,8 +21,8 @@ move_here() {
 }
 
 case $1 in
-member-left)
-    # It was told to end, perhaps because its host is shut down: there is no second event for that.
+member-leaving | member-left)
+    # It was told to end, perhaps because its host is shut down. It waits until nothing begins there.
     move_here "$1 $2"
     ;;
 member-dead)
