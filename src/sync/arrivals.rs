@@ -156,8 +156,9 @@ impl Replica<'_> {
             return Stays(Busy);
         }
         // If this process was not there all the time, its tuple's next one may have begun on its
-        // entry.
-        let is_doubted = self.ledger.is_taken_up(slot);
+        // entry. (Where it is contested, that entry was watched.)
+        let is_doubted =
+            self.ledger.is_taken_up(slot) && !self.contests.has(slot, line.generation());
         self.demote(slot, active, stamp);
         // Who has it is decided: its next packet here is a claim like any other.
         self.contests.decide(slot, line.generation());
