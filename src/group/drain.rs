@@ -49,12 +49,14 @@ pub struct Drain {
     limit: Duration,
     opened: u64,
     opened_at: Time,
+    /// When it was looked at last.
+    looked_at: Time,
 }
 
 impl Drain {
     /// It begins, and lasts so long at most.
     pub fn new(now: Time, limit: Duration, opened: u64) -> Drain {
-        Drain { since: now, limit, opened, opened_at: now }
+        Drain { since: now, limit, opened, opened_at: now, looked_at: now }
     }
 
     /// Since when it has lasted.
@@ -64,6 +66,7 @@ impl Drain {
 
     /// Looks at how things are.
     pub fn look(&mut self, now: Time, is: &Situation) -> Drained {
+        self.looked_at = now;
         if is.opened != self.opened {
             (self.opened, self.opened_at) = (is.opened, now);
         }
@@ -80,9 +83,10 @@ impl Drain {
         }
     }
 
-    /// When to look again, if nothing happens.
+    /// When to look again, if nothing happens. (That copies move, or arrive, others tell.)
     pub fn poll_at(&self) -> Time {
-        self.opened_at.after(QUIET).min(self.since.after(self.limit))
+        let (quiet_at, limit_at) = (self.opened_at.after(QUIET), self.since.after(self.limit));
+        if quiet_at.reached(self.looked_at) { limit_at } else { quiet_at.min(limit_at) }
     }
 }
 
@@ -106,6 +110,14 @@ mod tests {
         assert_eq!(drain.poll_at(), at(1200));
         assert_eq!(drain.look(at(1199), &busy), Drained::NotYet);
         assert_eq!(drain.look(at(1200), &busy), Drained::Empty);
+    }
+
+    #[test]
+    fn what_waits_for_others_is_not_looked_at_all_the_time() {
+        let mut drain = Drain::new(at(0), LIMIT, 100);
+        assert_eq!(drain.poll_at(), at(500));
+        assert_eq!(drain.look(at(500), &BUSY), Drained::NotYet, "some are exposed");
+        assert_eq!(drain.poll_at(), at(10_000));
     }
 
     #[test]
