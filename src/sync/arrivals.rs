@@ -80,11 +80,17 @@ impl Replica<'_> {
     /// An empty slot that was leased to the sender becomes its copy.
     fn fill_lease(&mut self, now: Time, new: &New<'_>) -> Outcome {
         let New { target, stamp, active, previous, connection } = *new;
-        // The kernel has one entry for both: what may have passed that, may have passed it now.
-        let is_doubted = self
-            .copy(&connection.original)
-            .is_some_and(|beside| self.ledger.written(beside) == Written::Resumed);
-        let witnessed = match self.give_way(now, connection, stamp, active, previous) {
+        let beside = self.ledger.find_original(&connection.original);
+        // The kernel has one entry for both copies: what may have passed it, may have been another
+        // connection's for this one as well.
+        let is_doubted = beside.is_some_and(|beside| {
+            self.ledger.kind(beside) == Kind::Backup
+                && self.ledger.written(beside) == Written::Resumed
+        });
+        let given_way = beside.map_or(Ok(false), |beside| {
+            self.give_way(now, beside, connection, stamp, active, previous)
+        });
+        let witnessed = match given_way {
             Ok(witnessed) => witnessed,
             Err(result) => {
                 if matches!(result, Refused(_)) {
@@ -190,18 +196,18 @@ impl Replica<'_> {
         member != active.member() && self.is_up(member)
     }
 
-    /// A copy is about to come in. If this member holds the same connection as its own, the newer
-    /// state stays: (epoch, version, member). Tells whether it held one: then its own source sees
+    /// A copy is about to come in, and this slot has its original tuple. If this member holds the
+    /// same connection as its own, the newer state stays: (epoch, version, member). Tells whether it held one: then its own source sees
     /// the connection as well, and a close by the other member does not end it here.
     fn give_way(
         &mut self,
         now: Time,
+        slot: u32,
         connection: &Connection,
         stamp: Stamp,
         active: Coordinate,
         previous: Option<Coordinate>,
     ) -> Result<bool, DeltaResult> {
-        let Some(slot) = self.ledger.find_original(&connection.original) else { return Ok(false) };
         let line = self.ledger.line(slot);
         if line.kind() == Kind::Backup && self.is_up(line.peer().member()) {
             let is_kept = previous == Some(self.coordinate(slot));

@@ -183,13 +183,13 @@ fn a_higher_epoch_from_elsewhere_says_nothing_unless_it_comes_from_a_copy_of_thi
         let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
         let (mut replica, connection, slot) = with_an_active(&memory, config);
         let stamp = Stamp { epoch: replica.ledger.line(slot).stamp().epoch + 2, version: 1 };
-        let given = replica.give_way(NOW, &connection, stamp, own, None);
+        let given = replica.give_way(NOW, slot, &connection, stamp, own, None);
         assert_eq!(given.is_ok(), outranks, "{own:?}");
         let generation = replica.ledger.line(slot).generation();
         assert_eq!(replica.contests.has(slot, generation), !outranks);
         if !outranks {
             let higher = Stamp { epoch: stamp.epoch + 1, version: 1 };
-            let given = replica.give_way(NOW, &connection, higher, own, None);
+            let given = replica.give_way(NOW, slot, &connection, higher, own, None);
             assert!(given.is_ok(), "it has shown its traffic since");
         }
     }
@@ -208,7 +208,7 @@ fn a_contest_of_epochs_that_no_packets_decide_the_stamp_decides_after_two_minute
         let stamp = Stamp { epoch: if is_higher { 9 } else { 6 }, version: 1 };
         for seconds in 0..=120 {
             let now = NOW.after(Duration::from_secs(seconds));
-            let given = replica.give_way(now, &connection, stamp, own, None);
+            let given = replica.give_way(now, slot, &connection, stamp, own, None);
             assert_eq!(given.is_ok(), gives_way && seconds == 120, "{seconds} {is_higher}");
         }
     }

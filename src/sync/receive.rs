@@ -131,10 +131,10 @@ impl Replica<'_> {
         seq: Seq,
         mut r: Reader<'_>,
     ) -> Result<(), Reject> {
-        self.enqueue(stream);
         if !self.source_is_read {
             return Ok(());
         }
+        self.enqueue(stream);
         self.inbox.on_datagram(stream, seq)?;
         self.counters.count(Counter::DatagramsReceived);
         let mut complete = true;
