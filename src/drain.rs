@@ -10,7 +10,6 @@ use argh::FromArgs;
 use crate::config::DEFAULT_SHM;
 use crate::counters::{Counter, Counters};
 use crate::holder;
-use crate::shm::RegionView;
 
 /// How often the process is looked at.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -27,30 +26,14 @@ pub struct DrainOptions {
 
 /// Runs `hypersync drain`. Exit status 0: it has left, and nothing was exposed.
 pub fn main(options: &DrainOptions) -> ExitCode {
-    match ask(options) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
-        Err(line) => {
-            eprintln!("hypersync: {line}");
-            ExitCode::FAILURE
-        }
-    }
+    holder::tell(ask(options))
 }
 
 /// Asks the running process to leave, and waits for its end: that has a limit of its own
 /// (`--drain-limit` of `hypersync run`).
 fn ask(options: &DrainOptions) -> Result<String, String> {
-    let pid = holder::pid(&options.shm, "drain")?;
-    let region = RegionView::open(&options.shm).map_err(|e| e.to_string())?;
+    let (pid, region) = holder::find(&options.shm, "drain")?;
     let header = *region.header();
-    if header.pid != pid {
-        return Err(format!(
-            "process {pid} is just starting in {}: try again",
-            options.shm.display()
-        ));
-    }
     let asked = Instant::now();
     holder::signal(pid, libc::SIGTERM)?;
     while !holder::is_gone(pid) {

@@ -5,12 +5,38 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::process::ExitCode;
 
-use crate::shm::LOCK;
+use crate::shm::{LOCK, RegionView};
 
-/// The process that holds the directory of the shared memory. An error is one line that says that
-/// there is nothing to `do`, or why it cannot be told.
-pub fn pid(dir: &Path, to_do: &str) -> Result<u32, String> {
+/// The process that runs with this directory of the shared memory, and its memory. An error is one
+/// line: that there is nothing `to_do`, or why it cannot be told.
+pub fn find(dir: &Path, to_do: &str) -> Result<(u32, RegionView), String> {
+    let pid = pid(dir, to_do)?;
+    // This program speaks to the running one as far as it can read it.
+    let region = RegionView::open(dir).map_err(|e| e.to_string())?;
+    match region.header().pid == pid {
+        true => Ok((pid, region)),
+        false => Err(format!("process {pid} is just starting in {}: try again", dir.display())),
+    }
+}
+
+/// Says how a command went, and tells its exit status.
+pub fn tell(outcome: Result<String, String>) -> ExitCode {
+    match outcome {
+        Ok(line) => {
+            println!("{line}");
+            ExitCode::SUCCESS
+        }
+        Err(line) => {
+            eprintln!("hypersync: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The process that holds the directory.
+fn pid(dir: &Path, to_do: &str) -> Result<u32, String> {
     let path = dir.join(LOCK);
     let nobody =
         || format!("no hypersync runs with --shm {}: there is nothing to {to_do}", dir.display());
@@ -29,7 +55,7 @@ pub fn pid(dir: &Path, to_do: &str) -> Result<u32, String> {
     })
 }
 
-/// Sends a signal to the process that [`pid`] has named.
+/// Sends a signal to the process that [`find`] has named.
 pub fn signal(pid: u32, signal: i32) -> Result<(), String> {
     // SAFETY: kill has no memory arguments. The process holds the lock, so the number is its own.
     match unsafe { libc::kill(pid as i32, signal) } {

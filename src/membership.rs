@@ -460,11 +460,19 @@ impl<'m> Membership<'m> {
             let lasted = now.since(drain.since());
             match drain.look(now, &situation) {
                 Drained::NotYet => return Farewell::NotYet,
-                Drained::Empty => log::info!("drained in {lasted:.1?}: leaving"),
-                Drained::AtLimit { exposed } => log::warn!(
+                Drained::Empty if situation.exposed == 0 => {
+                    log::info!("drained in {lasted:.1?}: leaving")
+                }
+                Drained::Empty => log::warn!(
+                    "leaving: nobody is there who could take copies of {} connections",
+                    situation.exposed
+                ),
+                Drained::AtLimit => log::warn!(
                     "the limit of {} for draining is reached, and traffic has not left or copies have not moved: \
-                     leaving; {exposed} connections have no copy",
-                    humantime::format_duration(limit)
+                     leaving; {} connections have no copy, {} were not to have one yet",
+                    humantime::format_duration(limit),
+                    situation.exposed,
+                    self.total(Counter::ConnectionsHeld)
                 ),
             }
         }

@@ -58,29 +58,16 @@ pub fn main(options: &RestartOptions) -> ExitCode {
         eprintln!("hypersync: --within {} is out of range: {low} to {high}", shown(options.within));
         return ExitCode::from(EXIT_USAGE);
     }
-    match ask(options) {
-        Ok(line) => {
-            println!("{line}");
-            ExitCode::SUCCESS
-        }
-        Err(line) => {
-            eprintln!("hypersync: {line}");
-            ExitCode::FAILURE
-        }
-    }
+    holder::tell(ask(options))
 }
 
 /// Asks the running process to restart, and waits for the next one.
 fn ask(options: &RestartOptions) -> Result<String, String> {
     let dir = &options.shm;
-    let pid = holder::pid(dir, "restart")?;
     // This program takes the running one's place, as far as can be known: what it cannot read it
     // cannot take up.
-    let old = RegionView::open(dir).map_err(|e| e.to_string())?;
+    let (pid, old) = holder::find(dir, "restart")?;
     let header = *old.header();
-    if header.pid != pid {
-        return Err(format!("process {pid} is just starting in {}: try again", dir.display()));
-    }
     ask_back_within(dir, options.within).map_err(|e| e.to_string())?;
     let asked = Instant::now();
     holder::signal(pid, libc::SIGHUP)?;

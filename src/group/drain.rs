@@ -35,11 +35,8 @@ pub enum Drained {
     NotYet,
     /// Nothing is left that somebody could take over.
     Empty,
-    /// The limit is reached, and so many connections have no copy.
-    AtLimit {
-        /// Those that are exposed.
-        exposed: u64,
-    },
+    /// The limit is reached.
+    AtLimit,
 }
 
 /// A drain under way.
@@ -77,7 +74,7 @@ impl Drain {
         if is.others == 0 || copies_moved && ours_are_safe {
             Drained::Empty
         } else if self.since.after(self.limit).reached(now) {
-            Drained::AtLimit { exposed: is.exposed }
+            Drained::AtLimit
         } else {
             Drained::NotYet
         }
@@ -121,13 +118,13 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_at_the_limit_and_tells_what_is_left() {
+    fn it_ends_at_the_limit_whatever_is_left() {
         let mut drain = Drain::new(at(0), LIMIT, 0);
         for second in 1..10 {
             let busy = Situation { opened: second, ..BUSY };
             assert_eq!(drain.look(at(second * 1000), &busy), Drained::NotYet);
         }
-        assert_eq!(drain.look(at(10_000), &BUSY), Drained::AtLimit { exposed: 5 });
+        assert_eq!(drain.look(at(10_000), &BUSY), Drained::AtLimit);
     }
 
     #[test]

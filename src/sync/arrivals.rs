@@ -197,8 +197,9 @@ impl Replica<'_> {
     }
 
     /// A copy is about to come in, and this slot has its original tuple. If this member holds the
-    /// same connection as its own, the newer state stays: (epoch, version, member). Tells whether it held one: then its own source sees
-    /// the connection as well, and a close by the other member does not end it here.
+    /// same connection as its own, the newer state stays: (epoch, version, member). Tells whether
+    /// it held one: then its own source sees the connection as well, and a close by the other
+    /// member does not end it here.
     fn give_way(
         &mut self,
         now: Time,

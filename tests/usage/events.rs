@@ -6,7 +6,7 @@ use hypersync::counters::Counter;
 use hypersync::group::view::Status;
 
 use crate::common::copies::{connections, copies, push_all, wait_for_agreement};
-use crate::common::member::{Lab, Member, SOON, hypersync, wait_until_ready, with};
+use crate::common::member::{Lab, Member, SOON, dies_with_us, hypersync, wait_until_ready, with};
 use crate::common::wait_for;
 
 /// How soon after a goodbye the notify command must have been told.
@@ -85,6 +85,36 @@ fn a_member_that_is_told_to_end_moves_its_copies_away_and_says_goodbye() {
         assert_eq!((member.sees(2), member.counter(Counter::MembersDied)), (Status::Left, 0));
     }
     assert_eq!(two.events().last().map(String::as_str), Some("self-not-ready 2"));
+}
+
+#[test]
+fn drain_copies_what_is_young_and_says_what_it_left_without_a_copy() {
+    let lab = Lab::new();
+    let drain = |member: &str| {
+        let mut command = hypersync();
+        command.arg("drain").arg("--shm").arg(lab.path(member));
+        let output = dies_with_us(&mut command).output().expect("the program is built");
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&said).trim().to_owned())
+    };
+    let (status, said) = drain("m1");
+    assert!(status == Some(1) && said.contains("there is nothing to drain"), "{said}");
+
+    let mut one = lab.start(1, &[2], &["--shards", "2", "--hold", "1h"]);
+    let mut two = lab.start(2, &[1], &["--shards", "1", "--hold", "1h"]);
+    wait_until_ready(&[&one, &two]);
+    let young = connections(0..200);
+    push_all(&mut one.producers(), young.values());
+    wait_for("it holds them", SOON, || one.counter(Counter::ConnectionsHeld) == 200);
+    let (status, said) = drain("m1");
+    assert!(status == Some(0) && said.ends_with("nothing was exposed"), "{said}: {}", one.log());
+    assert!(one.end(SOON).success() && one.log().contains("drained in"), "{}", one.log());
+    assert!(two.was_told("member-leaving 1"), "{:?}", two.events());
+    wait_for_agreement("the other one has everything", &[&two], &young, SOON);
+
+    let (status, said) = drain("m2");
+    assert!(status == Some(1) && said.contains("200 connections had no copy"), "{said}");
+    assert!(two.end(SOON).success() && two.log().contains("nobody is there"), "{}", two.log());
 }
 
 #[test]
