@@ -165,6 +165,7 @@ counters! {
     CommitPending, "commit_pending", "gauge: commits waiting";
     LeftoversDeleted, "leftovers_deleted", "entries that an earlier run committed and had no time to remove, removed after a warm restart";
     LeftoversAged, "leftovers_aged", "entries that an earlier run left with the timeout of copies, and that got the normal one";
+    EndedFull, "ended_full", "reset connections that the first dump found beyond those that are looked at until their entries are gone";
     LeftoversFull, "leftovers_full", "entries with the timeout of copies that are none and were to go, left in the kernel because there were too many at once: the next start finds them";
     ShiftLooks, "shift_looks", "connections with a helper that the kernel was asked for, to learn how their sequence numbers are shifted";
     Shifts, "shifts", "shifts of sequence numbers learnt by that, which no event tells";

@@ -13,10 +13,11 @@ use super::asking::BATCH_PAUSE;
 use crate::conn::tuple::TCP;
 use crate::conn::{Connection, Tuple};
 use crate::conntrack::codec::TCP_CLOSE;
+use crate::counters::{Counter, Counters};
 use crate::time::Time;
 
-/// Connections remembered. Of further ones their first changed state is not known, nor those that
-/// have none.
+/// Connections remembered. Further ones are counted: what goes on with their entries is not heard
+/// of before a dump finds it.
 const ENDED_MAX: usize = 1024;
 
 /// How often they are looked at.
@@ -41,10 +42,12 @@ impl Ended {
     }
 
     /// The dump has shown this entry.
-    pub(super) fn note(&mut self, there: &Connection) {
+    pub(super) fn note(&mut self, there: &Connection, counters: &Counters<'_>) {
         let is_closed = there.original.protocol == TCP && there.state.tcp_state == TCP_CLOSE;
-        if is_closed && self.tuples.len() < ENDED_MAX {
-            self.tuples.insert(there.original);
+        match is_closed {
+            false => {}
+            true if self.tuples.len() < ENDED_MAX => drop(self.tuples.insert(there.original)),
+            true => counters.count(Counter::EndedFull),
         }
     }
 
@@ -86,6 +89,7 @@ impl Ended {
 mod tests {
     use super::*;
     use crate::conn::State;
+    use crate::memory::{MemorySize, OwnedMemory};
 
     fn closed(port: u16, tcp_state: u8) -> Connection {
         let original = Tuple::v4(TCP, ([10, 0, 0, 1].into(), port), ([10, 0, 0, 2].into(), 2));
@@ -95,16 +99,20 @@ mod tests {
 
     #[test]
     fn what_is_closed_is_asked_for_once_a_second_until_it_is_taken() {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let counters = Counters::new(memory.parts().counters);
         let mut ended = Ended::new();
         let at = |seconds| Time(1).after(Duration::from_secs(seconds));
         assert_eq!(ended.wake_at(at(0)), Time::NEVER);
-        ended.note(&closed(1, TCP_CLOSE));
-        ended.note(&closed(2, 7)); // In TIME_WAIT a SYN makes a new entry.
+        ended.note(&closed(1, TCP_CLOSE), &counters);
+        ended.note(&closed(2, 7), &counters); // In TIME_WAIT a SYN makes a new entry.
         let tuple = closed(1, TCP_CLOSE).original;
         assert_eq!((ended.next(at(0)), ended.next(at(0))), (Some(tuple), None));
         assert_eq!(ended.wake_at(at(0)), at(1));
         assert_eq!((ended.next(at(1)), ended.next(at(1))), (Some(tuple), None));
         assert!(ended.take(&tuple) && !ended.take(&tuple));
         assert_eq!((ended.next(at(2)), ended.wake_at(at(2))), (None, Time::NEVER));
+        (0..=ENDED_MAX as u16).for_each(|port| ended.note(&closed(port, TCP_CLOSE), &counters));
+        assert_eq!((ended.tuples.len(), counters.get(Counter::EndedFull)), (ENDED_MAX, 1));
     }
 }

@@ -74,7 +74,7 @@ pub(super) struct Repair {
     again: bool,
     /// The dump at the start is done.
     read: bool,
-    /// So is it, and after a warm restart the sweep behind it as well.
+    /// The dump at the start is done, and after a warm restart the sweep behind it as well.
     complete: bool,
     /// The table was not empty at the start.
     resumed: bool,
@@ -254,7 +254,7 @@ impl Repair {
                 return;
             }
             if is_at_the_start && !unheard.is_empty() {
-                ended.note(connection);
+                ended.note(connection, counters);
             }
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
