@@ -83,6 +83,9 @@ pub enum Reason {
     NotHere = 2,
     /// The receiver holds a newer state of this connection.
     Superseded = 3,
+    /// The receiver gave way to another member's claim just now, and looks for packets of the
+    /// connection before a copy takes its entry: to be asked again.
+    InDoubt = 4,
 }
 
 /// Why a backup's kernel does not have a copy.
@@ -513,6 +516,7 @@ impl<'b> Message<'b> {
                     1 => Reason::NotLeased,
                     2 => Reason::NotHere,
                     3 => Reason::Superseded,
+                    4 => Reason::InDoubt,
                     _ => return Err(Reject::Message),
                 };
                 Message::Refuse {

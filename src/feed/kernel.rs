@@ -37,6 +37,11 @@ const LATE_MIN: Duration = Duration::from_millis(250);
 /// The longest time that a dump, or the deletion of entries, is put off because events wait that
 /// are older.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
+/// The longest time that lost events keep this member from taking copies: the dump that makes up
+/// for them takes less for a million entries.
+const UNREAD_MAX: Duration = Duration::from_secs(3);
+/// Between two such times at least: who loses events all the time still takes copies.
+const UNREAD_PAUSE: Duration = Duration::from_secs(10);
 /// The kernel's timeouts that are read again each time: all of them within a second.
 const TIMEOUTS_PER_CHECK: usize = 4;
 /// The watch key of the kernel's events: of [`Source::fd`](crate::conntrack::events::Source::fd).
@@ -85,6 +90,8 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     /// While events wait that are older than an overrun, the dump that makes up for it is put off,
     /// until this time at most: what it shows must not be taken back by those events.
     behind_until: Option<Time>,
+    /// Copies are taken from then on although lost events are not made up for.
+    unread_until: Option<Time>,
     /// When entries are deleted although there is more to hear; `NEVER` if there is not.
     deletes_at: Time,
     check_at: Time,
@@ -111,6 +118,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             heard_until: Time(0),
             lost_at: Time(0),
             behind_until: None,
+            unread_until: None,
             deletes_at: Time::NEVER,
             check_at: Time(0),
             repair: Repair::new(
@@ -152,8 +160,12 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             self.drain_at = now; // It may not be known yet that events wait.
         }
         let has_more = self.drain_at.reached(now) && self.drain(now, replica, counters);
+        // Where events wait by the thousand they may have been lost: what peers told may come next.
+        if has_more || stood_still || self.check_at.reached(now) {
+            self.look_for_losses(now, replica, counters);
+        }
         if self.check_at.reached(now) {
-            self.check(now, replica, counters);
+            self.check(now, replica);
         }
         if !has_more && self.drain_at != now
             || self.behind_until.is_some_and(|until| until.reached(now))
@@ -171,12 +183,21 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             replica,
             counters,
         );
-        replica.set_source_read(self.repair.is_read());
+        replica.set_source_read(self.is_read(now));
         // What peers told of it meanwhile is still to come.
         if self.repair.is_made_up_for() && self.lost_at.after(LOST_FOR).reached(now) {
             replica.handle_made_up_for();
         }
         has_more
+    }
+
+    /// What the kernel had at the start was read, and what events that were lost had told. Until
+    /// then an entry may be there of which nobody knows here: the copy of its tuple's former life
+    /// would be written over it.
+    fn is_read(&self, now: Time) -> bool {
+        let is_missing =
+            !self.repair.is_made_up_for() && self.unread_until.is_some_and(|until| until > now);
+        self.repair.is_read() && !is_missing
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
@@ -261,9 +282,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         drained.more
     }
 
-    /// Overruns, what timeouts the kernel gives, and whether its table has room for copies.
-    fn check(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
-        self.check_at = now.after(CHECK_PERIOD);
+    /// Whether events were lost: one system call.
+    fn look_for_losses(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) {
         let overruns = self.source.overruns();
         if overruns != self.overruns {
             counters.add(Counter::SourceOverruns, overruns.wrapping_sub(self.overruns) as u64);
@@ -272,8 +292,16 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             replica.handle_lost();
             self.repair.want();
             self.behind_until = Some(now.after(BEHIND_MAX));
+            if self.unread_until.is_none_or(|until| until.after(UNREAD_PAUSE).reached(now)) {
+                self.unread_until = Some(now.after(UNREAD_MAX));
+            }
             self.drain_at = now;
         }
+    }
+
+    /// What timeouts the kernel gives, and whether its table has room for copies.
+    fn check(&mut self, now: Time, replica: &mut Replica<'_>) {
+        self.check_at = now.after(CHECK_PERIOD);
         let timeouts = self.writer.read_timeouts_again(TIMEOUTS_PER_CHECK);
         self.repair.set_timeouts(timeouts);
         replica.set_longest_timeout(timeouts.longest_tcp_s());

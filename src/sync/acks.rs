@@ -149,8 +149,8 @@ impl Replica<'_> {
                     Reason::Superseded if self.is_presumed(place.slot) => {
                         self.doubt_presumed(now, place.slot, backup.member())
                     }
-                    // There it is newer: asking again at once would be refused again.
-                    Reason::Superseded => {
+                    // There it is newer, or may be: asking again at once would be refused again.
+                    Reason::Superseded | Reason::InDoubt => {
                         // What the other one's is was not told.
                         self.contest(now, place.slot, None);
                         self.ledger.back_off(now, place.slot);

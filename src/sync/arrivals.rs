@@ -239,7 +239,11 @@ impl Replica<'_> {
         if line.kind() == Kind::Held && line.is_unseen() && is_same {
             if self.is_looked_for(now, slot, rival) {
                 self.counters.count(Counter::Conflicts);
-                return Err(Refused(Reason::Superseded));
+                let reason = match self.contests.is_outranked(slot, line.generation()) {
+                    true => Reason::InDoubt,
+                    false => Reason::Superseded,
+                };
+                return Err(Refused(reason));
             }
             // Whether its packets pass here was just to be found out: now it has an active again.
             self.ledger.clear(slot);

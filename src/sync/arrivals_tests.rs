@@ -243,3 +243,61 @@ fn a_copy_that_comes_in_beside_another_one_has_an_entry_that_is_doubted_as_that_
         assert_eq!(replica.ledger.written(second), expected);
     }
 }
+
+/// Traffic seed 1610003512: a third member had copies of two connections of one tuple, one after
+/// the other, and told the active of the living one that it was outranked. What presumed the dead
+/// one wrote its copy over that one's entry before the packets there had shown.
+#[test]
+fn who_was_outranked_looks_for_packets_before_a_copy_takes_its_entry() {
+    let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+    let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+    let (mut replica, connection, slot) = with_an_active(&memory, config);
+    let line = replica.ledger.line(slot);
+    let above = Stamp { epoch: line.stamp().epoch + 1, version: 1 };
+    let target = Place { slot, generation: line.generation() };
+    let told = replica.apply_release(NOW, stream_index(2, 0), target, above);
+    assert!(matches!(told, Applied));
+    let held = replica.ledger.find_original(&connection.original).expect("it is held");
+    let generation = replica.ledger.line(held).generation();
+    for seconds in 0..6 {
+        let now = NOW.after(Duration::from_secs(seconds));
+        let mut entry = connection;
+        entry.state.timeout_s -= seconds as u32;
+        replica.handle_watch(now, held, generation, Some(&entry));
+        let active = Coordinate::new(3, 0, 9, Default::default());
+        let given = replica.give_way(now, held, &connection, above, active, None);
+        match seconds {
+            ..4 => assert!(matches!(given, Err(Refused(Reason::InDoubt))), "{seconds}"),
+            4.. => assert!(matches!(given, Ok(false)), "{seconds}"),
+        }
+        if given.is_ok() {
+            break;
+        }
+    }
+    assert_eq!(replica.ledger.find_original(&connection.original), None, "it is the copy's");
+}
+
+#[test]
+fn what_is_in_doubt_elsewhere_stays_with_who_presumes_it() {
+    for (reason, stays) in [(Reason::InDoubt, true), (Reason::Superseded, false)] {
+        let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
+        let config = ReplicaConfig { commit: CommitMode::Eager, ..test_config() };
+        let (mut replica, _, slot) = with_an_active(&memory, config);
+        replica.ledger.amend(slot, |line| line.set_claimed(false));
+        replica.ledger.set_former(slot, Coordinate::new(4, 0, 6, Default::default()));
+        let line = replica.ledger.line(slot);
+        let (backup, stream) = (line.peer(), stream_index(2, 0));
+        replica.transmit(NOW.after(Duration::from_millis(10)), usize::MAX);
+        let refusal = Refusal {
+            seq: replica.durable(stream).sent(),
+            target: Place { slot: backup.slot(), generation: backup.generation() },
+            reason,
+            own: Some(Place { slot, generation: line.generation() }),
+        };
+        replica.handle_refusal(NOW.after(Duration::from_millis(20)), stream, refusal);
+        assert_eq!(replica.ledger.kind(slot) == Kind::Active, stays, "{reason:?}");
+        if stays {
+            assert_eq!(replica.ledger.first_backing_off(), Some(slot));
+        }
+    }
+}

@@ -90,6 +90,9 @@ pub(super) enum Doubt {
     Closed,
     /// Another member has it: it stays for its own time, and may become a copy's.
     Taken,
+    /// The same, but told by a third member, of which that one's stamp was higher, and perhaps was
+    /// only presumed: it becomes a copy's not at once.
+    Outranked,
     /// It was only taken over, and this member has it and refused it, perhaps without packets
     /// either: the same, but it becomes a copy's not at once. If that member dies it is presumed to
     /// be ours again.
@@ -131,6 +134,10 @@ impl Contests {
                     contest.at = now;
                 }
                 let Some(rival) = rival else { return true };
+                let former = contest.rival.place;
+                if rival.place != former && rival.place.member() == former.member() {
+                    contest.first = None; // That member's next connection: it has claimed nothing.
+                }
                 contest.rival =
                     Rival { stamp: contest.rival.stamp.max(rival.stamp), place: rival.place };
                 let first = *contest.first.get_or_insert(rival.stamp);
@@ -206,6 +213,12 @@ impl Contests {
         at.map(|at| self.contests[at].timeout = None).is_some()
     }
 
+    /// Whether a third member told that the connection in this slot was outranked.
+    pub(super) fn is_outranked(&self, slot: u32, generation: Generation) -> bool {
+        let at = self.place_of(slot, generation);
+        at.is_some_and(|at| self.contests[at].doubt == Some(Doubt::Outranked))
+    }
+
     /// What this member had is no more: its places are nobody's, or somebody else's.
     pub(super) fn forget_places(&mut self, member: MemberId) {
         for contest in
@@ -216,11 +229,12 @@ impl Contests {
     }
 
     /// Whether the connection in this slot was only taken over, or its tuple's next one may have
-    /// begun on its entry, and packets are still looked for.
+    /// begun on its entry, or a third member told that it was outranked, and packets are still
+    /// looked for.
     pub(super) fn is_looked_for(&self, slot: u32, generation: Generation) -> bool {
         self.place_of(slot, generation).is_some_and(|at| {
             let contest = &self.contests[at];
-            matches!(contest.doubt, Some(Doubt::Presumed(_) | Doubt::Closed)) && !contest.yields
+            contest.doubt.is_some_and(|doubt| doubt != Doubt::Taken) && !contest.yields
         })
     }
 
@@ -319,6 +333,10 @@ mod tests {
         Some(Rival { stamp: Stamp { epoch, version: 1 }, place })
     }
 
+    fn other_place() -> Coordinate {
+        Coordinate::new(2, 0, 8, Generation::default())
+    }
+
     #[test]
     fn one_that_claims_once_more_during_a_contest_has_shown_its_packets() {
         let mut contests = Contests::new();
@@ -328,6 +346,18 @@ mod tests {
         let outdone = contests.decide(1, Generation::default()).expect("it was contested");
         assert_eq!(outdone.stamp.epoch, 4);
         assert!(!contests.has(1, Generation::default()));
+    }
+
+    /// Traffic seed 1610008119: a connection had ended elsewhere and the next one of its port begun
+    /// there, above it. That was taken for one that claims once more.
+    #[test]
+    fn the_next_connection_of_the_other_member_has_claimed_nothing() {
+        let mut contests = Contests::new();
+        let next = |epoch| rival(epoch).map(|rival| Rival { place: other_place(), ..rival });
+        assert!(contests.note(at(0), slot(1), STAMP, rival(4), NONE));
+        assert!(contests.note(at(1), slot(1), STAMP, next(6), NONE), "it is another one");
+        assert!(contests.note(at(1), slot(1), STAMP, next(6), NONE));
+        assert!(!contests.note(at(2), slot(1), STAMP, next(7), NONE));
     }
 
     #[test]

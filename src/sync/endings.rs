@@ -179,7 +179,11 @@ impl Replica<'_> {
                 if !self.requests.has_room(Rank::Consequence) {
                     return Busy;
                 }
-                self.drop_active(now, target.slot, stream, stamp, (Doubt::Taken, false));
+                let doubt = match self.is_presumed(target.slot) {
+                    true => Doubt::Taken,
+                    false => Doubt::Outranked,
+                };
+                self.drop_active(now, target.slot, stream, stamp, (doubt, false));
             }
             Kind::Active if self.is_presumed(target.slot) && stamp > line.stamp() => {
                 // Only presumed, and somebody else carries it on who knows it better.

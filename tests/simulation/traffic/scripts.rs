@@ -974,3 +974,36 @@ fn what_was_claimed_while_the_process_was_away_is_not_written_over_what_passes_h
     (0..4).for_each(|_| gateways.talk(tcp(), 2));
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
 }
+
+/// Traffic seed 1600007002: a first word passed one gateway and got no answer; the next one passed
+/// another, whose process stood still until the events of that were lost. The copy of the first,
+/// which had waited there as well, was written over the connection's entry.
+#[test]
+fn what_began_unheard_is_not_written_over_by_a_copy_that_comes_in_before_the_dump() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(idle(), flag::SYN, 1);
+    // The dump will take a few passes to come to it.
+    for host in 0..40 {
+        gateways.pass(Tuple { dst: udp().dst + host, ..udp() }, Payload::Other, true, 2);
+    }
+    gateways.run_for(SECOND);
+    assert_eq!(gateways.kind(2, idle()), Some(Kind::Backup), "1 has a lease");
+    gateways.pass(tcp(), segment(flag::SYN, false), true, 1);
+    gateways.run_for(HOLD - SECOND / 20);
+    gateways.world.pause(2, true);
+    gateways.run_for(SECOND / 10);
+    let room = gateways.kernels[&2].room.replace(0);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.kernels[&2].room.set(room);
+    gateways.world.pause(2, false);
+    for _ in 0..20 {
+        gateways.run_for(SECOND / 10);
+        for is_from_inside in [true, false] {
+            gateways.pass(tcp(), segment(flag::ACK, true), is_from_inside, 2);
+        }
+    }
+    gateways.run_for(SECOND);
+    let kinds = [1, 2].map(|member| gateways.kind(member, tcp()));
+    assert_eq!(kinds, [Some(Kind::Backup), Some(Kind::Active)]);
+}
