@@ -209,8 +209,7 @@ impl Replica<'_> {
             };
         }
         if known & groups::STATE != 0
-            && line.kind() == Kind::Active
-            && !self.is_presumed(slot)
+            && matches!(line.kind(), Kind::Active | Kind::Backup)
             && phase::begins_anew(&line.state(), &seen.state)
         {
             // The port was used again, and the entry of the one before stood in the way: the kernel

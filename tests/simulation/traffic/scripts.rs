@@ -1007,3 +1007,34 @@ fn what_began_unheard_is_not_written_over_by_a_copy_that_comes_in_before_the_dum
     let kinds = [1, 2].map(|member| gateways.kind(member, tcp()));
     assert_eq!(kinds, [Some(Kind::Backup), Some(Kind::Active)]);
 }
+
+/// Traffic seed 1620007628: a connection ended while its gateway's process stood still, and the
+/// next one of its port began on the copy's entry at the gateway that had just taken over. That was
+/// taken for a packet of the one before, whose last state came back and was written over it.
+#[test]
+fn what_begins_on_an_entry_that_was_taken_over_is_another_connection() {
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    gateways.shake(tcp(), flag::SYN, 1);
+    (0..3).for_each(|_| gateways.talk(tcp(), 1));
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+    gateways.world.kill(1);
+    gateways.kernels[&1].listen(0);
+    gateways.world.resume(1);
+    gateways.talk(tcp(), 1);
+    assert_eq!(gateways.kind(1, tcp()), Some(Kind::Active));
+    gateways.sleep_until_taken_over(tcp());
+    let last = segment(flag::FIN | flag::ACK, false);
+    gateways.pass(tcp(), last, true, 1);
+    gateways.answer(tcp(), last, 1);
+    gateways.shake(tcp(), flag::SYN, 2);
+    gateways.run_for(SECOND / 10);
+    gateways.world.pause(1, false);
+    for _ in 0..6 {
+        gateways.talk(tcp(), 2);
+        let entry =
+            gateways.kernels[&2].act(gateways.world.now, |table, now| table.get(now, &tcp()));
+        assert_eq!(entry.map(|entry| entry.state.tcp_state), Some(ESTABLISHED));
+    }
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+}
