@@ -48,6 +48,7 @@ counters! {
     // The source.
     SourceEvents, "source_events", "events taken from the source";
     SourceOpened, "source_opened", "connections that began here, as far as the source told";
+    SourceLeft, "source_left", "connections whose entries the kernel dropped when the address that they were translated to left this host";
     SourceShort, "source_short", "connections that closed within the hold time and were never sent";
     SourceUnknownGone, "source_unknown_gone", "closes of connections that are not in the table";
     SourceRejected, "source_rejected", "source events refused as malformed or for another shard";

@@ -38,6 +38,9 @@ pub enum End {
         /// What its timeout had left, seconds; 0: nothing, or it is not known.
         left_s: u32,
     },
+    /// The same, since the address that it was translated to has left this host. Whoever has that
+    /// now can go on with it.
+    Left,
 }
 
 impl End {
@@ -48,7 +51,7 @@ impl End {
     /// less left.
     pub fn read_late(self, seconds: u32) -> End {
         match self {
-            End::Seen => End::Seen,
+            End::Seen | End::Left => self,
             End::Unseen { left_s } => End::Unseen { left_s: left_s.saturating_sub(seconds) },
         }
     }
@@ -85,6 +88,29 @@ pub enum CommitMode {
     Off,
 }
 
+/// What is known of the entry that the active of a copy has no more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Elsewhere {
+    /// Nothing of its last packet.
+    Unknown,
+    /// No earlier than in this second of the monotonic clock, begun ones counted, the last packet
+    /// passed it.
+    PassedAt(u32),
+    /// The address that its connection is translated to has left that host.
+    Left,
+}
+
+/// What the kernel's entry of what was a copy shows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LookShows {
+    /// Nothing that would be this member's.
+    Nothing,
+    /// Packets have passed it since it was written.
+    Packets,
+    /// None have, but the address that it is translated to has come to this host.
+    Address,
+}
+
 /// Something to be written to the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Commit {
@@ -118,9 +144,8 @@ pub enum Commit {
         slot: u32,
         /// Its life when this was asked for.
         generation: Generation,
-        /// No earlier than then the last packet passed the entry that its active has no more: whole
-        /// seconds of the monotonic clock, begun ones counted. 0: that is not known.
-        elsewhere_at: u32,
+        /// What is known of the entry that its active has no more.
+        elsewhere: Elsewhere,
     },
     /// Tell what the kernel has of the connection in this slot, by
     /// [`Replica::handle_watch`](crate::sync::Replica::handle_watch).

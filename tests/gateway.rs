@@ -48,6 +48,8 @@ mod helpers;
 mod kinds;
 #[path = "gateway/load.rs"]
 mod load;
+#[path = "gateway/masqueraded.rs"]
+mod masqueraded;
 #[path = "gateway/mix.rs"]
 mod mix;
 #[path = "gateway/moved.rs"]

@@ -285,9 +285,8 @@ fn every_deliberate_fault_is_caught() {
         let seeds = 1..1 + number("SEEDS").unwrap_or(300);
         // What the truth would not show: the kernel is in it.
         let run = match mutation {
-            LingeringSent | EndsUnasked | KeptForever | StampsDecide | KeepOverwrites => {
-                run_traffic
-            }
+            LingeringSent | EndsUnasked | KeptForever | StampsDecide | LeftIsEnded
+            | KeepOverwrites => run_traffic,
             _ => run,
         };
         let first: Mutex<Option<Failure>> = Mutex::new(None);

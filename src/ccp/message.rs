@@ -37,8 +37,10 @@ const PREVIOUS: u8 = 1 << 4;
 
 /// Of a close: nobody saw the end.
 const UNSEEN: u8 = 1 << 0;
-/// Of a close: the age of the last packet follows.
+/// Of a close that nobody saw: the age of the last packet follows.
 const AGE: u8 = 1 << 1;
+/// Of a close that nobody saw: the address has left.
+const LEFT: u8 = 1 << 2;
 
 /// Sums of a digest.
 pub const DIGEST_SUMS: usize = 256;
@@ -86,6 +88,21 @@ pub enum Reason {
     /// The receiver gave way to another member's claim just now, and looks for packets of the
     /// connection before a copy takes its entry: to be asked again.
     InDoubt = 4,
+}
+
+/// What the active of a connection knows of its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ended {
+    /// It saw the end.
+    Seen,
+    /// Its kernel has the connection no more, and that is all.
+    Unseen {
+        /// At most so many seconds ago a packet passed its kernel's entry; `None`: that is not
+        /// known.
+        age_s: Option<u32>,
+    },
+    /// The same, since the address that it was translated to has left that host.
+    Left,
 }
 
 /// Why a backup's kernel does not have a copy.
@@ -138,12 +155,8 @@ pub enum Message<'b> {
         target: Place,
         /// Epoch and version.
         stamp: Stamp,
-        /// Whether the active saw the end. If not, its kernel has the connection no more, and that
-        /// is all.
-        seen: bool,
-        /// If not: at most so many seconds ago a packet passed its kernel's entry; `None`: that is
-        /// not known.
-        age_s: Option<u32>,
+        /// What is known of the end.
+        ended: Ended,
     },
     /// The copy is no longer needed: another member holds it. Else like a close.
     Release {
@@ -364,13 +377,17 @@ impl<'b> Message<'b> {
                     put_extra(w, rare);
                 }
             }
-            Message::Close { target, stamp, seen, age_s } => {
-                let unseen = if *seen { 0 } else { UNSEEN };
-                let age = if age_s.is_some() { AGE } else { 0 };
-                w.u64(head(CLOSE, unseen | age, target.raw()));
+            Message::Close { target, stamp, ended } => {
+                let (bits, age_s) = match ended {
+                    Ended::Seen => (0, None),
+                    Ended::Unseen { age_s: None } => (UNSEEN, None),
+                    Ended::Unseen { age_s } => (UNSEEN | AGE, *age_s),
+                    Ended::Left => (UNSEEN | LEFT, None),
+                };
+                w.u64(head(CLOSE, bits, target.raw()));
                 put_stamp(w, *stamp);
                 if let Some(age_s) = age_s {
-                    w.u32(*age_s);
+                    w.u32(age_s);
                 }
             }
             Message::Release { target, stamp } => {
@@ -469,9 +486,15 @@ impl<'b> Message<'b> {
                 Message::Update { target, stamp, groups, previous, state, extra }
             }
             CLOSE => {
-                let (stamp, seen) = (get_stamp(r)?, bits & UNSEEN == 0);
-                let age_s = if bits & AGE != 0 { Some(r.u32()?) } else { None };
-                Message::Close { target, stamp, seen, age_s }
+                let stamp = get_stamp(r)?;
+                let ended = match bits {
+                    0 => Ended::Seen,
+                    UNSEEN => Ended::Unseen { age_s: None },
+                    _ if bits == UNSEEN | AGE => Ended::Unseen { age_s: Some(r.u32()?) },
+                    _ if bits == UNSEEN | LEFT => Ended::Left,
+                    _ => return Err(Reject::Message),
+                };
+                Message::Close { target, stamp, ended }
             }
             RELEASE => Message::Release { target, stamp: get_stamp(r)? },
             OFFER => {
@@ -603,7 +626,9 @@ pub fn forget_ages(messages: &mut [u8]) -> bool {
         let before = r.left();
         let Ok(Some(message)) = Message::decode(&mut r) else { return has_changed };
         let is_aged = match message {
-            Message::Close { age_s, .. } => age_s.is_some_and(|age_s| age_s != AGE_LONGEST),
+            Message::Close { ended: Ended::Unseen { age_s }, .. } => {
+                age_s.is_some_and(|age_s| age_s != AGE_LONGEST)
+            }
             _ => false,
         };
         at += before - r.left();
@@ -693,9 +718,10 @@ mod tests {
                 previous,
                 connection: Connection { extra, ..wide },
             },
-            Message::Close { target, stamp: high, seen: true, age_s: None },
-            Message::Close { target, stamp, seen: false, age_s: None },
-            Message::Close { target, stamp: high, seen: false, age_s: Some(431_999) },
+            Message::Close { target, stamp: high, ended: Ended::Seen },
+            Message::Close { target, stamp, ended: Ended::Unseen { age_s: None } },
+            Message::Close { target, stamp: high, ended: Ended::Unseen { age_s: Some(431_999) } },
+            Message::Close { target, stamp, ended: Ended::Left },
             Message::Release { target, stamp },
             Message::Offer { target, own, stamp: high, claimed: true },
             Message::Decline { target, own, number: u32::MAX, fault: None },
@@ -728,9 +754,10 @@ mod tests {
             let mut bytes = [0xa5; 256];
             let mut w = Writer::new(&mut bytes);
             Message::Release { target: place(1), stamp }.encode(&mut w);
-            Message::Close { target: place(2), stamp, seen: false, age_s: age_s[0] }.encode(&mut w);
-            Message::Close { target: place(3), stamp, seen: true, age_s: None }.encode(&mut w);
-            Message::Close { target: place(4), stamp, seen: false, age_s: age_s[1] }.encode(&mut w);
+            let unseen = |n: usize| Ended::Unseen { age_s: age_s[n] };
+            Message::Close { target: place(2), stamp, ended: unseen(0) }.encode(&mut w);
+            Message::Close { target: place(3), stamp, ended: Ended::Seen }.encode(&mut w);
+            Message::Close { target: place(4), stamp, ended: unseen(1) }.encode(&mut w);
             let len = w.len();
             bytes[..len].to_vec()
         };

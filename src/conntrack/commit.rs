@@ -37,6 +37,8 @@
 //! it is replaced, and where there is no such helper the entry is written without, which is
 //! counted.
 
+use std::net::IpAddr;
+
 use super::KernelError;
 use super::codec::{GIVEN_MAX_S, status};
 use super::entries::{Answers, Entries, NetlinkEntries, Request};
@@ -234,6 +236,11 @@ impl<E: Entries> Committer<E> {
     /// Entries that may still be inserted, and entries that the kernel allows (0: any number).
     pub fn room_and_limit(&self) -> (u64, u64) {
         self.kernel.room_and_limit()
+    }
+
+    /// Whether this address is this host's now, of an interface that is up: several system calls.
+    pub fn has_address(&mut self, address: IpAddr) -> bool {
+        self.kernel.has_address(address)
     }
 
     /// What timeouts the kernel gives, as far as it was read.
@@ -719,6 +726,10 @@ mod tests {
 
         fn room_and_limit(&self) -> (u64, u64) {
             (100, 100)
+        }
+
+        fn has_address(&mut self, _: IpAddr) -> bool {
+            false
         }
 
         fn timeouts(&self) -> &Timeouts {

@@ -7,7 +7,10 @@
 //!
 //! A trait, so that the simulator can put a model of the kernel in place of netlink.
 
+use std::net::IpAddr;
+
 use super::KernelError;
+use super::addresses;
 use super::codec::{
     self, Decoded, MESSAGE_MAX, TYPE_ERROR, decode_entry, encode_create, encode_delete, encode_get,
     encode_statistics, encode_update, request_ack,
@@ -71,6 +74,9 @@ pub trait Entries {
 
     /// Entries that may still be inserted, and entries that are allowed (0: any number).
     fn room_and_limit(&self) -> (u64, u64);
+
+    /// Whether this address is this host's now, of an interface that is up.
+    fn has_address(&mut self, address: IpAddr) -> bool;
 
     /// The timeouts that entries get by packets, as they were read last.
     fn timeouts(&self) -> &Timeouts;
@@ -218,6 +224,10 @@ impl Entries for NetlinkEntries {
 
     fn room_and_limit(&self) -> (u64, u64) {
         (self.fill.room(), self.fill.limit_and_count().0)
+    }
+
+    fn has_address(&mut self, address: IpAddr) -> bool {
+        addresses::has_address(address).unwrap_or(false)
     }
 
     fn timeouts(&self) -> &Timeouts {

@@ -1,6 +1,7 @@
 //! Answers: what the kernel says to each entry of a batch, and whose that is.
 
 use super::claims::{self, Question};
+use super::leaving::Leaving;
 use super::leftovers::LeftoverStep;
 use super::repair::Repair;
 use super::shifts::Shifts;
@@ -12,6 +13,7 @@ use crate::conntrack::commit::{CommitResult, Outcome, is_touched};
 use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::logging::Sparse;
+use crate::source::{Elsewhere, LookShows};
 use crate::sync::Replica;
 use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
@@ -32,8 +34,9 @@ pub(super) enum For {
     /// The connection in this slot, which was taken over.
     Own(u32, Generation),
     /// The question whether packets passed the entry of what is left of a copy, in this slot; and
-    /// when the last one passed its active's.
-    Rest(u32, Generation, u32),
+    /// what is known of its active's, and whether the address that it is translated to is this
+    /// host's.
+    Rest(u32, Generation, Elsewhere, bool),
     /// The question whether packets pass the entry of a contested connection, in this slot.
     Watch(u32, Generation),
     /// The question what an event about a copy meant.
@@ -112,6 +115,7 @@ pub(super) struct Answers<'a, 'm, 'c> {
     pub(super) repair: &'a mut Repair,
     pub(super) verify: &'a mut Verify,
     pub(super) shifts: &'a Shifts,
+    pub(super) leaving: &'a mut Leaving,
     pub(super) runs_out: &'a mut RunsOut,
     pub(super) lines: &'a mut Sparse,
     pub(super) replica: &'a mut Replica<'m>,
@@ -132,8 +136,8 @@ impl Answers<'_, '_, '_> {
                 self.written(is_copy, slot, generation, result)
             }
             // That it is there no more, or cannot be asked for, leaves nothing to keep.
-            For::Rest(slot, generation, elsewhere_at) => {
-                self.rest(slot, generation, elsewhere_at, there)
+            For::Rest(slot, generation, elsewhere, came) => {
+                self.rest(slot, generation, (elsewhere, came), there)
             }
             // If it cannot be asked for, it is asked again.
             For::Watch(slot, generation) if is_answered => {
@@ -148,13 +152,13 @@ impl Answers<'_, '_, '_> {
             }
             For::Watch(..) => {}
             For::Repair(slot, generation) if is_answered => {
-                repair.found(*now, slot, generation, there, replica)
+                repair.found(*now, (slot, generation), there, self.leaving, replica)
             }
             For::Verify(slot, generation) if is_answered => {
                 self.verify.found(*now, (slot, generation), there, replica, counters)
             }
             For::Claim(question) if is_answered => {
-                claims::found(*now, question, there, replica, counters)
+                claims::found(*now, question, there, self.leaving, replica, counters)
             }
             // (Of one that has gone events tell.)
             For::Shift(slot, generation) if is_answered => {
@@ -200,16 +204,17 @@ impl Answers<'_, '_, '_> {
     }
 
     /// What is left of a copy is asked for packets. What was written over had been touched; and
-    /// those of its active, the last of which passed at `elsewhere_at`, may be later.
+    /// those of its active may be later. Without any it goes on if the address that it is
+    /// translated to has left its active's host, and `came` to this one.
     fn rest(
         &mut self,
         slot: u32,
         generation: Generation,
-        elsewhere_at: u32,
+        (elsewhere, came): (Elsewhere, bool),
         there: Option<&Connection>,
     ) {
         let Answers { now, timeouts, repair, replica, .. } = self;
-        let goes_on = there.is_some_and(|there| {
+        let has_passed = there.is_some_and(|there| {
             let passed_s = replica.table().passed_s(slot, *now);
             let left_s = if is_touched(there) { there.state.timeout_s } else { passed_s };
             // So long ago, at least, the last packet passed here. But if that is longer ago than
@@ -219,16 +224,25 @@ impl Answers<'_, '_, '_> {
             let written_at = replica.table().written_at(slot);
             let is_known =
                 written_at > 0 && written_at.saturating_add(age_s) <= now.begun_seconds() + 1;
-            let elsewhere_s = now.begun_seconds().saturating_sub(elsewhere_at);
-            let is_over =
-                elsewhere_at > 0 && is_known && age_s > elsewhere_s.saturating_add(APART_S);
+            let is_over = match elsewhere {
+                Elsewhere::PassedAt(second) => {
+                    let elsewhere_s = now.begun_seconds().saturating_sub(second);
+                    is_known && age_s > elsewhere_s.saturating_add(APART_S)
+                }
+                Elsewhere::Unknown | Elsewhere::Left => false,
+            };
             (is_touched(there) || passed_s > 0) && !is_over
         });
-        if goes_on {
+        let shows = match (has_passed, came) {
+            (true, _) => LookShows::Packets,
+            (false, true) => LookShows::Address,
+            (false, false) => LookShows::Nothing,
+        };
+        if shows != LookShows::Nothing {
             repair.may_be_unheard(slot);
         }
         let another = there.filter(|there| is_another(there, slot, generation, replica));
-        replica.handle_look(*now, slot, generation, there, goes_on);
+        replica.handle_look(*now, slot, generation, there, shows);
         if let Some(another) = another {
             repair.found_besides(*now, another, replica);
         }

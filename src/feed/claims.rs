@@ -29,6 +29,7 @@
 use std::collections::VecDeque;
 
 use super::asking::told_by_answer;
+use super::leaving::Leaving;
 use crate::conn::slot::groups;
 use crate::conn::table::Written;
 use crate::conn::{Connection, Generation, Kind, Tuple};
@@ -130,6 +131,7 @@ pub(super) fn found(
     now: Time,
     question: Question,
     there: Option<&Connection>,
+    leaving: &mut Leaving,
     replica: &mut Replica<'_>,
     counters: &Counters<'_>,
 ) {
@@ -156,10 +158,12 @@ pub(super) fn found(
         }
         (Some(_), _) => counters.count(Counter::ClaimsUnfounded),
         (None, Told::Ended(End::Seen)) => replica.handle_source(now, &SourceEvent::gone(original)),
-        (None, Told::Ended(End::Unseen { .. })) if lives || is_copy && was_kept => {
+        (None, Told::Ended(End::Unseen { .. } | End::Left)) if lives || is_copy && was_kept => {
             replica.recommit(now, slot)
         }
-        (None, Told::Ended(end @ End::Unseen { .. })) => {
+        (None, Told::Ended(End::Unseen { left_s }))
+            if leaving.ended(&original, left_s, replica) => {}
+        (None, Told::Ended(end @ (End::Unseen { .. } | End::Left))) => {
             replica.handle_source(now, &SourceEvent::Gone { original, end })
         }
         (None, Told::Changed | Told::Written) => {} // Its end is told by an event behind this one; should that be lost, by the walk.

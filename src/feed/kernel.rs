@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::admission::admits;
 use super::asking::{BATCH_PAUSE, CHECK_PERIOD};
 use super::claims::Told;
+use super::leaving::Leaving;
 use super::repair::Repair;
 use super::shifts::Shifts;
 use super::verify::Verify;
@@ -98,6 +99,7 @@ pub struct KernelFeed<Q = NetlinkQueue, E = NetlinkEntries> {
     repair: Repair,
     verify: Verify,
     shifts: Shifts,
+    leaving: Leaving,
     writer: EntryWriter<E>,
 }
 
@@ -130,6 +132,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             ),
             verify: Verify::new(parts.capacity, period, parts.resumed && is_eager),
             shifts: Shifts::new(parts.capacity),
+            leaving: Leaving::new(),
             writer: EntryWriter::new(parts.committer, parts.capacity),
         }
     }
@@ -179,10 +182,15 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
             may_begin,
             &mut self.source,
             admission,
-            &mut self.shifts,
+            (&mut self.shifts, &mut self.leaving),
             replica,
             counters,
         );
+        let mut has_address = |reply: &Tuple| self.writer.has_address(now, reply);
+        self.leaving.step(now, &mut has_address, replica, counters);
+        for (slot, generation) in self.leaving.unsure() {
+            self.repair.look_later(*slot, *generation);
+        }
         replica.set_source_read(self.is_read(now));
         // What peers told of it meanwhile is still to come.
         if self.repair.is_made_up_for() && self.lost_at.after(LOST_FOR).reached(now) {
@@ -201,13 +209,13 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     }
 
     fn drain(&mut self, now: Time, replica: &mut Replica<'_>, counters: &Counters<'_>) -> bool {
-        let KernelFeed { source, rules, local, shifts, writer, commit, .. } = self;
+        let KernelFeed { source, rules, local, shifts, leaving, writer, commit, .. } = self;
         let cap = INGEST_PER_PASS.min(writer.claims().room());
         // Of copies that are written to the kernel, and of what was taken over: the entry as it is
         // now says what an event about it means.
         let mut ask = |original: &Tuple, told: Told, is_opening: bool, replica: &Replica<'_>| {
             let slot = match told {
-                Told::Ended(End::Unseen { .. }) => {
+                Told::Ended(End::Unseen { .. } | End::Left) => {
                     replica.copy(original).or_else(|| replica.taken_over(original))
                 }
                 Told::Ended(End::Seen) | Told::Written => replica.copy(original),
@@ -224,6 +232,10 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let late_s = if late > LATE_MIN { late.as_secs() as u32 + 1 } else { 0 };
         // What cannot be asked about yet is not read yet.
         let drained = source.drain(cap, &mut |event, origin| {
+            let had_time = match event {
+                SourceEvent::Gone { end: End::Unseen { left_s }, .. } => left_s > 0,
+                _ => false,
+            };
             let event = match event {
                 SourceEvent::Gone { original, end } => {
                     SourceEvent::Gone { original, end: end.read_late(late_s) }
@@ -238,6 +250,7 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     if connection.state.status & status::OFFLOADED != 0 {
                         counters.count(Counter::SourceOffloaded);
                     }
+                    leaving.begins(now, &connection.original, replica);
                     let told =
                         if origin == Origin::Program { Told::Written } else { Told::Changed };
                     if ask(&connection.original, told, connection.is_opening(), replica)
@@ -253,6 +266,15 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
                     // Somebody removed an entry that we keep for its active: it is written again.
                     if let Some(slot) = replica.living_copy(original) {
                         return replica.recommit(now, slot);
+                    }
+                    // (Not what a program deleted, nor what has run out.)
+                    if had_time
+                        && let End::Unseen { left_s } = *end
+                        && origin == Origin::Kernel
+                        && *commit == CommitMode::Eager
+                        && leaving.ended(original, left_s, replica)
+                    {
+                        return;
                     }
                 }
             }
@@ -313,7 +335,10 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
     /// When to look by itself.
     pub fn wake_at(&self, now: Time) -> Time {
         let at = if self.drain_at == Time::NEVER { self.check_at } else { self.drain_at };
-        at.min(self.repair.wake_at(now)).min(self.verify.wake_at(now)).min(self.shifts.wake_at())
+        at.min(self.repair.wake_at(now))
+            .min(self.verify.wake_at(now))
+            .min(self.shifts.wake_at())
+            .min(self.leaving.wake_at())
     }
 
     /// Writes up to a pass's share of commits, and asks what is to be asked.
@@ -323,8 +348,8 @@ impl<Q: Queue, E: Entries> KernelFeed<Q, E> {
         let has_time = self.drain_at != now && self.repair.is_idle() && has_room;
         self.verify.step(now, has_time);
         let may_delete = self.may_delete(now, replica, counters);
-        let KernelFeed { source, writer, repair, verify, shifts, .. } = self;
-        writer.write((now, may_delete), repair, verify, shifts, replica, counters);
+        let KernelFeed { source, writer, repair, verify, shifts, leaving, .. } = self;
+        writer.write((now, may_delete), repair, verify, (shifts, leaving), replica, counters);
         writer.deleted().iter().for_each(|original| source.deleted(original));
     }
 

@@ -6,6 +6,7 @@
 //!          repair: dump, sweep, look-ups --------> Replica     only when something was missed
 //!          verify: look-ups of copies -----------> Replica     slowly, all the time
 //!          ended: look-ups of closed ones -------> Replica     after a start
+//!          leaving: ends that are told later ----> Replica     when an address has left
 //!          claims: look-ups of copies -----------> Replica     after events about them
 //!          shifts: look-ups of what has a helper > Replica     after expectations, and once a second
 //!          writer <--- commits ------------------- Replica
@@ -18,6 +19,7 @@ mod asking;
 mod claims;
 mod ended;
 mod kernel;
+mod leaving;
 mod leftovers;
 mod repair;
 mod ring;

@@ -27,6 +27,7 @@ use std::time::Duration;
 use super::admission::admits;
 use super::asking::{BATCH_PAUSE, CHECK_PERIOD, LOOKS_MAX, told_by_answer};
 use super::ended::Ended;
+use super::leaving::Leaving;
 use super::leftovers::{LeftoverStep, Leftovers, is_leftover};
 use super::shifts::Shifts;
 use crate::conn::slot::groups;
@@ -198,7 +199,7 @@ impl Repair {
         may_begin: bool,
         source: &mut Source<Q>,
         (rules, local): (&Rules, &LocalView),
-        shifts: &mut Shifts,
+        (shifts, leaving): (&mut Shifts, &mut Leaving),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -218,7 +219,14 @@ impl Repair {
                         self.shown.fill(0);
                         self.again = false;
                         self.stage = RepairStage::Dumping;
-                        self.dump(now, source, (rules, local), shifts, replica, counters);
+                        self.dump(
+                            now,
+                            source,
+                            (rules, local),
+                            (shifts, leaving),
+                            replica,
+                            counters,
+                        );
                     }
                     Ok(false) => unreachable!("a dump that runs has its own stage"),
                     Err(e) => {
@@ -229,7 +237,7 @@ impl Repair {
                 }
             }
             RepairStage::Dumping => {
-                self.dump(now, source, (rules, local), shifts, replica, counters)
+                self.dump(now, source, (rules, local), (shifts, leaving), replica, counters)
             }
             RepairStage::Sweeping(slot) => self.sweep(now, slot, replica),
             RepairStage::Wanted | RepairStage::Idle => {}
@@ -241,7 +249,7 @@ impl Repair {
         now: Time,
         source: &mut Source<Q>,
         (rules, local): (&Rules, &LocalView),
-        shifts: &mut Shifts,
+        (shifts, leaving): (&mut Shifts, &mut Leaving),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -255,6 +263,12 @@ impl Repair {
             }
             if is_at_the_start && !unheard.is_empty() {
                 ended.note(connection, counters);
+            }
+            leaving.begins(now, &connection.original, replica);
+            if let Some(slot) = replica.table().find_original(&connection.original)
+                && takes_the_place_of(connection, slot, replica)
+            {
+                give_place(now, &connection.original, replica);
             }
             match replica.table().find_original(&connection.original) {
                 Some(slot) => {
@@ -468,18 +482,23 @@ impl Repair {
         }
     }
 
-    /// An entry was in the way of a copy that is none any more, and packets had passed it: it is a
-    /// connection of its own, of which no event may tell.
+    /// An entry was in the way of what was a copy, or of what is contested here, and packets had
+    /// passed it: it is a connection of its own, of which no event may tell.
     pub(super) fn found_besides(
         &mut self,
         now: Time,
         there: &Connection,
         replica: &mut Replica<'_>,
     ) {
-        let is_known = replica.table().find_original(&there.original).is_some();
-        if !is_known && there.phase() != Phase::Over {
-            self.found_instead(now, there, replica);
+        match replica.table().find_original(&there.original) {
+            Some(slot) if takes_the_place_of(there, slot, replica) => {
+                give_place(now, &there.original, replica);
+            }
+            Some(_) => return,
+            None if there.phase() == Phase::Over => return,
+            None => {}
         }
+        self.found_instead(now, there, replica);
     }
 
     /// The kernel has this connection, which has not ended, in place of one with the same original
@@ -498,9 +517,9 @@ impl Repair {
     pub(super) fn found(
         &mut self,
         now: Time,
-        slot: u32,
-        generation: Generation,
+        (slot, generation): (u32, Generation),
         there: Option<&Connection>,
+        leaving: &mut Leaving,
         replica: &mut Replica<'_>,
     ) {
         if replica.table().line(slot).generation() != generation {
@@ -509,6 +528,7 @@ impl Repair {
         let original = replica.table().tuples(slot).0;
         match there {
             None if replica.is_living_copy(slot) => replica.recommit(now, slot),
+            None if leaving.ended(&original, 0, replica) => {}
             None => replica.handle_source(now, &SourceEvent::Gone { original, end: End::UNTOLD }),
             Some(_) if replica.is_no_news(slot) => {}
             Some(connection) => {
@@ -520,6 +540,22 @@ impl Repair {
             }
         }
     }
+}
+
+/// Whether the entry that is there is another connection's than what is contested here, or was
+/// taken over, or has a silent active, in this slot: in another translation, and packets have
+/// passed it.
+fn takes_the_place_of(there: &Connection, slot: u32, replica: &Replica<'_>) -> bool {
+    !replica.is_living_copy(slot)
+        && replica.is_no_news(slot)
+        && there.reply != replica.table().tuples(slot).1
+        && is_touched(there)
+        && there.phase() != Phase::Over
+}
+
+/// This kernel has the connection no more whose place another one has taken.
+fn give_place(now: Time, original: &Tuple, replica: &mut Replica<'_>) {
+    replica.handle_source(now, &SourceEvent::Gone { original: *original, end: End::UNTOLD });
 }
 
 /// The connection with this tuple may raise no events. (Another slot may have it by now than the

@@ -46,13 +46,19 @@ fn a_sweep_asks_for_what_the_dump_did_not_show_and_believes_the_answer_only() {
     assert_eq!(asked.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), slots[7..]);
     // One is there, in another state; one is gone; one ended and its slot is used again before the
     // answer comes.
-    repair.found(NOW, asked[0].0, asked[0].1, Some(&connection(7, 5)), &mut replica);
+    repair.found(
+        NOW,
+        (asked[0].0, asked[0].1),
+        Some(&connection(7, 5)),
+        &mut Leaving::new(),
+        &mut replica,
+    );
     assert_eq!(replica.table().line(asked[0].0).state().tcp_state, 5);
-    repair.found(NOW, asked[1].0, asked[1].1, None, &mut replica);
+    repair.found(NOW, (asked[1].0, asked[1].1), None, &mut Leaving::new(), &mut replica);
     assert_eq!(replica.table().find_original(&connection(8, 3).original), None);
     replica.handle_source(NOW, &SourceEvent::gone(connection(9, 3).original));
     replica.handle_source(NOW, &SourceEvent::seen(connection(99, 3)));
-    repair.found(NOW, asked[2].0, asked[2].1, None, &mut replica);
+    repair.found(NOW, (asked[2].0, asked[2].1), None, &mut Leaving::new(), &mut replica);
     assert!(replica.table().find_original(&connection(99, 3).original).is_some());
 }
 
@@ -122,7 +128,7 @@ fn an_answer_tells_a_timeout_only_of_another_state() {
     {
         let mut there = connection(0, tcp_state);
         there.state.timeout_s = timeout_s;
-        repair.found(NOW, slot, generation, Some(&there), &mut replica);
+        repair.found(NOW, (slot, generation), Some(&there), &mut Leaving::new(), &mut replica);
         let state = replica.table().line(slot).state();
         assert_eq!((state.tcp_state, state.timeout_s), expected);
     }
@@ -151,7 +157,7 @@ fn connections_that_raise_no_events_are_looked_up_once_a_period() {
     assert_eq!(repair.unheard_at, NOW.after(UNHEARD_PERIOD));
     let asked: Vec<_> = std::iter::from_fn(|| repair.next_look(&replica)).collect();
     assert_eq!(asked.len(), 3, "one is gone");
-    repair.found(NOW, asked[0].0, asked[0].1, None, &mut replica);
+    repair.found(NOW, (asked[0].0, asked[0].1), None, &mut Leaving::new(), &mut replica);
     repair.ask_for_the_unheard(repair.unheard_at, &replica);
     assert_eq!(repair.looks_waiting(), 2);
 }

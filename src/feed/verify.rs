@@ -57,6 +57,9 @@ const PAUSE_MIN: Duration = Duration::from_millis(16);
 const PAUSE_RESUMED: Duration = Duration::from_millis(4);
 /// Slots that a step after a warm restart looks at.
 const STEP_RESUMED: u32 = 4096;
+/// Timeouts are told in whole seconds. One that is further than so many from where it would be
+/// without a packet was put there by one: a shorter one too, of a state in which things end.
+const MARGIN_S: u64 = 2;
 /// Entries of other connections remembered from one walk to the next.
 const SUSPECTS_MAX: usize = 1024;
 /// The kernel tells timeouts in whole seconds: over less than this, one that runs down cannot be
@@ -346,10 +349,10 @@ impl Verify {
             None => (*now, Suspicion::Early),
             Some(before) => {
                 let elapsed = now.at.since(before.at);
-                let ran_down = before.timeout_s.saturating_sub(now.timeout_s) as u64;
+                let silent = (before.timeout_s as u64).saturating_sub(elapsed.as_secs());
                 if elapsed < SILENCE_MIN {
                     (before, Suspicion::Early)
-                } else if ran_down + 2 >= elapsed.as_secs() {
+                } else if (now.timeout_s as u64).abs_diff(silent) <= MARGIN_S {
                     return Suspicion::Silent;
                 } else {
                     (*now, Suspicion::Alive)

@@ -109,6 +109,7 @@ fn another_connections_entry_is_replaced_only_if_it_was_silent_for_a_walk() {
     assert_eq!(look(1200, 299), Suspicion::Silent);
     assert_eq!(look(1800, 299), Suspicion::Early, "it was forgotten");
     assert_eq!(look(2400, 300), Suspicion::Alive);
+    assert_eq!(look(2410, 8), Suspicion::Alive, "a packet gave it that of a state that ends");
     let offloaded = verify.suspicion(&at(3000, 0), true, &counters);
     assert_eq!(offloaded, Suspicion::Alive, "a flow table forwards it");
     // What is not remembered is counted.

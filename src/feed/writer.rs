@@ -1,9 +1,11 @@
 //! The commit stage: batches of entries for the kernel, and of questions to it.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::answers::{Answers, For, RunsOut};
 use super::claims::Claims;
+use super::leaving::Leaving;
 use super::leftovers::{LeftoverStep, Leftovers};
 use super::repair::Repair;
 use super::shifts::{LOOKS_PER_STEP, Shifts};
@@ -16,7 +18,7 @@ use crate::conntrack::timeouts::Timeouts;
 use crate::counters::{Counter, Counters};
 use crate::limits::COMMIT_PER_PASS;
 use crate::logging::Sparse;
-use crate::source::Commit;
+use crate::source::{Commit, Elsewhere};
 use crate::sync::Replica;
 use crate::sync::mutation::{Mutation, is};
 use crate::time::Time;
@@ -27,6 +29,9 @@ const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
 /// Pause between two lines in the log about refusals.
 const TELL_PAUSE: Duration = Duration::from_secs(10);
 
+/// For so long it is known which address is this host's: entries are asked about by the thousand.
+const ADDRESS_KNOWN_FOR: Duration = Duration::from_millis(100);
+
 /// What writes a shard's entries into the kernel.
 pub(super) struct EntryWriter<E> {
     committer: Committer<E>,
@@ -34,6 +39,8 @@ pub(super) struct EntryWriter<E> {
     had_room: bool,
     batch: Vec<For>,
     runs_out: RunsOut,
+    /// The address that was asked for last, when, and whether it was this host's.
+    address: Option<(IpAddr, Time, bool)>,
     /// Entries that the last [`write`](Self::write) deleted.
     deleted: Vec<Tuple>,
     lines: Sparse,
@@ -47,6 +54,7 @@ impl<E: Entries> EntryWriter<E> {
             had_room: true,
             batch: Vec::with_capacity(Committer::BATCH),
             runs_out: RunsOut::new(capacity),
+            address: None,
             deleted: Vec::with_capacity(COMMIT_PER_PASS),
             lines: Sparse::new(TELL_PAUSE),
         }
@@ -60,6 +68,21 @@ impl<E: Entries> EntryWriter<E> {
         let least = if self.had_room { 0 } else { limit / 50 };
         self.had_room = room > least.max(COMMIT_PER_PASS as u64);
         self.had_room
+    }
+
+    /// Whether the address that what answers this connection is sent to is this host's. It is read
+    /// again after a tenth of a second.
+    pub(super) fn has_address(&mut self, now: Time, reply: &Tuple) -> bool {
+        let address = reply.dst_ip();
+        if let Some((known, at, is_here)) = self.address
+            && known == address
+            && now.since(at) < ADDRESS_KNOWN_FOR
+        {
+            return is_here;
+        }
+        let is_here = self.committer.has_address(address);
+        self.address = Some((address, now, is_here));
+        is_here
     }
 
     /// Reads some of the kernel's timeouts again, and tells what they are now.
@@ -85,7 +108,7 @@ impl<E: Entries> EntryWriter<E> {
         (now, may_delete): (Time, bool),
         repair: &mut Repair,
         verify: &mut Verify,
-        shifts: &mut Shifts,
+        (shifts, leaving): (&mut Shifts, &mut Leaving),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -94,19 +117,19 @@ impl<E: Entries> EntryWriter<E> {
         // overwritten by what that one's active has told meanwhile, nor to go with it.
         while let Some((original, what)) = self.claims.next(replica) {
             if self.committer.look(&original).is_err() {
-                self.flush(now, repair, verify, shifts, replica, counters);
+                self.flush(now, repair, verify, (shifts, leaving), replica, counters);
                 let added = self.committer.look(&original);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
             self.batch.push(what.map_or(For::Begun, For::Claim));
         }
-        self.flush(now, repair, verify, shifts, replica, counters);
+        self.flush(now, repair, verify, (shifts, leaving), replica, counters);
         let shifts_due = if shifts.is_due(now) { LOOKS_PER_STEP } else { 0 };
         let looks = (repair.looks_waiting() + shifts_due).min(LOOKS_MIN);
         for _ in 0..COMMIT_PER_PASS - looks {
             let Some(commit) = replica.poll_commit(may_delete) else { break };
             if self.add(now, replica, repair, shifts, &commit).is_err() {
-                self.flush(now, repair, verify, shifts, replica, counters);
+                self.flush(now, repair, verify, (shifts, leaving), replica, counters);
                 let added = self.add(now, replica, repair, shifts, &commit);
                 assert!(added.is_ok(), "an empty batch takes everything");
             }
@@ -140,7 +163,7 @@ impl<E: Entries> EntryWriter<E> {
         }
         self.remove_leftovers(now, repair.leftovers(), replica);
         self.verify(now, verify, replica, counters);
-        self.flush(now, repair, verify, shifts, replica, counters);
+        self.flush(now, repair, verify, (shifts, leaving), replica, counters);
     }
 
     /// Entries that an earlier process owed a delete: asked for first, then removed. Those of a run
@@ -256,12 +279,14 @@ impl<E: Entries> EntryWriter<E> {
                 shifts.note(now, *slot, &connection);
                 entry
             }
-            Commit::Look { slot, generation, elsewhere_at } => {
+            Commit::Look { slot, generation, elsewhere } => {
                 if replica.table().line(*slot).generation() != *generation {
                     return Ok(());
                 }
-                self.committer.look(&replica.table().tuples(*slot).0)?;
-                For::Rest(*slot, *generation, *elsewhere_at)
+                let (original, reply) = replica.table().tuples(*slot);
+                self.committer.look(&original)?;
+                let came = *elsewhere == Elsewhere::Left && self.has_address(now, &reply);
+                For::Rest(*slot, *generation, *elsewhere, came)
             }
             Commit::Watch { slot, generation } => {
                 if replica.table().line(*slot).generation() != *generation {
@@ -289,7 +314,7 @@ impl<E: Entries> EntryWriter<E> {
         now: Time,
         repair: &mut Repair,
         verify: &mut Verify,
-        shifts: &Shifts,
+        (shifts, leaving): (&Shifts, &mut Leaving),
         replica: &mut Replica<'_>,
         counters: &Counters<'_>,
     ) {
@@ -298,8 +323,18 @@ impl<E: Entries> EntryWriter<E> {
             return;
         }
         let timeouts = *committer.timeouts();
-        let mut answers =
-            Answers { now, timeouts, repair, verify, shifts, runs_out, lines, replica, counters };
+        let mut answers = Answers {
+            now,
+            timeouts,
+            repair,
+            verify,
+            shifts,
+            leaving,
+            runs_out,
+            lines,
+            replica,
+            counters,
+        };
         let tally = committer.flush(&mut |result| answers.take(batch[result.index], &result));
         batch.clear();
         counters.add(Counter::CommitUpdates, tally.updated);

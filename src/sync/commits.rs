@@ -250,6 +250,7 @@ impl Commits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::Elsewhere;
     use CommitMode::{Eager, Off, Takeover};
 
     const ANY: Generation = Generation::from_low_bits(7);
@@ -281,7 +282,12 @@ mod tests {
             (Commit::Write { slot, generation }, true, false, (true, true)),
             (Commit::Again { slot, generation }, true, true, (true, false)),
             (Commit::Refresh { slot, generation }, true, true, (true, false)),
-            (Commit::Look { slot, generation, elsewhere_at: 0 }, true, true, (true, false)),
+            (
+                Commit::Look { slot, generation, elsewhere: Elsewhere::Unknown },
+                true,
+                true,
+                (true, false),
+            ),
             (Commit::Watch { slot, generation }, true, true, (true, false)),
             (Commit::Delete { original }, true, false, (true, false)),
             (Commit::Delete { original }, false, true, (true, true)),

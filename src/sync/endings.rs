@@ -7,12 +7,12 @@ use super::mutation::{Mutation, is};
 use super::replica::Replica;
 use super::requests::Rank;
 use super::stream::{stream_member, stream_shard};
-use crate::ccp::message::Place;
+use crate::ccp::message::{Ended, Place};
 use crate::conn::slot::Line;
 use crate::conn::table::{On, Written};
 use crate::conn::{Coordinate, Kind, Stamp, Tuple};
 use crate::counters::Counter;
-use crate::source::{Commit, CommitMode};
+use crate::source::{Commit, CommitMode, Elsewhere};
 use crate::time::Time;
 
 /// What may be left of a copy that is none any more.
@@ -28,8 +28,8 @@ enum Rest {
         is_witnessed: bool,
         /// What becomes of its entry if no packets show.
         doubt: Doubt,
-        /// As [`Commit::Look`] has it.
-        elsewhere_at: u32,
+        /// What is known of the entry of its active.
+        elsewhere: Elsewhere,
     },
 }
 
@@ -68,8 +68,9 @@ impl Replica<'_> {
         stream: usize,
         target: Place,
         stamp: Stamp,
-        (seen, age_s): (bool, Option<u32>),
+        ended: Ended,
     ) -> DeltaResult {
+        let seen = ended == Ended::Seen;
         let Some(line) = self.ending(target) else { return Applied };
         let from_pair = line.peer().is_somewhere() && self.stream_of(line.peer()) == stream;
         let is_presumed_from =
@@ -99,9 +100,7 @@ impl Replica<'_> {
                         stamp,
                         is_witnessed: line.is_claimed(),
                         doubt: Doubt::Closed,
-                        // (It may have waited here for as long as this process stood still.)
-                        elsewhere_at: age_s
-                            .map_or(0, |age_s| self.received_until.second_before(age_s)),
+                        elsewhere: self.elsewhere(ended),
                     },
                 };
                 if !seen && was_away {
@@ -143,6 +142,21 @@ impl Replica<'_> {
         Applied
     }
 
+    /// What this close tells of the entry that its active had. (It may have waited here for as long
+    /// as this process stood still.)
+    fn elsewhere(&self, ended: Ended) -> Elsewhere {
+        match ended {
+            Ended::Left => Elsewhere::Left,
+            Ended::Unseen { age_s: Some(age_s) } => {
+                match self.received_until.second_before(age_s) {
+                    0 => Elsewhere::Unknown,
+                    second => Elsewhere::PassedAt(second),
+                }
+            }
+            Ended::Unseen { age_s: None } | Ended::Seen => Elsewhere::Unknown,
+        }
+    }
+
     pub(super) fn apply_release(
         &mut self,
         now: Time,
@@ -164,7 +178,12 @@ impl Replica<'_> {
                     && stamp >= line.stamp() =>
             {
                 let doubt = Doubt::Taken;
-                let rest = Rest::Perhaps { stamp, is_witnessed: false, doubt, elsewhere_at: 0 };
+                let rest = Rest::Perhaps {
+                    stamp,
+                    is_witnessed: false,
+                    doubt,
+                    elsewhere: Elsewhere::Unknown,
+                };
                 self.drop_copy(now, target.slot, stream, rest);
             }
             Kind::Active
@@ -232,7 +251,7 @@ impl Replica<'_> {
     /// What is left of the copy in this slot, which goes, is held in another one while it is found
     /// out whether its packets pass here.
     fn keep_rest(&mut self, now: Time, slot: u32, written: Written, rest: Rest) {
-        let Rest::Perhaps { stamp, is_witnessed, doubt, elsewhere_at } = rest else { return };
+        let Rest::Perhaps { stamp, is_witnessed, doubt, elsewhere } = rest else { return };
         let connection = self.ledger.connection(slot);
         if self.lives_besides(slot, &connection.original) {
             return; // The entry is that one's by now.
@@ -240,7 +259,7 @@ impl Replica<'_> {
         match (written, doubt) {
             (Written::No, _) if is_witnessed => self.open(now, &connection, Some(stamp)),
             (Written::No, _) => {}
-            (Written::Normal, _) if self.contests.has_room() => {
+            (Written::Normal, _) if elsewhere != Elsewhere::Left && self.contests.has_room() => {
                 self.doubt(now, &connection, stamp, doubt)
             }
             // It lives on elsewhere: what may be the packets of before does not outdo that.
@@ -251,7 +270,7 @@ impl Replica<'_> {
                 let packets = LastPackets {
                     passed_until: self.ledger.passed_until(slot),
                     written_at: self.ledger.written_at(slot),
-                    elsewhere_at,
+                    elsewhere,
                 };
                 self.ask_for_packets(&connection, stamp, packets, may_be_anothers);
             }
@@ -335,15 +354,19 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::ccp::message::Place;
     use crate::conn::{Connection, State};
     use crate::memory::{MemorySize, OwnedMemory};
+    use crate::source::LookShows;
     use crate::sync::delta::New;
     use crate::sync::peers::PeerState;
     use crate::sync::stream::stream_index;
     use crate::sync::{ReplicaConfig, test_config};
 
     const NOW: Time = Time(1);
+
+    fn ended_by(seen: bool) -> Ended {
+        if seen { Ended::Seen } else { Ended::Unseen { age_s: None } }
+    }
 
     /// A shard with a copy of member 2's connection, written over an entry that packets had left
     /// so many seconds, and the copy's place.
@@ -388,12 +411,16 @@ mod tests {
             replica.ledger.amend(target.slot, |line| line.set_claimed(is_witnessed));
             let now = NOW.after(Duration::from_secs(after_s));
             let stamp = Stamp { epoch: 1, version: 2 };
-            let closed = replica.apply_close(now, stream_index(2, 0), target, stamp, (seen, None));
+            let closed =
+                replica.apply_close(now, stream_index(2, 0), target, stamp, ended_by(seen));
             assert!(matches!(closed, Applied));
             let asked = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
             if let [Commit::Look { slot, generation, .. }] = asked[..] {
-                let passed = replica.ledger.passed_s(slot, now) > 0;
-                replica.handle_look(now, slot, generation, Some(&connection), passed);
+                let shows = match replica.ledger.passed_s(slot, now) {
+                    0 => LookShows::Nothing,
+                    _ => LookShows::Packets,
+                };
+                replica.handle_look(now, slot, generation, Some(&connection), shows);
             }
             let told = std::iter::from_fn(|| replica.poll_commit(true)).collect::<Vec<_>>();
             let told = if told.is_empty() { asked } else { told };
@@ -427,13 +454,13 @@ mod tests {
             let (stream, stamp) = (stream_index(2, 0), Stamp { epoch: 1, version: 2 });
             let result = match is_release {
                 true => replica.apply_release(NOW, stream, target, stamp),
-                false => replica.apply_close(NOW, stream, target, stamp, (seen, None)),
+                false => replica.apply_close(NOW, stream, target, stamp, ended_by(seen)),
             };
             assert!(matches!(result, Applied));
             let Some(Commit::Look { slot, generation, .. }) = replica.poll_commit(true) else {
                 panic!("its entry is asked for");
             };
-            replica.handle_look(NOW, slot, generation, Some(&connection), true);
+            replica.handle_look(NOW, slot, generation, Some(&connection), LookShows::Packets);
             let kind = if is_watched { Kind::Held } else { Kind::Active };
             assert_eq!(replica.ledger.kind(slot), kind, "{is_release} {seen}");
             assert_eq!(replica.contests.has(slot, generation), is_watched);
@@ -445,18 +472,28 @@ mod tests {
     #[test]
     fn the_age_of_the_actives_last_packet_goes_with_the_question() {
         let now = NOW.after(Duration::from_secs(100));
-        for (age_s, elsewhere_at) in [(None, 0), (Some(0), 81), (Some(30), 51), (Some(9999), 0)] {
+        for (age_s, elsewhere) in [
+            (None, Elsewhere::Unknown),
+            (Some(0), Elsewhere::PassedAt(81)),
+            (Some(30), Elsewhere::PassedAt(51)),
+            (Some(9999), Elsewhere::Unknown),
+        ] {
             let memory = OwnedMemory::new(&MemorySize::new(64, 512 << 10));
             let (mut replica, _, target) = with_a_copy_written_over(&memory, 0);
             replica.received_all(NOW.after(Duration::from_secs(80)));
             let stamp = Stamp { epoch: 1, version: 2 };
-            let closed =
-                replica.apply_close(now, stream_index(2, 0), target, stamp, (false, age_s));
+            let closed = replica.apply_close(
+                now,
+                stream_index(2, 0),
+                target,
+                stamp,
+                Ended::Unseen { age_s },
+            );
             assert!(matches!(closed, Applied));
-            let Some(Commit::Look { elsewhere_at: told, .. }) = replica.poll_commit(true) else {
+            let Some(Commit::Look { elsewhere: told, .. }) = replica.poll_commit(true) else {
                 panic!("its entry is asked for");
             };
-            assert_eq!(told, elsewhere_at);
+            assert_eq!(told, elsewhere);
         }
     }
 
@@ -475,7 +512,8 @@ mod tests {
             replica.handle_commit(NOW, target.slot, target.generation, Ok(Written::Yes));
             replica.peers.set(2, PeerState::Up);
             let stamp = Stamp { epoch: 1, version: 2 };
-            let closed = replica.apply_close(NOW, stream_index(2, 0), target, stamp, (false, None));
+            let closed =
+                replica.apply_close(NOW, stream_index(2, 0), target, stamp, ended_by(false));
             assert!(matches!(closed, Applied));
             let slot = replica.ledger.find_original(&original).expect("it is watched");
             let generation = replica.ledger.line(slot).generation();

@@ -23,7 +23,7 @@ use crate::conn::{
     Connection, Coordinate, Extra, Generation, Kind, Phase, Stamp, State, Tuple, phase, shard_of,
 };
 use crate::counters::Counter;
-use crate::source::{Commit, End, SourceEvent};
+use crate::source::{Commit, Elsewhere, End, LookShows, SourceEvent};
 use crate::time::Time;
 
 /// For so long at most the ends of holds wait for a source that has more to tell.
@@ -35,8 +35,8 @@ pub(super) struct LastPackets {
     pub passed_until: u32,
     /// As [`Table::written_at`](crate::conn::table::Table::written_at) has it.
     pub written_at: u32,
-    /// Those at its active, as [`Commit::Look`] has it.
-    pub elsewhere_at: u32,
+    /// Those at its active.
+    pub elsewhere: Elsewhere,
 }
 
 /// What the source says of a connection that the slot does not say yet.
@@ -169,14 +169,14 @@ impl Replica<'_> {
         packets: LastPackets,
         may_be_anothers: bool,
     ) {
-        let LastPackets { passed_until, written_at, elsewhere_at } = packets;
+        let LastPackets { passed_until, written_at, elsewhere } = packets;
         if let Some(slot) = self.fill_held(connection, Some(over), true) {
             self.ledger.set_passed_until(slot, passed_until);
             self.ledger.set_written_at(slot, written_at);
             let written = if may_be_anothers { Written::Resumed } else { Written::No };
             self.ledger.set_written(slot, written);
             let generation = self.ledger.line(slot).generation();
-            self.ask_commit(Commit::Look { slot, generation, elsewhere_at });
+            self.ask_commit(Commit::Look { slot, generation, elsewhere });
         }
     }
 
@@ -450,12 +450,13 @@ impl Replica<'_> {
             return;
         }
         let is_tcp = self.ledger.tuples(slot).0.protocol == TCP;
-        let left_s = match end {
-            // (Of what was here before this process, it is not known what the kernel had given it.)
-            End::Unseen { left_s } if is_tcp && !self.ledger.is_taken_up(slot) => left_s,
-            _ => 0, // Other entries run out soon, and tell little.
+        let end = match end {
+            // Other entries run out soon, and tell little. (Of what was here before this process,
+            // it is not known what the kernel had given it.)
+            End::Unseen { .. } if !is_tcp || self.ledger.is_taken_up(slot) => End::UNTOLD,
+            end => end,
         };
-        self.ledger.begin_closing(slot, now, (end == End::Seen, left_s));
+        self.ledger.begin_closing(slot, now, end);
         self.mark_dirty(now, slot, 0);
     }
 
@@ -474,15 +475,15 @@ impl Replica<'_> {
         }
     }
 
-    /// What the kernel has of a connection whose copy was to go here, and whether packets have
-    /// passed its entry. If they have, its traffic is here: it goes on, as ours.
+    /// What the kernel has of a connection whose copy was to go here, and what that shows. Whose
+    /// traffic is here goes on, as ours.
     pub fn handle_look(
         &mut self,
         now: Time,
         slot: u32,
         generation: Generation,
         there: Option<&Connection>,
-        is_touched: bool,
+        shows: LookShows,
     ) {
         let line = self.ledger.line(slot);
         if line.generation() != generation || line.kind() != Kind::Held || !line.is_unseen() {
@@ -490,7 +491,8 @@ impl Replica<'_> {
         }
         let (original, reply) = self.ledger.tuples(slot);
         let lives = there
-            .filter(|there| is_touched && there.reply == reply && there.phase() != Phase::Over);
+            .filter(|there| there.reply == reply && there.phase() != Phase::Over)
+            .filter(|_| shows != LookShows::Nothing);
         if lives.is_some()
             && self.ledger.written(slot) == Written::Resumed
             && self.contests.has_room()
@@ -507,17 +509,20 @@ impl Replica<'_> {
             if let Some(extra) = self.new_extra(slot, there) {
                 self.ledger.set_extra(slot, &extra);
             }
+            let is_untouched = shows == LookShows::Address;
             self.ledger.activate_unseen(slot, |line| {
                 line.set_claimed(true);
-                line.set_state(&there.state);
+                if !is_untouched {
+                    line.set_state(&there.state);
+                }
             });
-            if self.ledger.passed_s(slot, now) > 0 {
+            if is_untouched || self.ledger.passed_s(slot, now) > 0 {
                 self.ask_commit(Commit::Refresh { slot, generation });
             }
             self.protect(now, slot);
         } else {
             self.ledger.clear(slot);
-            if !is_touched {
+            if shows != LookShows::Packets {
                 self.delete_entry(&original);
             }
         }

@@ -27,7 +27,11 @@ use crate::conn::table::{DeclineOrder, List, On, Table, Written};
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State};
 use crate::limits::STREAMS_MAX;
 use crate::seq::Seq;
+use crate::source::End;
 use crate::time::Time;
+
+/// In place of the time until which packets had passed an entry: its address has left.
+const LEFT: u32 = u32::MAX;
 
 /// A stream's share.
 #[derive(Clone, Default)]
@@ -493,18 +497,32 @@ impl<'m> Ledger<'m> {
 
     /// The connection is over: its backup is still to be told, and it stands in no list. What its
     /// entry had left is told as it is then.
-    pub(super) fn begin_closing(&mut self, slot: u32, now: Time, (seen, left_s): (bool, u32)) {
+    pub(super) fn begin_closing(&mut self, slot: u32, now: Time, end: End) {
         self.unlist(slot);
         self.end_declined(slot);
         let stream = stream_of(self.table.line(slot).peer());
         self.shares[stream].actives -= 1;
-        self.table.set_passed_until(slot, now.second_after(left_s));
+        let passed_until = match end {
+            End::Seen => 0,
+            End::Unseen { left_s } => now.second_after(left_s),
+            End::Left => LEFT,
+        };
+        self.table.set_passed_until(slot, passed_until);
         self.table.update(slot, |line| {
             line.set_kind(Kind::Closing);
-            line.set_unseen(!seen);
+            line.set_unseen(end != End::Seen);
             line.set_stamp(line.stamp().changed());
             line.set_last(Seq::NONE);
         });
+    }
+
+    /// What is known of the end of the connection in this slot, which is closing.
+    pub(super) fn end_of(&self, slot: u32, now: Time) -> End {
+        match (self.table.line(slot).is_unseen(), self.table.passed_until(slot)) {
+            (false, _) => End::Seen,
+            (true, LEFT) => End::Left,
+            (true, _) => End::Unseen { left_s: self.passed_s(slot, now) },
+        }
     }
 
     /// A close that nobody waits for any more.
@@ -907,7 +925,7 @@ mod tests {
         assert!(ledger.mark_dirty(NOW, slot, groups::MARK, |_| true));
         assert!(!ledger.mark_dirty(NOW, slot, groups::STATE, |_| true), "it is dirty already");
         assert_eq!(ledger.line(slot).groups(), groups::MARK | groups::STATE);
-        ledger.begin_closing(slot, NOW, (true, 0));
+        ledger.begin_closing(slot, NOW, End::Seen);
         assert_eq!((ledger.actives(stream(2)), ledger.dirty(stream(2))), (0, 0));
         ledger.push_dirty(NOW, slot);
         assert_eq!((ledger.dirty(stream(2)), ledger.all_dirty_actives()), (1, 0), "a close");
@@ -997,7 +1015,7 @@ mod tests {
         let mut ledger = ledger(&memory);
         let first = sent(&mut ledger, 1);
         ledger.amend(first, |line| line.set_stamp(Stamp { epoch: 4, version: 9 }));
-        ledger.begin_closing(first, NOW, (true, 0));
+        ledger.begin_closing(first, NOW, End::Seen);
         let next = ledger.open(&connection(1), None, false).expect("there is room");
         assert_eq!(ledger.line(next).stamp().epoch, 5, "above the one that is closing");
         ledger.raise_epoch(8);

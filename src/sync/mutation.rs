@@ -49,6 +49,7 @@ mutations! {
     EndsUnasked, "an end that nobody saw is one";
     KeptForever, "what is taken over, or none any more, keeps the timeout of a copy";
     StampsDecide, "of two connections with one tuple, and two members that both carry one, the stamp decides";
+    LeftIsEnded, "what leaves with its address has ended";
     KeepOverwrites, "packets that have passed a copy's entry are written over, and forgotten";
 }
 

@@ -152,8 +152,8 @@ impl Replica<'_> {
                 Message::Update { target, stamp, groups, previous, state, extra } => {
                     self.apply_update(stream, target, stamp, groups, previous, (&state, &extra))
                 }
-                Message::Close { target, stamp, seen, age_s } => {
-                    self.apply_close(now, stream, target, stamp, (seen, age_s))
+                Message::Close { target, stamp, ended } => {
+                    self.apply_close(now, stream, target, stamp, ended)
                 }
                 Message::Release { target, stamp } => {
                     self.apply_release(now, stream, target, stamp)

@@ -4,12 +4,14 @@
 //! the delta's result, what the slot is afterwards, and how many lives it has gone on.
 
 use super::*;
+use crate::ccp::message::Ended;
 use crate::ccp::message::Reason::{NotHere, NotLeased, Superseded};
 use crate::conn::Kind::{Active, Backup, Closing, Free, Held, Leased};
 use crate::conn::slot::groups;
 use crate::conn::{Connection, Coordinate, Extra, Kind, Stamp, State, Tuple};
 use crate::group::view::{Member, Status, View};
 use crate::memory::{MemorySize, OwnedMemory};
+use crate::source::End;
 use crate::sync::delta::DeltaResult::{self, Applied, Refused};
 use crate::sync::delta::New;
 use crate::sync::stream::stream_index;
@@ -125,7 +127,7 @@ fn replica_with(memory: &OwnedMemory, is: Is) -> (Replica<'_>, u32) {
         }
         Is::Closing => {
             let slot = active(&mut replica, place(2));
-            replica.ledger.begin_closing(slot, NOW, (true, 0));
+            replica.ledger.begin_closing(slot, NOW, End::Seen);
             slot
         }
     };
@@ -149,7 +151,7 @@ fn outcome(is: Is, says: Says, is_in_this_life: bool) -> (DeltaResult, Kind, u32
             let value = (&sent.state, &Extra::NONE);
             replica.apply_update(stream, target, stamp, groups::STATE, None, value)
         }
-        Close(stamp) => replica.apply_close(NOW, stream, target, stamp, (true, None)),
+        Close(stamp) => replica.apply_close(NOW, stream, target, stamp, Ended::Seen),
         Release(stamp) => replica.apply_release(NOW, stream, target, stamp),
     };
     assert_eq!(replica.check_sums(), Ok(()), "{is:?} {says:?}");

@@ -29,7 +29,7 @@ use crate::conn::{Kind, MemberId};
 use crate::limits::{MEMBERS_MAX, SHARDS_MAX, STREAMS_MAX};
 use crate::memory::Memory;
 use crate::seq::Seq;
-use crate::source::{Commit, CommitMode};
+use crate::source::{Commit, CommitMode, Elsewhere};
 use crate::time::Time;
 
 impl<'m> Replica<'m> {
@@ -145,7 +145,11 @@ impl<'m> Replica<'m> {
                 Kind::Free | Kind::Leased => {}
                 Kind::Held if line.is_unseen() && self.config.commit == CommitMode::Eager => {
                     let generation = line.generation();
-                    self.ask_commit(Commit::Look { slot, generation, elsewhere_at: 0 });
+                    self.ask_commit(Commit::Look {
+                        slot,
+                        generation,
+                        elsewhere: Elsewhere::Unknown,
+                    });
                 }
                 Kind::Held => self.ledger.hold(now, slot),
                 Kind::Active if !peer.is_somewhere() => self.ledger.wait(now, slot),

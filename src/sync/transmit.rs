@@ -18,7 +18,8 @@ use super::stream::{stream_member, stream_shard};
 use crate::ccp::bytes::Writer;
 use crate::ccp::header::{Header, OPCODE_SYNC};
 use crate::ccp::message::{
-    DELTA_MAX, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease, forget_ages,
+    DELTA_MAX, Ended, Message, NEW_MAX, Place, encode_ack, encode_give_back, encode_lease,
+    forget_ages,
 };
 use crate::ccp::sync::{MESSAGES_AT, SyncHeader};
 use crate::ccp::value::EXTRA_MAX;
@@ -27,6 +28,7 @@ use crate::conn::{Coordinate, Extra, Kind};
 use crate::counters::Counter;
 use crate::limits::{DATAGRAM_MAX, LEASE_GRANT_MAX, SEGMENTS_MAX, TRANSMIT_PER_PASS};
 use crate::seq::Seq;
+use crate::source::End;
 use crate::time::Time;
 
 /// Bytes of an update at most: head, stamp, previous backup, every group but the tuples.
@@ -417,9 +419,15 @@ impl Replica<'_> {
                 1
             }
             Kind::Closing => {
-                let (seen, left_s) = (!line.is_unseen(), self.ledger.passed_s(slot, now));
-                let age_s = self.longest_timeout_s.checked_sub(left_s).filter(|_| left_s > 0);
-                Message::Close { target, stamp, seen, age_s }.encode(w);
+                let longest_s = self.longest_timeout_s;
+                let ended = match self.ledger.end_of(slot, now) {
+                    End::Seen => Ended::Seen,
+                    End::Left => Ended::Left,
+                    End::Unseen { left_s } => Ended::Unseen {
+                        age_s: longest_s.checked_sub(left_s).filter(|_| left_s > 0),
+                    },
+                };
+                Message::Close { target, stamp, ended }.encode(w);
                 self.ledger.account_unsent(slot);
                 self.counters.count(Counter::DeltasClose);
                 self.ledger.await_ack(now, slot);

@@ -18,7 +18,7 @@ use hypersync::group::readiness::{Own, Readiness, Stage};
 use hypersync::group::{Event, Group, Identity, Tables};
 use hypersync::limits::{ARENA_MIN, DATAGRAM_MAX};
 use hypersync::memory::{Memory, MemorySize, OwnedMemory, read_arena};
-use hypersync::source::{Commit, CommitMode, SourceEvent};
+use hypersync::source::{Commit, CommitMode, LookShows, SourceEvent};
 use hypersync::sync::stream::stream_member;
 use hypersync::sync::{Replica, ReplicaConfig};
 use hypersync::time::Time;
@@ -889,13 +889,11 @@ impl<'m> World<'m> {
                         let original = shard.table().tuples(slot).0;
                         let (touched, written) =
                             (host.touched.get(&original), host.kernel.get(&original));
-                        shard.handle_look(
-                            now,
-                            slot,
-                            generation,
-                            touched.or(written),
-                            touched.is_some(),
-                        );
+                        let shows = match touched {
+                            Some(_) => LookShows::Packets,
+                            None => LookShows::Nothing,
+                        };
+                        shard.handle_look(now, slot, generation, touched.or(written), shows);
                     }
                     // Timeouts do not run down here: but for what passes now, events tell.
                     Commit::Watch { slot, generation } => {

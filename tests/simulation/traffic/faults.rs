@@ -11,8 +11,9 @@ use hypersync::conn::{Connection, Family, MemberId, State, Tuple};
 use hypersync::conntrack::codec::status;
 use hypersync::time::Time;
 
+use super::flow::Flow;
 use super::model::{By, Timeouts, tcp};
-use super::sim::{FTP, Planted, SERVER, Sim, VIP};
+use super::sim::{FTP, LEFT_FOR, Planted, SERVER, Sim, VIP};
 use crate::checkers::Broken;
 use crate::world::story::ms;
 
@@ -30,6 +31,22 @@ impl Sim<'_> {
     fn reroute(&mut self, route: usize, to: MemberId) {
         self.world.note(to, "route", format_args!("{route} from {}", self.routes[route]));
         self.routes[route] = to;
+        if let Some(kernel) = self.kernel(to) {
+            kernel.has_address.set(true);
+        }
+        self.waits_in_vain(to);
+    }
+
+    /// The address is back before this member has told that it had left, or its process dies: what
+    /// it would have told the others is lost.
+    fn waits_in_vain(&mut self, member: MemberId) {
+        let now = self.world.now;
+        let waits = |flow: &&mut Flow| {
+            flow.lacking.contains(&member) && flow.left.is_some_and(|at| now.since(at) < LEFT_FOR)
+        };
+        for flow in self.flows.iter_mut().filter(waits) {
+            (flow.is_intact, flow.is_safe) = (false, false);
+        }
     }
 
     /// The address that connections are masqueraded behind has gone from gateways: their kernels
@@ -49,18 +66,27 @@ impl Sim<'_> {
                 .act(now, |table, now| table.drop_address(now, Family::V4, u32::from(VIP) as u128));
             let after: BTreeSet<Tuple> =
                 kernel.entries(now).iter().map(|entry| entry.original).collect();
-            self.are_cut_at(member, &(&before - &after));
+            let is_back = self.routes.contains(&member);
+            kernel.has_address.set(is_back);
+            let host = &self.world.hosts[&member];
+            // Whoever has its copy goes on with it, and has the address.
+            let goes_on = !is_back && host.running && !host.paused && self.world.cut.is_empty();
+            self.are_cut_at(member, &(&before - &after), goes_on);
         }
     }
 
     /// What passes this gateway, and has lost its entry there, is cut, as is meant; what passes
-    /// elsewhere goes on.
-    fn are_cut_at(&mut self, member: MemberId, gone: &BTreeSet<Tuple>) {
+    /// elsewhere goes on, and so does what was safe if it is `left` to others.
+    fn are_cut_at(&mut self, member: MemberId, gone: &BTreeSet<Tuple>, is_left: bool) {
+        let now = self.world.now;
         for flow in self.flows.iter_mut().filter(|flow| gone.contains(&flow.original)) {
-            if flow.passed.is_none_or(|(_, at)| at == member) {
+            let goes_on = is_left && flow.is_safe;
+            if flow.passed.is_none_or(|(_, at)| at == member) && !goes_on {
                 (flow.is_intact, flow.is_safe) = (false, false);
             }
             flow.lacking.push(member);
+            flow.left = is_left.then_some(now);
+            flow.is_intact &= !goes_on;
         }
         self.planted.retain(|planted| !gone.contains(&planted.connection.original));
     }
@@ -190,6 +216,7 @@ impl Sim<'_> {
     ) -> Result<(), Broken> {
         self.disturb();
         self.world.note(victim, "killed", format_args!("{span:?}"));
+        self.waits_in_vain(victim);
         self.world.kill(victim);
         if let Some(kernel) = self.kernel(victim) {
             kernel.listen(0);
@@ -238,7 +265,7 @@ impl Sim<'_> {
                 gone.insert(entry.original);
             }
         }
-        self.are_cut_at(member, &gone);
+        self.are_cut_at(member, &gone, false);
         Ok(())
     }
 
@@ -293,7 +320,7 @@ impl Sim<'_> {
                 self.shortened.insert((entry.original, member), until);
             }
         }
-        self.are_cut_at(member, &touched);
+        self.are_cut_at(member, &touched, false);
         for _ in 0..self.rng.below(4) {
             self.plant(member);
         }

@@ -94,6 +94,8 @@ pub struct Flow {
     pub is_mistaken: bool,
     /// Members that lost its entry since: they may need a moment to have it again.
     pub lacking: Vec<MemberId>,
+    /// When its address left the gateway that it passed.
+    pub left: Option<Time>,
 }
 
 impl Flow {

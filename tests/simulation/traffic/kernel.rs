@@ -4,6 +4,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Arguments;
+use std::net::IpAddr;
 use std::rc::Rc;
 
 use hypersync::conn::slot::groups;
@@ -49,6 +50,8 @@ pub struct Kernel {
     /// When the entry of a connection was last collected, its time being over.
     ran_out: RefCell<BTreeMap<Tuple, Time>>,
     max: Cell<usize>,
+    /// Whether the address that connections are translated to is this host's.
+    pub has_address: Cell<bool>,
     /// Told of events and requests, a line each.
     log: Cell<Option<Log>>,
     member: MemberId,
@@ -68,6 +71,7 @@ impl Kernel {
             untold: RefCell::default(),
             ran_out: RefCell::default(),
             max: Cell::new(max),
+            has_address: Cell::new(true),
             log: Cell::new(None),
             member,
         })
@@ -304,6 +308,10 @@ impl Entries for Pen {
             );
         }
         Ok(answers)
+    }
+
+    fn has_address(&mut self, _: IpAddr) -> bool {
+        self.kernel.has_address.get()
     }
 
     fn room_and_limit(&self) -> (u64, u64) {

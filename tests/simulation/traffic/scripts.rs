@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use hypersync::conn::tuple::{TCP, UDP};
-use hypersync::conn::{Kind, MemberId, Tuple};
+use hypersync::conn::{Family, Kind, MemberId, Tuple};
 use hypersync::conntrack::codec::GIVEN_MAX_S;
 use hypersync::counters::Counter;
 use hypersync::limits::{ARENA_MIN, SLOTS_MIN};
@@ -1037,4 +1037,125 @@ fn what_begins_on_an_entry_that_was_taken_over_is_another_connection() {
         assert_eq!(entry.map(|entry| entry.state.tcp_state), Some(ESTABLISHED));
     }
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Active));
+}
+
+/// A switchover by VRRP: the address that connections are masqueraded behind goes, and the kernel
+/// drops their entries. Whoever has it next goes on with them, also with those that were silent; if
+/// nobody has, or a program deleted them, they end.
+#[test]
+fn what_is_masqueraded_goes_where_its_address_goes() {
+    const VIP: u128 = 0xcb00_7101;
+    for (what, comes_to, is_flushed) in [
+        ("to the backup", 2, false),
+        ("to nobody", 0, false),
+        ("flushed", 2, true),
+        ("back", 1, false),
+    ] {
+        let memories = memories(2);
+        let mut gateways = Gateways::pair(&memories);
+        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
+        for kernel in gateways.kernels.values() {
+            kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
+        }
+        gateways.kernels[&2].has_address.set(false);
+        gateways.pass(tcp(), segment(flag::SYN, false), true, 1);
+        gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 1);
+        gateways.pass(tcp(), segment(flag::ACK, false), true, 1);
+        gateways.run_for(SECOND * 2);
+        assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "{what}");
+        gateways.kernels[&1].has_address.set(false);
+        match is_flushed {
+            true => gateways.delete(1, tcp()),
+            false => gateways.kernels[&1]
+                .act(gateways.world.now, |table, now| table.drop_address(now, Family::V4, VIP)),
+        }
+        gateways.run_for(SECOND);
+        if comes_to > 0 {
+            gateways.kernels[&comes_to].has_address.set(true);
+        }
+        gateways.run_for(SECOND * 6);
+        if comes_to == 0 || is_flushed {
+            gateways.assert_gone(tcp());
+            continue;
+        }
+        let left = gateways.left(comes_to, tcp());
+        assert!(left.is_some_and(|left| left <= GIVEN_MAX_S), "{what}: {left:?}");
+        for is_from_inside in [true, false] {
+            let payload = segment(flag::ACK, true);
+            match is_from_inside {
+                true => gateways.pass(tcp(), payload, true, comes_to),
+                false => gateways.answer(tcp(), payload, comes_to),
+            }
+        }
+        let other = 3 - comes_to;
+        let kinds = [comes_to, other].map(|member| gateways.kind(member, tcp()));
+        assert_eq!(kinds, [Some(Kind::Active), Some(Kind::Backup)], "{what}");
+        assert!(gateways.left(other, tcp()).is_some(), "{what}: there are two copies");
+    }
+}
+
+/// The port is used again at once, while the end of what left is not told yet: that is told then.
+#[test]
+fn what_begins_in_place_of_what_has_left_is_another_connection() {
+    const VIP: u128 = 0xcb00_7101;
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
+    for kernel in gateways.kernels.values() {
+        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
+    }
+    gateways.kernels[&2].has_address.set(false);
+    let open = |gateways: &mut Gateways<'_>| {
+        gateways.pass(tcp(), segment(flag::SYN, false), true, 1);
+        gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 1);
+        gateways.pass(tcp(), segment(flag::ACK, false), true, 1);
+    };
+    open(&mut gateways);
+    gateways.run_for(SECOND * 2);
+    gateways.kernels[&1].has_address.set(false);
+    gateways.kernels[&1]
+        .act(gateways.world.now, |table, now| table.drop_address(now, Family::V4, VIP));
+    gateways.run_for(SECOND);
+    gateways.kernels[&1].has_address.set(true);
+    open(&mut gateways);
+    gateways.run_for(SECOND / 10);
+    assert_eq!(gateways.kind(2, tcp()), None, "the one before has ended");
+    gateways.run_for(SECOND * 10);
+    let kinds = [1, 2].map(|member| gateways.kind(member, tcp()));
+    assert_eq!(kinds, [Some(Kind::Active), Some(Kind::Backup)]);
+    gateways.answer(tcp(), segment(flag::ACK, true), 1);
+}
+
+/// Traffic seed 1630014819: what was taken over, or is contested, had another connection's entry in
+/// its place, of which no event had told. A dump showed it, and that was taken for no news.
+#[test]
+fn what_is_there_in_place_of_what_was_taken_over_goes_on() {
+    const VIP: u128 = 0xcb00_7101;
+    let memories = memories(2);
+    let mut gateways = Gateways::pair(&memories);
+    for kernel in gateways.kernels.values() {
+        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: false };
+        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
+    }
+    // Their ports clash, so one of them gets another one.
+    let taken = Tuple { src: tcp().src + 1, ..tcp() };
+    for tuple in [taken, tcp()] {
+        gateways.pass(tuple, segment(flag::SYN, false), true, 1);
+        gateways.answer(tuple, segment(flag::SYN | flag::ACK, false), 1);
+        gateways.pass(tuple, segment(flag::ACK, false), true, 1);
+    }
+    gateways.run_for(SECOND * 2);
+    assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
+    gateways.sleep_until_taken_over(tcp());
+    let room = gateways.kernels[&2].room.replace(0);
+    [taken, tcp()].into_iter().for_each(|tuple| gateways.delete(2, tuple));
+    gateways.pass(tcp(), segment(flag::SYN, false), true, 2);
+    gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 2);
+    gateways.pass(tcp(), segment(flag::ACK, false), true, 2);
+    gateways.kernels[&2].room.set(room);
+    gateways.run_for(SECOND * 2);
+    let entry = gateways.kernels[&2].act(gateways.world.now, |table, now| table.get(now, &tcp()));
+    let table = gateways.world.hosts[&2].shards[0].table();
+    let slot = table.find_original(&tcp()).expect("it is known");
+    assert_eq!(Some(table.tuples(slot).1), entry.map(|entry| entry.reply));
 }

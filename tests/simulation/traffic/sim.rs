@@ -21,7 +21,7 @@ use hypersync::time::Time;
 
 use super::flow::{End, Flow, GIVES_UP, Manner, Step};
 use super::kernel::{Ends, Kernel};
-use super::model::{Nat, Settings, Timeouts, Verdict, tcp};
+use super::model::{Nat, Settings, Table, Timeouts, Verdict, tcp};
 use crate::checkers::Broken;
 use crate::world::story::ms;
 use crate::world::{Network, Rng, Timing, World, memories_of};
@@ -31,8 +31,10 @@ const HOLD: Duration = Duration::from_millis(400);
 /// Everything has settled so long after the last thing that happened.
 const SETTLES: Duration = Duration::from_secs(4);
 /// Whether packets pass an entry shows within so long where it had its normal timeout before: whole
-/// seconds are told, and one more is none.
-const DOUBT_LASTS: Duration = Duration::from_secs(4);
+/// seconds are told, and one more is none. And what was refused meanwhile backs off for a second.
+const DOUBT_LASTS: Duration = Duration::from_secs(5);
+/// A connection whose address has left has its two copies again so long after.
+pub(super) const LEFT_FOR: Duration = Duration::from_secs(7);
 /// What has ended is gone so long after the kernel would have let it go.
 const BOUND: Duration = Duration::from_secs(5);
 /// A connection may be sent so long after its end was there to be seen.
@@ -288,6 +290,7 @@ impl<'m> Sim<'m> {
         };
         let kernel = Kernel::new(member, settings, self.plan.room);
         kernel.log_to(self.world.log);
+        kernel.has_address.set(self.routes.contains(&member));
         self.kernels.borrow_mut().insert(member, kernel);
     }
 
@@ -481,6 +484,7 @@ impl<'m> Sim<'m> {
             is_safe: false,
             is_mistaken: false,
             lacking: Vec::new(),
+            left: None,
         });
     }
 
@@ -570,6 +574,8 @@ impl<'m> Sim<'m> {
         };
         if flow.passed.is_some_and(|(_, at)| at != way) {
             flow.is_intact = false;
+            // No third member is asked for it yet: it may be nobody's by then.
+            flow.is_mistaken |= !flow.is_safe && self.world.copies_of(&flow.original).is_empty();
         }
         let is_first = flow.passed.is_none();
         let had_entry = kernel.act(now, |table, now| table.get(now, &flow.original)).is_some();
@@ -771,17 +777,21 @@ impl<'m> Sim<'m> {
         if alone.is_empty() && unexplained.is_empty() {
             return Ok(());
         }
+        // The entry of an idle active has run out, and its backup looks for packets. Or it may have
+        // gone with its address.
+        let doubted = |sim: &Self, alone: &BTreeMap<u32, (Tuple, Vec<MemberId>)>| {
+            let is_doubted = |tuple: &Tuple| sim.is_in_doubt(tuple) || sim.may_have_left(tuple);
+            let doubted = alone.iter().filter(|(_, (tuple, _))| is_doubted(tuple));
+            doubted.map(|(n, _)| *n).collect::<BTreeSet<u32>>()
+        };
+        let mut in_doubt = doubted(self, &alone);
         self.run_for(ms(1000), true)?;
         let (mut alone, before) = (self.without_two_copies(), alone);
         alone.retain(|n, _| before.contains_key(n));
-        // The entry of an idle active has run out, and its backup looks for packets.
-        let doubted: BTreeSet<u32> = alone
-            .iter()
-            .filter(|(_, (tuple, _))| self.is_in_doubt(tuple))
-            .map(|(n, _)| *n)
-            .collect();
+        in_doubt.append(&mut doubted(self, &alone));
+        let doubted = in_doubt;
         if !doubted.is_empty() {
-            self.run_for(DOUBT_LASTS, true)?;
+            self.run_for(DOUBT_LASTS.max(LEFT_FOR), true)?;
             let after = self.without_two_copies();
             alone.retain(|n, _| !doubted.contains(n) || after.contains_key(n));
         }
@@ -797,10 +807,26 @@ impl<'m> Sim<'m> {
         }
     }
 
-    /// Whether a member holds this connection, and nothing else has it.
+    /// Whether a member holds this connection: it is looked for packets, and takes no copy.
     fn is_in_doubt(&self, tuple: &Tuple) -> bool {
-        let copies = self.world.copies_of(tuple);
-        !copies.is_empty() && copies.iter().all(|copy| copy.kind == Kind::Held)
+        let tables =
+            self.world.hosts.values().flat_map(|host| &host.shards).map(|shard| shard.table());
+        tables.into_iter().any(|table| {
+            table.find_original(tuple).is_some_and(|slot| table.kind(slot) == Kind::Held)
+        })
+    }
+
+    /// Whether the active of this connection has neither its entry nor the address that it is
+    /// translated to.
+    fn may_have_left(&self, tuple: &Tuple) -> bool {
+        self.plan.nat.is_some()
+            && self.world.copies_of(tuple).iter().any(|copy| {
+                copy.kind == Kind::Active
+                    && self.kernel(copy.member).is_some_and(|kernel| {
+                        let get = |table: &mut Table, now| table.get(now, tuple).is_none();
+                        !kernel.has_address.get() && kernel.act(self.world.now, get)
+                    })
+            })
     }
 
     /// The kernels that have an entry of this connection, in this translation.
@@ -835,6 +861,7 @@ impl<'m> Sim<'m> {
                 || !flow.is_talking()
                 || flow.tries > 0
                 || flow.is_mistaken
+                || flow.left.is_some_and(|at| now.since(at) < LEFT_FOR)
             {
                 continue;
             }
@@ -900,7 +927,9 @@ impl<'m> Sim<'m> {
             self.timeouts.iter().flat_map(|of| of.tcp.iter().chain([&of.udp, &of.udp_stream]));
         let longest = all.max().copied().unwrap_or_default();
         let unheard = if self.plan.events == 2 { 62 } else { 0 };
-        self.run_for(Duration::from_secs((longest + unheard) as u64) + BOUND, false)?;
+        // Whose end was lost may have gone with the address, and goes on for its time elsewhere.
+        let again = if self.plan.nat.is_some() { LEFT_FOR.as_secs() as u32 + longest } else { 0 };
+        self.run_for(Duration::from_secs((longest + unheard + again) as u64) + BOUND, false)?;
         self.each_kernel(|table, now| table.collect(now));
         let now = self.world.now;
         let copies = self.world.copies();
