@@ -76,11 +76,15 @@ impl Sim<'_> {
     }
 
     /// What passes this gateway, and has lost its entry there, is cut, as is meant; what passes
-    /// elsewhere goes on, and so does what was safe if it is `left` to others.
+    /// elsewhere goes on, and so does what was safe if it is `left` to who has its copy. (A third
+    /// member is not asked for it yet.)
     fn are_cut_at(&mut self, member: MemberId, gone: &BTreeSet<Tuple>, is_left: bool) {
         let now = self.world.now;
+        let comes_to = self.routes[0];
+        let known: BTreeSet<Tuple> =
+            gone.iter().filter(|tuple| self.has_it(comes_to, tuple)).copied().collect();
         for flow in self.flows.iter_mut().filter(|flow| gone.contains(&flow.original)) {
-            let goes_on = is_left && flow.is_safe;
+            let goes_on = is_left && flow.is_safe && known.contains(&flow.original);
             if flow.passed.is_none_or(|(_, at)| at == member) && !goes_on {
                 (flow.is_intact, flow.is_safe) = (false, false);
             }

@@ -522,7 +522,7 @@ impl<'m> Sim<'m> {
 
     /// Whether a member's table has the connection, and not only what is left of an earlier copy
     /// and in doubt.
-    fn has_it(&self, member: MemberId, original: &Tuple) -> bool {
+    pub(super) fn has_it(&self, member: MemberId, original: &Tuple) -> bool {
         let Some(host) = self.world.hosts.get(&member) else { return false };
         let shard = shard_of(original, host.shards.len().max(1) as u8) as usize;
         host.shards.get(shard).map(|shard| shard.table()).is_some_and(|table| {
@@ -790,12 +790,13 @@ impl<'m> Sim<'m> {
         alone.retain(|n, _| before.contains_key(n));
         in_doubt.append(&mut doubted(self, &alone));
         let doubted = in_doubt;
+        let exposed = exposure(self);
         if !doubted.is_empty() {
             self.run_for(DOUBT_LASTS.max(LEFT_FOR), true)?;
             let after = self.without_two_copies();
             alone.retain(|n, _| !doubted.contains(n) || after.contains_key(n));
         }
-        if let Some((_, (tuple, having))) = alone.into_iter().nth(exposure(self)) {
+        if let Some((_, (tuple, having))) = alone.into_iter().nth(exposed) {
             let copies = self.world.copies().remove(&tuple);
             return Err(format!(
                 "two copies: {tuple} is in the kernels of {having:?} only: {copies:?}"
