@@ -29,7 +29,8 @@ const LOOKS_MIN: usize = COMMIT_PER_PASS / 4;
 /// Pause between two lines in the log about refusals.
 const TELL_PAUSE: Duration = Duration::from_secs(10);
 
-/// For so long it is known which address is this host's: entries are asked about by the thousand.
+/// For so long it is known that an address is not this host's: entries are asked about by the
+/// thousand. (That it is here is known for this pass only: it may have left since.)
 const ADDRESS_KNOWN_FOR: Duration = Duration::from_millis(100);
 
 /// What writes a shard's entries into the kernel.
@@ -70,13 +71,12 @@ impl<E: Entries> EntryWriter<E> {
         self.had_room
     }
 
-    /// Whether the address that what answers this connection is sent to is this host's. It is read
-    /// again after a tenth of a second.
+    /// Whether the address that what answers this connection is sent to is this host's.
     pub(super) fn has_address(&mut self, now: Time, reply: &Tuple) -> bool {
         let address = reply.dst_ip();
         if let Some((known, at, is_here)) = self.address
             && known == address
-            && now.since(at) < ADDRESS_KNOWN_FOR
+            && (at == now || !is_here && now.since(at) < ADDRESS_KNOWN_FOR)
         {
             return is_here;
         }
