@@ -265,12 +265,12 @@ impl Repair {
                 ended.note(connection, counters);
             }
             leaving.begins(now, &connection.original, replica);
-            if let Some(slot) = replica.table().find_original(&connection.original)
-                && takes_the_place_of(connection, slot, replica)
-            {
+            let mut known_here = replica.table().find_original(&connection.original);
+            if known_here.is_some_and(|slot| takes_the_place_of(connection, slot, replica)) {
                 give_place(now, &connection.original, replica);
+                known_here = replica.table().find_original(&connection.original);
             }
-            match replica.table().find_original(&connection.original) {
+            match known_here {
                 Some(slot) => {
                     set(shown, slot);
                     shifts.note(now, slot, connection);
