@@ -227,6 +227,8 @@ impl Entries for NetlinkEntries {
     }
 
     fn has_address(&mut self, address: IpAddr) -> bool {
+        // What cannot be read counts as not here: then an end waits, and is no end yet. (The thread
+        // that publishes the addresses says why, in the log.)
         addresses::has_address(address).unwrap_or(false)
     }
 
