@@ -20,6 +20,8 @@ use crate::world::story::SECOND;
 use crate::world::{Timing, World, memories_of};
 
 const HOLD: Duration = Duration::from_millis(400);
+/// What connections are translated to, if they are.
+const VIP: u128 = 0xcb00_7101;
 
 /// Gateways with a shard each, and their kernels.
 struct Gateways<'m> {
@@ -75,6 +77,21 @@ impl<'m> Gateways<'m> {
         let entry = self.kernels[&member].act(now, |table, now| table.get(now, &tuple));
         let reply = entry.expect("something left it").reply;
         self.pass(reply.mirrored(), payload, false, member);
+    }
+
+    /// The gateways translate what leaves them.
+    fn hide_behind_vip(&mut self, is_masquerade: bool) {
+        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade };
+        for kernel in self.kernels.values() {
+            kernel.act(self.world.now, |table, _| table.settings().nat = Some(nat));
+        }
+    }
+
+    /// A TCP connection opens behind that address.
+    fn open_behind_vip(&mut self, tuple: Tuple, member: MemberId) {
+        self.pass(tuple, segment(flag::SYN, false), true, member);
+        self.answer(tuple, segment(flag::SYN | flag::ACK, false), member);
+        self.pass(tuple, segment(flag::ACK, false), true, member);
     }
 
     /// A word and its answer pass a gateway.
@@ -907,13 +924,9 @@ fn what_goes_on_with_the_entry_of_one_that_had_ended_before_the_start_is_found()
 /// for, and nobody took the entry that was there for a connection.
 #[test]
 fn what_is_there_in_place_of_what_is_left_of_a_copy_goes_on() {
-    const VIP: u128 = 0xcb00_7101;
     let memories = memories(2);
     let mut gateways = Gateways::pair(&memories);
-    for kernel in gateways.kernels.values() {
-        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
-        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
-    }
+    gateways.hide_behind_vip(true);
     // Their ports clash, so one of them gets another one.
     let taken = Tuple { src: tcp().src + 1, ..tcp() };
     let translation = |gateways: &Gateways<'_>, member: MemberId| {
@@ -922,9 +935,7 @@ fn what_is_there_in_place_of_what_is_left_of_a_copy_goes_on() {
             .map(|entry| entry.reply)
     };
     for tuple in [taken, tcp()] {
-        gateways.pass(tuple, segment(flag::SYN, false), true, 1);
-        gateways.answer(tuple, segment(flag::SYN | flag::ACK, false), 1);
-        gateways.pass(tuple, segment(flag::ACK, false), true, 1);
+        gateways.open_behind_vip(tuple, 1);
     }
     gateways.run_for(SECOND * 2);
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
@@ -935,9 +946,7 @@ fn what_is_there_in_place_of_what_is_left_of_a_copy_goes_on() {
         gateways.delete(member, tcp());
     }
     gateways.run_for(SECOND / 10);
-    gateways.pass(tcp(), segment(flag::SYN, false), true, 2);
-    gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 2);
-    gateways.pass(tcp(), segment(flag::ACK, false), true, 2);
+    gateways.open_behind_vip(tcp(), 2);
     assert_ne!(translation(&gateways, 2), before, "it is another connection");
     gateways.world.pause(2, false);
     gateways.run_for(SECOND * 3);
@@ -1044,7 +1053,6 @@ fn what_begins_on_an_entry_that_was_taken_over_is_another_connection() {
 /// nobody has, or a program deleted them, they end.
 #[test]
 fn what_is_masqueraded_goes_where_its_address_goes() {
-    const VIP: u128 = 0xcb00_7101;
     for (what, comes_to, is_flushed) in [
         ("to the backup", 2, false),
         ("to nobody", 0, false),
@@ -1053,14 +1061,9 @@ fn what_is_masqueraded_goes_where_its_address_goes() {
     ] {
         let memories = memories(2);
         let mut gateways = Gateways::pair(&memories);
-        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
-        for kernel in gateways.kernels.values() {
-            kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
-        }
+        gateways.hide_behind_vip(true);
         gateways.kernels[&2].has_address.set(false);
-        gateways.pass(tcp(), segment(flag::SYN, false), true, 1);
-        gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 1);
-        gateways.pass(tcp(), segment(flag::ACK, false), true, 1);
+        gateways.open_behind_vip(tcp(), 1);
         gateways.run_for(SECOND * 2);
         assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup), "{what}");
         gateways.kernels[&1].has_address.set(false);
@@ -1097,27 +1100,18 @@ fn what_is_masqueraded_goes_where_its_address_goes() {
 /// The port is used again at once, while the end of what left is not told yet: that is told then.
 #[test]
 fn what_begins_in_place_of_what_has_left_is_another_connection() {
-    const VIP: u128 = 0xcb00_7101;
     let memories = memories(2);
     let mut gateways = Gateways::pair(&memories);
-    let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: true };
-    for kernel in gateways.kernels.values() {
-        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
-    }
+    gateways.hide_behind_vip(true);
     gateways.kernels[&2].has_address.set(false);
-    let open = |gateways: &mut Gateways<'_>| {
-        gateways.pass(tcp(), segment(flag::SYN, false), true, 1);
-        gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 1);
-        gateways.pass(tcp(), segment(flag::ACK, false), true, 1);
-    };
-    open(&mut gateways);
+    gateways.open_behind_vip(tcp(), 1);
     gateways.run_for(SECOND * 2);
     gateways.kernels[&1].has_address.set(false);
     gateways.kernels[&1]
         .act(gateways.world.now, |table, now| table.drop_address(now, Family::V4, VIP));
     gateways.run_for(SECOND);
     gateways.kernels[&1].has_address.set(true);
-    open(&mut gateways);
+    gateways.open_behind_vip(tcp(), 1);
     gateways.run_for(SECOND / 10);
     assert_eq!(gateways.kind(2, tcp()), None, "the one before has ended");
     gateways.run_for(SECOND * 10);
@@ -1130,28 +1124,20 @@ fn what_begins_in_place_of_what_has_left_is_another_connection() {
 /// its place, of which no event had told. A dump showed it, and that was taken for no news.
 #[test]
 fn what_is_there_in_place_of_what_was_taken_over_goes_on() {
-    const VIP: u128 = 0xcb00_7101;
     let memories = memories(2);
     let mut gateways = Gateways::pair(&memories);
-    for kernel in gateways.kernels.values() {
-        let nat = Nat { v4: Some(VIP), v6: None, is_masquerade: false };
-        kernel.act(gateways.world.now, |table, _| table.settings().nat = Some(nat));
-    }
+    gateways.hide_behind_vip(false);
     // Their ports clash, so one of them gets another one.
     let taken = Tuple { src: tcp().src + 1, ..tcp() };
     for tuple in [taken, tcp()] {
-        gateways.pass(tuple, segment(flag::SYN, false), true, 1);
-        gateways.answer(tuple, segment(flag::SYN | flag::ACK, false), 1);
-        gateways.pass(tuple, segment(flag::ACK, false), true, 1);
+        gateways.open_behind_vip(tuple, 1);
     }
     gateways.run_for(SECOND * 2);
     assert_eq!(gateways.kind(2, tcp()), Some(Kind::Backup));
     gateways.sleep_until_taken_over(tcp());
     let room = gateways.kernels[&2].room.replace(0);
     [taken, tcp()].into_iter().for_each(|tuple| gateways.delete(2, tuple));
-    gateways.pass(tcp(), segment(flag::SYN, false), true, 2);
-    gateways.answer(tcp(), segment(flag::SYN | flag::ACK, false), 2);
-    gateways.pass(tcp(), segment(flag::ACK, false), true, 2);
+    gateways.open_behind_vip(tcp(), 2);
     gateways.kernels[&2].room.set(room);
     gateways.run_for(SECOND * 2);
     let entry = gateways.kernels[&2].act(gateways.world.now, |table, now| table.get(now, &tcp()));
