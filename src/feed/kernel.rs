@@ -38,8 +38,9 @@ const LATE_MIN: Duration = Duration::from_millis(250);
 /// The longest time that a dump, or the deletion of entries, is put off because events wait that
 /// are older.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
-/// The longest time that lost events keep this member from taking copies: the dump that makes up
-/// for them takes less for a million entries.
+/// The longest time that lost events keep this member from taking copies. The dump that makes up
+/// for them comes to 256 entries a pass: that of a very large table, or of a busy shard, lasts
+/// longer, and then copies are taken before it is read.
 const UNREAD_MAX: Duration = Duration::from_secs(3);
 /// Between two such times at least: who loses events all the time still takes copies.
 const UNREAD_PAUSE: Duration = Duration::from_secs(10);
